@@ -1,0 +1,80 @@
+"""Every field of every job, once. The other configs are `get_config()` of this one and their differences."""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+  config = ConfigDict()
+  config.job = 'finetune'  # what main.py runs: finetune, pretrain or compare
+  config.seed = 0  # of everything random: heads, order of data, crops, carved val split, random selection
+  config.data_dir = ''  # prepared TFDS sets ('' is ~/tensorflow_datasets); relative folder: paths start here
+  config.image_size = 224  # pixels a side that the network sees
+
+  config.target = ConfigDict()  # the images to be good at
+  config.target.name = ''  # tfds:<name>[/config][:version], or folder:<path> of <split>/<class>/<image> or <class>/<image>
+  config.target.train = 'train'  # split for training, with slices and sums: train[:90%], train+val
+  config.target.val = ''  # split that chooses the best checkpoint; '' carves val_fraction out of train
+  config.target.test = 'test'  # split that is read once, at the end; '' for none (results.json then has val alone)
+  config.target.val_fraction = 0.1  # part of each class's training images for val, at least one (target.val = '')
+  config.target.metric = 'top1'  # chooses the best checkpoint: top1 or mean_per_class; both are always reported
+
+  config.source = ConfigDict()  # the pre-training data
+  config.source.name = ''  # like target.name; '' for none (selection.method must then be none)
+  config.source.train = 'train'  # its split to choose from (and to pre-train on)
+  config.source.val = ''  # pre-training only: like target.val
+  config.source.test = ''  # pre-training only: like target.test
+  config.source.val_fraction = 0.05  # pre-training only: like target.val_fraction
+
+  config.model = ConfigDict()
+  config.model.name = 'resnet50'  # resnet18, resnet34, resnet50, resnet101
+  config.model.width = 64  # channels of the first stage; 64 is the published network
+  config.model.stem = '7x7'  # 7x7 (stride 2 and pooling, for photographs) or 3x3 (full resolution, for tiny images)
+  config.model.weights = ''  # workdir of a pre-training, .safetensors, .pth, .pth.tar; 'pretrain' runs config.pretrain first; '' is random
+  config.model.sync_batch_norm = False  # BatchNorm over the batch of all devices instead of each device's own
+  config.model.dtype = 'float32'  # precision of the computation, float32 or bfloat16; parameters are float32
+
+  config.selection = ConfigDict()
+  config.selection.method = 'uot'  # uot, random, or none (plain fine-tuning)
+  config.selection.size = 100  # how many units to choose
+  config.selection.by = 'class'  # the unit: class
+  config.selection.epsilon = 0.1  # uot: strength of the entropy, in units of 1 - cos
+  config.selection.rho_source = 0.1  # uot: how hard the source marginal holds
+  config.selection.rho_target = 10.0  # uot: how hard the target marginal holds
+  config.source_weight = 1.0  # lambda: weight of the loss on source images
+  config.source_ratio = 1.0  # mu: source images a step for each target image
+  config.embeddings_dir = ''  # where embeddings are cached; '' is <workdir>/embeddings
+
+  config.augment = ConfigDict()
+  config.augment.scale = (0.08, 1.0)  # area of the random crop, as parts of the image
+  config.augment.ratio = (3 / 4, 4 / 3)  # width over height of the random crop
+  config.augment.flip = True  # mirror half of the training images
+  config.augment.short_side = 0  # evaluation: short side before the middle is cut out; 0 is image_size * 256 / 224
+
+  config.train = train_config()  # of the job itself
+  config.pretrain = train_config()  # of the pre-training that model.weights = 'pretrain' runs first
+
+  config.compare = ConfigDict()  # job compare: the same fine-tuning with each method and seed
+  config.compare.methods = ('none', 'random', 'uot')  # values of selection.method
+  config.compare.seeds = (0, 1, 2)  # values of seed
+  return config
+
+
+def train_config() -> ConfigDict:
+  """The fields of one training."""
+  train = ConfigDict()
+  train.batch_size = 256  # images a step of the main stream (target; source in pre-training), over all devices
+  train.epochs = 100.0  # passes over the main stream's training images
+  train.steps = 0  # length in steps instead; 0 takes epochs
+  train.learning_rate = 0.01  # the highest one, times the factor of the group
+  train.learning_rate_groups = (('heads/.*', 10.0), ('.*', 1.0))  # (pattern of the whole path, factor); the first match counts
+  train.schedule = 'milestones'  # milestones, cosine or constant
+  train.milestones = (0.6, 0.8)  # parts of the run after which the rate is multiplied by decay
+  train.decay = 0.1  # see milestones
+  train.warmup = 0.0  # part of the run over which the rate rises from zero
+  train.momentum = 0.9  # of SGD
+  train.nesterov = True  # look ahead along the momentum
+  train.weight_decay = 1e-4  # times the factor of the group
+  train.weight_decay_groups = (('.*', 1.0),)  # (pattern of the whole path, factor); the first match counts
+  train.eval_every = 0  # steps between evaluations on val, each with a checkpoint; 0 is a tenth of the run
+  train.log_every = 0  # steps between lines of metrics.jsonl; 0 is a hundredth of the run
+  return train

@@ -1,0 +1,73 @@
+"""Checkpoints of a run: the newest and the best on val; the only file that imports orbax."""
+
+from typing import Any
+
+from etils import epath
+import jax
+from orbax import checkpoint as ocp
+
+FORMAT_VERSION = 1
+
+
+class Checkpoints:
+  """The folder `checkpoints/` of a workdir. Saving goes on in the background; a checkpoint is whole or not there."""
+
+  def __init__(self, workdir: epath.PathLike):
+    keep = ocp.checkpoint_managers
+    policy = keep.AnyPreservationPolicy([
+        keep.LatestN(1), keep.BestN(get_metric_fn=_rank, n=1, keep_checkpoints_without_metrics=False)])
+    self._manager = ocp.CheckpointManager(
+        epath.Path(workdir).resolve() / 'checkpoints', item_names=('state', 'about'),
+        options=ocp.CheckpointManagerOptions(best_fn=_rank, preservation_policy=policy, cleanup_tmp_directories=True))
+
+  def save(self, step: int, state: Any, metrics: dict[str, float] | None) -> None:
+    """Saves a state (on the host) after `step` steps, with val's `score` (best is highest) and `loss` where it was evaluated."""
+    self._manager.save(step, metrics=metrics, args=ocp.args.Composite(
+        state=ocp.args.StandardSave(state), about=ocp.args.JsonSave({'format_version': FORMAT_VERSION, 'step': step})))
+
+  @property
+  def latest_step(self) -> int | None:
+    """The newest step there is, or None."""
+    return self._manager.latest_step()
+
+  @property
+  def best_step(self) -> int | None:
+    """The step that is best on val: highest score, then lowest loss, then latest; None where none was evaluated."""
+    metrics = {step: self._manager.metrics(step) for step in self._manager.all_steps()}
+    return max((step for step in metrics if metrics[step]), key=lambda step: (*_rank(metrics[step]), step), default=None)
+
+  def restore(self, step: int, like: Any) -> Any:
+    """The state saved at `step`, in the structure, shapes and types of `like`."""
+    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+    return self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))['state']
+
+  def wait(self) -> None:
+    """Waits until everything is written."""
+    self._manager.wait_until_finished()
+
+  def close(self) -> None:
+    """Waits until everything is written, and ends."""
+    self._manager.close()
+
+
+def load_variables(workdir: epath.PathLike) -> dict[str, Any]:
+  """`{'params', 'batch_stats'}` of the best checkpoint of a run (the newest where none was evaluated), as numpy arrays.
+
+  Raises:
+    ValueError: a folder without checkpoints.
+  """
+  folder = epath.Path(workdir) / 'checkpoints'
+  if not folder.exists():
+    raise ValueError(f'{workdir} holds no checkpoints; give the workdir of a finished run, such as runs/pretrain')
+  checkpoints = Checkpoints(workdir)
+  step = checkpoints.best_step if checkpoints.best_step is not None else checkpoints.latest_step
+  if step is None:
+    raise ValueError(f'{folder} holds no finished checkpoint; let the run go on to its first evaluation')
+  state = checkpoints._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore()))['state']
+  checkpoints.close()
+  return jax.device_get({'params': state['params'], 'batch_stats': state['batch_stats']})
+
+
+def _rank(metrics: dict[str, float]) -> tuple[float, float]:
+  # On a small val split many steps have the same score.
+  return metrics['score'], -metrics['loss']

@@ -1,0 +1,76 @@
+"""The demo's two image sets, made of what ships inside scikit-learn: nothing is downloaded.
+
+The pool holds handwritten digits of some writers beside patches of two photographs (one class a region); the target holds
+digits of other writers, inverted and turned by a right angle. Every image is 8x8 and grey, patches too, so that neither
+sharpness nor colour gives a class away.
+"""
+
+import numpy as np
+
+# Where one writer's digits end and the next one's begin (scikit-learn MOOC, "Sample grouping": the set lists them in turn).
+_WRITERS = (0, 130, 256, 386, 516, 646, 776, 915, 1029, 1157, 1287, 1415, 1545, 1667, 1797)
+# Writers by number: the pool's, the target's for training, and the target's for the test.
+_POOL, _TRAIN, _TEST = range(0, 9), range(9, 11), range(11, 14)
+_TRAIN_PER_CLASS = 8
+_PATCHES_PER_REGION, _PATCH, _GRID = 60, 64, (2, 4)
+
+
+def load(name: str, split: str) -> tuple[np.ndarray, np.ndarray, list[str], tuple[str, ...]]:
+  """Images uint8 `[n, 8, 8]`, labels int32 `[n]`, ids and class names of `pool` (train) or `target` (train, test).
+
+  Raises:
+    ValueError: another name or split.
+  """
+  known = {('pool', 'train'): _pool, ('target', 'train'): lambda: _target(_TRAIN, _TRAIN_PER_CLASS),
+           ('target', 'test'): lambda: _target(_TEST, None)}
+  if (name, split) not in known:
+    raise ValueError(f'digits:{name} {split}: known are {", ".join(f"digits:{n} {s}" for n, s in known)}')
+  return known[name, split]()
+
+
+def _pool() -> tuple[np.ndarray, np.ndarray, list[str], tuple[str, ...]]:
+  images, labels, ids = _digits(_POOL)
+  patches, regions, patch_ids, names = _patches()
+  return (np.concatenate([images, patches]), np.concatenate([labels, regions + 10]).astype(np.int32), ids + patch_ids,
+          tuple(f'digit {i}' for i in range(10)) + names)
+
+
+def _target(writers: range, per_class: int | None) -> tuple[np.ndarray, np.ndarray, list[str], tuple[str, ...]]:
+  images, labels, ids = _digits(writers)
+  keep = np.sort(np.concatenate([np.flatnonzero(labels == c)[:per_class] for c in range(10)]))
+  turned = np.rot90(255 - images[keep], axes=(1, 2))
+  return np.ascontiguousarray(turned), labels[keep], [ids[i] for i in keep], tuple(f'turned {i}' for i in range(10))
+
+
+def _digits(writers: range) -> tuple[np.ndarray, np.ndarray, list[str]]:
+  from sklearn import datasets  # takes a second to import; only the demo needs it
+
+  data = datasets.load_digits()
+  rows = np.concatenate([np.arange(_WRITERS[w], _WRITERS[w + 1]) for w in writers])
+  images = np.round(data.images[rows] * (255 / 16)).astype(np.uint8)
+  return images, data.target[rows].astype(np.int32), [f'digits/{row}' for row in rows]
+
+
+def _patches() -> tuple[np.ndarray, np.ndarray, list[str], tuple[str, ...]]:
+  """Random squares of each region of scikit-learn's two photographs, averaged down to 8x8 grey pixels."""
+  from sklearn import datasets
+
+  rng = np.random.default_rng(0)
+  photos = datasets.load_sample_images()
+  patches, labels, ids, names = [], [], [], []
+  for file_name, photo in zip(photos.filenames, photos.images):
+    grey = photo.astype(np.float64).mean(-1)
+    height, width = grey.shape[0] // _GRID[0], grey.shape[1] // _GRID[1]
+    stem = str(file_name).replace('\\', '/').rsplit('/', 1)[-1].split('.')[0]
+    for i in range(_GRID[0]):
+      for j in range(_GRID[1]):
+        for k in range(_PATCHES_PER_REGION):
+          y = i * height + rng.integers(height - _PATCH + 1)
+          x = j * width + rng.integers(width - _PATCH + 1)
+          block = _PATCH // 8
+          square = grey[y:y + _PATCH, x:x + _PATCH].reshape(8, block, 8, block).mean((1, 3))
+          patches.append(np.round(square).astype(np.uint8))
+          labels.append(len(names))
+          ids.append(f'{stem}/{i}{j}/{k}')
+        names.append(f'{stem} {i}{j}')
+  return np.stack(patches), np.asarray(labels, np.int32), ids, tuple(names)

@@ -1,0 +1,298 @@
+"""Image sets as random access to examples: `open_source('folder:photos', 'train')`, `open_source('tfds:dtd', 'train')`.
+
+A source knows every label and every id without decoding an image; an image is read when it is asked for.
+"""
+
+from collections.abc import Callable, Sequence
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import re
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ft_jax.data import digits
+
+IMAGE_ENDINGS = ('.jpg', '.jpeg', '.png', '.webp', '.gif', '.bmp', '.tif', '.tiff', '.ppm')
+
+
+class Example(NamedTuple):
+  """One image: encoded bytes or a decoded uint8 array [h, w] or [h, w, 3]; its class; an id that stays the same."""
+  image: bytes | np.ndarray
+  label: int
+  id: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """One split of an image set.
+
+  Attributes:
+    name: the set and the split, for messages and files.
+    class_names: one name a class, in the order of the labels.
+    labels: int32 `[n]`, the class of each example.
+    ids: str `[n]`, a name for each example that stays when the set is opened again.
+    rows: int64 `[n]`, where each example lies in the underlying store.
+    read: gives the image of a row of the store.
+    fingerprint: changes when the examples, their order or their labels do.
+  """
+  name: str
+  class_names: tuple[str, ...]
+  labels: np.ndarray
+  ids: np.ndarray
+  rows: np.ndarray
+  read: Callable[[int], bytes | np.ndarray]
+  fingerprint: str
+
+  def __len__(self) -> int:
+    return len(self.labels)
+
+  def __getitem__(self, i: int) -> Example:
+    return Example(self.read(int(self.rows[i])), int(self.labels[i]), str(self.ids[i]))
+
+  def subset(self, indices: Sequence[int] | np.ndarray) -> 'Source':
+    """The examples at `indices`, in that order, with the same classes."""
+    indices = np.asarray(indices, np.int64)
+    return dataclasses.replace(
+        self, labels=self.labels[indices], ids=self.ids[indices], rows=self.rows[indices],
+        fingerprint=digest(self.fingerprint, indices.tobytes()))
+
+  def of_classes(self, classes: Sequence[int]) -> 'Source':
+    """The examples of some classes; labels stay as they are."""
+    return self.subset(np.flatnonzero(np.isin(self.labels, classes)))
+
+
+def open_source(name: str, split: str, data_dir: str = '') -> Source:
+  """Opens a split of an image set.
+
+  Args:
+    name: `tfds:<name>[/config][:version]`, `folder:<path>`, or `digits:pool` and `digits:target` (the demo's).
+    split: `train`, `train[:90%]`, `train+val`. For `tfds:` this is TFDS's own slicing of the whole split; for `folder:`
+      a slice is taken of each class by itself.
+    data_dir: where prepared TFDS sets lie, and what a relative `folder:` path starts from.
+
+  Raises:
+    ValueError: a name, split or folder that is not there or holds nothing, with what is.
+  """
+  kind, _, rest = name.partition(':')
+  if kind not in SOURCES or not rest:
+    raise ValueError(f'data set {name!r}: expected {", ".join(f"{k}:..." for k in SOURCES)}')
+  return SOURCES[kind](rest, split, data_dir)
+
+
+def carve(source: Source, fraction: float, seed: int) -> tuple[Source, Source]:
+  """Splits a source in two by class: (the rest, about `fraction` of every class).
+
+  The choice depends on the ids and the seed alone, not on the order of the files. A class of two or more gives at least
+  one example and keeps at least one; a class of one keeps it.
+
+  Raises:
+    ValueError: a fraction outside (0, 1), or one that leaves the second part empty.
+  """
+  if not 0 < fraction < 1:
+    raise ValueError(f'val_fraction is {fraction}; expected a number between 0 and 1 (or name a val split)')
+  priority = np.array([digest(str(seed), i) for i in source.ids])
+  order = np.lexsort((priority, source.labels))
+  sizes = np.bincount(source.labels, minlength=len(source.class_names))
+  starts = np.cumsum(sizes) - sizes
+  taken = np.where(sizes > 1, np.clip(np.round(sizes * fraction), 1, np.maximum(sizes - 1, 1)), 0).astype(int)
+  second = np.sort(np.concatenate([order[a:a + n] for a, n in zip(starts, taken)]))
+  if not len(second):
+    raise ValueError(f'{source.name}: every class has one image, so none can be set aside for val; '
+                     'add images, or name a val split')
+  first = np.setdiff1d(np.arange(len(source)), second)
+  return source.subset(first), source.subset(second)
+
+
+# --- folders ---
+
+
+class SplitPart(NamedTuple):
+  """One term of a split expression: a name and the bounds of its slice, each `None`, `'90%'` or `'100'`."""
+  name: str
+  start: str | None
+  stop: str | None
+
+
+def parse_split(split: str) -> list[SplitPart]:
+  """Reads `train`, `train[:90%]`, `train[10:]+val`; raises ValueError for anything else."""
+  parts = []
+  for term in split.split('+'):
+    match = re.fullmatch(r'\s*([\w.-]+)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?\s*', term)
+    if not match:
+      raise ValueError(f'split {split!r}: expected a name, such as train, or a slice, such as train[:90%] or train[10:]')
+    parts.append(SplitPart(*match.groups()))
+  return parts
+
+
+def _bound(text: str | None, size: int, default: int) -> int:
+  if text is None:
+    return default
+  value = round(int(text[:-1]) * size / 100) if text.endswith('%') else int(text)
+  return max(0, min(size, value + size if value < 0 else value))
+
+
+def _open_folder(path: str, split: str, data_dir: str) -> Source:
+  root = pathlib.Path(os.path.expanduser(path))
+  root = root if root.is_absolute() else pathlib.Path(os.path.expanduser(data_dir)) / root
+  name = f'folder:{path}'
+  if not root.is_dir():
+    raise ValueError(f'{name}: there is no folder {root}; give the path of a folder of <split>/<class>/<image> or <class>/<image>')
+  parts = parse_split(split)
+  found = [_list_classes(root, part, name) for part in parts]
+  class_names = tuple(found[0])
+  for part, files in zip(parts, found):
+    if tuple(files) != class_names:
+      raise ValueError(f'{name}: the classes of {part.name} and {parts[0].name} differ: '
+                       f'{sorted(set(files) ^ set(class_names))[:5]}')
+  paths, labels = [], []
+  for label, class_name in enumerate(class_names):
+    for part, files in zip(parts, found):
+      # A fixed shuffle, so that a slice is not the first frames of a burst or the first writers.
+      shuffled = sorted(files[class_name], key=lambda p: digest(p.name))
+      chosen = shuffled[_bound(part.start, len(shuffled), 0):_bound(part.stop, len(shuffled), len(shuffled))]
+      paths += sorted(chosen)
+      labels += [label] * len(chosen)
+  if not paths:
+    raise ValueError(f'{name}: split {split!r} holds no image; the slice is empty')
+  ids = [p.relative_to(root).as_posix() for p in paths]
+  sizes = [str(p.stat().st_size) for p in paths]
+
+  return Source(f'{name} {split}', class_names, np.asarray(labels, np.int32), np.asarray(ids), np.arange(len(paths)),
+                lambda row: paths[row].read_bytes(), digest(*ids, *sizes, *class_names))
+
+
+def _list_classes(root: pathlib.Path, part: SplitPart, name: str) -> dict[str, list[pathlib.Path]]:
+  """The images of every class below `root/<split>`, or below `root` itself where no split folder is there."""
+  has_splits = any((root / folder).is_dir() for folder in ('train', 'val', 'test', 'validation', part.name))
+  base = root / part.name if has_splits else root
+  if not base.is_dir():
+    raise ValueError(f'{name}: there is no split {part.name!r}; known: {", ".join(_folders(root))}')
+  if not has_splits and part.name != 'train':
+    raise ValueError(f'{name}: the folder has no splits (<class>/<image>), so all of it is called train: '
+                     f'use slices such as train[:80%] and train[80%:] instead of {part.name!r}')
+  classes = {folder: _images(base / folder) for folder in _folders(base)}
+  if not classes:
+    raise ValueError(f'{name}: {base} holds no class folders; expected <class>/<image> in it')
+  empty = [folder for folder, files in classes.items() if not files]
+  if empty:
+    raise ValueError(f'{name}: no image in class folder {base / empty[0]}'
+                     + (f' and {len(empty) - 1} others' if len(empty) > 1 else '')
+                     + f'; an image ends in {", ".join(IMAGE_ENDINGS)}. Fill it or remove it')
+  return classes
+
+
+def _folders(path: pathlib.Path) -> list[str]:
+  return sorted(e.name for e in os.scandir(path) if e.is_dir() and not e.name.startswith('.'))
+
+
+def _images(path: pathlib.Path) -> list[pathlib.Path]:
+  return [path / e.name for e in os.scandir(path)
+          if e.name.lower().endswith(IMAGE_ENDINGS) and not e.name.startswith('.') and e.is_file()]
+
+
+# --- TFDS ---
+
+
+def prepare_command(name: str, data_dir: str) -> str:
+  """The shell command that writes a TFDS set in the form that is read here."""
+  return f'python -m ft_jax.data.prepare tfds:{name}' + (f' --data_dir={data_dir}' if data_dir else '')
+
+
+def _open_tfds(name: str, split: str, data_dir: str) -> Source:
+  import tensorflow_datasets as tfds  # only where a TFDS set is used
+
+  builder = tfds_builder(name, data_dir)
+  command = prepare_command(name, data_dir)
+  if not builder.is_prepared():
+    raise ValueError(f'tfds:{name} is not prepared in {builder.data_dir}; prepare it with: {command}')
+  if builder.info.file_format not in (tfds.core.FileFormat.ARRAY_RECORD, None):
+    raise ValueError(f'tfds:{name} is stored as {builder.info.file_format.value} in {builder.data_dir}, which has no random access; '
+                     f'write it as ArrayRecord (into another data_dir, or after moving that folder away) with: {command}')
+  features = builder.info.features
+  if not {'image', 'label'} <= set(features):
+    raise ValueError(f'tfds:{name} has the features {", ".join(features)}; expected image and label')
+  # Masks and the like are skipped too: nothing but the image is decoded, and that later.
+  skip = {key: tfds.decode.SkipDecoding() for key, feature in features.items()
+          if isinstance(feature, tfds.features.Image)}
+  try:
+    store = builder.as_data_source(split, decoders=skip)
+  except ValueError as error:
+    raise ValueError(f'tfds:{name}: split {split!r} does not open; known: {", ".join(builder.info.splits)}') from error
+  if not len(store):
+    raise ValueError(f'tfds:{name}: split {split!r} holds no image; the slice is empty')
+  full_name = builder.info.full_name
+  fingerprint = digest(full_name, split, str(len(store)), json.dumps(
+      {key: [info.num_bytes, info.num_examples] for key, info in sorted(builder.info.splits.items())}, default=str))
+
+  labels, ids = _tfds_labels_and_ids(store, split, fingerprint)
+  return Source(f'tfds:{full_name} {split}', tuple(features['label'].names), labels, ids, np.arange(len(store)),
+                lambda row: store[row]['image'], fingerprint)
+
+
+def tfds_builder(name: str, data_dir: str) -> Any:
+  """TFDS's builder for `name[/config][:version]`, to be stored as ArrayRecord unless it is there in another form."""
+  import tensorflow_datasets as tfds
+
+  directory = os.path.expanduser(data_dir) or None
+  try:
+    builder = tfds.builder(name, data_dir=directory)
+    # A set that is there keeps its form, so that a wrong one can be named; a new one is written with random access.
+    return builder if builder.is_prepared() else tfds.builder(name, data_dir=directory, file_format='array_record')
+  except (tfds.core.registered.DatasetNotFoundError, AssertionError, ValueError) as error:
+    # TFDS's own message lists several hundred names.
+    raise ValueError(f'tfds:{name}: {str(error).splitlines()[0]} The sets are listed at https://www.tensorflow.org/datasets/catalog; '
+                     f'a set of your own must lie prepared in data_dir (now {data_dir or "~/tensorflow_datasets"})') from None
+
+
+def _tfds_labels_and_ids(store: Any, split: str, fingerprint: str, chunk: int = 512) -> tuple[np.ndarray, np.ndarray]:
+  """One pass over the records without decoding an image, kept for the next time in the user's cache folder."""
+  folder = pathlib.Path(os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache') / 'ft_jax' / 'labels'
+  path = folder / f'{fingerprint}.npz'
+  if path.exists():
+    with np.load(path) as saved:
+      return saved['labels'], saved['ids']
+  labels, ids = np.zeros(len(store), np.int32), []
+  for start in range(0, len(store), chunk):
+    rows = range(start, min(start + chunk, len(store)))
+    for row, record in zip(rows, store.__getitems__(list(rows))):
+      labels[row] = record['label']
+      ids.append(record['file_name'].decode() if record.get('file_name') else f'{split}/{row}')
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f'.{path.stem}.{os.getpid()}.npz')
+    np.savez(temporary, labels=labels, ids=np.asarray(ids))
+    os.replace(temporary, path)
+  except OSError:
+    pass  # a cache that cannot be written costs time, nothing else
+  return labels, np.asarray(ids)
+
+
+# --- the demo ---
+
+
+def _open_digits(name: str, split: str, data_dir: str) -> Source:
+  del data_dir
+  images, labels, ids, class_names = digits.load(name, split)
+
+  return Source(f'digits:{name} {split}', class_names, labels, np.asarray(ids), np.arange(len(labels)),
+                lambda row: images[row], digest(images.tobytes(), labels.tobytes(), *class_names))
+
+
+def digest(*parts: str | bytes) -> str:
+  """Sixteen hexadecimal digits that depend on every part and on where one ends."""
+  state = hashlib.sha256()
+  for part in parts:
+    data = part.encode() if isinstance(part, str) else part
+    state.update(len(data).to_bytes(8, 'big') + data)
+  return state.hexdigest()[:16]
+
+
+SOURCES: dict[str, Callable[[str, str, str], Source]] = {
+    'tfds': _open_tfds,
+    'folder': _open_folder,
+    'digits': _open_digits,
+}

@@ -1,0 +1,164 @@
+"""Job finetune: select pre-training data for a target, fine-tune on both together, see what came of it."""
+
+import dataclasses
+from typing import Any
+
+from etils import epath
+import jax
+from ml_collections import ConfigDict
+import numpy as np
+
+from ft_jax import progress, report
+from ft_jax.data import augment
+from ft_jax.data.pipeline import EvalBatches, Transform
+from ft_jax.data.sources import digest, open_source, Source
+from ft_jax.jobs import fit, pretrain, setup
+from ft_jax.progress import log
+from ft_jax.workdir import Workdir, write_results
+import selection
+from selection import plots
+
+
+def run(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
+  """Runs the job, or goes on with it; returns what results.json holds."""
+  _check(config)
+  work = Workdir(workdir, config.to_dict())
+  if work.results():
+    log.info('%s is finished: %s', work.path, work.report_html)
+    return work.results()
+
+  log.info('fine-tuning %s -> %s', config.model.name, work.path)
+  splits = setup.open_splits(config.target, config.data_dir, config.seed)
+  pool = open_source(config.source.name, config.source.train, config.data_dir) if config.source.name else None
+  _describe(splits, pool)
+  weights = _weights(config, work)
+  transform = setup.make_transform(config)
+
+  chosen = _select(config, work, weights, splits.train, pool, transform)
+  streams = {'target': fit.Stream(splits.train, config.train.batch_size, 1.0)}
+  heads = {'target': len(splits.train.class_names)}
+  if chosen is not None and chosen.classes:
+    # The source head keeps all classes of the pool, as in the paper; only the chosen ones ever come.
+    heads['source'] = len(pool.class_names)
+    streams['source'] = fit.Stream(pool.of_classes(chosen.classes), _source_batch(config), config.source_weight)
+
+  model = setup.build_model(config.model, heads)
+  variables = setup.init_variables(model, config.image_size, config.seed, weights)
+  results = fit.fit(config.train, work, model=model, variables=variables, streams=streams, splits=splits, transform=transform,
+                    metric=config.target.metric, seed=config.seed)
+  sets = {'train': len(splits.train), 'val': len(splits.val), 'test': len(splits.test) if splits.test else 0}
+  write_results(work, {
+      'job': 'finetune', **results,
+      'target': {'name': config.target.name, 'classes': len(splits.train.class_names), 'fingerprint': splits.train.fingerprint, **sets},
+      'source': None if pool is None else {
+          'name': config.source.name, 'classes': len(pool.class_names), 'images': len(pool), 'fingerprint': pool.fingerprint},
+      'selection': None if chosen is None else {
+          'method': chosen.method, 'classes': list(chosen.class_names),
+          'images': len(streams['source'].source) if 'source' in streams else 0},
+      'weights_fingerprint': setup.weights_fingerprint(weights) if weights else ''})
+  report.write(work, _selection_section(config, splits.train, pool, chosen) if chosen else None)
+  log.info('report: %s', work.report_html)
+  return work.results()
+
+
+def _check(config: ConfigDict) -> None:
+  """What can be known before anything long begins."""
+  if not config.target.name:
+    raise ValueError('config.target.name is empty; name your images, such as folder:/data/pets or tfds:oxford_iiit_pet')
+  if not config.source.name and config.selection.method != 'none':
+    raise ValueError(f'config.selection.method is {config.selection.method!r} but config.source.name is empty; '
+                     'name the pre-training data, or use --config.selection.method=none')
+  if config.selection.method not in selection.STRATEGIES:
+    raise ValueError(f'config.selection.method is {config.selection.method!r}; known: {", ".join(selection.STRATEGIES)}')
+  if config.source.name == config.target.name and config.source.train == config.target.train:
+    log.warning('warning: target and source are the same images (%s); the source should be the pre-training data', config.target.name)
+  if config.selection.method != 'none':
+    _source_batch(config)
+
+
+def _source_batch(config: ConfigDict) -> int:
+  size = config.source_ratio * config.train.batch_size
+  if size < 1 or size != round(size):
+    raise ValueError(f'config.source_ratio {config.source_ratio} of batch {config.train.batch_size} is {size} source images a step; '
+                     'expected a whole number from 1 (config.selection.method=none trains without)')
+  return round(size)
+
+
+def _describe(splits: setup.Splits, pool: Source | None) -> None:
+  test = f', {len(splits.test):,d} test' if splits.test else ''
+  log.info('target: %s: %s train, %s val%s images of %d classes', splits.train.name, f'{len(splits.train):,d}',
+           f'{len(splits.val):,d}', test, len(splits.train.class_names))
+  if pool is not None:
+    log.info('source: %s: %s images of %d classes', pool.name, f'{len(pool):,d}', len(pool.class_names))
+
+
+def _weights(config: ConfigDict, work: Workdir) -> dict[str, Any] | None:
+  """The pre-trained variables; pre-trains first where the config says so."""
+  if not config.model.weights:
+    log.warning('warning: config.model.weights is empty, so the network starts from random weights')
+    return None
+  if config.model.weights != 'pretrain':
+    return setup.load_weights(config.model.weights)
+  # A run of its own beside the others, with its own checkpoints and report.
+  own = ConfigDict(config.to_dict())
+  own.train, own.model.weights = own.pretrain, ''
+  pretrain.run(own, work.path / 'pretrain')
+  return setup.load_weights(str(work.path / 'pretrain'))
+
+
+def _select(config: ConfigDict, work: Workdir, weights: dict[str, Any] | None, target: Source, pool: Source | None,
+            transform: Transform) -> selection.Selection | None:
+  """The selection of this run: read where it is there, made otherwise. None without a pool."""
+  if pool is None:
+    return None
+  if work.selection_json.exists():
+    return selection.Selection.load(work.selection_json, pool.fingerprint)
+  settings = config.selection
+  if settings.method == 'none':
+    return None
+  parameters = {name: settings[name] for name in ('epsilon', 'rho_source', 'rho_target')} if settings.method == 'uot' else {}
+  embedded = [_class_means(config, work, weights, source, transform, what) for source, what in ((pool, 'source'), (target, 'target'))]
+  chosen = selection.select(*embedded, settings.size, by=settings.by, method=settings.method, seed=config.seed, **parameters)
+  chosen = dataclasses.replace(chosen, source={'name': pool.name, 'fingerprint': pool.fingerprint})
+  chosen.save(work.selection_json)
+  log.info('%s', chosen.table(12))
+  return chosen
+
+
+def _class_means(config: ConfigDict, work: Workdir, weights: dict[str, Any] | None, source: Source, transform: Transform,
+                 what: str) -> selection.Embeddings:
+  """Mean features of the classes of a source; made once for these weights, images and preprocessing."""
+  model = setup.build_model(config.model, {})
+  variables = setup.init_variables(model, config.image_size, config.seed, weights)
+  encoder = digest(setup.weights_fingerprint(variables), config.model.name, config.model.dtype, f'{transform.size}/{transform.short_side}')
+  folder = epath.Path(config.embeddings_dir) if config.embeddings_dir else work.embeddings
+  path = folder / f'class_means-{digest(encoder, source.fingerprint)}.npz'
+  if path.exists():
+    return selection.Embeddings.load(path)
+  batches = EvalBatches(source, transform, -(-config.train.batch_size // jax.device_count()) * jax.device_count())
+  log.info('embedding %s: %s images', what, f'{len(source):,d}')
+  means = selection.embed_class_means(
+      lambda variables, images: model.apply(variables, images, train=False).features, variables,
+      progress.bar(batches, f'embedding {what}', len(batches)), class_names=source.class_names, fingerprint=encoder)
+  means.save(path)
+  return means
+
+
+def _selection_section(config: ConfigDict, target: Source, pool: Source, chosen: selection.Selection) -> report.SelectionSection:
+  """What the report shows of a selection, with a few images of each class."""
+  with_shares = chosen.plan is not None
+  rows = [report.ChosenClass(name, float(chosen.shares[k]) if with_shares else None, int((pool.labels == k).sum()), drawn_by,
+                             _examples(pool, k, 4))
+          for k, name, drawn_by in zip(chosen.classes, chosen.class_names, chosen.explain(3))]
+  how = f'{len(rows)} of {len(pool.class_names)} classes of {pool.name}, chosen by {chosen.method}'
+  if with_shares:
+    settings = ', '.join(f'{name} {value}' for name, value in chosen.parameters.items())
+    how += (f' ({settings}; converged in {chosen.solver["iterations"]} iterations). The share of a class is the part of the transported '
+            'mass that comes from it; the last column says which target classes that mass goes to.')
+  target_rows = [(name, _examples(target, k, 2)) for k, name in enumerate(target.class_names[:40])]
+  return report.SelectionSection(how, rows[:60], plots.ranking(chosen) if with_shares else None, target_rows)
+
+
+def _examples(source: Source, label: int, most: int) -> list[bytes]:
+  rows = np.flatnonzero(source.labels == label)[:most]
+  return [augment.thumbnail(example.image, example.id, 64) for example in (source[int(row)] for row in rows)]

@@ -1,0 +1,196 @@
+"""ResNet-18/34/50/101 (v1.5) with any set of named heads.
+
+Layers carry torchvision's names and numbers: the parameter `layer1/0/conv1/kernel` here is `layer1.0.conv1.weight` there
+(He et al., CVPR 2016; v1.5 puts the stride of a bottleneck on its 3x3 convolution).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+import functools
+from typing import NamedTuple
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+
+from ft_jax.models.conv import conv2d, max_pool
+
+# Per-channel mean and standard deviation of ImageNet in [0, 1]: what torchvision's weights were trained on.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+ModuleDef = Callable[..., nn.Module]
+
+
+class Outputs(NamedTuple):
+  """One forward pass: `features` [b, d]; `logits` {head: [b, K]}; `taps` {'layer1': [b, h, w, c], ... 'layer4'}."""
+  features: jax.Array
+  logits: dict[str, jax.Array]
+  taps: dict[str, jax.Array]
+
+
+class Conv(nn.Module):
+  """A convolution without bias; the kernel starts normal with He et al.'s scale over the fan-out, as in torchvision."""
+  features: int
+  size: int
+  stride: int = 1
+  dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    kernel = self.param('kernel', nn.initializers.variance_scaling(2.0, 'fan_out', 'normal'),
+                        (self.size, self.size, x.shape[-1], self.features))
+    return conv2d(x.astype(self.dtype), kernel.astype(self.dtype), self.stride)
+
+
+class Downsample(nn.Module):
+  """The shortcut where the shape changes: 1x1 convolution and normalisation (`downsample.0`, `downsample.1`)."""
+  features: int
+  stride: int
+  conv: ModuleDef
+  norm: ModuleDef
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    return self.norm(name='1')(self.conv(self.features, 1, self.stride, name='0')(x))
+
+
+class BasicBlock(nn.Module):
+  """Two 3x3 convolutions (ResNet-18 and 34)."""
+  planes: int
+  stride: int
+  conv: ModuleDef
+  norm: ModuleDef
+  expansion = 1
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    y = nn.relu(self.norm(name='bn1')(self.conv(self.planes, 3, self.stride, name='conv1')(x)))
+    y = self.norm(name='bn2')(self.conv(self.planes, 3, name='conv2')(y))
+    if y.shape != x.shape:
+      x = Downsample(self.planes, self.stride, self.conv, self.norm, name='downsample')(x)
+    return nn.relu(x + y)
+
+
+class Bottleneck(nn.Module):
+  """1x1, 3x3 (with the stride), 1x1 to four times the planes (ResNet-50 and 101)."""
+  planes: int
+  stride: int
+  conv: ModuleDef
+  norm: ModuleDef
+  expansion = 4
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    y = nn.relu(self.norm(name='bn1')(self.conv(self.planes, 1, name='conv1')(x)))
+    y = nn.relu(self.norm(name='bn2')(self.conv(self.planes, 3, self.stride, name='conv2')(y)))
+    y = self.norm(name='bn3')(self.conv(self.planes * 4, 1, name='conv3')(y))
+    if y.shape != x.shape:
+      x = Downsample(self.planes * 4, self.stride, self.conv, self.norm, name='downsample')(x)
+    return nn.relu(x + y)
+
+
+class Stage(nn.Module):
+  """The blocks of one resolution, numbered from '0'."""
+  block: type[nn.Module]
+  depth: int
+  planes: int
+  stride: int
+  conv: ModuleDef
+  norm: ModuleDef
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    for i in range(self.depth):
+      x = self.block(self.planes, self.stride if i == 0 else 1, self.conv, self.norm, name=str(i))(x)
+    return x
+
+
+class Heads(nn.Module):
+  """One linear classifier a name, side by side on the same features, in float32.
+
+  Weights start at N(0, 2/d), biases at zero (Liu et al., NeurIPS 2022, whose code has 2/2048 whatever d is).
+  """
+  classes: Mapping[str, int]
+
+  @nn.compact
+  def __call__(self, features: jax.Array) -> dict[str, jax.Array]:
+    std = (2.0 / features.shape[-1]) ** 0.5
+    return {name: nn.Dense(size, kernel_init=nn.initializers.normal(std), name=name)(features)
+            for name, size in self.classes.items()}
+
+
+class ResNet(nn.Module):
+  """The network: images to features, logits of every head, and the output of each stage.
+
+  Attributes:
+    depths: blocks of each of the four stages.
+    block: BasicBlock or Bottleneck.
+    heads: number of classes of each head, by name.
+    width: channels of the first stage; 64 is the published network.
+    stem: '7x7' (stride 2 and a max-pool of stride 2, for photographs) or '3x3' (full resolution, for tiny images).
+    axis_name: the pmapped axis over which BatchNorm averages; None keeps statistics of each device apart.
+    dtype: precision of the computation; parameters and statistics are float32.
+    norm: the normalisation layer, with the arguments of `flax.linen.BatchNorm`.
+  """
+  depths: Sequence[int]
+  block: type[nn.Module]
+  heads: Mapping[str, int]
+  width: int = 64
+  stem: str = '7x7'
+  axis_name: str | None = None
+  dtype: jnp.dtype = jnp.float32
+  norm: ModuleDef = nn.BatchNorm
+
+  @nn.compact
+  def __call__(self, images: jax.Array, train: bool = False) -> Outputs:
+    """Runs the network.
+
+    Args:
+      images: uint8 `[b, h, w, 3]`, normalised here, or float `[b, h, w, 3]`, taken as normalised.
+      train: whether BatchNorm uses the batch and updates its running statistics.
+    """
+    conv = functools.partial(Conv, dtype=self.dtype)
+    # 0.9 here is torch's momentum of 0.1.
+    norm = functools.partial(self.norm, use_running_average=not train, momentum=0.9, epsilon=1e-5,
+                             axis_name=self.axis_name, dtype=self.dtype)
+    x = normalize(images) if images.dtype == jnp.uint8 else images
+    if self.stem == '7x7':
+      x = nn.relu(norm(name='bn1')(conv(self.width, 7, 2, name='conv1')(x)))
+      x = max_pool(x)
+    else:
+      x = nn.relu(norm(name='bn1')(conv(self.width, 3, name='conv1')(x)))
+    taps = {}
+    for i, depth in enumerate(self.depths):
+      x = Stage(self.block, depth, self.width * 2**i, 1 if i == 0 else 2, conv, norm, name=f'layer{i + 1}')(x)
+      taps[f'layer{i + 1}'] = x
+    features = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
+    return Outputs(features, Heads(self.heads, name='heads')(features), taps)
+
+
+def normalize(images: jax.Array) -> jax.Array:
+  """uint8 images to float32 with ImageNet's mean and standard deviation taken out."""
+  mean, std = jnp.asarray(IMAGENET_MEAN), jnp.asarray(IMAGENET_STD)
+  return (images.astype(jnp.float32) / 255.0 - mean) / std
+
+
+def build(name: str, heads: Mapping[str, int], *, width: int = 64, stem: str = '7x7', axis_name: str | None = None,
+          dtype: jnp.dtype = jnp.float32) -> ResNet:
+  """A network of the table below; raises ValueError for a name, stem or width that is not there."""
+  if name not in NETWORKS:
+    raise ValueError(f'model.name is {name!r}; known: {", ".join(NETWORKS)}')
+  if stem not in STEMS:
+    raise ValueError(f'model.stem is {stem!r}; known: {", ".join(STEMS)}')
+  if width < 1:
+    raise ValueError(f'model.width is {width}; expected 1 or more (64 is the published network)')
+  block, depths = NETWORKS[name]
+  return ResNet(depths, block, dict(heads), width, stem, axis_name, dtype)
+
+
+STEMS = ('7x7', '3x3')
+
+NETWORKS: dict[str, tuple[type[nn.Module], tuple[int, ...]]] = {
+    'resnet18': (BasicBlock, (2, 2, 2, 2)),
+    'resnet34': (BasicBlock, (3, 4, 6, 3)),
+    'resnet50': (Bottleneck, (3, 4, 6, 3)),
+    'resnet101': (Bottleneck, (3, 4, 23, 3)),
+}

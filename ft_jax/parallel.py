@@ -1,0 +1,38 @@
+"""Devices: how a batch is shared out, how state is copied to all of them and read back."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from flax import jax_utils
+import jax
+import numpy as np
+
+
+def is_main() -> bool:
+  """Whether this process writes what is written once."""
+  return jax.process_index() == 0
+
+
+def check_batch(size: int, what: str) -> None:
+  """Raises ValueError where the devices cannot share a batch evenly."""
+  devices = jax.device_count()
+  if size < 1 or size % devices:
+    below, above = size // devices * devices, -(-max(size, 1) // devices) * devices
+    choice = f'{below} or {above}' if below else f'{above}'
+    raise ValueError(f'{what} is {size}, which {devices} devices cannot share evenly; use {choice}')
+
+
+def shard(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """This host's batch `[b, ...]` as `[local devices, b / local devices, ...]`."""
+  devices = jax.local_device_count()
+  return {key: value.reshape(devices, -1, *value.shape[1:]) for key, value in batch.items()}
+
+
+def replicate(tree: Any) -> Any:
+  """A copy on each local device; the source is read back first, since a donated copy may share its memory."""
+  return jax_utils.replicate(jax.device_get(tree))
+
+
+def unreplicate(tree: Any) -> Any:
+  """The first local device's copy, on the host."""
+  return jax.tree.map(lambda x: np.asarray(x.addressable_data(0)).reshape(x.shape[1:]), tree)

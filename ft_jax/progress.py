@@ -1,0 +1,42 @@
+"""What a person sees while something long runs: a bar with rate and time left on a terminal, plain lines elsewhere."""
+
+from collections.abc import Iterable, Iterator
+import logging
+import sys
+from typing import TypeVar
+
+import tqdm
+
+T = TypeVar('T')
+
+log = logging.getLogger('ft_jax')
+
+
+def bar(items: Iterable[T], what: str, total: int, unit: str = 'batch') -> Iterator[T]:
+  """Goes through `items` with a progress bar; without a terminal, silently."""
+  with counter(what, total, unit) as shown:
+    for item in items:
+      yield item
+      shown.update()
+
+
+def counter(what: str, total: int, unit: str = 'step', initial: int = 0) -> tqdm.tqdm:
+  """A progress bar that is moved by `update`; hidden without a terminal, or where log lines are."""
+  hidden = not sys.stderr.isatty() or not log.isEnabledFor(logging.INFO)
+  return tqdm.tqdm(desc=f'  {what}', total=total, unit=f' {unit}', initial=initial, disable=hidden, leave=False,
+                   dynamic_ncols=True, smoothing=0.1)
+
+
+class Handler(logging.Handler):
+  """Log lines above the bar, as they are."""
+
+  def emit(self, record: logging.LogRecord) -> None:
+    tqdm.tqdm.write(self.format(record), file=sys.stderr)
+
+
+def show_log() -> None:
+  """Sends the project's log lines to the terminal: what main.py does, and a notebook may."""
+  log.setLevel(logging.INFO)
+  log.propagate = False
+  if not any(isinstance(handler, Handler) for handler in log.handlers):
+    log.addHandler(Handler())

@@ -1,0 +1,151 @@
+"""report.html: one file that opens offline and shows what was selected, how the training went and what came of it."""
+
+import base64
+from collections.abc import Mapping, Sequence
+import io
+import json
+import pathlib
+from typing import Any, NamedTuple
+
+import jinja2
+from matplotlib.figure import Figure
+import numpy as np
+
+from ft_jax import parallel
+from ft_jax.workdir import Workdir, write_text
+
+BLUE, RED, GREEN, GREY = '#2563eb', '#dc2626', '#059669', '#94a3b8'
+# Up to so many classes have their names at the axes of a picture.
+_NAMED = 50
+
+
+class ChosenClass(NamedTuple):
+  """A class of the pool that was chosen: its share (None where it says nothing), what draws it, JPEG files of examples."""
+  name: str
+  share: float | None
+  images: int
+  drawn_by: Sequence[tuple[str, float]]
+  examples: Sequence[bytes]
+
+
+class SelectionSection(NamedTuple):
+  """What was selected: a sentence on how, the chosen classes, a picture of the ranking, examples of the target by class."""
+  how: str
+  chosen: Sequence[ChosenClass]
+  ranking: Figure | None
+  target: Sequence[tuple[str, Sequence[bytes]]]
+
+
+def write(work: Workdir, selected: SelectionSection | None = None) -> None:
+  """Writes report.html from the files of a finished run and what was selected."""
+  if not parallel.is_main():
+    return
+  results, config = work.results(), json.loads(work.config_json.read_text())
+  evaluation = results['test'] or results['val']
+  page = _template('report.html.jinja').render(
+      title=_title(config), results=results, evaluation=evaluation, split='test' if results['test'] else 'val',
+      selected=selected, ranking=_svg(selected.ranking) if selected and selected.ranking else '',
+      curves=_svg(curves(work.metrics(), results['best_step'])), per_class=_svg(per_class(evaluation['per_class'])),
+      confusion=_svg(confusion(evaluation)), confused=most_confused(evaluation), settings=_flat(config))
+  write_text(work.report_html, page)
+
+
+def curves(metrics: Sequence[Mapping[str, float]], best_step: int) -> Figure:
+  """Loss, accuracy and learning rate over the steps; the best checkpoint is marked."""
+  figure = Figure(figsize=(11, 3.2), layout='constrained')
+  loss, accuracy, rate = figure.subplots(1, 3)
+  lines = [(loss, 'train/loss_target', 'target, training', BLUE), (loss, 'train/loss_source', 'source, training', GREY),
+           (loss, 'val/loss', 'val', RED), (accuracy, 'train/top1_target', 'target, training', BLUE),
+           (accuracy, 'train/top1_source', 'source, training', GREY), (accuracy, 'val/top1', 'val', RED),
+           (rate, 'learning_rate', 'learning rate', BLUE)]
+  for axes, key, label, color in lines:
+    points = [(m['step'], m[key]) for m in metrics if key in m]
+    if points:
+      axes.plot(*zip(*points), color=color, label=label, linewidth=1.6 if 'val' in key else 1.0,
+                marker='o' if 'val' in key else None, markersize=3)
+  for axes, title in ((loss, 'Cross-entropy'), (accuracy, 'Top-1 accuracy'), (rate, 'Learning rate of the backbone')):
+    axes.axvline(best_step, color=GREEN, linewidth=0.8, linestyle='--', label='best checkpoint')
+    axes.set(title=title, xlabel='step')
+    axes.spines[['top', 'right']].set_visible(False)
+    axes.set_ylim(bottom=0)
+  accuracy.set_ylim(0, 1.02)
+  for axes in (loss, accuracy):
+    axes.legend(frameon=False, fontsize=8)
+  return figure
+
+
+def per_class(rows: Sequence[Mapping[str, Any]]) -> Figure:
+  """The accuracy of each class, lowest first; a histogram where there are too many for names."""
+  rows = sorted((row for row in rows if row['images']), key=lambda row: row['right'] / row['images'])
+  values = np.array([row['right'] / row['images'] for row in rows])
+  if len(rows) > _NAMED:
+    figure = Figure(figsize=(7, 3), layout='constrained')
+    axes = figure.subplots()
+    axes.hist(values, np.linspace(0, 1, 21), color=BLUE)
+    axes.set(xlabel='accuracy of a class', ylabel='classes', xlim=(0, 1))
+  else:
+    figure = Figure(figsize=(7, 0.8 + 0.2 * len(rows)), layout='constrained')
+    axes = figure.subplots()
+    axes.barh(range(len(rows)), values, color=BLUE)
+    axes.set_yticks(range(len(rows)), [f'{row["name"][:28]} ({row["right"]}/{row["images"]})' for row in rows], fontsize=8)
+    axes.set(xlabel='accuracy', xlim=(0, 1), ylim=(-0.6, len(rows) - 0.4))
+  axes.spines[['top', 'right']].set_visible(False)
+  return figure
+
+
+def confusion(evaluation: Mapping[str, Any]) -> Figure:
+  """The confusion matrix, each row as parts of its true class."""
+  names = [row['name'] for row in evaluation['per_class']]
+  matrix = np.zeros((len(names), len(names)))
+  for true, predicted, count in evaluation['confusion']:
+    matrix[true, predicted] = count
+  matrix /= np.maximum(matrix.sum(1, keepdims=True), 1)
+  named = len(names) <= _NAMED
+  side = max(4.0, 1.6 + 0.19 * len(names)) if named else 6.5
+  figure = Figure(figsize=(side + 0.6, side), layout='constrained')
+  axes = figure.subplots()
+  image = axes.imshow(matrix, cmap='Blues', vmin=0, vmax=1, interpolation='nearest')
+  figure.colorbar(image, ax=axes, shrink=0.6, label='part of the true class')
+  axes.set(xlabel='predicted', ylabel='true')
+  if named:
+    axes.set_xticks(range(len(names)), [name[:20] for name in names], rotation=90, fontsize=7)
+    axes.set_yticks(range(len(names)), [name[:20] for name in names], fontsize=7)
+  return figure
+
+
+def most_confused(evaluation: Mapping[str, Any], most: int = 8) -> list[tuple[str, str, int, int]]:
+  """The most frequent errors: (true class, predicted class, how often, of how many)."""
+  rows = evaluation['per_class']
+  wrong = sorted(((count, true, predicted) for true, predicted, count in evaluation['confusion'] if true != predicted), reverse=True)
+  return [(rows[true]['name'], rows[predicted]['name'], count, rows[true]['images']) for count, true, predicted in wrong[:most]]
+
+
+def _title(config: Mapping[str, Any]) -> str:
+  if config['job'] == 'pretrain':
+    return f'Pre-training on {config["source"]["name"]}'
+  return f'Fine-tuning on {config["target"]["name"]}'
+
+
+def _flat(config: Mapping[str, Any], prefix: str = 'config') -> list[tuple[str, str]]:
+  return [row for key, value in config.items()
+          for row in (_flat(value, f'{prefix}.{key}') if isinstance(value, dict) else [(f'{prefix}.{key}', str(value))])]
+
+
+def _svg(figure: Figure) -> str:
+  """The figure as SVG text, with a fixed salt so that the same figure gives the same text."""
+  import matplotlib
+
+  text = io.StringIO()
+  with matplotlib.rc_context({'svg.hashsalt': 'report'}):
+    figure.savefig(text, format='svg', metadata={'Date': None})
+  # Without the XML head, which is not part of a page.
+  return text.getvalue()[text.getvalue().index('<svg'):]
+
+
+def _template(name: str) -> jinja2.Template:
+  source = (pathlib.Path(__file__).parent / 'templates' / name).read_text(encoding='utf-8')
+  # Class names come from folders and files: everything is escaped but the pictures made here.
+  environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+  environment.filters['percent'] = lambda value: f'{100 * value:.1f} %'
+  environment.filters['jpeg'] = lambda data: 'data:image/jpeg;base64,' + base64.b64encode(data).decode()
+  return environment.from_string(source)

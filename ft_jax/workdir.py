@@ -1,0 +1,101 @@
+"""The folder of a run: what lies where, and how it is written. Every file is written whole or not at all."""
+
+from collections.abc import Mapping
+import json
+from typing import Any
+
+from etils import epath
+import tensorboardX
+
+from ft_jax import parallel
+
+
+class Workdir:
+  """config.json, selection.json, embeddings/, metrics.jsonl, tensorboard/, checkpoints/<step>/, results.json, report.html."""
+
+  def __init__(self, path: epath.PathLike, config: Mapping[str, Any]):
+    """Makes the folder, or takes up the run that is there.
+
+    Raises:
+      ValueError: it belongs to a run with another config; names the fields that differ.
+    """
+    self.path = epath.Path(path)
+    wanted = json.loads(json.dumps(config))
+    if self.config_json.exists():
+      differing = _differences(json.loads(self.config_json.read_text()), wanted)
+      if differing:
+        raise ValueError(f'workdir {self.path} belongs to a run with another config ({"; ".join(differing[:5])}); '
+                         'give another --workdir, or remove that one')
+    elif self.path.exists() and any(self.path.iterdir()):
+      raise ValueError(f'workdir {self.path} is not empty and holds no run (no config.json); give another --workdir')
+    else:
+      self.path.mkdir(parents=True, exist_ok=True)
+      write_text(self.config_json, json.dumps(wanted, indent=2) + '\n')
+
+  config_json = property(lambda self: self.path / 'config.json')
+  selection_json = property(lambda self: self.path / 'selection.json')
+  metrics_jsonl = property(lambda self: self.path / 'metrics.jsonl')
+  results_json = property(lambda self: self.path / 'results.json')
+  report_html = property(lambda self: self.path / 'report.html')
+  embeddings = property(lambda self: self.path / 'embeddings')
+
+  def results(self) -> dict[str, Any] | None:
+    """What results.json holds, or None where the run has not come to its end."""
+    return json.loads(self.results_json.read_text()) if self.results_json.exists() else None
+
+  def metrics(self) -> list[dict[str, float]]:
+    """The lines of metrics.jsonl."""
+    if not self.metrics_jsonl.exists():
+      return []
+    return [json.loads(line) for line in self.metrics_jsonl.read_text().splitlines()]
+
+
+class MetricsWriter:
+  """metrics.jsonl, one JSON object a line with its `step`, and the same as TensorBoard events; process 0 writes."""
+
+  def __init__(self, workdir: Workdir, start: int):
+    """Takes up at `start`: lines of later steps, which are about to be run again, go."""
+    self._path = workdir.metrics_jsonl
+    if not parallel.is_main():
+      self._events = None
+      return
+    text = self._path.read_text() if self._path.exists() else ''
+    # A line that was cut short has no newline at its end.
+    whole = [line for line in text.splitlines(keepends=True) if line.endswith('\n')]
+    write_text(self._path, ''.join(line for line in whole if json.loads(line)['step'] <= start))
+    self._events = tensorboardX.SummaryWriter(str(workdir.path / 'tensorboard'), purge_step=start + 1)
+
+  def write(self, step: int, metrics: Mapping[str, float]) -> None:
+    """Adds the metrics of one step."""
+    if self._events is None:
+      return
+    with self._path.open('a') as stream:
+      stream.write(json.dumps({'step': step, **metrics}) + '\n')
+    for key, value in metrics.items():
+      self._events.add_scalar(key, value, step)
+
+  def close(self) -> None:
+    """Writes what is buffered."""
+    if self._events is not None:
+      self._events.close()
+
+
+def write_results(workdir: Workdir, results: Mapping[str, Any]) -> None:
+  """Writes results.json, which also says that the run is finished."""
+  write_text(workdir.results_json, json.dumps(results, indent=1, allow_nan=False) + '\n')
+
+
+def write_text(path: epath.Path, text: str) -> None:
+  """Writes a file whole or not at all; of several processes, the first one writes."""
+  if parallel.is_main():
+    temporary = path.parent / f'.{path.name}.tmp'
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def _differences(before: Any, now: Any, name: str = 'config') -> list[str]:
+  """The fields that differ, as `config.seed is 0 there and 1 here`."""
+  if isinstance(before, dict) and isinstance(now, dict):
+    return [line for key in sorted({*before, *now})
+            for line in _differences(before.get(key, 'not set'), now.get(key, 'not set'), f'{name}.{key}')]
+  return [] if before == now else [f'{name} is {before!r} there and {now!r} here']

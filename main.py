@@ -1,0 +1,58 @@
+"""Runs one job: python main.py --config=configs/pets.py [--config.field=value ...] [--workdir=runs/pets]."""
+
+import os
+import pathlib
+import sys
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+_CONFIG = config_flags.DEFINE_config_file(
+    'config', help_string='a file of configs/, with the job and all its settings; any field is set as --config.field=value')
+_WORKDIR = flags.DEFINE_string(
+    'workdir', None, 'where everything is written, and where a stopped run goes on (default: runs/<name of the config>)')
+_TRACEBACK = flags.DEFINE_bool('traceback', False, 'show where in the program an error came from')
+flags.mark_flag_as_required('config')
+
+
+def main(argv: list[str]) -> None:
+  if len(argv) > 1:
+    raise app.UsageError(f'unexpected argument {argv[1]!r}; settings are written --config.field=value')
+  from ft_jax import progress
+  from ft_jax.jobs import finetune, fit, pretrain  # after the flags, so that --help answers at once
+
+  jobs = {'finetune': finetune.run, 'pretrain': pretrain.run}
+  file_name = config_flags.get_config_filename(flags.FLAGS['config'])
+  # Below warnings, orbax and jax write a page of lines for every checkpoint.
+  logging.set_verbosity(logging.WARNING)
+  progress.show_log()
+  try:
+    config = _CONFIG.value
+    if config.job not in jobs:
+      raise ValueError(f'config.job is {config.job!r}; known: {", ".join(jobs)}')
+    jobs[config.job](config, _WORKDIR.value or os.path.join('runs', pathlib.Path(file_name).stem))
+  except fit.Interrupted as stopped:
+    progress.log.info('%s', stopped.message)
+    raise
+  except (ValueError, OSError, RuntimeError) as error:
+    if _TRACEBACK.value:
+      raise
+    sys.exit(f'error: {error}')
+
+
+def parse(argv: list[str]) -> list[str]:
+  """Reads the flags; an unknown field of the config is refused with the known ones."""
+  try:
+    return app.parse_flags_with_usage(argv)
+  except (AttributeError, KeyError):
+    for flag in (arg[len('--config.'):].partition('=')[0] for arg in argv if arg.startswith('--config.')):
+      group, known = '', _CONFIG.value
+      for name in flag.split('.'):
+        if name not in known:
+          sys.exit(f'error: the config has no field {flag!r}; {("config." + group).rstrip(".")} has {", ".join(known)}')
+        group, known = f'{group}{name}.', known[name]
+    raise
+
+
+if __name__ == '__main__':
+  app.run(main, flags_parser=parse)

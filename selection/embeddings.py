@@ -1,0 +1,187 @@
+"""Embeddings: features of images with what is known of them; how to make them, and means of classes."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import dataclasses
+import os
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+
+Batch = Mapping[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Embeddings:
+  """Features of n images (or n classes) by one encoder.
+
+  Attributes:
+    features: float `[n, d]`.
+    labels: int `[n]`, the class of each row, or None.
+    class_names: a name for each class, or None.
+    ids: `[n]`, what each row is called elsewhere (a row number or a file), or None.
+    weights: `[n]`, how many images each row stands for; None means one.
+    fingerprint: of the encoder and its preprocessing; '' where it is not known.
+  """
+  features: np.ndarray
+  labels: np.ndarray | None = None
+  class_names: Sequence[str] | None = None
+  ids: np.ndarray | None = None
+  weights: np.ndarray | None = None
+  fingerprint: str = ''
+
+  def __post_init__(self):
+    """Raises ValueError where the parts do not fit together."""
+    set_field = lambda name, value: object.__setattr__(self, name, value)
+    set_field('features', np.asarray(self.features))
+    if self.features.ndim != 2 or not self.features.size:
+      raise ValueError(f'features have shape {self.features.shape}; expected [n, d] with at least one row')
+    for name in ('labels', 'ids', 'weights'):
+      value = getattr(self, name)
+      if value is not None:
+        set_field(name, np.asarray(value))
+        if getattr(self, name).shape != (len(self.features),):
+          raise ValueError(f'{name} have shape {getattr(self, name).shape}; expected [{len(self.features)}], one a row of features')
+    bad = ~np.isfinite(self.features).all(1)
+    if bad.any():
+      raise ValueError(f'{bad.sum()} of {len(bad)} rows of features are not finite, the first is row {np.flatnonzero(bad)[0]}')
+    if self.labels is not None:
+      if not np.issubdtype(self.labels.dtype, np.integer) or self.labels.min() < 0:
+        raise ValueError(f'labels are {self.labels.dtype} from {self.labels.min()}; expected integers from 0')
+      if self.class_names is not None and self.labels.max() >= len(self.class_names):
+        raise ValueError(f'label {self.labels.max()} is beyond the {len(self.class_names)} class names')
+    if self.class_names is not None:
+      set_field('class_names', tuple(str(name) for name in self.class_names))
+
+  def __len__(self) -> int:
+    return len(self.features)
+
+  @property
+  def num_classes(self) -> int:
+    """Number of classes: that of the names, or one more than the largest label; raises ValueError without labels."""
+    if self.class_names is not None:
+      return len(self.class_names)
+    if self.labels is None:
+      raise ValueError('these embeddings have neither labels nor class names')
+    return int(self.labels.max()) + 1
+
+  def save(self, path: str | os.PathLike[str]) -> None:
+    """Writes one .npz file, whole or not at all."""
+    path = pathlib.Path(path)
+    arrays = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if getattr(self, f.name) is not None}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f'.{path.name}.{os.getpid()}.npz')
+    try:
+      np.savez(temporary, **arrays)
+      os.replace(temporary, path)
+    finally:
+      temporary.unlink(missing_ok=True)
+
+  @classmethod
+  def load(cls, path: str | os.PathLike[str]) -> 'Embeddings':
+    """Reads what `save` wrote; raises ValueError for anything else."""
+    try:
+      with np.load(path, allow_pickle=False) as saved:
+        fields = {name: saved[name] for name in saved.files}
+      return cls(**{**fields, 'fingerprint': str(fields.get('fingerprint', ''))})
+    except (OSError, EOFError, KeyError, TypeError, ValueError) as error:
+      raise ValueError(f'{path} holds no embeddings ({error}); remove it to have it made again') from error
+
+
+def class_means(embeddings: Embeddings) -> Embeddings:
+  """The mean feature of each class: one row a class, `weights` the images of each (FACTS: plain mean, not normalised).
+
+  Raises:
+    ValueError: without labels, or a class without a row.
+  """
+  labels = embeddings.labels
+  if labels is None:
+    raise ValueError('class means need labels; give Embeddings(features, labels), or select by another unit')
+  weights = np.ones(len(labels)) if embeddings.weights is None else embeddings.weights.astype(np.float64)
+  size = embeddings.num_classes
+  sums = np.zeros((size, embeddings.features.shape[1]))
+  np.add.at(sums, labels, embeddings.features.astype(np.float64) * weights[:, None])
+  return _from_sums(sums, np.bincount(labels, weights, minlength=size), embeddings.class_names, embeddings.fingerprint)
+
+
+def embed(encode: Callable[[Any, jax.Array], jax.Array], variables: Any, batches: Iterable[Batch], *,
+          class_names: Sequence[str] | None = None, fingerprint: str = '') -> Embeddings:
+  """Runs an encoder over all images, on all devices.
+
+  Args:
+    encode: a pure function of (variables, images [b, h, w, 3]) to features [b, d].
+    variables: what it needs, as a pytree.
+    batches: mappings with `image`, and `label`, `index` (kept as ids) and `mask` (False for padding) where there are any.
+    class_names: of the labels.
+    fingerprint: of the encoder and its preprocessing.
+
+  Returns:
+    The embeddings in the order of `index`, or of the batches without it.
+  """
+  parts = list(_encoded(encode, variables, batches))
+  if not parts:
+    raise ValueError('there is no image to embed')
+  joined = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+  if 'index' in joined:
+    order = np.argsort(joined['index'], kind='stable')
+    joined = {key: value[order] for key, value in joined.items()}
+  return Embeddings(joined['features'], joined.get('label'), class_names, joined.get('index'), fingerprint=fingerprint)
+
+
+def embed_class_means(encode: Callable[[Any, jax.Array], jax.Array], variables: Any, batches: Iterable[Batch], *,
+                      class_names: Sequence[str], fingerprint: str = '') -> Embeddings:
+  """`class_means(embed(...))` in the memory of one batch: for pools whose features do not fit. Batches need labels."""
+  sums, counts = None, np.zeros(len(class_names))
+  for part in _encoded(encode, variables, batches):
+    if sums is None:
+      sums = np.zeros((len(class_names), part['features'].shape[1]))
+    np.add.at(sums, part['label'], part['features'].astype(np.float64))
+    counts += np.bincount(part['label'], minlength=len(class_names))
+  if sums is None:
+    raise ValueError('there is no image to embed')
+  return _from_sums(sums, counts, class_names, fingerprint)
+
+
+def _from_sums(sums: np.ndarray, counts: np.ndarray, class_names: Sequence[str] | None, fingerprint: str) -> Embeddings:
+  empty = np.flatnonzero(counts == 0)
+  if len(empty):
+    names = [class_names[i] if class_names else str(i) for i in empty[:5]]
+    raise ValueError(f'{len(empty)} of {len(counts)} classes have no image: {", ".join(names)}; '
+                     'leave them out (labels from 0 without gaps)')
+  means = (sums / counts[:, None]).astype(np.float32)
+  return Embeddings(means, np.arange(len(counts)), class_names, weights=counts, fingerprint=fingerprint)
+
+
+def _encoded(encode: Callable[[Any, jax.Array], jax.Array], variables: Any,
+             batches: Iterable[Batch]) -> Iterator[dict[str, np.ndarray]]:
+  """Batches with `features` in place of images and without padding; on several hosts every host gets those of all."""
+  devices = jax.sharding.Mesh(np.asarray(jax.devices()), ('batch',))
+  rows = jax.sharding.NamedSharding(devices, jax.sharding.PartitionSpec('batch'))
+  everywhere = jax.sharding.NamedSharding(devices, jax.sharding.PartitionSpec())
+  variables = jax.device_put(jax.device_get(variables), everywhere)
+
+  def run(variables: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return {'features': encode(variables, batch['image']), **{k: v for k, v in batch.items() if k != 'image'}}
+
+  run = jax.jit(run, in_shardings=(everywhere, rows), out_shardings=everywhere)
+  pending = None
+  for batch in batches:
+    batch = {key: np.asarray(batch[key]) for key in ('image', 'label', 'index', 'mask') if key in batch}
+    batch.setdefault('mask', np.ones(len(batch['image']), bool))
+    extra = -len(batch['image']) % jax.local_device_count()
+    padded = {key: np.concatenate([value, np.zeros((extra, *value.shape[1:]), value.dtype)]) if extra else value
+              for key, value in batch.items()}
+    result = run(variables, {key: jax.make_array_from_process_local_data(rows, value) for key, value in padded.items()})
+    # The result of the batch before is read while the devices work on this one.
+    if pending is not None:
+      yield _unpadded(pending)
+    pending = result
+  if pending is not None:
+    yield _unpadded(pending)
+
+
+def _unpadded(result: dict[str, jax.Array]) -> dict[str, np.ndarray]:
+  host = {key: np.asarray(value) for key, value in result.items()}
+  mask = host.pop('mask')
+  return {key: value[mask] for key, value in host.items()}
