@@ -19,9 +19,9 @@ def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f'unexpected argument {argv[1]!r}; settings are written --config.field=value')
   from ft_jax import progress
-  from ft_jax.jobs import finetune, fit, pretrain  # after the flags, so that --help answers at once
+  from ft_jax.jobs import compare, finetune, fit, pretrain  # after the flags, so that --help answers at once
 
-  jobs = {'finetune': finetune.run, 'pretrain': pretrain.run}
+  jobs = {'finetune': finetune.run, 'pretrain': pretrain.run, 'compare': compare.run}
   file_name = config_flags.get_config_filename(flags.FLAGS['config'])
   # Below warnings, orbax and jax write a page of lines for every checkpoint.
   logging.set_verbosity(logging.WARNING)

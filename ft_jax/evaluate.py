@@ -71,8 +71,7 @@ def evaluate(predict: PredictFn, variables: Any, batches: Iterable[Mapping[str, 
   """
   total, count, confusion = 0.0, 0, np.zeros((num_classes, num_classes), np.int64)
   for batch in batches:
-    gathered = predict(variables, parallel.shard(batch))
-    result = {key: np.asarray(value.addressable_data(0)).reshape(-1) for key, value in gathered.items()}
+    result = parallel.unreplicate(predict(variables, parallel.shard(batch)))
     mask = result['mask']
     np.add.at(confusion, (result['label'][mask], result['prediction'][mask]), 1)
     total += float(result['loss'][mask].astype(np.float64).sum())

@@ -50,6 +50,51 @@ def write(work: Workdir, selected: SelectionSection | None = None) -> None:
   write_text(work.report_html, page)
 
 
+def write_comparison(work: Workdir) -> None:
+  """Writes report.html of a comparison from its results."""
+  if not parallel.is_main():
+    return
+  results, config = work.results(), json.loads(work.config_json.read_text())
+  rows = [{'method': row['method'], 'top1': spoken(row['top1']), 'mean_per_class': spoken(row['mean_per_class']),
+           'gain': spoken(row['gain'], sign=True) if k else ''} for k, row in enumerate(results['rows'])]
+  page = _template('comparison.html.jinja').render(
+      title=f'Selection methods on {config["target"]["name"]}', results=results, rows=rows, dots=_svg(dots(results['rows'])),
+      settings=_flat(config))
+  write_text(work.report_html, page)
+
+
+def comparison_table(results: Mapping[str, Any]) -> str:
+  """The results of a comparison as a Markdown table: means over the seeds and their standard errors, in percent."""
+  split, first = results['split'], results['rows'][0]['method']
+  lines = [f'| selection | {split} top-1, % | {split} mean per class, % | top-1 against {first}, by seed |', '|---|---|---|---|']
+  for k, row in enumerate(results['rows']):
+    gain = spoken(row['gain'], sign=True) if k else ''
+    lines.append(f'| {row["method"]} | {spoken(row["top1"])} | {spoken(row["mean_per_class"])} | {gain} |')
+  return '\n'.join(lines)
+
+
+def spoken(values: Sequence[float], sign: bool = False) -> str:
+  """Mean and standard error of the mean in percent: `41.2 ± 0.8`; the mean alone of one value."""
+  mean = f'{100 * np.mean(values):{"+" if sign else ""}.1f}'
+  return mean if len(values) < 2 else f'{mean} ± {100 * np.std(values, ddof=1) / len(values) ** 0.5:.1f}'
+
+
+def dots(rows: Sequence[Mapping[str, Any]]) -> Figure:
+  """Top-1 of every run of a comparison by method; runs of one seed are joined."""
+  figure = Figure(figsize=(1.6 + 1.5 * len(rows), 3.4), layout='constrained')
+  axes = figure.subplots()
+  for values in zip(*(row['top1'] for row in rows)):
+    axes.plot(range(len(rows)), [100 * v for v in values], color=GREY, marker='o', markerfacecolor=BLUE, markeredgecolor=BLUE, linewidth=0.8)
+  for k, row in enumerate(rows):
+    axes.hlines(100 * np.mean(row['top1']), k - 0.18, k + 0.18, color=RED, linewidth=2, label='mean' if k == 0 else None)
+  axes.set_xticks(range(len(rows)), [row['method'] for row in rows])
+  axes.set_ylabel('top-1, %')
+  axes.margins(x=0.2)
+  axes.legend(frameon=False, fontsize=8)
+  axes.spines[['top', 'right']].set_visible(False)
+  return figure
+
+
 def curves(metrics: Sequence[Mapping[str, float]], best_step: int) -> Figure:
   """Loss, accuracy and learning rate over the steps; the best checkpoint is marked."""
   figure = Figure(figsize=(11, 3.2), layout='constrained')
@@ -88,7 +133,7 @@ def per_class(rows: Sequence[Mapping[str, Any]]) -> Figure:
     axes = figure.subplots()
     axes.barh(range(len(rows)), values, color=BLUE)
     axes.set_yticks(range(len(rows)), [f'{row["name"][:28]} ({row["right"]}/{row["images"]})' for row in rows], fontsize=8)
-    axes.set(xlabel='accuracy', xlim=(0, 1), ylim=(-0.6, len(rows) - 0.4))
+    axes.set(xlabel='accuracy', xlim=(0, 1), ylim=(len(rows) - 0.4, -0.6))
   axes.spines[['top', 'right']].set_visible(False)
   return figure
 
@@ -143,9 +188,9 @@ def _svg(figure: Figure) -> str:
 
 
 def _template(name: str) -> jinja2.Template:
-  source = (pathlib.Path(__file__).parent / 'templates' / name).read_text(encoding='utf-8')
   # Class names come from folders and files: everything is escaped but the pictures made here.
-  environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+  environment = jinja2.Environment(loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent / 'templates'), autoescape=True,
+                                   trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
   environment.filters['percent'] = lambda value: f'{100 * value:.1f} %'
   environment.filters['jpeg'] = lambda data: 'data:image/jpeg;base64,' + base64.b64encode(data).decode()
-  return environment.from_string(source)
+  return environment.get_template(name)

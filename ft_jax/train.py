@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ft_jax import parallel
 from ft_jax.models.resnet import ResNet
 
 # The pmapped axis: all devices of all hosts.
@@ -119,7 +120,7 @@ def run_steps(
     nonlocal unread
     if unread is None:
       return
-    metrics = {key: float(value.addressable_data(0).reshape(())) for key, value in unread.items()}
+    metrics = {key: float(value) for key, value in parallel.unreplicate(unread).items()}
     unread = None
     if not math.isfinite(metrics['loss']):
       raise Diverged(f'the loss is {metrics["loss"]} at step {step}; use a smaller train.learning_rate or some train.warmup')

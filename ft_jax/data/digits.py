@@ -1,8 +1,8 @@
 """The demo's two image sets, made of what ships inside scikit-learn: nothing is downloaded.
 
-The pool holds handwritten digits of some writers beside patches of two photographs (one class a region); the target holds
-digits of other writers, inverted and turned by a right angle. Every image is 8x8 and grey, patches too, so that neither
-sharpness nor colour gives a class away.
+The pool holds handwritten digits of nine writers, every second one dark on light, beside patches of two photographs (one class
+a region); the target holds digits of other writers, dark on light and upside down. Every image is 8x8, grey and of full
+contrast, patches too, so that neither sharpness nor brightness nor colour gives a class away.
 """
 
 import numpy as np
@@ -29,30 +29,32 @@ def load(name: str, split: str) -> tuple[np.ndarray, np.ndarray, list[str], tupl
 
 
 def _pool() -> tuple[np.ndarray, np.ndarray, list[str], tuple[str, ...]]:
-  images, labels, ids = _digits(_POOL)
+  images, labels, writers, ids = _digits(_POOL)
+  images = np.where((writers % 2 == 1)[:, None, None], 255 - images, images)
   patches, regions, patch_ids, names = _patches()
   return (np.concatenate([images, patches]), np.concatenate([labels, regions + 10]).astype(np.int32), ids + patch_ids,
           tuple(f'digit {i}' for i in range(10)) + names)
 
 
 def _target(writers: range, per_class: int | None) -> tuple[np.ndarray, np.ndarray, list[str], tuple[str, ...]]:
-  images, labels, ids = _digits(writers)
+  images, labels, _, ids = _digits(writers)
   keep = np.sort(np.concatenate([np.flatnonzero(labels == c)[:per_class] for c in range(10)]))
-  turned = np.rot90(255 - images[keep], axes=(1, 2))
-  return np.ascontiguousarray(turned), labels[keep], [ids[i] for i in keep], tuple(f'turned {i}' for i in range(10))
+  upside_down = 255 - images[keep][:, ::-1, ::-1]
+  return upside_down, labels[keep], [ids[i] for i in keep], tuple(f'upside-down {i}' for i in range(10))
 
 
-def _digits(writers: range) -> tuple[np.ndarray, np.ndarray, list[str]]:
+def _digits(writers: range) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[str]]:
   from sklearn import datasets  # takes a second to import; only the demo needs it
 
   data = datasets.load_digits()
   rows = np.concatenate([np.arange(_WRITERS[w], _WRITERS[w + 1]) for w in writers])
   images = np.round(data.images[rows] * (255 / 16)).astype(np.uint8)
-  return images, data.target[rows].astype(np.int32), [f'digits/{row}' for row in rows]
+  writer = np.searchsorted(_WRITERS, rows, side='right') - 1
+  return images, data.target[rows].astype(np.int32), writer, [f'digits/{row}' for row in rows]
 
 
 def _patches() -> tuple[np.ndarray, np.ndarray, list[str], tuple[str, ...]]:
-  """Random squares of each region of scikit-learn's two photographs, averaged down to 8x8 grey pixels."""
+  """Random squares of each region of scikit-learn's two photographs, averaged down to 8x8 grey pixels of full contrast."""
   from sklearn import datasets
 
   rng = np.random.default_rng(0)
@@ -69,7 +71,8 @@ def _patches() -> tuple[np.ndarray, np.ndarray, list[str], tuple[str, ...]]:
           x = j * width + rng.integers(width - _PATCH + 1)
           block = _PATCH // 8
           square = grey[y:y + _PATCH, x:x + _PATCH].reshape(8, block, 8, block).mean((1, 3))
-          patches.append(np.round(square).astype(np.uint8))
+          square = (square - square.min()) / max(np.ptp(square), 1.0)
+          patches.append(np.round(255 * square).astype(np.uint8))
           labels.append(len(names))
           ids.append(f'{stem}/{i}{j}/{k}')
         names.append(f'{stem} {i}{j}')

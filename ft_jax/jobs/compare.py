@@ -1,1 +1,42 @@
-"""Job compare: the same fine-tuning with each selection method and seed; a table with means and standard errors."""
+"""Job compare: the same fine-tuning with each selection method and seed; a table of means, standard errors and differences."""
+
+from typing import Any
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from ft_jax import report
+from ft_jax.jobs import finetune
+from ft_jax.progress import log
+from ft_jax.workdir import Workdir, write_results
+
+
+def run(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
+  """Runs every fine-tuning that is not finished yet, each in a workdir of its own below; returns what results.json holds."""
+  methods, seeds = list(config.compare.methods), list(config.compare.seeds)
+  if not methods or not seeds:
+    raise ValueError('config.compare.methods and config.compare.seeds need at least one entry each')
+  if config.model.weights == 'pretrain':
+    raise ValueError("config.model.weights is 'pretrain', which every fine-tuning would repeat; pre-train once with "
+                     '--config=configs/pretrain.py and give its workdir')
+  work = Workdir(workdir, config.to_dict())
+  results: dict[str, list[dict[str, Any]]] = {method: [] for method in methods}
+  for count, (seed, method) in enumerate((seed, method) for seed in seeds for method in methods):
+    log.info('[%d/%d] selection %s, seed %d', count + 1, len(methods) * len(seeds), method, seed)
+    own = ConfigDict(config.to_dict())
+    own.job, own.seed, own.selection.method = 'finetune', seed, method
+    # The images are embedded once for all of them.
+    own.embeddings_dir = config.embeddings_dir or str(work.embeddings)
+    results[method].append(finetune.run(own, work.path / f'{method}-{seed}'))
+
+  split = 'test' if results[methods[0]][0]['test'] else 'val'
+  rows = [{'method': method, **{key: [run[split][key] for run in results[method]] for key in ('top1', 'mean_per_class')}}
+          for method in methods]
+  for row in rows:
+    row['gain'] = [a - b for a, b in zip(row['top1'], rows[0]['top1'])]
+  write_results(work, {'job': 'compare', 'split': split, 'seeds': seeds, 'images': results[methods[0]][0][split]['images'],
+                       'rows': rows})
+  log.info('%s', report.comparison_table(work.results()))
+  report.write_comparison(work)
+  log.info('report: %s', work.report_html)
+  return work.results()

@@ -160,5 +160,6 @@ def _selection_section(config: ConfigDict, target: Source, pool: Source, chosen:
 
 
 def _examples(source: Source, label: int, most: int) -> list[bytes]:
-  rows = np.flatnonzero(source.labels == label)[:most]
+  rows = np.flatnonzero(source.labels == label)
+  rows = rows[np.linspace(0, len(rows) - 1, min(most, len(rows))).round().astype(int)]
   return [augment.thumbnail(example.image, example.id, 64) for example in (source[int(row)] for row in rows)]

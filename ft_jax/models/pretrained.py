@@ -56,7 +56,7 @@ def merge(variables: Mapping[str, Any], loaded: Mapping[str, Any]) -> dict[str, 
   problems = ([f'missing in the weights: {_listed(backbone - given_backbone)}'] if backbone - given_backbone else []) + \
       ([f'not in the model: {_listed(given_backbone - backbone)}'] if given_backbone - backbone else [])
   shapes = [f'{key} {given[key].shape} in the weights, {fresh[key].shape} in the model'
-            for key in sorted(backbone & given_backbone) if given[key].shape != fresh[key].shape]
+            for key in sorted(backbone & given_backbone, key=_params_first) if given[key].shape != fresh[key].shape]
   if shapes:
     problems.append(f'other shapes: {"; ".join(shapes[:3])}' + (f' and {len(shapes) - 3} more' if len(shapes) > 3 else ''))
   if problems:
@@ -66,8 +66,12 @@ def merge(variables: Mapping[str, Any], loaded: Mapping[str, Any]) -> dict[str, 
 
 
 def _listed(names: set[str]) -> str:
-  first = sorted(names)[:4]
+  first = sorted(names, key=_params_first)[:4]
   return ', '.join(first) + (f' and {len(names) - len(first)} more' if len(names) > len(first) else '')
+
+
+def _params_first(name: str) -> tuple[bool, str]:
+  return not name.startswith('params/'), name
 
 
 def _convert(name: str, value: np.ndarray) -> tuple[str, str, np.ndarray]:

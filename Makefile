@@ -1,0 +1,41 @@
+# make demo   a whole run on real images: pre-train, select, fine-tune, report (no download of data or weights)
+# make test   the tests
+# make bench  speed, beside its peers (needs torch for some; see benchmarks/)
+# make lint   ruff
+# Each makes .venv and installs what is missing first.
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+
+.PHONY: demo test bench lint clean
+.DEFAULT_GOAL := demo
+
+$(VENV)/.installed: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; name one with: make PYTHON=python3.12 ..."; exit 1; }
+	@echo "== making $(VENV) and installing requirements.txt (a few minutes the first time)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt
+	@echo "== installing what the tests need"
+	@$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+demo: $(VENV)/.installed
+	@echo "== python main.py --config=configs/digits.py (a finished run is shown again; rm -r runs/digits starts afresh)"
+	@$(RUN) main.py --config=configs/digits.py
+
+test: $(VENV)/.installed-dev
+	@echo "== tests"
+	@$(RUN) -m pytest
+
+lint: $(VENV)/.installed-dev
+	@$(VENV)/bin/ruff check .
+
+bench: $(VENV)/.installed-dev
+	@for file in benchmarks/*.py; do echo "== $$file"; $(RUN) $$file; done
+
+clean:
+	rm -rf $(VENV)

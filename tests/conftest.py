@@ -1,0 +1,61 @@
+"""Four fake devices on the CPU, and image sets made of the photographs inside scikit-learn."""
+
+import os
+import pathlib
+import sys
+
+import jax
+import numpy as np
+import PIL.Image
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))  # configs/ is no package that is installed
+jax.config.update('jax_num_cpu_devices', 4)
+
+
+@pytest.fixture(scope='session', autouse=True)
+def _cache_folder(tmp_path_factory):
+  """Label caches of the tests stay away from the user's."""
+  os.environ['XDG_CACHE_HOME'] = str(tmp_path_factory.mktemp('cache'))
+
+
+@pytest.fixture(scope='session')
+def shared() -> pathlib.Path:
+  """The folder of shared images and reference arrays."""
+  folder = os.environ.get('FT_JAX_SHARED')
+  if not folder:
+    pytest.skip('FT_JAX_SHARED is not set: the published reference arrays are not at hand')
+  return pathlib.Path(folder)
+
+
+def write_images(folder: pathlib.Path, per_class: dict[str, int], seed: int = 0) -> None:
+  """`<folder>/<class>/<image>.jpg`: crops of a region of a photograph each, of several sizes."""
+  from sklearn import datasets
+
+  photos = datasets.load_sample_images().images
+  rng = np.random.default_rng(seed)
+  for k, (name, count) in enumerate(per_class.items()):
+    (folder / name).mkdir(parents=True)
+    region = photos[k % 2][(k // 2 % 2) * 200:, (k // 4 % 3) * 200:]
+    for i in range(count):
+      height, width = rng.integers(60, 120, 2)
+      y, x = rng.integers(200 - height), rng.integers(200 - width)
+      PIL.Image.fromarray(region[y:y + height, x:x + width]).save(folder / name / f'{i}.jpg', quality=90)
+
+
+@pytest.fixture(scope='session')
+def photos(tmp_path_factory) -> pathlib.Path:
+  """A folder set of four classes with train (12 images a class) and test (5)."""
+  folder = tmp_path_factory.mktemp('photos')
+  write_images(folder / 'train', dict.fromkeys(('blossom', 'roof', 'sky', 'wall'), 12))
+  write_images(folder / 'test', dict.fromkeys(('blossom', 'roof', 'sky', 'wall'), 5), seed=1)
+  return folder
+
+
+@pytest.fixture(scope='session')
+def pool(tmp_path_factory) -> pathlib.Path:
+  """A pre-training folder of six classes without splits, ten images each."""
+  folder = tmp_path_factory.mktemp('pool')
+  write_images(folder, dict.fromkeys(('a', 'b', 'c', 'd', 'e', 'f'), 10), seed=2)
+  return folder

@@ -1,0 +1,78 @@
+"""The newest and the best checkpoint stay, and come back as they were."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from ft_jax.checkpoints import Checkpoints, load_variables
+from ft_jax.train import create_state, TrainState
+
+
+def state_at(step: int) -> TrainState:
+  variables = {'params': {'a': {'kernel': np.full((2, 3), step, np.float32)}}, 'batch_stats': {'a': {'mean': np.full(3, -step, np.float32)}}}
+  state = create_state(variables, optax.chain(optax.trace(0.9), optax.scale_by_schedule(lambda step: 1.0)))
+  return jax.device_get(state.replace(step=jnp.int32(step)))
+
+
+def save(folder, scores):
+  checkpoints = Checkpoints(folder)
+  for step, metrics in scores.items():
+    checkpoints.save(step, state_at(step), metrics)
+  checkpoints.wait()
+  return checkpoints
+
+
+def steps(folder):
+  return sorted(int(p.name) for p in (folder / 'checkpoints').iterdir())
+
+
+def test_newest_and_best_are_kept_and_restored(tmp_path):
+  checkpoints = save(tmp_path, {k: {'score': s, 'loss': 1.0} for k, s in ((1, 0.2), (2, 0.9), (3, 0.3), (4, 0.5))})
+  assert steps(tmp_path) == [2, 4] and (checkpoints.best_step, checkpoints.latest_step) == (2, 4)
+  restored = checkpoints.restore(2, state_at(0))
+  assert isinstance(restored, TrainState)
+  jax.tree.map(np.testing.assert_array_equal, restored, state_at(2))
+  assert jax.tree.structure(restored) == jax.tree.structure(state_at(0))
+  checkpoints.close()
+
+
+def test_equal_scores_go_by_loss_and_then_to_the_later_step(tmp_path):
+  scores = {1: (0.5, 0.4), 2: (0.5, 0.3), 3: (0.5, 0.3), 4: (0.1, 0.1), 5: (0.2, 0.1)}
+  checkpoints = save(tmp_path, {k: {'score': s, 'loss': loss} for k, (s, loss) in scores.items()})
+  assert checkpoints.best_step == 3 and steps(tmp_path) == [3, 5]
+  checkpoints.close()
+
+
+def test_a_stop_without_evaluation_is_the_newest_and_never_the_best(tmp_path):
+  """Saved on a signal: it is where the run goes on, and goes when a newer one is there."""
+  checkpoints = save(tmp_path, {1: {'score': 0.2, 'loss': 1.0}, 2: None})
+  assert (checkpoints.best_step, checkpoints.latest_step) == (1, 2)
+  checkpoints.save(3, state_at(3), {'score': 0.1, 'loss': 1.0})
+  checkpoints.close()
+  assert steps(tmp_path) == [1, 3]
+
+
+def test_a_half_written_checkpoint_is_not_seen(tmp_path):
+  """What kill -9 leaves behind in the middle of a save."""
+  save(tmp_path, {1: {'score': 0.2, 'loss': 1.0}}).close()
+  (tmp_path / 'checkpoints' / '2.orbax-checkpoint-tmp').mkdir()
+  checkpoints = Checkpoints(tmp_path)
+  assert checkpoints.latest_step == 1
+  checkpoints.close()
+
+
+def test_load_variables_takes_the_best(tmp_path):
+  save(tmp_path, {1: {'score': 0.9, 'loss': 1.0}, 2: {'score': 0.2, 'loss': 1.0}}).close()
+  variables = load_variables(tmp_path)
+  assert set(variables) == {'params', 'batch_stats'}
+  np.testing.assert_array_equal(variables['params']['a']['kernel'], np.ones((2, 3)))
+
+
+def test_folders_without_checkpoints(tmp_path):
+  with pytest.raises(ValueError, match='holds no checkpoints'):
+    load_variables(tmp_path)
+  (tmp_path / 'checkpoints').mkdir()
+  with pytest.raises(ValueError, match='holds no finished checkpoint'):
+    load_variables(tmp_path)

@@ -1,0 +1,70 @@
+"""The network is torchvision's: numbers of parameters, layer names, features, taps and logits."""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ft_jax.models import pretrained, resnet
+
+DATA = pathlib.Path(__file__).parent / 'data'
+
+
+@pytest.mark.parametrize('name,parameters', [
+    ('resnet18', 11_689_512), ('resnet34', 21_797_672), ('resnet50', 25_557_032), ('resnet101', 44_549_160)])
+def test_number_of_parameters(name, parameters):
+  """Torchvision's documented counts, with 1000 classes."""
+  model = resnet.build(name, {'source': 1000})
+  shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3), jnp.uint8))
+  assert sum(x.size for x in jax.tree.leaves(shapes['params'])) == parameters
+
+
+@pytest.mark.parametrize('name,file_name', [('resnet18', 'resnet18.pth'), ('resnet50', 'resnet50.safetensors')])
+def test_equals_torch(name, file_name):
+  """Recorded by tests/data/make_torch_resnet.py: features, taps and logits of torch in eval mode."""
+  model = resnet.build(name, {'source': 7}, width=4)
+  with np.load(DATA / 'resnet_outputs.npz') as recorded:
+    outputs = jax.jit(model.apply)(pretrained.load_torch(DATA / file_name), recorded['images'])
+    for key, value in {'features': outputs.features, 'logits': outputs.logits['source'], **outputs.taps}.items():
+      expected = recorded[f'{name}/{key}']
+      np.testing.assert_allclose(value, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+def test_heads_and_stem():
+  """Any set of heads, by name, on the same features; the 3x3 stem keeps the resolution."""
+  model = resnet.build('resnet18', {'target': 3, 'source': 5}, width=4, stem='3x3')
+  images = jnp.zeros((2, 16, 16, 3), jnp.uint8)
+  variables = jax.jit(model.init)(jax.random.key(0), images)
+  outputs = jax.jit(model.apply)(variables, images)
+  assert {name: logits.shape for name, logits in outputs.logits.items()} == {'target': (2, 3), 'source': (2, 5)}
+  assert outputs.taps['layer1'].shape == (2, 16, 16, 4) and outputs.taps['layer4'].shape == (2, 2, 2, 32)
+  features, head = outputs.features, variables['params']['heads']['source']
+  np.testing.assert_allclose(outputs.logits['source'], features @ head['kernel'] + head['bias'], rtol=1e-6, atol=1e-6)
+
+
+def test_bfloat16_computes_in_bfloat16_and_keeps_float32():
+  model = resnet.build('resnet18', {'target': 3}, width=4, dtype=jnp.bfloat16)
+  images = jnp.zeros((1, 32, 32, 3), jnp.uint8)
+  variables = jax.jit(model.init)(jax.random.key(0), images)
+  assert {x.dtype for x in jax.tree.leaves(variables)} == {jnp.dtype('float32')}
+  outputs = jax.jit(model.apply)(variables, images)
+  assert outputs.taps['layer1'].dtype == jnp.bfloat16
+  assert outputs.features.dtype == outputs.logits['target'].dtype == jnp.float32
+
+
+@pytest.mark.parametrize('kwargs,words', [
+    ({'name': 'resnet19'}, 'resnet18, resnet34'), ({'name': 'resnet18', 'stem': '5x5'}, '7x7, 3x3'),
+    ({'name': 'resnet18', 'width': 0}, '1 or more')])
+def test_errors(kwargs, words):
+  with pytest.raises(ValueError, match=words):
+    resnet.build(heads={}, **kwargs)
+
+
+def test_normalize():
+  """ImageNet's mean becomes zero and one standard deviation more becomes one."""
+  pixel = np.asarray(resnet.IMAGENET_MEAN) * 255
+  assert np.abs(resnet.normalize(jnp.asarray(pixel.round()[None, None, None], jnp.uint8))).max() < 0.01
+  white = resnet.normalize(jnp.full((1, 1, 1, 3), 255, jnp.uint8))
+  np.testing.assert_allclose(white[0, 0, 0], (1 - np.asarray(resnet.IMAGENET_MEAN)) / resnet.IMAGENET_STD, rtol=1e-5)

@@ -1,0 +1,178 @@
+"""Image sets open the same way from folders and from TFDS, keep their ids, and say what is wrong with them."""
+
+import io
+import json
+import pathlib
+import subprocess
+import sys
+
+from conftest import write_images
+from etils import epath
+import numpy as np
+import PIL.Image
+import pytest
+import tensorflow_datasets as tfds
+
+from ft_jax.data import augment, prepare, sources
+from ft_jax.data.sources import carve, open_source
+
+
+class TinyPhotos(tfds.core.GeneratorBasedBuilder):
+  """A TFDS set in TFDS's own form: JPEG files with a label and a name, and an image that is no input."""
+
+  VERSION = tfds.core.Version('1.0.0')
+  pkg_dir_path = epath.Path(__file__).parent  # where TFDS looks for checksums
+
+  def _info(self):
+    return self.dataset_info_from_configs(features=tfds.features.FeaturesDict({
+        'image': tfds.features.Image(encoding_format='jpeg'), 'label': tfds.features.ClassLabel(names=['dark', 'light']),
+        'file_name': tfds.features.Text(), 'mask': tfds.features.Image(shape=(None, None, 1), encoding_format='png')}))
+
+  def _split_generators(self, dl_manager):
+    del dl_manager
+    return {'train': self._generate_examples(20, 0), 'test': self._generate_examples(6, 50)}
+
+  def _generate_examples(self, count, first):
+    for i in range(first, first + count):
+      files = {}
+      for key, form, shape in (('image', 'JPEG', (20, 30, 3)), ('mask', 'PNG', (20, 30))):
+        files[key] = io.BytesIO()
+        PIL.Image.fromarray(np.full(shape, 4 * i, np.uint8)).save(files[key], form)
+        files[key].seek(0)
+      yield i, {**files, 'label': i % 2, 'file_name': f'{i:03d}.jpg'}
+
+
+@pytest.fixture(scope='module')
+def tfds_dir(tmp_path_factory) -> str:
+  folder = tmp_path_factory.mktemp('tfds')
+  TinyPhotos(data_dir=folder, file_format='array_record').download_and_prepare()
+  # From here on the set is found by what lies in the folder, as a user's own set would be.
+  tfds.core.registered._DATASET_REGISTRY.pop('tiny_photos')
+  return str(folder)
+
+
+def test_folder(photos):
+  train, test = open_source(f'folder:{photos}', 'train'), open_source('folder:' + photos.name, 'test', str(photos.parent))
+  assert train.class_names == test.class_names == ('blossom', 'roof', 'sky', 'wall')
+  assert np.bincount(train.labels).tolist() == [12] * 4 and np.bincount(test.labels).tolist() == [5] * 4
+  example = train[13]
+  assert (example.label, example.id.startswith('train/roof/')) == (1, True)
+  assert example.image == (photos / example.id).read_bytes()
+  assert train.fingerprint == open_source(f'folder:{photos}', 'train').fingerprint != test.fingerprint
+
+
+def test_slices_of_a_folder_are_taken_by_class(pool):
+  """The same expressions as TFDS's, but every class gives its part; two halves share nothing and miss nothing."""
+  whole, first, second = (open_source(f'folder:{pool}', split) for split in ('train', 'train[:70%]', 'train[70%:]'))
+  assert np.bincount(first.labels).tolist() == [7] * 6 and np.bincount(second.labels).tolist() == [3] * 6
+  assert set(first.ids).isdisjoint(second.ids) and {*first.ids, *second.ids} == set(whole.ids)
+  both = open_source(f'folder:{pool}', 'train[:2]+train[-1:]')
+  assert np.bincount(both.labels).tolist() == [3] * 6
+
+
+def test_tfds(tfds_dir):
+  """Bytes come undecoded, labels and ids are known at once, a slice is TFDS's own; TensorFlow stays out."""
+  train = open_source('tfds:tiny_photos', 'train', tfds_dir)
+  assert (len(train), train.class_names) == (20, ('dark', 'light'))
+  assert sorted(train.ids) == [f'{i:03d}.jpg' for i in range(20)]
+  for i in (0, 7, 19):
+    example = train[i]
+    number = int(example.id[:3])
+    assert example.label == number % 2
+    assert abs(int(augment.decode(example.image, example.id).mean()) - 4 * number) <= 2
+  half = open_source('tfds:tiny_photos:1.0.0', 'train[:50%]', tfds_dir)
+  assert half.ids.tolist() == train.ids[:10].tolist() and half.fingerprint != train.fingerprint
+  assert 'tensorflow' not in sys.modules
+
+
+def test_labels_of_tfds_are_read_once(tfds_dir, monkeypatch):
+  before = open_source('tfds:tiny_photos', 'test', tfds_dir)
+  monkeypatch.setattr(np, 'savez', None)  # a second pass would fail when it saves
+  assert open_source('tfds:tiny_photos', 'test', tfds_dir).labels.tolist() == before.labels.tolist()
+
+
+def test_subset_and_of_classes(photos):
+  source = open_source(f'folder:{photos}', 'train')
+  few = source.subset([30, 2])
+  assert [few[0].id, few[1].id] == [source[30].id, source[2].id] and few.fingerprint != source.fingerprint
+  assert set(source.of_classes([3, 1]).labels) == {1, 3}
+
+
+def test_carve_is_by_class_and_seed_and_id(photos):
+  source = open_source(f'folder:{photos}', 'train')
+  train, val = carve(source, 0.25, seed=0)
+  assert np.bincount(val.labels).tolist() == [3] * 4 and np.bincount(train.labels).tolist() == [9] * 4
+  assert set(train.ids).isdisjoint(val.ids)
+  # The order of the files does not matter, the seed does.
+  shuffled = source.subset(np.random.default_rng(0).permutation(len(source)))
+  assert set(carve(shuffled, 0.25, seed=0)[1].ids) == set(val.ids) != set(carve(source, 0.25, seed=1)[1].ids)
+
+
+def test_carve_leaves_every_class_an_image(tmp_path):
+  write_images(tmp_path, {'one': 1, 'two': 2, 'many': 9})
+  train, val = carve(open_source(f'folder:{tmp_path}', 'train'), 0.01, seed=0)
+  assert train.class_names == ('many', 'one', 'two')
+  assert np.bincount(val.labels, minlength=3).tolist() == [1, 0, 1] and np.bincount(train.labels).tolist() == [8, 1, 1]
+
+
+@pytest.mark.parametrize('name,split,words', [
+    ('pets', 'train', 'expected tfds:..., folder:'),
+    ('folder:/no/such', 'train', 'there is no folder /no/such'),
+    ('folder:PHOTOS', 'val', "no split 'val'; known: test, train"),
+    ('folder:PHOTOS/train', 'test', 'has no splits .* use slices such as'),
+    ('folder:PHOTOS', 'train[', 'expected a name, such as train, or a slice'),
+    ('folder:PHOTOS', 'train[:0]', 'the slice is empty'),
+    ('folder:PHOTOS/train/sky', 'train', 'holds no class folders'),
+    ('tfds:no_such_set', 'train', 'Dataset no_such_set not found'),
+    ('tfds:oxford_iiit_pet', 'train', 'is not prepared in .*prepare it with: python -m ft_jax.data.prepare tfds:oxford_iiit_pet --data_dir'),
+    ('tfds:tiny_photos', 'val', "split 'val' does not open; known: test, train|train, test"),
+    ('tfds:tiny_photos:9.0.0', 'train', 'not found'),
+])
+def test_errors(photos, tfds_dir, name, split, words):
+  with pytest.raises(ValueError, match=words):
+    open_source(name.replace('PHOTOS', str(photos)), split, tfds_dir)
+
+
+def test_an_empty_class_folder_is_named(tmp_path):
+  write_images(tmp_path / 'train', {'full': 2})
+  (tmp_path / 'train' / 'hollow').mkdir()
+  (tmp_path / 'train' / 'hollow' / 'notes.txt').write_text('no image')
+  with pytest.raises(ValueError, match='no image in class folder .*hollow'):
+    open_source(f'folder:{tmp_path}', 'train')
+
+
+def test_tfrecord_is_named_with_the_command(tfds_dir, tmp_path):
+  """A set that lies there as TFRecord: its metadata say so, and the error says how to get the other form."""
+  before = pathlib.Path(tfds_dir) / 'tiny_photos' / '1.0.0'
+  after = tmp_path / 'tiny_photos' / '1.0.0'
+  after.mkdir(parents=True)
+  for path in before.iterdir():
+    (after / path.name.replace('array_record', 'tfrecord')).write_bytes(path.read_bytes())
+  info = json.loads((after / 'dataset_info.json').read_text())
+  info['fileFormat'] = 'tfrecord'
+  for split in info['splits']:
+    split['filepathTemplate'] = split['filepathTemplate'].replace('array_record', 'tfrecord')
+  (after / 'dataset_info.json').write_text(json.dumps(info))
+  with pytest.raises(ValueError, match='stored as tfrecord .* no random access.*python -m ft_jax.data.prepare'):
+    open_source('tfds:tiny_photos', 'train', str(tmp_path))
+  with pytest.raises(ValueError, match='move that folder away'):
+    prepare.prepare('tfds:tiny_photos', str(tmp_path))
+
+
+def test_prepare(tfds_dir):
+  """A set that is there is left as it is; a name that is not known is one line on the terminal."""
+  assert prepare.prepare('tfds:tiny_photos', tfds_dir).endswith('tiny_photos/1.0.0')
+  run = subprocess.run([sys.executable, '-m', 'ft_jax.data.prepare', 'tfds:no_such_set'], capture_output=True, text=True,
+                       cwd=pathlib.Path(sources.__file__).parents[2], check=False)
+  assert run.returncode == 1 and 'error: tfds:no_such_set' in run.stderr and 'Traceback' not in run.stderr
+
+
+def test_digits():
+  """The demo's sets: no writer on both sides, at least 25 pool classes, few target images a class."""
+  pool, train, test = (open_source(*args) for args in (
+      ('digits:pool', 'train'), ('digits:target', 'train'), ('digits:target', 'test')))
+  assert len(pool.class_names) == 26 and (np.bincount(pool.labels) >= 60).all()
+  assert np.bincount(train.labels).tolist() == [8] * 10
+  ids = [set(s.ids) for s in (pool, train, test)]
+  assert not (ids[0] & ids[1] or ids[0] & ids[2] or ids[1] & ids[2])
+  assert pool[0].image.shape == (8, 8)

@@ -1,0 +1,133 @@
+"""The pmapped joint step is the plain formula on the whole batch, and the loop reads, evaluates, stops and ends where it should."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from ft_jax import parallel, train
+from ft_jax.models import resnet
+
+LAMBDA = 0.3
+
+
+def batch_of(rng, size, classes):
+  return {'image': rng.integers(0, 255, (size, 16, 16, 3)).astype(np.uint8), 'label': rng.integers(0, classes, size).astype(np.int32)}
+
+
+@pytest.fixture(scope='module')
+def setting():
+  rng = np.random.default_rng(0)
+  batch = {'target': batch_of(rng, 8, 3), 'source': batch_of(rng, 16, 5)}
+  model = resnet.build('resnet18', {'target': 3, 'source': 5}, width=4, axis_name=train.AXIS)
+  variables = jax.device_get(jax.jit(model.init)(jax.random.key(0), batch['target']['image']))
+  return model, variables, batch
+
+
+def step_once(model, variables, batch):
+  optimizer = optax.sgd(0.1, 0.9, nesterov=True)
+  state = parallel.replicate(train.create_state(variables, optimizer))
+  step = train.make_train_step(model, optimizer, {'target': 1.0, 'source': LAMBDA})
+  state, metrics = step(state, {name: parallel.shard(part) for name, part in batch.items()})
+  return parallel.unreplicate(state), parallel.unreplicate(metrics)
+
+
+def test_step_on_four_devices_is_the_formula_on_the_whole_batch(setting):
+  """Loss, accuracy, running statistics and updated parameters, with BatchNorm over all devices."""
+  model, variables, batch = setting
+  state, metrics = step_once(model, variables, batch)
+  alone = resnet.build('resnet18', {'target': 3, 'source': 5}, width=4)
+
+  def loss_fn(params):
+    images = np.concatenate([batch['target']['image'], batch['source']['image']])
+    outputs, updates = alone.apply({'params': params, 'batch_stats': variables['batch_stats']}, images, train=True, mutable=['batch_stats'])
+    losses = [-jnp.mean(jax.nn.log_softmax(logits)[jnp.arange(len(labels)), labels]) for logits, labels in (
+        (outputs.logits['target'][:8], batch['target']['label']), (outputs.logits['source'][8:], batch['source']['label']))]
+    return losses[0] + LAMBDA * losses[1], (losses, updates['batch_stats'], outputs.logits['target'][:8])
+
+  (loss, (losses, batch_stats, logits)), gradients = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(variables['params'])
+  np.testing.assert_allclose(metrics['loss'], loss, rtol=1e-5)
+  np.testing.assert_allclose([metrics['loss_target'], metrics['loss_source']], losses, rtol=1e-5)
+  np.testing.assert_allclose(metrics['top1_target'], np.mean(np.argmax(logits, -1) == batch['target']['label']))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), state.batch_stats, batch_stats)
+  # The first Nesterov step is 1.9 times the gradient.
+  jax.tree.map(lambda new, old, g: np.testing.assert_allclose((old - new) / 0.19, g, rtol=1e-3, atol=2e-4 * float(jnp.abs(g).max()) + 1e-6),
+               state.params, variables['params'], gradients)
+  assert state.step == 1
+
+
+def test_batch_norm_of_each_device_is_the_mean_over_devices(setting):
+  """Without an axis name each device normalises with its own part of both streams; statistics are averaged."""
+  _, variables, batch = setting
+  model = resnet.build('resnet18', {'target': 3, 'source': 5}, width=4)
+  state, _ = step_once(model, variables, batch)
+  parts = [np.concatenate([batch['target']['image'][2 * d:2 * d + 2], batch['source']['image'][4 * d:4 * d + 4]]) for d in range(4)]
+  apply = jax.jit(lambda images: model.apply(variables, images, train=True, mutable=['batch_stats'])[1]['batch_stats'])
+  stats = [apply(part) for part in parts]
+  jax.tree.map(lambda mean, *each: np.testing.assert_allclose(mean, np.mean(each, 0), rtol=1e-4, atol=1e-5), state.batch_stats, *stats)
+
+
+def test_state_may_be_built_from_arrays_that_are_used_again(setting):
+  """A donated step must not eat the variables that it was made from."""
+  model, variables, batch = setting
+  on_device = jax.tree.map(jnp.asarray, variables)
+  first = step_once(model, on_device, batch)[0]
+  second = step_once(model, on_device, batch)[0]
+  jax.tree.map(np.testing.assert_array_equal, first.params, second.params)
+
+
+class Recorder:
+
+  def __init__(self):
+    self.lines, self.evaluated = [], []
+
+  def wrote(self, step, metrics):
+    self.lines.append((step, metrics))
+
+  def evaluate(self, step, state):
+    self.evaluated.append((step, state))
+    return {'val/loss': 0.5}
+
+
+def loop(steps=10, start=0, losses=None, stop=lambda: False, log_every=3, eval_every=4):
+  """The loop around a step that counts."""
+  seen, recorder = [], Recorder()
+
+  def step(state, batch):
+    assert batch == state, 'the batch of another step'
+    return state + 1, parallel.replicate({'loss': np.float32(state if losses is None else losses[state])})
+
+  state, done = train.run_steps(step, start, iter(range(start, 1000)), start=start, steps=steps, log_every=log_every, eval_every=eval_every,
+                                observer=recorder, stop=stop, progress=lambda step, loss: seen.append((step, loss)))
+  return state, done, recorder, seen
+
+
+def test_loop_writes_means_of_windows_and_each_step_once():
+  state, done, recorder, seen = loop()
+  assert (state, done) == (10, 10)
+  # Step k has loss k - 1 here. Evaluation ends a window too: at 4 and 8; the end is evaluated.
+  assert [(step, metrics['train/loss']) for step, metrics in recorder.lines] == [(3, 1.0), (4, 3.0), (6, 4.5), (8, 6.5), (9, 8.0), (10, 9.0)]
+  assert [step for step, metrics in recorder.lines if 'val/loss' in metrics] == [4, 8, 10]
+  assert recorder.evaluated == [(4, 4), (8, 8), (10, 10)]
+  assert seen == [(k + 1, float(k)) for k in range(10)]
+
+
+def test_loop_goes_on_from_a_step():
+  _, _, whole, _ = loop()
+  _, done, recorder, _ = loop(start=4)
+  assert done == 10 and recorder.lines == whole.lines[2:]
+
+
+def test_loop_stops_when_asked():
+  asked = iter([False, False, True])
+  state, done, recorder, _ = loop(stop=lambda: next(asked))
+  assert state == done == 3 and not recorder.evaluated
+
+
+@pytest.mark.parametrize('at', [0, 5, 9])
+def test_loop_stops_when_the_loss_is_not_finite(at):
+  """Named with its step, and before anything of it is written or kept."""
+  losses = [float('nan') if k == at else 1.0 for k in range(10)]
+  with pytest.raises(train.Diverged, match=f'at step {at + 1};'):
+    loop(losses=losses)

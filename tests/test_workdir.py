@@ -1,0 +1,49 @@
+"""A workdir belongs to one config, and its files are whole."""
+
+import json
+
+import pytest
+
+from ft_jax.workdir import MetricsWriter, Workdir, write_results
+
+CONFIG = {'seed': 0, 'train': {'steps': 5, 'milestones': (0.6, 0.8)}}
+
+
+def test_same_config_again_and_another_refused(tmp_path):
+  Workdir(tmp_path / 'run', CONFIG)
+  Workdir(tmp_path / 'run', CONFIG)
+  with pytest.raises(ValueError, match=r'another config \(config.seed is 0 there and 1 here; config.train.steps is 5 there and 6 here\)'):
+    Workdir(tmp_path / 'run', {'seed': 1, 'train': {**CONFIG['train'], 'steps': 6}})
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path):
+  (tmp_path / 'thesis.tex').write_text('x')
+  with pytest.raises(ValueError, match='not empty and holds no run'):
+    Workdir(tmp_path, CONFIG)
+  assert [p.name for p in tmp_path.iterdir()] == ['thesis.tex']
+
+
+def test_metrics_have_each_step_once_after_a_restart(tmp_path):
+  """A run that died at step 7 and goes on from step 4: lines after 4 go, and so does one that was cut short."""
+  work = Workdir(tmp_path / 'run', CONFIG)
+  writer = MetricsWriter(work, 0)
+  for step in (2, 4, 6):
+    writer.write(step, {'train/loss': step / 2})
+  writer.close()
+  with work.metrics_jsonl.open('a') as stream:
+    stream.write('{"step": 7, "tr')
+  again = MetricsWriter(work, 4)
+  again.write(6, {'train/loss': 9.0})
+  again.close()
+  assert work.metrics() == [{'step': 2, 'train/loss': 1.0}, {'step': 4, 'train/loss': 2.0}, {'step': 6, 'train/loss': 9.0}]
+  assert list((work.path / 'tensorboard').iterdir())
+
+
+def test_results_are_strict_json(tmp_path):
+  work = Workdir(tmp_path / 'run', CONFIG)
+  assert work.results() is None
+  with pytest.raises(ValueError):
+    write_results(work, {'loss': float('nan')})
+  assert work.results() is None
+  write_results(work, {'loss': 0.5})
+  assert json.loads((tmp_path / 'run' / 'results.json').read_text()) == work.results() == {'loss': 0.5}
