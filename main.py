@@ -45,8 +45,10 @@ def parse(argv: list[str]) -> list[str]:
   try:
     return app.parse_flags_with_usage(argv)
   except (AttributeError, KeyError):
+    from configs import default
+
     for flag in (arg[len('--config.'):].partition('=')[0] for arg in argv if arg.startswith('--config.')):
-      group, known = '', _CONFIG.value
+      group, known = '', default.get_config()
       for name in flag.split('.'):
         if name not in known:
           sys.exit(f'error: the config has no field {flag!r}; {("config." + group).rstrip(".")} has {", ".join(known)}')

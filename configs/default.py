@@ -66,15 +66,15 @@ def train_config() -> ConfigDict:
   train.epochs = 100.0  # passes over the main stream's training images
   train.steps = 0  # length in steps instead; 0 takes epochs
   train.learning_rate = 0.01  # the highest one, times the factor of the group
-  train.learning_rate_groups = (('heads/.*', 10.0), ('.*', 1.0))  # (pattern of the whole path, factor); the first match counts
+  train.learning_rate_groups = (('heads/.*', 10.0), ('.*', 1.0))  # (pattern of the whole path, factor); first match
   train.schedule = 'milestones'  # milestones, cosine or constant
   train.milestones = (0.6, 0.8)  # parts of the run after which the rate is multiplied by decay
   train.decay = 0.1  # see milestones
   train.warmup = 0.0  # part of the run over which the rate rises from zero
-  train.momentum = 0.9  # of SGD
+  train.momentum = 0.9  # of SGD, 0 to below 1
   train.nesterov = True  # look ahead along the momentum
   train.weight_decay = 1e-4  # times the factor of the group
-  train.weight_decay_groups = (('.*', 1.0),)  # (pattern of the whole path, factor); the first match counts
+  train.weight_decay_groups = (('.*', 1.0),)  # (pattern of the whole path, factor); first match
   train.eval_every = 0  # steps between evaluations on val, each with a checkpoint; 0 is a tenth of the run
   train.log_every = 0  # steps between lines of metrics.jsonl; 0 is a hundredth of the run
   return train

@@ -12,19 +12,17 @@ from ml_collections import ConfigDict
 from configs import default
 
 
-def get_config(stage: str = 'compare') -> ConfigDict:
-  """`compare` (the default) fine-tunes with each method and seed; `pretrain` makes the weights first."""
-  if stage not in ('pretrain', 'compare'):
-    raise ValueError(f'configs/miniature.py:{stage}: known are pretrain and compare')
+def get_config(job: str = 'compare') -> ConfigDict:
+  """`compare` fine-tunes with each method and seed, `finetune` once; `pretrain` makes the weights first."""
   config = default.get_config()
-  config.job = stage
+  config.job = job
   config.source.name = 'folder:tiny_imagenet'
   config.image_size = 64
   config.augment.short_side = 64  # the images have 64 pixels: nothing is cut off
   config.augment.scale = (0.3, 1.0)
   config.model.name = 'resnet18'
   config.model.width = 32
-  if stage == 'pretrain':
+  if job == 'pretrain':
     config.train.batch_size = 128
     config.train.epochs = 30.0
     config.train.learning_rate = 0.1

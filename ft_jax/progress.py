@@ -31,6 +31,7 @@ class Handler(logging.Handler):
   """Log lines above the bar, as they are."""
 
   def emit(self, record: logging.LogRecord) -> None:
+    """Writes one record."""
     tqdm.tqdm.write(self.format(record), file=sys.stderr)
 
 

@@ -84,7 +84,8 @@ def dots(rows: Sequence[Mapping[str, Any]]) -> Figure:
   figure = Figure(figsize=(1.6 + 1.5 * len(rows), 3.4), layout='constrained')
   axes = figure.subplots()
   for values in zip(*(row['top1'] for row in rows)):
-    axes.plot(range(len(rows)), [100 * v for v in values], color=GREY, marker='o', markerfacecolor=BLUE, markeredgecolor=BLUE, linewidth=0.8)
+    axes.plot(range(len(rows)), [100 * v for v in values], color=GREY, marker='o', markerfacecolor=BLUE, markeredgecolor=BLUE,
+              linewidth=0.8)
   for k, row in enumerate(rows):
     axes.hlines(100 * np.mean(row['top1']), k - 0.18, k + 0.18, color=RED, linewidth=2, label='mean' if k == 0 else None)
   axes.set_xticks(range(len(rows)), [row['method'] for row in rows])

@@ -5,6 +5,7 @@ import dataclasses
 import os
 import pathlib
 from typing import Any
+import zipfile
 
 import jax
 import numpy as np
@@ -82,10 +83,10 @@ class Embeddings:
   def load(cls, path: str | os.PathLike[str]) -> 'Embeddings':
     """Reads what `save` wrote; raises ValueError for anything else."""
     try:
-      with np.load(path, allow_pickle=False) as saved:
+      with open(path, 'rb') as stream, np.load(stream, allow_pickle=False) as saved:
         fields = {name: saved[name] for name in saved.files}
       return cls(**{**fields, 'fingerprint': str(fields.get('fingerprint', ''))})
-    except (OSError, EOFError, KeyError, TypeError, ValueError) as error:
+    except (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
       raise ValueError(f'{path} holds no embeddings ({error}); remove it to have it made again') from error
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 
 class Transport(NamedTuple):
-  """A solved problem: `plan` [n, m]; `iterations`; `error`, the L1 distance of two iterates; whether that met the threshold."""
+  """A solved problem: `plan` [n, m]; `iterations`; `error`, OTT's L1 norm of the gradient; whether it met the threshold."""
   plan: np.ndarray
   iterations: int
   error: float
@@ -24,15 +24,17 @@ class Transport(NamedTuple):
 
 def solve(cost: np.ndarray, *, epsilon: float, rho_source: float, rho_target: float, threshold: float = 1e-6,
           max_iterations: int = 2000) -> Transport:
-  """Solves the problem with uniform masses of sum one on both sides.
+  """Solves the problem with uniform masses on both sides.
 
-  The published code has masses of one instead; the plans are then proportional, so shares of importance are the same.
+  The total of the masses is chosen so that the plan's is near one: float32 carries the error down to about 1e-7 of the plan's
+  mass, so a threshold needs that. The published code has masses of one each; with other totals all of the plan changes by one
+  factor, and shares of importance stay the same.
 
   Args:
     cost: `[n, m]`, at least 0. The kernel exp(-cost / epsilon) is stored in float32.
     epsilon: strength of the entropy, in units of the cost.
     rho_source, rho_target: strengths with which the marginals hold, in units of the cost; OTT's tau is rho / (rho + epsilon).
-    threshold: on OTT's error, which float32 carries down to about 1e-7 of the mass.
+    threshold: on OTT's error.
     max_iterations: after which it stops, converged or not.
 
   Raises:
@@ -57,10 +59,22 @@ def _sinkhorn(kernel: jax.Array, epsilon: float, tau_source: float, tau_target: 
               max_iterations: int) -> tuple[jax.Array, jax.Array, jax.Array]:
   linear_problem, sinkhorn = _ott()
   geometry = _kernel_geometry()(kernel_matrix=kernel, epsilon=epsilon)
-  problem = linear_problem.LinearProblem(geometry, tau_a=tau_source, tau_b=tau_target)
+  n, m = kernel.shape
+  total = _total_mass(kernel, tau_source, tau_target)
+  problem = linear_problem.LinearProblem(geometry, jnp.full(n, total / n), jnp.full(m, total / m), tau_a=tau_source, tau_b=tau_target)
   solver = sinkhorn.Sinkhorn(lse_mode=False, threshold=threshold, inner_iterations=1, max_iterations=max_iterations)
   output = solver(problem)
   return output.matrix, output.errors, output.n_iters
+
+
+def _total_mass(kernel: jax.Array, tau_source: float, tau_target: float) -> jax.Array:
+  """The total of the marginals with which the plan's mass is near one, as far as one iteration can tell."""
+  n, m = kernel.shape
+  v = (1 / m / kernel.sum(0)) ** tau_target
+  mass = jnp.sum((1 / n) ** tau_source * (kernel @ v) ** (1 - tau_source))
+  # Marginals s times as large scale the fixed point u = (s a / K v)^tau_source, v = (s b / K' u)^tau_target by this power of s.
+  power = (tau_source + tau_target - 2 * tau_source * tau_target) / (1 - tau_source * tau_target)
+  return mass ** (-1 / power)
 
 
 def _ott() -> tuple[Any, Any]:

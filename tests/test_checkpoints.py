@@ -11,7 +11,8 @@ from ft_jax.train import create_state, TrainState
 
 
 def state_at(step: int) -> TrainState:
-  variables = {'params': {'a': {'kernel': np.full((2, 3), step, np.float32)}}, 'batch_stats': {'a': {'mean': np.full(3, -step, np.float32)}}}
+  variables = {'params': {'a': {'kernel': np.full((2, 3), step, np.float32)}},
+               'batch_stats': {'a': {'mean': np.full(3, -step, np.float32)}}}
   state = create_state(variables, optax.chain(optax.trace(0.9), optax.scale_by_schedule(lambda step: 1.0)))
   return jax.device_get(state.replace(step=jnp.int32(step)))
 

@@ -55,8 +55,8 @@ def test_max_pool_equals_xla_with_ties(height):
   """Small integers tie all the time: the gradient must go to the same pixel as XLA's."""
   x = jnp.asarray(np.random.default_rng(1).integers(0, 3, (2, height, height + 1, 5)), jnp.float32)
   weights = lambda y: jnp.sin(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape)
-  for ours, theirs in zip(*((f(x), jax.grad(lambda x: jnp.sum(f(x) * weights(f(x))))(x))
-                            for f in (conv.max_pool, conv.max_pool_xla))):
+  value_and_gradient = lambda f: (f(x), jax.grad(lambda x: jnp.sum(f(x) * weights(f(x))))(x))
+  for ours, theirs in zip(value_and_gradient(conv.max_pool), value_and_gradient(conv.max_pool_xla)):
     np.testing.assert_allclose(ours, theirs, atol=1e-6)
 
 

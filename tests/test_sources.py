@@ -124,7 +124,7 @@ def test_carve_leaves_every_class_an_image(tmp_path):
     ('folder:PHOTOS', 'train[:0]', 'the slice is empty'),
     ('folder:PHOTOS/train/sky', 'train', 'holds no class folders'),
     ('tfds:no_such_set', 'train', 'Dataset no_such_set not found'),
-    ('tfds:oxford_iiit_pet', 'train', 'is not prepared in .*prepare it with: python -m ft_jax.data.prepare tfds:oxford_iiit_pet --data_dir'),
+    ('tfds:oxford_iiit_pet', 'train', 'is not prepared in .*with: python -m ft_jax.data.prepare tfds:oxford_iiit_pet --data_dir'),
     ('tfds:tiny_photos', 'val', "split 'val' does not open; known: test, train|train, test"),
     ('tfds:tiny_photos:9.0.0', 'train', 'not found'),
 ])

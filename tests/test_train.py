@@ -107,7 +107,8 @@ def test_loop_writes_means_of_windows_and_each_step_once():
   state, done, recorder, seen = loop()
   assert (state, done) == (10, 10)
   # Step k has loss k - 1 here. Evaluation ends a window too: at 4 and 8; the end is evaluated.
-  assert [(step, metrics['train/loss']) for step, metrics in recorder.lines] == [(3, 1.0), (4, 3.0), (6, 4.5), (8, 6.5), (9, 8.0), (10, 9.0)]
+  assert [(step, metrics['train/loss']) for step, metrics in recorder.lines] == [
+      (3, 1.0), (4, 3.0), (6, 4.5), (8, 6.5), (9, 8.0), (10, 9.0)]
   assert [step for step, metrics in recorder.lines if 'val/loss' in metrics] == [4, 8, 10]
   assert recorder.evaluated == [(4, 4), (8, 8), (10, 10)]
   assert seen == [(k + 1, float(k)) for k in range(10)]

@@ -40,6 +40,7 @@ def prepare(name: str, data_dir: str = '') -> str:
 
 
 def main() -> None:
+  """The command."""
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('name', help='tfds:<name>[/config][:version]')
   parser.add_argument('--data_dir', default='', help="where TFDS sets lie (default: TFDS's own, ~/tensorflow_datasets)")

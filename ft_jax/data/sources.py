@@ -11,6 +11,7 @@ import os
 import pathlib
 import re
 from typing import Any, NamedTuple
+import zipfile
 
 import numpy as np
 
@@ -252,9 +253,11 @@ def _tfds_labels_and_ids(store: Any, split: str, fingerprint: str, chunk: int = 
   """One pass over the records without decoding an image, kept for the next time in the user's cache folder."""
   folder = pathlib.Path(os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache') / 'ft_jax' / 'labels'
   path = folder / f'{fingerprint}.npz'
-  if path.exists():
-    with np.load(path) as saved:
+  try:
+    with open(path, 'rb') as stream, np.load(stream) as saved:
       return saved['labels'], saved['ids']
+  except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile):
+    pass  # not there, or damaged: made again
   labels, ids = np.zeros(len(store), np.int32), []
   for start in range(0, len(store), chunk):
     rows = range(start, min(start + chunk, len(store)))

@@ -23,21 +23,30 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
   """Runs the job, or goes on with it; returns what results.json holds."""
   _check(config)
   work = Workdir(workdir, config.to_dict())
-  if work.results():
+  if work.results() and work.report_html.exists():
     log.info('%s is finished: %s', work.path, work.report_html)
     return work.results()
 
   log.info('fine-tuning %s -> %s', config.model.name, work.path)
   splits = setup.open_splits(config.target, config.data_dir, config.seed)
   pool = open_source(config.source.name, config.source.train, config.data_dir) if config.source.name else None
-  _describe(splits, pool)
+  if not work.results():
+    _describe(splits, pool)
+    write_results(work, _train(config, work, splits, pool))
+  chosen = selection.Selection.load(work.selection_json, pool.fingerprint) if work.selection_json.exists() else None
+  report.write(work, _selection_section(splits.train, pool, chosen) if chosen else None)
+  log.info('report: %s', work.report_html)
+  return work.results()
+
+
+def _train(config: ConfigDict, work: Workdir, splits: setup.Splits, pool: Source | None) -> dict[str, Any]:
+  """Weights, selection, joint fine-tuning, evaluation: the results."""
   weights = _weights(config, work)
   transform = setup.make_transform(config)
-
   chosen = _select(config, work, weights, splits.train, pool, transform)
   streams = {'target': fit.Stream(splits.train, config.train.batch_size, 1.0)}
   heads = {'target': len(splits.train.class_names)}
-  if chosen is not None and chosen.classes:
+  if chosen is not None:
     # The source head keeps all classes of the pool, as in the paper; only the chosen ones ever come.
     heads['source'] = len(pool.class_names)
     streams['source'] = fit.Stream(pool.of_classes(chosen.classes), _source_batch(config), config.source_weight)
@@ -46,19 +55,15 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
   variables = setup.init_variables(model, config.image_size, config.seed, weights)
   results = fit.fit(config.train, work, model=model, variables=variables, streams=streams, splits=splits, transform=transform,
                     metric=config.target.metric, seed=config.seed)
-  sets = {'train': len(splits.train), 'val': len(splits.val), 'test': len(splits.test) if splits.test else 0}
-  write_results(work, {
+  return {
       'job': 'finetune', **results,
-      'target': {'name': config.target.name, 'classes': len(splits.train.class_names), 'fingerprint': splits.train.fingerprint, **sets},
+      'target': {'name': config.target.name, 'classes': len(splits.train.class_names), 'fingerprint': splits.train.fingerprint,
+                 'train': len(splits.train), 'val': len(splits.val), 'test': len(splits.test) if splits.test else 0},
       'source': None if pool is None else {
           'name': config.source.name, 'classes': len(pool.class_names), 'images': len(pool), 'fingerprint': pool.fingerprint},
       'selection': None if chosen is None else {
-          'method': chosen.method, 'classes': list(chosen.class_names),
-          'images': len(streams['source'].source) if 'source' in streams else 0},
-      'weights_fingerprint': setup.weights_fingerprint(weights) if weights else ''})
-  report.write(work, _selection_section(config, splits.train, pool, chosen) if chosen else None)
-  log.info('report: %s', work.report_html)
-  return work.results()
+          'method': chosen.method, 'classes': list(chosen.class_names), 'images': len(streams['source'].source)},
+      'weights_fingerprint': setup.weights_fingerprint(weights) if weights else ''}
 
 
 def _check(config: ConfigDict) -> None:
@@ -108,14 +113,12 @@ def _weights(config: ConfigDict, work: Workdir) -> dict[str, Any] | None:
 
 def _select(config: ConfigDict, work: Workdir, weights: dict[str, Any] | None, target: Source, pool: Source | None,
             transform: Transform) -> selection.Selection | None:
-  """The selection of this run: read where it is there, made otherwise. None without a pool."""
-  if pool is None:
+  """The selection of this run: read where it is there, made otherwise. None for plain fine-tuning."""
+  settings = config.selection
+  if pool is None or settings.method == 'none':
     return None
   if work.selection_json.exists():
     return selection.Selection.load(work.selection_json, pool.fingerprint)
-  settings = config.selection
-  if settings.method == 'none':
-    return None
   parameters = {name: settings[name] for name in ('epsilon', 'rho_source', 'rho_target')} if settings.method == 'uot' else {}
   embedded = [_class_means(config, work, weights, source, transform, what) for source, what in ((pool, 'source'), (target, 'target'))]
   chosen = selection.select(*embedded, settings.size, by=settings.by, method=settings.method, seed=config.seed, **parameters)
@@ -144,7 +147,7 @@ def _class_means(config: ConfigDict, work: Workdir, weights: dict[str, Any] | No
   return means
 
 
-def _selection_section(config: ConfigDict, target: Source, pool: Source, chosen: selection.Selection) -> report.SelectionSection:
+def _selection_section(target: Source, pool: Source, chosen: selection.Selection) -> report.SelectionSection:
   """What the report shows of a selection, with a few images of each class."""
   with_shares = chosen.plan is not None
   rows = [report.ChosenClass(name, float(chosen.shares[k]) if with_shares else None, int((pool.labels == k).sum()), drawn_by,

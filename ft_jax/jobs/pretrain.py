@@ -16,20 +16,22 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
   if not config.source.name:
     raise ValueError('config.source.name is empty; name the data to pre-train on')
   work = Workdir(workdir, config.to_dict())
-  if work.results():
-    log.info('%s is finished', work.path)
-    return work.results()
-  log.info('pre-training %s -> %s', config.model.name, work.path)
+  if not work.results():
+    log.info('pre-training %s -> %s', config.model.name, work.path)
+    write_results(work, _train(config, work))
+  if not work.report_html.exists():
+    report.write(work)
+  log.info('pre-trained weights: %s', work.path)
+  return work.results()
+
+
+def _train(config: ConfigDict, work: Workdir) -> dict[str, Any]:
   splits = setup.open_splits(config.source, config.data_dir, config.seed)
-  log.info('data: %d train and %d val images of %d classes (%s)', len(splits.train), len(splits.val),
-           len(splits.train.class_names), splits.train.name)
+  log.info('data: %s: %s train, %s val images of %d classes', splits.train.name, f'{len(splits.train):,d}', f'{len(splits.val):,d}',
+           len(splits.train.class_names))
   weights = setup.load_weights(config.model.weights) if config.model.weights else None
   model = setup.build_model(config.model, {'source': len(splits.train.class_names)})
   variables = setup.init_variables(model, config.image_size, config.seed, weights)
-  results = fit.fit(
-      config.train, work, model=model, variables=variables,
-      streams={'source': fit.Stream(splits.train, config.train.batch_size, 1.0)}, splits=splits,
-      transform=setup.make_transform(config), metric='top1', seed=config.seed)
-  write_results(work, {'job': 'pretrain', **results})
-  report.write(work)
-  return work.results()
+  stream = fit.Stream(splits.train, config.train.batch_size, 1.0)
+  return {'job': 'pretrain', **fit.fit(config.train, work, model=model, variables=variables, streams={'source': stream}, splits=splits,
+                                       transform=setup.make_transform(config), metric='top1', seed=config.seed)}

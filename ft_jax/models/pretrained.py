@@ -88,7 +88,8 @@ def _convert(name: str, value: np.ndarray) -> tuple[str, str, np.ndarray]:
 
 
 def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
-  from safetensors import numpy as safetensors, SafetensorError
+  from safetensors import numpy as safetensors
+  from safetensors import SafetensorError
 
   try:
     return safetensors.load_file(path)

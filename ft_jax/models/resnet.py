@@ -37,6 +37,7 @@ class Conv(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
+    """`[b, h, w, c]` to `[b, h / stride, w / stride, features]`."""
     kernel = self.param('kernel', nn.initializers.variance_scaling(2.0, 'fan_out', 'normal'),
                         (self.size, self.size, x.shape[-1], self.features))
     return conv2d(x.astype(self.dtype), kernel.astype(self.dtype), self.stride)
@@ -51,6 +52,7 @@ class Downsample(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
+    """`[b, h, w, c]` to `[b, h / stride, w / stride, features]`."""
     return self.norm(name='1')(self.conv(self.features, 1, self.stride, name='0')(x))
 
 
@@ -64,6 +66,7 @@ class BasicBlock(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
+    """`[b, h, w, c]` to `[b, h / stride, w / stride, planes]`."""
     y = nn.relu(self.norm(name='bn1')(self.conv(self.planes, 3, self.stride, name='conv1')(x)))
     y = self.norm(name='bn2')(self.conv(self.planes, 3, name='conv2')(y))
     if y.shape != x.shape:
@@ -81,6 +84,7 @@ class Bottleneck(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
+    """`[b, h, w, c]` to `[b, h / stride, w / stride, 4 * planes]`."""
     y = nn.relu(self.norm(name='bn1')(self.conv(self.planes, 1, name='conv1')(x)))
     y = nn.relu(self.norm(name='bn2')(self.conv(self.planes, 3, self.stride, name='conv2')(y)))
     y = self.norm(name='bn3')(self.conv(self.planes * 4, 1, name='conv3')(y))
@@ -100,6 +104,7 @@ class Stage(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
+    """All blocks; the first one has the stride."""
     for i in range(self.depth):
       x = self.block(self.planes, self.stride if i == 0 else 1, self.conv, self.norm, name=str(i))(x)
     return x
@@ -114,6 +119,7 @@ class Heads(nn.Module):
 
   @nn.compact
   def __call__(self, features: jax.Array) -> dict[str, jax.Array]:
+    """Features `[b, d]` to logits `[b, K]` of every head."""
     std = (2.0 / features.shape[-1]) ** 0.5
     return {name: nn.Dense(size, kernel_init=nn.initializers.normal(std), name=name)(features)
             for name, size in self.classes.items()}

@@ -1,0 +1,76 @@
+"""Embeddings are checked where they are made, and embedding gives the same on any number of devices."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from selection import class_means, embed, embed_class_means, Embeddings
+
+
+def encode(variables, images):
+  return images.reshape(len(images), -1).astype(jnp.float32) @ variables['w']
+
+
+@pytest.fixture
+def pieces():
+  """Eleven images in uneven batches, out of order, with padding in the last one."""
+  rng = np.random.default_rng(0)
+  images, labels = rng.integers(0, 255, (11, 2, 2, 3)).astype(np.uint8), rng.integers(0, 3, 11).astype(np.int32)
+  labels[:3] = 0, 1, 2
+  order = rng.permutation(11)
+  batches = [{'image': images[rows], 'label': labels[rows], 'index': rows.astype(np.int32), 'mask': np.ones(len(rows), bool)}
+             for rows in (order[:5], order[5:9], order[9:])]
+  batches[2] = {key: np.concatenate([value, value[:1]]) for key, value in batches[2].items()}
+  batches[2]['mask'][2] = False
+  variables = {'w': rng.normal(size=(12, 6)).astype(np.float32)}
+  return images, labels, batches, variables
+
+
+def test_embed_on_four_devices_is_the_plain_product(pieces):
+  images, labels, batches, variables = pieces
+  embeddings = embed(encode, variables, batches, class_names='abc', fingerprint='f')
+  np.testing.assert_allclose(embeddings.features, images.reshape(11, 12) @ variables['w'], rtol=1e-5)
+  assert embeddings.labels.tolist() == labels.tolist() and embeddings.ids.tolist() == list(range(11))
+
+
+def test_streamed_class_means_are_the_means(pieces):
+  images, labels, batches, variables = pieces
+  streamed = embed_class_means(encode, variables, batches, class_names='abc')
+  whole = class_means(embed(encode, variables, batches, class_names='abc'))
+  expected = np.stack([(images.reshape(11, 12) @ variables['w'])[labels == k].mean(0) for k in range(3)])
+  np.testing.assert_allclose(streamed.features, expected, rtol=1e-5)
+  np.testing.assert_allclose(whole.features, expected, rtol=1e-5)
+  assert streamed.weights.tolist() == whole.weights.tolist() == np.bincount(labels).tolist()
+
+
+def test_images_alone(pieces):
+  """What a notebook has: batches of images and nothing else."""
+  images, _, _, variables = pieces
+  embeddings = embed(encode, variables, ({'image': images[i:i + 3]} for i in range(0, 11, 3)))
+  np.testing.assert_allclose(embeddings.features, images.reshape(11, 12) @ variables['w'], rtol=1e-5)
+  assert embeddings.labels is None
+
+
+def test_save_and_load(tmp_path):
+  before = Embeddings(np.eye(3, dtype=np.float32), [0, 1, 1], ['a', 'b'], weights=[1, 2, 3], fingerprint='abc')
+  before.save(tmp_path / 'deep' / 'e.npz')
+  after = Embeddings.load(tmp_path / 'deep' / 'e.npz')
+  assert (after.features == before.features).all() and after.class_names == ('a', 'b') and after.fingerprint == 'abc'
+  assert after.weights.tolist() == [1, 2, 3] and after.ids is None
+  assert [p.name for p in (tmp_path / 'deep').iterdir()] == ['e.npz']
+  (tmp_path / 'deep' / 'e.npz').write_bytes((tmp_path / 'deep' / 'e.npz').read_bytes()[:100])
+  with pytest.raises(ValueError, match='holds no embeddings'):
+    Embeddings.load(tmp_path / 'deep' / 'e.npz')
+
+
+@pytest.mark.parametrize('kwargs,words', [
+    (dict(features=np.ones(3)), r'shape \(3,\); expected \[n, d\]'), (dict(features=np.ones((0, 3))), 'at least one row'),
+    (dict(features=[[1, np.nan], [1, 1], [np.inf, 0]]), '2 of 3 rows of features are not finite, the first is row 0'),
+    (dict(features=np.ones((2, 2)), labels=[0]), r'labels have shape \(1,\); expected \[2\]'),
+    (dict(features=np.ones((2, 2)), labels=[0.0, 1.0]), 'expected integers from 0'),
+    (dict(features=np.ones((2, 2)), labels=[-1, 1]), 'expected integers from 0'),
+    (dict(features=np.ones((2, 2)), labels=[0, 2], class_names=['a', 'b']), 'label 2 is beyond the 2 class names'),
+])
+def test_errors(kwargs, words):
+  with pytest.raises(ValueError, match=words):
+    Embeddings(**kwargs)

@@ -1,0 +1,162 @@
+"""Whole jobs on real images, in processes of their own: what a user runs, and what stays when it is interrupted."""
+
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from ft_jax.checkpoints import load_variables
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+TINY = ['--config=configs/digits.py', '--config.model.width=4', '--config.image_size=16', '--config.augment.short_side=16',
+        '--config.selection.size=5']
+PRETRAIN = ['--config.job=pretrain', '--config.model.weights=', "--config.train.learning_rate_groups=(('.*',1.0),)", '--config.train.steps=20',
+            '--config.train.eval_every=10']
+FINETUNE = ['--config.train.steps=24', '--config.train.eval_every=8', '--config.train.log_every=4', '--config.train.batch_size=16']
+
+
+def environment(devices: int) -> dict[str, str]:
+  # The exception is ml_collections' own, when it reads a config on Python 3.11.
+  return {**os.environ, 'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}', 'JAX_PLATFORMS': 'cpu',
+          'PYTHONWARNINGS': 'error,ignore:the load_module() method is deprecated:DeprecationWarning'}
+
+
+def command(workdir, *flags: str) -> list[str]:
+  return [sys.executable, 'main.py', *flags, f'--workdir={workdir}']
+
+
+def main(workdir, *flags: str, devices: int = 2) -> subprocess.CompletedProcess:
+  return subprocess.run(command(workdir, *flags), cwd=ROOT, env=environment(devices), capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope='module')
+def weights(tmp_path_factory) -> str:
+  """The workdir of a short pre-training."""
+  workdir = tmp_path_factory.mktemp('runs') / 'pretrain'
+  run = main(workdir, *TINY, *PRETRAIN)
+  assert run.returncode == 0, run.stderr
+  return str(workdir)
+
+
+@pytest.fixture(scope='module')
+def finished(weights, tmp_path_factory) -> tuple[pathlib.Path, str]:
+  """A whole fine-tuning with a selection, and what it printed."""
+  workdir = tmp_path_factory.mktemp('runs') / 'finetune'
+  run = main(workdir, *TINY, *FINETUNE, f'--config.model.weights={weights}')
+  assert run.returncode == 0, run.stderr
+  return workdir, run.stderr
+
+
+def test_workdir_holds_what_the_readme_says(finished):
+  workdir, printed = finished
+  assert {p.name for p in workdir.iterdir()} == {
+      'config.json', 'selection.json', 'embeddings', 'metrics.jsonl', 'tensorboard', 'checkpoints', 'results.json', 'report.html'}
+  results = json.loads((workdir / 'results.json').read_text())
+  for split, images in (('val', 20), ('test', 382)):
+    assert results[split]['images'] == images == sum(row['images'] for row in results[split]['per_class'])
+    assert results[split]['top1'] == sum(row['right'] for row in results[split]['per_class']) / images
+    assert {'top1', 'mean_per_class', 'loss'} <= set(results[split])
+  assert results['best_step'] in (8, 16, 24) and results['seed'] == 0 and results['versions']['jax'] == jax.__version__
+  assert results['batch_norm'] == 'statistics of each of 2 devices'
+  lines = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+  assert [line['step'] for line in lines] == [4, 8, 12, 16, 20, 24]
+  assert [line['step'] for line in lines if 'val/top1' in line] == [8, 16, 24]
+  best = max((line for line in lines if 'val/top1' in line), key=lambda line: (line['val/top1'], -line['val/loss']))
+  assert best['step'] == results['best_step'] and best['val/top1'] == results['val']['top1']
+  assert 'converged in' in printed and 'drawn by' in printed and 'report.html' in printed
+  # Not on a terminal: no bars, no carriage returns.
+  assert '\r' not in printed and '\x1b' not in printed
+
+
+def test_report_opens_offline_and_shows_everything(finished):
+  workdir, _ = finished
+  page = (workdir / 'report.html').read_text()
+  assert not re.search(r'(?:src|href)\s*=\s*"(?:https?:)?//|@import|url\(\s*"?http', page)
+  chosen = json.loads((workdir / 'selection.json').read_text())
+  for name in (chosen['names'][i] for i in chosen['classes']):
+    assert f'<td>{name}</td>' in page
+  assert page.count('<svg') == 4 and page.count('data:image/jpeg') == 5 * 4 + 10 * 2
+
+
+def test_a_finished_run_is_not_run_again(finished):
+  """The same command says so and changes nothing; a lost report is made again; another config is refused."""
+  workdir, _ = finished
+  flags = [*TINY, *FINETUNE, '--config.model.weights=' + json.loads((workdir / 'config.json').read_text())['model']['weights']]
+  before = (workdir / 'results.json').read_bytes()
+  (workdir / 'report.html').unlink()
+  run = main(workdir, *flags)
+  assert run.returncode == 0 and 'training' not in run.stderr and (workdir / 'report.html').exists()
+  assert (workdir / 'results.json').read_bytes() == before
+  other = main(workdir, *flags, '--config.seed=7')
+  assert other.returncode == 1 and 'config.seed is 0 there and 7 here' in other.stderr and 'Traceback' not in other.stderr
+
+
+def comparable(workdir: pathlib.Path) -> tuple[dict, list[dict], dict]:
+  """Parameters of the best checkpoint, metrics without the clock, results without the command."""
+  lines = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+  results = json.loads((workdir / 'results.json').read_text())
+  return (load_variables(workdir), [{k: v for k, v in line.items() if k != 'images_per_second'} for line in lines],
+          {k: v for k, v in results.items() if k != 'command'})
+
+
+@pytest.mark.parametrize('number', [signal.SIGKILL, signal.SIGTERM])
+def test_interrupted_equals_uninterrupted(finished, weights, tmp_path, number):
+  """Killed (or asked to stop) in the middle and started again: the same parameters bit for bit, each step once."""
+  whole, _ = finished
+  workdir = tmp_path / 'run'
+  flags = [*TINY, *FINETUNE, f'--config.model.weights={weights}']
+  process = subprocess.Popen(command(workdir, *flags), cwd=ROOT, env=environment(2), stderr=subprocess.PIPE, text=True)
+  deadline = time.monotonic() + 300
+  while not (workdir / 'checkpoints' / '8').exists():
+    assert process.poll() is None and time.monotonic() < deadline
+    time.sleep(0.01)
+  process.send_signal(number)
+  _, printed = process.communicate(timeout=120)
+  assert not (workdir / 'results.json').exists()
+  if number == signal.SIGTERM:
+    assert process.returncode == 128 + number and 'the same command goes on from there' in printed
+  again = main(workdir, *flags)
+  assert again.returncode == 0 and re.search(r'going on from step \d+ of 24', again.stderr), again.stderr
+  (params, lines, results), (whole_params, whole_lines, whole_results) = comparable(workdir), comparable(whole)
+  jax.tree.map(np.testing.assert_array_equal, params, whole_params)
+  assert results == whole_results
+  # A stop on request ends a window early, so the means of the training batches may be over other windows; nothing else may differ.
+  evaluated = lambda lines: [{k: v for k, v in line.items() if not k.startswith('train/')} for line in lines if 'val/top1' in line]
+  assert evaluated(lines) == evaluated(whole_lines)
+  assert [line['step'] for line in lines] == sorted({line['step'] for line in lines})
+  if number == signal.SIGKILL:
+    assert lines == whole_lines
+
+
+def test_finetune_and_compare_on_folders(photos, pool, tmp_path):
+  """Everything from folders, from random weights: each method and seed once, embeddings shared, a table in the end."""
+  run = main(tmp_path / 'compare', '--config=configs/miniature.py', f'--config.source.name=folder:{pool}',
+             f'--config.target.name=folder:{photos}', '--config.model.weights=', '--config.model.width=4', '--config.image_size=32',
+             '--config.augment.short_side=36', "--config.compare.methods=('none','uot')", '--config.compare.seeds=(3,)',
+             '--config.selection.size=2', '--config.train.steps=4', '--config.train.batch_size=8', '--config.source_ratio=0.5')
+  assert run.returncode == 0, run.stderr
+  results = json.loads((tmp_path / 'compare' / 'results.json').read_text())
+  assert [row['method'] for row in results['rows']] == ['none', 'uot'] and results['images'] == 20
+  for row in results['rows']:
+    runs = [tmp_path / 'compare' / f'{row["method"]}-{seed}' / 'results.json' for seed in (3,)]
+    assert row['top1'] == [json.loads(path.read_text())['test']['top1'] for path in runs]
+  assert '| uot |' in run.stderr and (tmp_path / 'compare' / 'report.html').exists()
+  assert len(list((tmp_path / 'compare' / 'embeddings').iterdir())) == 2  # in one place for all runs
+  chosen = json.loads((tmp_path / 'compare' / 'uot-3' / 'results.json').read_text())['selection']
+  assert len(chosen['classes']) == 2 and chosen['images'] == 20
+
+
+def test_same_images_on_both_sides_warns(photos, tmp_path):
+  run = main(tmp_path / 'run', '--config=configs/miniature.py', '--config.job=finetune', f'--config.source.name=folder:{photos}',
+             f'--config.target.name=folder:{photos}', '--config.model.weights=/no/such/file.pth')
+  assert run.returncode == 1 and 'warning: target and source are the same images' in run.stderr
+  assert 'there is no file /no/such/file.pth' in run.stderr and 'Traceback' not in run.stderr

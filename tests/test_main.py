@@ -1,0 +1,85 @@
+"""The command line and the configs: wrong input is one clear line, and every config is the default with other values."""
+
+import pathlib
+import re
+import subprocess
+import sys
+
+from ml_collections import config_flags, ConfigDict
+import pytest
+
+from configs import default, digits, miniature, pets, pretrain
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def main(*flags: str) -> subprocess.CompletedProcess:
+  return subprocess.run([sys.executable, 'main.py', *flags], cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize('flags,words', [
+    ([], 'flag --config=None: Flag --config must have a value'),
+    (['--config=configs/nothing.py'], 'configs/nothing.py'),
+    (['--config=configs/digits.py', '--config.sed=1'], "no field 'sed'; config has augment, compare, data_dir"),
+    (['--config=configs/digits.py', '--config.train.lr=1'], "no field 'train.lr'; config.train has batch_size, decay, epochs"),
+    (['--config=configs/digits.py', '--config.train.steps=many'], "invalid literal for int"),
+    (['--config=configs/digits.py', 'digits'], "unexpected argument 'digits'"),
+    (['--config=configs/digits.py', '--config.job=fine'], "config.job is 'fine'; known: finetune, pretrain, compare"),
+    (['--config=configs/digits.py', '--config.selection.method=best'], "config.selection.method is 'best'; known: uot, random, none"),
+    (['--config=configs/digits.py', '--config.source_ratio=0.01'], 'config.source_ratio 0.01 of batch 32 is 0.32 source images a step'),
+    (['--config=configs/digits.py', '--config.target.name='], 'config.target.name is empty; name your images'),
+    (['--config=configs/digits.py', '--config.source.name='], 'config.source.name is empty; name the pre-training data'),
+    (['--config=configs/digits.py', '--config.target.name=folder:/no/such'], 'there is no folder /no/such'),
+    (['--config=configs/digits.py', '--config.model.name=vgg'], "model.name is 'vgg'; known: resnet18"),
+    (['--config=configs/digits.py', '--config.model.dtype=int8'], "model.dtype is 'int8'; known: float32, bfloat16"),
+    (['--config=configs/pets.py', '--config.data_dir=/tmp'],
+     'prepare it with: python -m ft_jax.data.prepare tfds:oxford_iiit_pet --data_dir=/tmp'),
+    (['--config=configs/miniature.py:pets'], "config.job is 'pets'; known: finetune, pretrain, compare"),
+])
+def test_wrong_input_is_one_clear_line(tmp_path, flags, words):
+  run = main(*flags, f'--workdir={tmp_path / "run"}')
+  assert run.returncode != 0 and words in run.stderr, run.stderr
+  assert 'Traceback' not in run.stderr
+
+
+def test_help_needs_no_jax():
+  """Help answers before anything heavy is imported."""
+  run = subprocess.run([sys.executable, '-X', 'importtime', 'main.py', '--help'], cwd=ROOT, capture_output=True, text=True, check=False)
+  assert '--workdir' in run.stdout and '--config' in run.stdout
+  imported = set(re.findall(r'\| +(jax|flax|tensorflow|tensorflow_datasets|ott|matplotlib|orbax)$', run.stderr, flags=re.MULTILINE))
+  assert not imported
+
+
+def fields(config: ConfigDict, prefix: str = '') -> dict[str, type]:
+  flat = {}
+  for key, value in config.items():
+    flat |= fields(value, f'{prefix}{key}.') if isinstance(value, ConfigDict) else {f'{prefix}{key}': type(value)}
+  return flat
+
+
+@pytest.mark.parametrize('config', [digits.get_config(), pets.get_config(), pretrain.get_config(), miniature.get_config(),
+                                    miniature.get_config('pretrain')])
+def test_configs_are_the_default_with_other_values(config):
+  """No config adds a field or changes the type of one, so that default.py documents every field there is."""
+  assert fields(config) == fields(default.get_config())
+
+
+def test_every_field_is_documented_on_its_line():
+  lines = [line for line in (ROOT / 'configs' / 'default.py').read_text().splitlines()
+           if re.match(r'  (config|train)\.[\w.]+ = ', line) and not re.search(r'ConfigDict\(\)', line)]
+  assert len(lines) > 40 and all(re.search(r'\S  # .{10,}', line) for line in lines)
+
+
+@pytest.mark.filterwarnings('ignore:the load_module:DeprecationWarning')  # ml_collections on Python 3.11
+def test_config_flags_override_every_kind_of_value(monkeypatch):
+  """Numbers, names, switches and pairs from the command line."""
+  from absl import flags
+  values = flags.FlagValues()
+  holder = config_flags.DEFINE_config_file('config', flag_values=values)
+  line = ['x', f'--config={ROOT}/configs/digits.py', '--config.seed=3', '--config.augment.flip=true', '--config.train.learning_rate=0.5',
+          "--config.train.learning_rate_groups=(('heads/.*',5.0),('.*',1.0))", '--config.target.name=folder:x']
+  monkeypatch.setattr(sys, 'argv', line)  # where ml_collections looks for the fields that are overridden
+  values(line)
+  config = holder.value
+  assert (config.seed, config.augment.flip, config.train.learning_rate, config.target.name) == (3, True, 0.5, 'folder:x')
+  assert config.train.learning_rate_groups == (('heads/.*', 5.0), ('.*', 1.0))
