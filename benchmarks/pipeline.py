@@ -104,8 +104,8 @@ def main() -> None:
       del loader
   medians = {key: statistics.median(values) for key, values in rates.items()}
   print(f'decode, random-resized-crop {SIZE}, flip, batch {BATCH}; JPEG files of {kilobytes:.0f} KB; {os.cpu_count()} cores')
-  print(f'  ours                            {medians["ours"]:7.0f} images/s')
-  print(f'  torch DataLoader, 2 workers     {medians["torch"]:7.0f} images/s   ours is {medians["ours"] / medians["torch"]:.2f} times as fast')
+  for key, what in (('ours', 'ours'), ('torch', 'torch DataLoader, 2 workers')):
+    print(f'  {what:28s} {medians[key]:7.0f} images/s   ours is {medians["ours"] / medians[key]:.2f} times as fast')
 
 
 if __name__ == '__main__':

@@ -12,7 +12,6 @@ import statistics
 import sys
 import time
 
-os.environ.setdefault('JAX_PLATFORMS', '')
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
 import jax

@@ -3,8 +3,8 @@
     python main.py --config=configs/digits.py
 
 The pool holds digits of nine writers (10 classes) beside patches of two photographs (16 classes); the target is 80 digits of
-two other writers, inverted and upside down, tested on three writers more. A small ResNet is pre-trained on the pool, ten
-classes are selected (they should be the digits), and the network is fine-tuned on both together.
+two other writers, inverted and upside down; val and test are of three writers more. A small ResNet is pre-trained on the pool,
+ten classes are selected (they should be the digits), and the network is fine-tuned on both together.
 """
 
 from ml_collections import ConfigDict
@@ -15,7 +15,7 @@ from configs import default
 def get_config() -> ConfigDict:
   config = default.get_config()
   config.target.name = 'digits:target'
-  config.target.val_fraction = 0.25
+  config.target.val = 'val'
   config.source.name = 'digits:pool'
   config.image_size = 32
   config.augment.short_side = 32  # an 8x8 image has no border to cut off

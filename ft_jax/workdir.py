@@ -16,21 +16,26 @@ class Workdir:
   def __init__(self, path: epath.PathLike, config: Mapping[str, Any]):
     """Makes the folder, or takes up the run that is there.
 
+    A run that has no checkpoint yet has nothing to lose: it takes the new config, and selects again.
+
     Raises:
-      ValueError: it belongs to a run with another config; names the fields that differ.
+      ValueError: it belongs to a run with another config, and names the fields that differ; or to something else.
     """
     self.path = epath.Path(path)
     wanted = json.loads(json.dumps(config))
-    if self.config_json.exists():
+    if not self.config_json.exists():
+      if self.path.exists() and any(self.path.iterdir()):
+        raise ValueError(f'workdir {self.path} is not empty and holds no run (no config.json); give another --workdir')
+      self.path.mkdir(parents=True, exist_ok=True)
+    else:
       differing = _differences(json.loads(self.config_json.read_text()), wanted)
-      if differing:
+      if not differing:
+        return
+      if self.results_json.exists() or _has_checkpoint(self.path):
         raise ValueError(f'workdir {self.path} belongs to a run with another config ({"; ".join(differing[:5])}); '
                          'give another --workdir, or remove that one')
-    elif self.path.exists() and any(self.path.iterdir()):
-      raise ValueError(f'workdir {self.path} is not empty and holds no run (no config.json); give another --workdir')
-    else:
-      self.path.mkdir(parents=True, exist_ok=True)
-      write_text(self.config_json, json.dumps(wanted, indent=2) + '\n')
+      self.selection_json.unlink(missing_ok=True)
+    write_text(self.config_json, json.dumps(wanted, indent=2) + '\n')
 
   config_json = property(lambda self: self.path / 'config.json')
   selection_json = property(lambda self: self.path / 'selection.json')
@@ -91,6 +96,11 @@ def write_text(path: epath.Path, text: str) -> None:
     temporary = path.parent / f'.{path.name}.tmp'
     temporary.write_text(text)
     temporary.replace(path)
+
+
+def _has_checkpoint(path: epath.Path) -> bool:
+  folder = path / 'checkpoints'
+  return folder.exists() and any(step.name.isdigit() for step in folder.iterdir())
 
 
 def _differences(before: Any, now: Any, name: str = 'config') -> list[str]:

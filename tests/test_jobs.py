@@ -19,8 +19,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 TINY = ['--config=configs/digits.py', '--config.model.width=4', '--config.image_size=16', '--config.augment.short_side=16',
         '--config.selection.size=5']
-PRETRAIN = ['--config.job=pretrain', '--config.model.weights=', "--config.train.learning_rate_groups=(('.*',1.0),)", '--config.train.steps=20',
-            '--config.train.eval_every=10']
+PRETRAIN = ['--config.job=pretrain', '--config.model.weights=', "--config.train.learning_rate_groups=(('.*',1.0),)",
+            '--config.train.steps=20', '--config.train.eval_every=10']
 FINETUNE = ['--config.train.steps=24', '--config.train.eval_every=8', '--config.train.log_every=4', '--config.train.batch_size=16']
 
 
@@ -61,7 +61,7 @@ def test_workdir_holds_what_the_readme_says(finished):
   assert {p.name for p in workdir.iterdir()} == {
       'config.json', 'selection.json', 'embeddings', 'metrics.jsonl', 'tensorboard', 'checkpoints', 'results.json', 'report.html'}
   results = json.loads((workdir / 'results.json').read_text())
-  for split, images in (('val', 20), ('test', 382)):
+  for split, images in (('val', 128), ('test', 252)):
     assert results[split]['images'] == images == sum(row['images'] for row in results[split]['per_class'])
     assert results[split]['top1'] == sum(row['right'] for row in results[split]['per_class']) / images
     assert {'top1', 'mean_per_class', 'loss'} <= set(results[split])
@@ -160,3 +160,14 @@ def test_same_images_on_both_sides_warns(photos, tmp_path):
              f'--config.target.name=folder:{photos}', '--config.model.weights=/no/such/file.pth')
   assert run.returncode == 1 and 'warning: target and source are the same images' in run.stderr
   assert 'there is no file /no/such/file.pth' in run.stderr and 'Traceback' not in run.stderr
+
+
+def test_the_demo(tmp_path):
+  """The README's first command, whole: optimal transport puts the ten digits above the sixteen patches, and the target is learnt."""
+  run = main(tmp_path / 'demo', '--config=configs/digits.py', devices=1)
+  assert run.returncode == 0, run.stderr
+  selection = json.loads((tmp_path / 'demo' / 'selection.json').read_text())
+  assert sorted(selection['names'][i] for i in selection['classes']) == [f'digit {i}' for i in range(10)]
+  assert selection['converged']
+  results = json.loads((tmp_path / 'demo' / 'results.json').read_text())
+  assert results['test']['top1'] > 0.7 and results['test']['images'] == 252

@@ -32,6 +32,8 @@ def main(*flags: str) -> subprocess.CompletedProcess:
     (['--config=configs/digits.py', '--config.target.name=folder:/no/such'], 'there is no folder /no/such'),
     (['--config=configs/digits.py', '--config.model.name=vgg'], "model.name is 'vgg'; known: resnet18"),
     (['--config=configs/digits.py', '--config.model.dtype=int8'], "model.dtype is 'int8'; known: float32, bfloat16"),
+    (['--config=configs/digits.py', '--config.train.batch_size=0'], 'train.batch_size is 0'),
+    (['--config=configs/digits.py', '--config.target.metric=f1'], "metric is 'f1'; known: top1, mean_per_class"),
     (['--config=configs/pets.py', '--config.data_dir=/tmp'],
      'prepare it with: python -m ft_jax.data.prepare tfds:oxford_iiit_pet --data_dir=/tmp'),
     (['--config=configs/miniature.py:pets'], "config.job is 'pets'; known: finetune, pretrain, compare"),

@@ -169,10 +169,10 @@ def test_prepare(tfds_dir):
 
 def test_digits():
   """The demo's sets: no writer on both sides, at least 25 pool classes, few target images a class."""
-  pool, train, test = (open_source(*args) for args in (
-      ('digits:pool', 'train'), ('digits:target', 'train'), ('digits:target', 'test')))
+  pool, train, val, test = (open_source(*args) for args in (
+      ('digits:pool', 'train'), ('digits:target', 'train'), ('digits:target', 'val'), ('digits:target', 'test')))
   assert len(pool.class_names) == 26 and (np.bincount(pool.labels) >= 60).all()
   assert np.bincount(train.labels).tolist() == [8] * 10
-  ids = [set(s.ids) for s in (pool, train, test)]
-  assert not (ids[0] & ids[1] or ids[0] & ids[2] or ids[1] & ids[2])
+  ids = [i for source in (pool, train, val, test) for i in source.ids]
+  assert len(ids) == len(set(ids))
   assert pool[0].image.shape == (8, 8)

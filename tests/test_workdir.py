@@ -11,9 +11,19 @@ CONFIG = {'seed': 0, 'train': {'steps': 5, 'milestones': (0.6, 0.8)}}
 
 def test_same_config_again_and_another_refused(tmp_path):
   Workdir(tmp_path / 'run', CONFIG)
+  (tmp_path / 'run' / 'checkpoints' / '5').mkdir(parents=True)
   Workdir(tmp_path / 'run', CONFIG)
   with pytest.raises(ValueError, match=r'another config \(config.seed is 0 there and 1 here; config.train.steps is 5 there and 6 here\)'):
     Workdir(tmp_path / 'run', {'seed': 1, 'train': {**CONFIG['train'], 'steps': 6}})
+
+
+def test_a_run_without_a_checkpoint_takes_the_new_config(tmp_path):
+  """A first try with a wrong path must not block the workdir; its selection is not kept."""
+  work = Workdir(tmp_path / 'run', CONFIG)
+  (tmp_path / 'run' / 'checkpoints').mkdir()
+  work.selection_json.write_text('{}')
+  again = Workdir(tmp_path / 'run', {**CONFIG, 'seed': 1})
+  assert json.loads(again.config_json.read_text())['seed'] == 1 and not again.selection_json.exists()
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path):

@@ -9,20 +9,20 @@ import numpy as np
 
 # Where one writer's digits end and the next one's begin (scikit-learn MOOC, "Sample grouping": the set lists them in turn).
 _WRITERS = (0, 130, 256, 386, 516, 646, 776, 915, 1029, 1157, 1287, 1415, 1545, 1667, 1797)
-# Writers by number: the pool's, the target's for training, and the target's for the test.
-_POOL, _TRAIN, _TEST = range(0, 9), range(9, 11), range(11, 14)
+# Writers by number: the pool's, and the target's for each split. Nobody is in two of them.
+_POOL, _TRAIN, _VAL, _TEST = range(0, 9), range(9, 11), range(11, 12), range(12, 14)
 _TRAIN_PER_CLASS = 8
 _PATCHES_PER_REGION, _PATCH, _GRID = 60, 64, (2, 4)
 
 
 def load(name: str, split: str) -> tuple[np.ndarray, np.ndarray, list[str], tuple[str, ...]]:
-  """Images uint8 `[n, 8, 8]`, labels int32 `[n]`, ids and class names of `pool` (train) or `target` (train, test).
+  """Images uint8 `[n, 8, 8]`, labels int32 `[n]`, ids and class names of `pool` (train) or `target` (train, val, test).
 
   Raises:
     ValueError: another name or split.
   """
   known = {('pool', 'train'): _pool, ('target', 'train'): lambda: _target(_TRAIN, _TRAIN_PER_CLASS),
-           ('target', 'test'): lambda: _target(_TEST, None)}
+           ('target', 'val'): lambda: _target(_VAL, None), ('target', 'test'): lambda: _target(_TEST, None)}
   if (name, split) not in known:
     raise ValueError(f'digits:{name} {split}: known are {", ".join(f"digits:{n} {s}" for n, s in known)}')
   return known[name, split]()

@@ -8,7 +8,7 @@ import jax
 from ml_collections import ConfigDict
 import numpy as np
 
-from ft_jax import progress, report
+from ft_jax import parallel, progress, report
 from ft_jax.data import augment
 from ft_jax.data.pipeline import EvalBatches, Transform
 from ft_jax.data.sources import digest, open_source, Source
@@ -77,8 +77,11 @@ def _check(config: ConfigDict) -> None:
     raise ValueError(f'config.selection.method is {config.selection.method!r}; known: {", ".join(selection.STRATEGIES)}')
   if config.source.name == config.target.name and config.source.train == config.target.train:
     log.warning('warning: target and source are the same images (%s); the source should be the pre-training data', config.target.name)
+  fit.check(config.train, config.target.metric)
+  if config.model.weights == 'pretrain':
+    fit.check(config.pretrain, 'top1')
   if config.selection.method != 'none':
-    _source_batch(config)
+    parallel.check_batch(_source_batch(config), 'config.source_ratio * config.train.batch_size')
 
 
 def _source_batch(config: ConfigDict) -> int:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 import contextlib
 import importlib.metadata
+import math
 import platform
 import signal
 import sys
@@ -13,6 +14,7 @@ from flax import jax_utils
 import jax
 from ml_collections import ConfigDict
 import numpy as np
+import optax
 
 from ft_jax import optimizer, parallel, progress
 from ft_jax.checkpoints import Checkpoints
@@ -24,6 +26,8 @@ from ft_jax.models.resnet import ResNet
 from ft_jax.progress import log
 from ft_jax.train import create_state, make_train_step, run_steps, TrainState
 from ft_jax.workdir import MetricsWriter, Workdir
+
+METRICS = ('top1', 'mean_per_class')
 
 
 class Stream(NamedTuple):
@@ -50,7 +54,20 @@ def make_plan(config: ConfigDict, examples: int) -> Plan:
   if steps < 1:
     raise ValueError(f'train.epochs {config.epochs} of {examples} images in batches of {config.batch_size} are {steps} steps; '
                      'expected at least one (train.steps sets the number itself)')
-  return Plan(steps, config.eval_every or max(1, steps // 10), config.log_every or max(1, steps // 100))
+  return Plan(steps, config.eval_every or math.ceil(steps / 10), config.log_every or math.ceil(steps / 100))
+
+
+def check(config: ConfigDict, metric: str) -> None:
+  """Raises ValueError for settings of a training that cannot be right, before anything long begins."""
+  if metric not in METRICS:
+    raise ValueError(f'metric is {metric!r}; known: {", ".join(METRICS)}')
+  parallel.check_batch(config.batch_size, 'train.batch_size')
+  _schedule(config, 1000)
+
+
+def _schedule(config: ConfigDict, steps: int) -> optax.Schedule:
+  return optimizer.make_schedule(config.schedule, config.learning_rate, steps, milestones=config.milestones,
+                                 decay=config.decay, warmup=config.warmup)
 
 
 def fit(config: ConfigDict, work: Workdir, *, model: ResNet, variables: Mapping[str, Any], streams: Mapping[str, Stream],
@@ -58,7 +75,7 @@ def fit(config: ConfigDict, work: Workdir, *, model: ResNet, variables: Mapping[
   """Trains, keeps the newest and the best checkpoint, evaluates the best one, and returns the results.
 
   Args:
-    config: the fields of `configs.default.train_config`.
+    config: the fields of `configs.default.train_config`; `check` has seen them.
     work: where everything is written; a run that is there goes on from its newest checkpoint.
     model: with a head for each stream.
     variables: where it starts.
@@ -72,14 +89,9 @@ def fit(config: ConfigDict, work: Workdir, *, model: ResNet, variables: Mapping[
     ValueError: a setting that does not fit.
     Interrupted: a signal asked to stop; the state is saved.
   """
-  if metric not in ('top1', 'mean_per_class'):
-    raise ValueError(f'metric is {metric!r}; known: top1, mean_per_class')
   head = next(iter(streams))
-  for name, stream in streams.items():
-    parallel.check_batch(stream.batch_size, f'the batch of {name} images')
   plan = make_plan(config, len(streams[head].source))
-  schedule = optimizer.make_schedule(config.schedule, config.learning_rate, plan.steps, milestones=config.milestones,
-                                     decay=config.decay, warmup=config.warmup)
+  schedule = _schedule(config, plan.steps)
   tx = optimizer.sgd(schedule, variables['params'], momentum=config.momentum, nesterov=config.nesterov,
                      weight_decay=config.weight_decay, learning_rate_groups=config.learning_rate_groups,
                      weight_decay_groups=config.weight_decay_groups)
@@ -127,7 +139,7 @@ def fit(config: ConfigDict, work: Workdir, *, model: ResNet, variables: Mapping[
   for name, source in (('val', splits.val), ('test', splits.test)):
     if source is not None:
       evaluation = evaluate_split(state, source, name)
-      log.info('%s (%d images, step %d): %s', name, len(source), best, _spoken(evaluation.summary()))
+      log.info('%s (%s images, checkpoint of step %d): %s', name, f'{len(source):,d}', best, _spoken(evaluation.summary()))
       results[name] = {**evaluation.summary(), 'images': len(source),
                        'per_class': per_class_table(evaluation, splits.train.class_names),
                        'confusion': [[int(t), int(p), int(evaluation.confusion[t, p])] for t, p in np.argwhere(evaluation.confusion)]}
@@ -165,8 +177,9 @@ class _Observer:
     self._last, self._time = step, now
     self.writer.write(step, {**metrics, 'learning_rate': float(self._schedule(step - 1)), 'images_per_second': rate})
     if 'val/loss' in metrics:
-      log.info('  step %*d/%d  loss %.3f, val %s, %.0f images/s', len(str(self._plan.steps)), step, self._plan.steps,
-               metrics['train/loss'], _spoken({key.removeprefix('val/'): v for key, v in metrics.items() if key.startswith('val/')}), rate)
+      val = {key.removeprefix('val/'): value for key, value in metrics.items() if key.startswith('val/')}
+      log.info('  step %*d/%d   training loss %.3f   val %s   %s images/s', len(str(self._plan.steps)), step, self._plan.steps,
+               metrics['train/loss'], _spoken(val), f'{rate:,.0f}')
 
 
 def _device_batches(streams: Mapping[str, Stream], transform: Transform, seed: int, start: int) -> Iterator[Any]:
@@ -224,4 +237,4 @@ def _environment(model: ResNet) -> dict[str, Any]:
 
 
 def _spoken(summary: Mapping[str, float]) -> str:
-  return f'top1 {summary["top1"]:.1%}, mean per class {summary["mean_per_class"]:.1%}, loss {summary["loss"]:.3f}'
+  return f'top-1 {summary["top1"]:.1%}, mean per class {summary["mean_per_class"]:.1%}, loss {summary["loss"]:.3f}'

@@ -15,6 +15,9 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
   """Runs the job, or goes on with it; returns what results.json holds."""
   if not config.source.name:
     raise ValueError('config.source.name is empty; name the data to pre-train on')
+  if config.model.weights == 'pretrain':
+    raise ValueError("config.model.weights is 'pretrain', which is what this job does; use --config.model.weights= for a fresh network")
+  fit.check(config.train, 'top1')
   work = Workdir(workdir, config.to_dict())
   if not work.results():
     log.info('pre-training %s -> %s', config.model.name, work.path)
