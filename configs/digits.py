@@ -35,8 +35,8 @@ def get_config() -> ConfigDict:
   config.pretrain.eval_every = 200
 
   config.train.batch_size = 32
-  config.train.steps = 400
-  config.train.learning_rate = 0.01
+  config.train.steps = 300
+  config.train.learning_rate = 0.03
   config.train.schedule = 'cosine'
   config.train.warmup = 0.05
   config.train.eval_every = 50

@@ -61,7 +61,7 @@ def test_workdir_holds_what_the_readme_says(finished):
   assert {p.name for p in workdir.iterdir()} == {
       'config.json', 'selection.json', 'embeddings', 'metrics.jsonl', 'tensorboard', 'checkpoints', 'results.json', 'report.html'}
   results = json.loads((workdir / 'results.json').read_text())
-  for split, images in (('val', 128), ('test', 252)):
+  for split, images in (('val', 130), ('test', 252)):
     assert results[split]['images'] == images == sum(row['images'] for row in results[split]['per_class'])
     assert results[split]['top1'] == sum(row['right'] for row in results[split]['per_class']) / images
     assert {'top1', 'mean_per_class', 'loss'} <= set(results[split])
