@@ -133,7 +133,7 @@ def per_class(rows: Sequence[Mapping[str, Any]]) -> Figure:
     figure = Figure(figsize=(7, 0.8 + 0.2 * len(rows)), layout='constrained')
     axes = figure.subplots()
     axes.barh(range(len(rows)), values, color=BLUE)
-    axes.set_yticks(range(len(rows)), [f'{row["name"][:28]} ({row["right"]}/{row["images"]})' for row in rows], fontsize=8)
+    axes.set_yticks(range(len(rows)), [f'{_label(row["name"], 28)} ({row["right"]}/{row["images"]})' for row in rows], fontsize=8)
     axes.set(xlabel='accuracy', xlim=(0, 1), ylim=(len(rows) - 0.4, -0.6))
   axes.spines[['top', 'right']].set_visible(False)
   return figure
@@ -154,8 +154,8 @@ def confusion(evaluation: Mapping[str, Any]) -> Figure:
   figure.colorbar(image, ax=axes, shrink=0.6, label='part of the true class')
   axes.set(xlabel='predicted', ylabel='true')
   if named:
-    axes.set_xticks(range(len(names)), [name[:20] for name in names], rotation=90, fontsize=7)
-    axes.set_yticks(range(len(names)), [name[:20] for name in names], fontsize=7)
+    axes.set_xticks(range(len(names)), [_label(name, 20) for name in names], rotation=90, fontsize=7)
+    axes.set_yticks(range(len(names)), [_label(name, 20) for name in names], fontsize=7)
   return figure
 
 
@@ -164,6 +164,11 @@ def most_confused(evaluation: Mapping[str, Any], most: int = 8) -> list[tuple[st
   rows = evaluation['per_class']
   wrong = sorted(((count, true, predicted) for true, predicted, count in evaluation['confusion'] if true != predicted), reverse=True)
   return [(rows[true]['name'], rows[predicted]['name'], count, rows[true]['images']) for count, true, predicted in wrong[:most]]
+
+
+def _label(name: str, length: int) -> str:
+  """A class name for an axis: short, and no formula even where it has dollar signs."""
+  return name[:length].replace('$', r'\$')
 
 
 def _title(config: Mapping[str, Any]) -> str:

@@ -158,7 +158,7 @@ def test_finetune_and_compare_on_folders(photos, pool, tmp_path):
 def test_same_images_on_both_sides_warns(photos, tmp_path):
   run = main(tmp_path / 'run', '--config=configs/miniature.py', '--config.job=finetune', f'--config.source.name=folder:{photos}',
              f'--config.target.name=folder:{photos}', '--config.model.weights=/no/such/file.pth')
-  assert run.returncode == 1 and 'warning: target and source are the same images' in run.stderr
+  assert run.returncode == 1 and 'warning: target and source have the same classes' in run.stderr
   assert 'there is no file /no/such/file.pth' in run.stderr and 'Traceback' not in run.stderr
 
 

@@ -12,7 +12,7 @@ from selection import Embeddings, plots, select, Selection
 @pytest.fixture(scope='module')
 def chosen() -> Selection:
   rng = np.random.default_rng(0)
-  source = Embeddings(rng.normal(size=(12, 5)), np.arange(12), ['a name that is much too long for a column of a table', *'bcdefghijkl'],
+  source = Embeddings(rng.normal(size=(12, 5)), np.arange(12), ['a $^$ name that is much too long for a column of a table', *'bcdefghijkl'],
                       weights=np.arange(12) + 100)
   target = Embeddings(rng.normal(size=(3, 5)), np.arange(3), ['x', 'y', 'z'])
   return dataclasses.replace(select(source, target, 4), source={'name': 'pool', 'fingerprint': 'abc'})
@@ -74,4 +74,5 @@ def test_ranking_plot(chosen):
   colors = [matplotlib.colors.to_hex(bar.get_facecolor()) for bar in axes.patches]
   assert colors == [plots.CHOSEN] * 4 + [plots.OTHER] * 8
   assert [bar.get_height() for bar in axes.patches] == sorted(100 * chosen.shares, reverse=True)
+  plots.ranking(chosen).draw_without_rendering()  # a name with dollar signs is no formula
   assert not plots.ranking(chosen, most=5).axes[0].patches

@@ -15,6 +15,7 @@ import zipfile
 
 import numpy as np
 
+from ft_jax import progress
 from ft_jax.data import digits
 
 IMAGE_ENDINGS = ('.jpg', '.jpeg', '.png', '.webp', '.gif', '.bmp', '.tif', '.tiff', '.ppm')
@@ -259,7 +260,8 @@ def _tfds_labels_and_ids(store: Any, split: str, fingerprint: str, chunk: int = 
   except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile):
     pass  # not there, or damaged: made again
   labels, ids = np.zeros(len(store), np.int32), []
-  for start in range(0, len(store), chunk):
+  starts = range(0, len(store), chunk)
+  for start in progress.bar(starts, f'reading the labels of {split}', len(starts), f'x {chunk} records'):
     rows = range(start, min(start + chunk, len(store)))
     for row, record in zip(rows, store.__getitems__(list(rows))):
       labels[row] = record['label']

@@ -75,8 +75,6 @@ def _check(config: ConfigDict) -> None:
                      'name the pre-training data, or use --config.selection.method=none')
   if config.selection.method not in selection.STRATEGIES:
     raise ValueError(f'config.selection.method is {config.selection.method!r}; known: {", ".join(selection.STRATEGIES)}')
-  if config.source.name == config.target.name and config.source.train == config.target.train:
-    log.warning('warning: target and source are the same images (%s); the source should be the pre-training data', config.target.name)
   fit.check(config.train, config.target.metric)
   if config.model.weights == 'pretrain':
     fit.check(config.pretrain, 'top1')
@@ -98,6 +96,8 @@ def _describe(splits: setup.Splits, pool: Source | None) -> None:
            f'{len(splits.val):,d}', test, len(splits.train.class_names))
   if pool is not None:
     log.info('source: %s: %s images of %d classes', pool.name, f'{len(pool):,d}', len(pool.class_names))
+    if pool.class_names == splits.train.class_names:
+      log.warning('warning: target and source have the same classes; is %s the pre-training data?', pool.name)
 
 
 def _weights(config: ConfigDict, work: Workdir) -> dict[str, Any] | None:

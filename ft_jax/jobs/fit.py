@@ -120,6 +120,7 @@ def fit(config: ConfigDict, work: Workdir, *, model: ResNet, variables: Mapping[
       shown.update(step - shown.n)
 
     if start < plan.steps:
+      shown.set_postfix_str('compiling the step')
       state, done = run_steps(
           make_train_step(model, tx, {name: stream.weight for name, stream in streams.items()}), parallel.replicate(state),
           _device_batches(streams, transform, seed, start), start=start, steps=plan.steps, log_every=plan.log_every,

@@ -100,8 +100,8 @@ def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
 def _read_pth(path: pathlib.Path) -> dict[str, np.ndarray]:
   """The tensors of a torch zip file. Its pickle can name nothing but what a state dict is made of, so it runs no code."""
   if not zipfile.is_zipfile(path):
-    raise ValueError(f'{path} is no zip file of torch 1.6 or newer; write it again with torch.save(torch.load(...), ...), '
-                     'or as .safetensors')
+    raise ValueError(f'{path} is no zip file of torch 1.6 or newer; where torch is installed, convert it with: '
+                     f'python -c "import torch; torch.save(torch.load(\'{path}\', map_location=\'cpu\'), \'{path}.new.pth\')"')
   with zipfile.ZipFile(path) as archive:
     pickles = [name for name in archive.namelist() if name.endswith('data.pkl')]
     if len(pickles) != 1:
