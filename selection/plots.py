@@ -23,8 +23,9 @@ def ranking(selection: Selection, most: int = 60) -> Any:
   axes = figure.subplots()
   if len(order) <= most:
     axes.bar(range(len(order)), shares, color=[CHOSEN if i < chosen else OTHER for i in range(len(order))])
-    axes.set_xticks(range(len(order)), [selection.names[i][:24].replace('$', r'\$') for i in order], rotation=60, ha='right', rotation_mode='anchor',
-                    fontsize=8)
+    # A name with dollar signs is no formula.
+    names = [selection.names[i][:24].replace('$', r'\$') for i in order]
+    axes.set_xticks(range(len(order)), names, rotation=60, ha='right', rotation_mode='anchor', fontsize=8)
   else:
     axes.fill_between(np.arange(1, len(order) + 1), shares, color=OTHER, step='mid')
     axes.fill_between(np.arange(1, chosen + 1), shares[:chosen], color=CHOSEN, step='mid')
