@@ -18,13 +18,15 @@ flags.mark_flag_as_required('config')
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f'unexpected argument {argv[1]!r}; settings are written --config.field=value')
+  # Below warnings, matplotlib writes when it is first used, and orbax and jax a page of lines for every checkpoint.
+  logging.set_verbosity(logging.WARNING)
+  # A checkpoint between two evaluations has no metrics, and is meant so.
+  logging.get_absl_logger().addFilter(lambda record: 'tracked_metric' not in record.getMessage())
   from ft_jax import progress
   from ft_jax.jobs import compare, finetune, fit, pretrain  # after the flags, so that --help answers at once
 
   jobs = {'finetune': finetune.run, 'pretrain': pretrain.run, 'compare': compare.run}
   file_name = config_flags.get_config_filename(flags.FLAGS['config'])
-  # Below warnings, orbax and jax write a page of lines for every checkpoint.
-  logging.set_verbosity(logging.WARNING)
   progress.show_log()
   try:
     config = _CONFIG.value

@@ -24,7 +24,7 @@ def get_config(job: str = 'compare') -> ConfigDict:
   config.model.width = 32
   if job == 'pretrain':
     config.train.batch_size = 128
-    config.train.epochs = 30.0
+    config.train.epochs = 12.0
     config.train.learning_rate = 0.1
     config.train.learning_rate_groups = (('.*', 1.0),)
     config.train.schedule = 'cosine'
