@@ -2,10 +2,11 @@
 
 import os
 import pathlib
+import signal
 import sys
 
 from absl import app, flags, logging
-from ml_collections import config_flags
+from ml_collections import config_flags, ConfigDict
 
 _CONFIG = config_flags.DEFINE_config_file(
     'config', help_string='a file of configs/, with the job and all its settings; any field is set as --config.field=value')
@@ -40,6 +41,11 @@ def main(argv: list[str]) -> None:
     if _TRACEBACK.value:
       raise
     sys.exit(f'error: {error}')
+  except KeyboardInterrupt:
+    progress.log.info('stopped; the same command goes on from what is finished')
+    # At once: threads that still read images would be torn down under their feet.
+    sys.stderr.flush()
+    os._exit(128 + signal.SIGINT)
 
 
 def parse(argv: list[str]) -> list[str]:
@@ -52,8 +58,9 @@ def parse(argv: list[str]) -> list[str]:
     for flag in (arg[len('--config.'):].partition('=')[0] for arg in argv if arg.startswith('--config.')):
       group, known = '', default.get_config()
       for name in flag.split('.'):
-        if name not in known:
-          sys.exit(f'error: the config has no field {flag!r}; {("config." + group).rstrip(".")} has {", ".join(known)}')
+        if not isinstance(known, ConfigDict) or name not in known:
+          fields = f'has {", ".join(known)}' if isinstance(known, ConfigDict) else 'is one value'
+          sys.exit(f'error: the config has no field {flag!r}; {("config." + group).rstrip(".")} {fields}')
         group, known = f'{group}{name}.', known[name]
     raise
 

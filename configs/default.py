@@ -56,7 +56,7 @@ def get_config() -> ConfigDict:
   config.compare = ConfigDict()  # job compare: the same fine-tuning with each method and seed
   config.compare.methods = ('none', 'random', 'uot')  # values of selection.method
   config.compare.seeds = (0, 1, 2)  # values of seed
-  return config
+  return config.lock()  # a field that is not here is a mistake
 
 
 def train_config() -> ConfigDict:

@@ -1,5 +1,6 @@
 """Checkpoints of a run: the newest and the best on val; the only file that imports orbax."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
@@ -12,18 +13,27 @@ FORMAT_VERSION = 1
 class Checkpoints:
   """The folder `checkpoints/` of a workdir. Saving goes on in the background; a checkpoint is whole or not there."""
 
-  def __init__(self, workdir: epath.PathLike):
+  def __init__(self, workdir: epath.PathLike, made_from: Mapping[str, str] | None = None, read_only: bool = False):
+    """Takes up what is there.
+
+    Args:
+      workdir: the run's.
+      made_from: what the run depends on beside its config, as fingerprints by name; kept with each checkpoint.
+      read_only: leave everything as it is: it may be another process's.
+    """
+    self._about = {'format_version': FORMAT_VERSION, 'made_from': dict(made_from or {})}
     keep = ocp.checkpoint_managers
     policy = keep.AnyPreservationPolicy([
         keep.LatestN(1), keep.BestN(get_metric_fn=_rank, n=1, keep_checkpoints_without_metrics=False)])
     self._manager = ocp.CheckpointManager(
         epath.Path(workdir).resolve() / 'checkpoints', item_names=('state', 'about'),
-        options=ocp.CheckpointManagerOptions(best_fn=_rank, preservation_policy=policy, cleanup_tmp_directories=True))
+        options=ocp.CheckpointManagerOptions(best_fn=_rank, preservation_policy=policy, read_only=read_only,
+                                             cleanup_tmp_directories=not read_only))
 
   def save(self, step: int, state: Any, metrics: dict[str, float] | None) -> None:
     """Saves a state (on the host) after `step` steps, with val's `score` (best is highest) and `loss` where it was evaluated."""
     self._manager.save(step, metrics=metrics, args=ocp.args.Composite(
-        state=ocp.args.StandardSave(state), about=ocp.args.JsonSave({'format_version': FORMAT_VERSION, 'step': step})))
+        state=ocp.args.StandardSave(state), about=ocp.args.JsonSave({**self._about, 'step': step})))
 
   @property
   def latest_step(self) -> int | None:
@@ -37,9 +47,20 @@ class Checkpoints:
     return max((step for step in metrics if metrics[step]), key=lambda step: (*_rank(metrics[step]), step), default=None)
 
   def restore(self, step: int, like: Any) -> Any:
-    """The state saved at `step`, in the structure, shapes and types of `like`."""
+    """The state saved at `step`, in the structure, shapes and types of `like`.
+
+    Raises:
+      ValueError: it was made from something else, by name.
+    """
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-    return self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))['state']
+    saved = self._manager.restore(step, args=ocp.args.Composite(
+        state=ocp.args.StandardRestore(abstract), about=ocp.args.JsonRestore()))
+    before, now = saved['about']['made_from'], self._about['made_from']
+    changed = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
+    if changed:
+      raise ValueError(f'{self._manager.directory} goes on from other data: changed since then: {", ".join(changed)}; '
+                       'bring it back, or give another --workdir')
+    return saved['state']
 
   def wait(self) -> None:
     """Waits until everything is written."""
@@ -59,7 +80,7 @@ def load_variables(workdir: epath.PathLike) -> dict[str, Any]:
   folder = epath.Path(workdir) / 'checkpoints'
   if not folder.exists():
     raise ValueError(f'{workdir} holds no checkpoints; give the workdir of a finished run, such as runs/pretrain')
-  checkpoints = Checkpoints(workdir)
+  checkpoints = Checkpoints(workdir, read_only=True)
   step = checkpoints.best_step if checkpoints.best_step is not None else checkpoints.latest_step
   if step is None:
     raise ValueError(f'{folder} holds no finished checkpoint; let the run go on to its first evaluation')

@@ -52,13 +52,18 @@ def sgd(schedule: optax.Schedule, params: Any, *, momentum: float, nesterov: boo
 
   Args:
     schedule: the learning rate of each step.
-    params: the parameters, for their paths.
+    params: the parameters (or their shapes), for their paths.
     momentum: 0 to below 1.
     nesterov: look ahead along the momentum.
     weight_decay: times the parameter, added to its gradient.
     learning_rate_groups: (pattern, factor) pairs; see `by_pattern`.
     weight_decay_groups: likewise for the weight decay.
+
+  Raises:
+    ValueError: a momentum outside [0, 1), or groups that do not fit the parameters.
   """
+  if not 0 <= momentum < 1:
+    raise ValueError(f'train.momentum is {momentum}; expected a number from 0 to below 1')
   rates = by_pattern(params, learning_rate_groups, 'train.learning_rate_groups')
   decays = by_pattern(params, weight_decay_groups, 'train.weight_decay_groups')
   return optax.chain(

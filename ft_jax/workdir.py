@@ -16,25 +16,25 @@ class Workdir:
   def __init__(self, path: epath.PathLike, config: Mapping[str, Any]):
     """Makes the folder, or takes up the run that is there.
 
-    A run that has no checkpoint yet has nothing to lose: it takes the new config, and selects again.
+    A run that has no checkpoint yet has nothing to lose: it takes the new config.
 
     Raises:
       ValueError: it belongs to a run with another config, and names the fields that differ; or to something else.
     """
     self.path = epath.Path(path)
     wanted = json.loads(json.dumps(config))
-    if not self.config_json.exists():
-      if self.path.exists() and any(self.path.iterdir()):
-        raise ValueError(f'workdir {self.path} is not empty and holds no run (no config.json); give another --workdir')
+    before = self._config()
+    if before is None:
+      if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        raise ValueError(f'workdir {self.path} is not empty and holds no run (no config.json of one); give another --workdir')
       self.path.mkdir(parents=True, exist_ok=True)
     else:
-      differing = _differences(json.loads(self.config_json.read_text()), wanted)
+      differing = _differences(before, wanted)
       if not differing:
         return
-      if self.results_json.exists() or _has_checkpoint(self.path):
+      if self.results_json.exists() or self.has_checkpoint():
         raise ValueError(f'workdir {self.path} belongs to a run with another config ({"; ".join(differing[:5])}); '
                          'give another --workdir, or remove that one')
-      self.selection_json.unlink(missing_ok=True)
     write_text(self.config_json, json.dumps(wanted, indent=2) + '\n')
 
   config_json = property(lambda self: self.path / 'config.json')
@@ -43,6 +43,19 @@ class Workdir:
   results_json = property(lambda self: self.path / 'results.json')
   report_html = property(lambda self: self.path / 'report.html')
   embeddings = property(lambda self: self.path / 'embeddings')
+
+  def has_checkpoint(self) -> bool:
+    """Whether there is a state to go on from."""
+    folder = self.path / 'checkpoints'
+    return folder.exists() and any(step.name.isdigit() for step in folder.iterdir())
+
+  def _config(self) -> dict[str, Any] | None:
+    """The config of the run that is there, or None; other programs have files of that name too."""
+    try:
+      config = json.loads(self.config_json.read_text())
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+      return None
+    return config if isinstance(config, dict) and {'job', 'seed', 'train'} <= set(config) else None
 
   def results(self) -> dict[str, Any] | None:
     """What results.json holds, or None where the run has not come to its end."""
@@ -96,11 +109,6 @@ def write_text(path: epath.Path, text: str) -> None:
     temporary = path.parent / f'.{path.name}.tmp'
     temporary.write_text(text)
     temporary.replace(path)
-
-
-def _has_checkpoint(path: epath.Path) -> bool:
-  folder = path / 'checkpoints'
-  return folder.exists() and any(step.name.isdigit() for step in folder.iterdir())
 
 
 def _differences(before: Any, now: Any, name: str = 'config') -> list[str]:

@@ -6,8 +6,8 @@
 """
 
 from selection.embeddings import class_means, embed, embed_class_means, Embeddings
-from selection.select import select
+from selection.select import select, UNITS
 from selection.strategies import STRATEGIES
 from selection.subset import Selection
 
-__all__ = ['STRATEGIES', 'Embeddings', 'Selection', 'class_means', 'embed', 'embed_class_means', 'select']
+__all__ = ['STRATEGIES', 'UNITS', 'Embeddings', 'Selection', 'class_means', 'embed', 'embed_class_means', 'select']

@@ -41,7 +41,8 @@ class Embeddings:
     for name in ('labels', 'ids', 'weights'):
       value = getattr(self, name)
       if value is not None:
-        set_field(name, np.asarray(value))
+        value = np.asarray(value)
+        set_field(name, value.astype(str) if value.dtype == object else value)
         if getattr(self, name).shape != (len(self.features),):
           raise ValueError(f'{name} have shape {getattr(self, name).shape}; expected [{len(self.features)}], one a row of features')
     bad = ~np.isfinite(self.features).all(1)
@@ -102,7 +103,9 @@ def class_means(embeddings: Embeddings) -> Embeddings:
   weights = np.ones(len(labels)) if embeddings.weights is None else embeddings.weights.astype(np.float64)
   size = embeddings.num_classes
   sums = np.zeros((size, embeddings.features.shape[1]))
-  np.add.at(sums, labels, embeddings.features.astype(np.float64) * weights[:, None])
+  for first in range(0, len(labels), 4096):  # no second copy of all features
+    rows = slice(first, first + 4096)
+    np.add.at(sums, labels[rows], embeddings.features[rows].astype(np.float64) * weights[rows, None])
   return _from_sums(sums, np.bincount(labels, weights, minlength=size), embeddings.class_names, embeddings.fingerprint)
 
 

@@ -111,7 +111,9 @@ class Selection:
     document['shares'] = self.shares.tolist()
     document['plan'] = None if self.plan is None else [[float(f'{mass:.7g}') for mass in row] for row in self.plan]
     # A line a field: readable, and small where lists are long.
-    text = '{\n' + ',\n'.join(f'{json.dumps(key)}: {json.dumps(value)}' for key, value in document.items()) + '\n}\n'
+    # Numpy's numbers are written as what they are.
+    lines = (f'{json.dumps(key)}: {json.dumps(value, default=lambda number: number.item())}' for key, value in document.items())
+    text = '{\n' + ',\n'.join(lines) + '\n}\n'
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f'.{path.name}.{os.getpid()}')
     try:

@@ -41,16 +41,20 @@ def solve(cost: np.ndarray, *, epsilon: float, rho_source: float, rho_target: fl
     ValueError: a parameter that is not positive, or an epsilon so small that the kernel underflows.
   """
   for name, value in (('epsilon', epsilon), ('rho_source', rho_source), ('rho_target', rho_target)):
-    if not value > 0:
-      raise ValueError(f'{name} is {value}; expected a number above 0')
+    if not 0 < value < np.inf:
+      raise ValueError(f'{name} is {value}; expected a finite number above 0')
+  tau_source, tau_target = rho_source / (rho_source + epsilon), rho_target / (rho_target + epsilon)
+  if tau_source * tau_target == 1:
+    raise ValueError(f'rho_source {rho_source} and rho_target {rho_target} are so large that both marginals hold exactly, '
+                     'which leaves nothing to choose; use smaller ones')
   kernel = np.exp(-np.asarray(cost, np.float64) / epsilon).astype(np.float32)
   if not (kernel.max(1) > 0).all() or not (kernel.max(0) > 0).all():
     raise ValueError(f'epsilon {epsilon} is too small for costs up to {np.max(cost):.3g}: exp(-cost / epsilon) is zero for whole '
                      f'rows or columns in float32; use at least {float(np.max(cost)) / 80:.2g}')
-  plan, errors, iterations = _sinkhorn(jnp.asarray(kernel), epsilon, rho_source / (rho_source + epsilon),
-                                       rho_target / (rho_target + epsilon), threshold, max_iterations)
-  errors = np.asarray(errors)
-  error = float(errors[errors >= 0][-1])
+  plan, errors, iterations = _sinkhorn(jnp.asarray(kernel), epsilon, tau_source, tau_target, threshold, max_iterations)
+  # Places of iterations that were not needed hold -1, and all of them do where numbers ran over.
+  errors = [float(error) for error in np.asarray(errors) if error >= 0]
+  error = errors[-1] if errors else float('nan')
   return Transport(np.asarray(plan), int(iterations), error, bool(np.isfinite(error) and error < threshold))
 
 

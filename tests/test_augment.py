@@ -51,6 +51,15 @@ def damaged(photo: np.ndarray) -> dict[str, bytes]:
           'head alone': jpeg[:20]}
 
 
+def test_sixteen_bits_are_scaled_and_unknown_ranges_refused():
+  """Medical images: Pillow's own conversion makes them white."""
+  ramp = np.linspace(0, 65535, 40 * 60).reshape(40, 60)
+  image = augment.decode(encoded(PIL.Image.fromarray(ramp.astype(np.uint16)), 'PNG'), 'x')
+  assert image.shape == (40, 60, 3) and np.abs(image[..., 0] - ramp / 257).max() <= 1
+  with pytest.raises(ValueError, match='x.tif is no image that can be read .*mode F, whose range is not known'):
+    augment.decode(encoded(PIL.Image.fromarray((ramp / 65535).astype(np.float32)), 'TIFF'), 'x.tif')
+
+
 @pytest.mark.parametrize('what', ['empty', 'text', 'cut jpeg', 'cut png', 'head alone'])
 def test_damage_is_named(photo, what):
   with pytest.raises(ValueError, match='train/cat/7.jpg is no image that can be read'):

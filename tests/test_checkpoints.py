@@ -64,6 +64,25 @@ def test_a_half_written_checkpoint_is_not_seen(tmp_path):
   checkpoints.close()
 
 
+def test_reading_leaves_a_save_in_progress_alone(tmp_path):
+  """Weights are taken from a pre-training that may still be running."""
+  save(tmp_path, {1: {'score': 0.2, 'loss': 1.0}}).close()
+  (tmp_path / 'checkpoints' / '2.orbax-checkpoint-tmp').mkdir()
+  load_variables(tmp_path)
+  assert (tmp_path / 'checkpoints' / '2.orbax-checkpoint-tmp').exists()
+
+
+def test_other_data_than_before_is_refused(tmp_path):
+  """Going on with other images under the same names would mix two runs."""
+  checkpoints = Checkpoints(tmp_path, {'target images': 'a', 'val images': 'b'})
+  checkpoints.save(1, state_at(1), {'score': 0.2, 'loss': 1.0})
+  checkpoints.close()
+  checkpoints = Checkpoints(tmp_path, {'target images': 'a', 'val images': 'c'})
+  with pytest.raises(ValueError, match='changed since then: val images; bring it back'):
+    checkpoints.restore(1, state_at(0))
+  checkpoints.close()
+
+
 def test_load_variables_takes_the_best(tmp_path):
   save(tmp_path, {1: {'score': 0.9, 'loss': 1.0}, 2: {'score': 0.2, 'loss': 1.0}}).close()
   variables = load_variables(tmp_path)

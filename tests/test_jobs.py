@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,9 +12,8 @@ import time
 
 import jax
 import numpy as np
+from orbax import checkpoint as ocp
 import pytest
-
-from ft_jax.checkpoints import load_variables
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -101,10 +101,13 @@ def test_a_finished_run_is_not_run_again(finished):
 
 
 def comparable(workdir: pathlib.Path) -> tuple[dict, list[dict], dict]:
-  """Parameters of the best checkpoint, metrics without the clock, results without the command."""
+  """The last state with everything in it, metrics without the clock, results without the command."""
+  with ocp.CheckpointManager(workdir / 'checkpoints', item_names=('state', 'about')) as manager:
+    assert manager.latest_step() == 24
+    last = manager.restore(24, args=ocp.args.Composite(state=ocp.args.StandardRestore()))['state']
   lines = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
   results = json.loads((workdir / 'results.json').read_text())
-  return (load_variables(workdir), [{k: v for k, v in line.items() if k != 'images_per_second'} for line in lines],
+  return (last, [{k: v for k, v in line.items() if k != 'images_per_second'} for line in lines],
           {k: v for k, v in results.items() if k != 'command'})
 
 
@@ -126,8 +129,9 @@ def test_interrupted_equals_uninterrupted(finished, weights, tmp_path, number):
     assert process.returncode == 128 + number and 'the same command goes on from there' in printed
   again = main(workdir, *flags)
   assert again.returncode == 0 and re.search(r'going on from step \d+ of 24', again.stderr), again.stderr
-  (params, lines, results), (whole_params, whole_lines, whole_results) = comparable(workdir), comparable(whole)
-  jax.tree.map(np.testing.assert_array_equal, params, whole_params)
+  (state, lines, results), (whole_state, whole_lines, whole_results) = comparable(workdir), comparable(whole)
+  assert {'params', 'batch_stats', 'opt_state', 'step'} <= set(state)
+  jax.tree.map(np.testing.assert_array_equal, state, whole_state)
   assert results == whole_results
   # A stop on request ends a window early, so the means of the training batches may be over other windows; nothing else may differ.
   evaluated = lambda lines: [{k: v for k, v in line.items() if not k.startswith('train/')} for line in lines if 'val/top1' in line]
@@ -135,6 +139,40 @@ def test_interrupted_equals_uninterrupted(finished, weights, tmp_path, number):
   assert [line['step'] for line in lines] == sorted({line['step'] for line in lines})
   if number == signal.SIGKILL:
     assert lines == whole_lines
+
+
+def test_a_mistake_behind_the_pre_training_does_not_cost_it(tmp_path):
+  """What is pre-trained within a run is there again when another setting had to be mended."""
+  flags = [*TINY, *FINETUNE, '--config.pretrain.epochs=0', '--config.pretrain.steps=8', '--config.pretrain.eval_every=8']
+  first = main(tmp_path / 'run', *flags, '--config.selection.epsilon=0.0001')
+  assert first.returncode == 1 and 'epsilon 0.0001 is too small' in first.stderr and 'training 8 steps' in first.stderr
+  again = main(tmp_path / 'run', *flags)
+  assert again.returncode == 0 and 'training 8 steps' not in again.stderr and 'training 24 steps' in again.stderr, again.stderr
+  assert 'Pre-training on digits:pool' in (tmp_path / 'run' / 'pretrain' / 'report.html').read_text()
+
+
+def test_going_on_with_other_images_is_refused(photos, pool, tmp_path):
+  """Images that went away between two starts of one run."""
+  shutil.copytree(photos, tmp_path / 'photos')
+  flags = ['--config=configs/miniature.py:finetune', '--config.selection.method=none', '--config.source.name=',
+           f'--config.target.name=folder:{tmp_path / "photos"}', '--config.model.weights=', '--config.model.width=4',
+           '--config.image_size=32', '--config.augment.short_side=36', '--config.train.steps=4', '--config.train.batch_size=8']
+  broken = sorted((tmp_path / 'photos' / 'test' / 'sky').iterdir())[0]
+  good = broken.read_bytes()
+  broken.write_bytes(b'no image')
+  first = main(tmp_path / 'run', *flags)
+  assert first.returncode == 1 and f'test/sky/{broken.name} is no image that can be read' in first.stderr
+  broken.write_bytes(good)
+  gone = sorted((tmp_path / 'photos' / 'train' / 'roof').iterdir())[:4]
+  kept = [path.read_bytes() for path in gone]
+  for path in gone:
+    path.unlink()
+  second = main(tmp_path / 'run', *flags)
+  assert second.returncode == 1 and 'changed since then: target images' in second.stderr, second.stderr
+  for path, data in zip(gone, kept):
+    path.write_bytes(data)
+  third = main(tmp_path / 'run', *flags)
+  assert third.returncode == 0 and 'going on from step 4 of 4' in third.stderr, third.stderr
 
 
 def test_finetune_and_compare_on_folders(photos, pool, tmp_path):
@@ -156,10 +194,11 @@ def test_finetune_and_compare_on_folders(photos, pool, tmp_path):
 
 
 def test_same_images_on_both_sides_warns(photos, tmp_path):
-  run = main(tmp_path / 'run', '--config=configs/miniature.py', '--config.job=finetune', f'--config.source.name=folder:{photos}',
-             f'--config.target.name=folder:{photos}', '--config.model.weights=/no/such/file.pth')
+  run = main(tmp_path / 'run', '--config=configs/miniature.py:finetune', f'--config.source.name=folder:{photos}',
+             f'--config.target.name=folder:{photos}', '--config.model.weights=')
   assert run.returncode == 1 and 'warning: target and source have the same classes' in run.stderr
-  assert 'there is no file /no/such/file.pth' in run.stderr and 'Traceback' not in run.stderr
+  # And then the twenty classes that the config asks for are more than there are.
+  assert 'config.selection.size is 20; expected 1 to 4' in run.stderr and 'Traceback' not in run.stderr
 
 
 def test_the_demo(tmp_path):

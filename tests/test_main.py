@@ -22,6 +22,15 @@ def main(*flags: str) -> subprocess.CompletedProcess:
     (['--config=configs/nothing.py'], 'configs/nothing.py'),
     (['--config=configs/digits.py', '--config.sed=1'], "no field 'sed'; config has augment, compare, data_dir"),
     (['--config=configs/digits.py', '--config.train.lr=1'], "no field 'train.lr'; config.train has batch_size, decay, epochs"),
+    (['--config=configs/digits.py', '--config.seed.x=1'], "no field 'seed.x'; config.seed is one value"),
+    (['--config=configs/digits.py', '--config.selection.by=colour'], "config.selection.by is 'colour'; known: class"),
+    (['--config=configs/digits.py', '--config.selection.epsilon=0'], 'config.selection.epsilon is 0.0; expected a number above 0'),
+    (['--config=configs/digits.py', '--config.selection.size=27'], 'config.selection.size is 27; expected 1 to 26'),
+    (['--config=configs/digits.py', '--config.train.momentum=1.5'], 'train.momentum is 1.5'),
+    (['--config=configs/digits.py', "--config.train.learning_rate_groups=(('head.*',1.0),)"], "covers no parameter 'bn1/bias'"),
+    (['--config=configs/digits.py', '--config.model.weights=no.pth'], 'there is no file or folder no.pth'),
+    (['--config=configs/miniature.py', '--config.model.weights=', "--config.compare.methods=('none','best')"],
+     "config.selection.method is 'best'"),
     (['--config=configs/digits.py', '--config.train.steps=many'], "invalid literal for int"),
     (['--config=configs/digits.py', 'digits'], "unexpected argument 'digits'"),
     (['--config=configs/digits.py', '--config.job=fine'], "config.job is 'fine'; known: finetune, pretrain, compare"),
@@ -34,7 +43,7 @@ def main(*flags: str) -> subprocess.CompletedProcess:
     (['--config=configs/digits.py', '--config.model.dtype=int8'], "model.dtype is 'int8'; known: float32, bfloat16"),
     (['--config=configs/digits.py', '--config.train.batch_size=0'], 'train.batch_size is 0'),
     (['--config=configs/digits.py', '--config.target.metric=f1'], "metric is 'f1'; known: top1, mean_per_class"),
-    (['--config=configs/pets.py', '--config.data_dir=/tmp'],
+    (['--config=configs/pets.py', '--config.data_dir=/tmp', '--config.model.weights='],
      'prepare it with: python -m ft_jax.data.prepare tfds:oxford_iiit_pet --data_dir=/tmp'),
     (['--config=configs/miniature.py:pets'], "config.job is 'pets'; known: finetune, pretrain, compare"),
 ])
@@ -42,6 +51,14 @@ def test_wrong_input_is_one_clear_line(tmp_path, flags, words):
   run = main(*flags, f'--workdir={tmp_path / "run"}')
   assert run.returncode != 0 and words in run.stderr, run.stderr
   assert 'Traceback' not in run.stderr
+
+
+def test_a_config_file_cannot_add_a_field(tmp_path):
+  """A misspelt field in a file of one's own is refused as it is on the command line."""
+  (tmp_path / 'mine.py').write_text('from configs import default\n\ndef get_config():\n  config = default.get_config()\n'
+                                    '  config.source_wieght = 0.3\n  return config\n')
+  run = main(f'--config={tmp_path / "mine.py"}', f'--workdir={tmp_path / "run"}')
+  assert run.returncode != 0 and 'source_wieght' in run.stderr and 'source_weight' in run.stderr
 
 
 def test_help_needs_no_jax():

@@ -3,6 +3,7 @@
 import io
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -22,6 +23,7 @@ class TinyPhotos(tfds.core.GeneratorBasedBuilder):
 
   VERSION = tfds.core.Version('1.0.0')
   pkg_dir_path = epath.Path(__file__).parent  # where TFDS looks for checksums
+  shift = 0  # of the labels
 
   def _info(self):
     return self.dataset_info_from_configs(features=tfds.features.FeaturesDict({
@@ -39,7 +41,8 @@ class TinyPhotos(tfds.core.GeneratorBasedBuilder):
         files[key] = io.BytesIO()
         PIL.Image.fromarray(np.full(shape, 4 * i, np.uint8)).save(files[key], form)
         files[key].seek(0)
-      yield i, {**files, 'label': i % 2, 'file_name': f'{i:03d}.jpg'}
+      # The test split has no file names.
+      yield i, {**files, 'label': (i + self.shift) % 2, 'file_name': f'{i:03d}.jpg' if i < 50 else ''}
 
 
 @pytest.fixture(scope='module')
@@ -70,14 +73,25 @@ def test_slices_of_a_folder_are_taken_by_class(pool):
   assert np.bincount(both.labels).tolist() == [3] * 6
 
 
+@pytest.mark.parametrize('split,images', [
+    ('train[-10%:]', 1), ('train[:-10%]', 9), ('train[-4%:]', 0), ('train[:-4%]', 10), ('train[-20:]', 10)])
+def test_slices_from_the_end(pool, split, images):
+  """A negative part that rounds to no image is no image from the end, not all from the start."""
+  if images:
+    assert np.bincount(open_source(f'folder:{pool}', split).labels).tolist() == [images] * 6
+  else:
+    with pytest.raises(ValueError, match='the slice is empty'):
+      open_source(f'folder:{pool}', split)
+
+
 def test_tfds(tfds_dir):
   """Bytes come undecoded, labels and ids are known at once, a slice is TFDS's own; TensorFlow stays out."""
   train = open_source('tfds:tiny_photos', 'train', tfds_dir)
   assert (len(train), train.class_names) == (20, ('dark', 'light'))
-  assert sorted(train.ids) == [f'{i:03d}.jpg' for i in range(20)]
+  assert sorted(train.ids) == [f'train/{i:03d}.jpg' for i in range(20)]
   for i in (0, 7, 19):
     example = train[i]
-    number = int(example.id[:3])
+    number = int(example.id[6:9])
     assert example.label == number % 2
     assert abs(int(augment.decode(example.image, example.id).mean()) - 4 * number) <= 2
   half = open_source('tfds:tiny_photos:1.0.0', 'train[:50%]', tfds_dir)
@@ -87,8 +101,31 @@ def test_tfds(tfds_dir):
 
 def test_labels_of_tfds_are_read_once(tfds_dir, monkeypatch):
   before = open_source('tfds:tiny_photos', 'test', tfds_dir)
-  monkeypatch.setattr(np, 'savez', None)  # a second pass would fail when it saves
-  assert open_source('tfds:tiny_photos', 'test', tfds_dir).labels.tolist() == before.labels.tolist()
+  with monkeypatch.context() as patch:
+    patch.setattr(np, 'savez', None)  # a second pass would fail when it saves
+    assert open_source('tfds:tiny_photos', 'test', tfds_dir).labels.tolist() == before.labels.tolist()
+
+
+def test_tfds_ids_are_the_same_in_every_slice(tfds_dir):
+  """With file names and without, so that the same image in two slices is noticed."""
+  for split in ('train', 'test'):
+    whole, some = (open_source('tfds:tiny_photos', f'{split}{part}', tfds_dir) for part in ('', '[2:5]'))
+    assert some.ids.tolist() == whole.ids[2:5].tolist()
+  assert whole.ids.tolist() == [f'test/00000/{i}' for i in range(6)]
+  both = open_source('tfds:tiny_photos', 'train[:2]+test[4:]', tfds_dir)
+  assert both.ids.tolist() == ['train/00000/0', 'train/00000/1', 'test/00000/4', 'test/00000/5']
+
+
+def test_a_tfds_set_that_was_made_again_is_noticed(tfds_dir, tmp_path, monkeypatch):
+  """Same names and sizes, other labels: neither the kept labels nor the fingerprint are the old ones."""
+  shutil.copytree(tfds_dir, tmp_path, dirs_exist_ok=True)
+  before = open_source('tfds:tiny_photos', 'train', str(tmp_path))
+  monkeypatch.setattr(TinyPhotos, 'shift', 1)
+  shutil.rmtree(tmp_path / 'tiny_photos')
+  TinyPhotos(data_dir=tmp_path, file_format='array_record').download_and_prepare()
+  after = open_source('tfds:tiny_photos', 'train', str(tmp_path))
+  assert after.ids.tolist() == before.ids.tolist()
+  assert (after.labels != before.labels).all() and after.fingerprint != before.fingerprint
 
 
 def test_subset_and_of_classes(photos):

@@ -53,7 +53,8 @@ def test_not_converged_is_said():
 
 @pytest.mark.parametrize('kwargs,words', [
     ({'epsilon': 0.001}, 'epsilon 0.001 is too small for costs up to .*use at least 0.02'), ({'epsilon': 0.0}, 'epsilon is 0.0'),
-    ({'rho_source': -1.0}, 'rho_source is -1.0; expected a number above 0')])
+    ({'rho_source': -1.0}, 'rho_source is -1.0; expected a finite number above 0'), ({'rho_target': np.inf}, 'rho_target is inf'),
+    ({'rho_source': 1e18, 'rho_target': 1e18}, 'so large that both marginals hold exactly')])
 def test_parameters_that_cannot_be(kwargs, words):
   cost = np.full((4, 3), 2.0)
   with pytest.raises(ValueError, match=words):

@@ -6,7 +6,7 @@ import pytest
 
 from ft_jax.workdir import MetricsWriter, Workdir, write_results
 
-CONFIG = {'seed': 0, 'train': {'steps': 5, 'milestones': (0.6, 0.8)}}
+CONFIG = {'job': 'finetune', 'seed': 0, 'train': {'steps': 5, 'milestones': (0.6, 0.8)}}
 
 
 def test_same_config_again_and_another_refused(tmp_path):
@@ -14,16 +14,15 @@ def test_same_config_again_and_another_refused(tmp_path):
   (tmp_path / 'run' / 'checkpoints' / '5').mkdir(parents=True)
   Workdir(tmp_path / 'run', CONFIG)
   with pytest.raises(ValueError, match=r'another config \(config.seed is 0 there and 1 here; config.train.steps is 5 there and 6 here\)'):
-    Workdir(tmp_path / 'run', {'seed': 1, 'train': {**CONFIG['train'], 'steps': 6}})
+    Workdir(tmp_path / 'run', {**CONFIG, 'seed': 1, 'train': {**CONFIG['train'], 'steps': 6}})
 
 
 def test_a_run_without_a_checkpoint_takes_the_new_config(tmp_path):
-  """A first try with a wrong path must not block the workdir; its selection is not kept."""
-  work = Workdir(tmp_path / 'run', CONFIG)
+  """A first try with a wrong path must not block the workdir."""
+  Workdir(tmp_path / 'run', CONFIG)
   (tmp_path / 'run' / 'checkpoints').mkdir()
-  work.selection_json.write_text('{}')
   again = Workdir(tmp_path / 'run', {**CONFIG, 'seed': 1})
-  assert json.loads(again.config_json.read_text())['seed'] == 1 and not again.selection_json.exists()
+  assert json.loads(again.config_json.read_text())['seed'] == 1 and not again.has_checkpoint()
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path):
@@ -31,6 +30,15 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
   with pytest.raises(ValueError, match='not empty and holds no run'):
     Workdir(tmp_path, CONFIG)
   assert [p.name for p in tmp_path.iterdir()] == ['thesis.tex']
+
+
+@pytest.mark.parametrize('text', ['{"architectures": ["ResNet"]}', '[1]', 'no json'])
+def test_another_programs_config_is_left_alone(tmp_path, text):
+  """Model folders of other programs have a config.json too."""
+  (tmp_path / 'config.json').write_text(text)
+  with pytest.raises(ValueError, match='holds no run'):
+    Workdir(tmp_path, CONFIG)
+  assert (tmp_path / 'config.json').read_text() == text
 
 
 def test_metrics_have_each_step_once_after_a_restart(tmp_path):

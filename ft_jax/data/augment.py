@@ -28,7 +28,12 @@ def decode(image: bytes | np.ndarray, example_id: str) -> np.ndarray:
       pass  # CMYK, or damaged: Pillow reads it or says what is wrong
   try:
     with PIL.Image.open(io.BytesIO(image)) as picture:
-      return np.asarray(PIL.ImageOps.exif_transpose(picture).convert('RGB'))
+      picture = PIL.ImageOps.exif_transpose(picture)
+      if picture.mode.startswith('I;16'):  # Pillow's own conversion would cut everything above 255 off
+        picture = PIL.Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+      if picture.mode in ('I', 'F'):
+        raise ValueError(f'its pixels are of mode {picture.mode}, whose range is not known; save it with 8 or 16 bits a channel')
+      return np.asarray(picture.convert('RGB'))
   except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
     raise ValueError(f'{example_id} is no image that can be read ({error}); mend or remove it') from error
 

@@ -3,10 +3,9 @@
 A source knows every label and every id without decoding an image; an image is read when it is asked for.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 import dataclasses
 import hashlib
-import json
 import os
 import pathlib
 import re
@@ -134,7 +133,8 @@ def _bound(text: str | None, size: int, default: int) -> int:
   if text is None:
     return default
   value = round(int(text[:-1]) * size / 100) if text.endswith('%') else int(text)
-  return max(0, min(size, value + size if value < 0 else value))
+  # The sign is that of the text: -10% of three images is none of them, counted from the end.
+  return max(0, min(size, value + size if text.startswith('-') else value))
 
 
 def _open_folder(path: str, split: str, data_dir: str) -> Source:
@@ -226,13 +226,11 @@ def _open_tfds(name: str, split: str, data_dir: str) -> Source:
     raise ValueError(f'tfds:{name}: split {split!r} does not open; known: {", ".join(builder.info.splits)}') from error
   if not len(store):
     raise ValueError(f'tfds:{name}: split {split!r} holds no image; the slice is empty')
-  full_name = builder.info.full_name
-  fingerprint = digest(full_name, split, str(len(store)), json.dumps(
-      {key: [info.num_bytes, info.num_examples] for key, info in sorted(builder.info.splits.items())}, default=str))
+  full_name, class_names = builder.info.full_name, tuple(features['label'].names)
+  labels, ids = _tfds_labels_and_ids(store, full_name, split, builder.info.splits[split].file_instructions)
 
-  labels, ids = _tfds_labels_and_ids(store, split, fingerprint)
-  return Source(f'tfds:{full_name} {split}', tuple(features['label'].names), labels, ids, np.arange(len(store)),
-                lambda row: store[row]['image'], fingerprint)
+  return Source(f'tfds:{full_name} {split}', class_names, labels, ids, np.arange(len(store)),
+                lambda row: store[row]['image'], digest(full_name, '\n'.join(ids), labels.tobytes(), *class_names))
 
 
 def tfds_builder(name: str, data_dir: str) -> Any:
@@ -244,28 +242,41 @@ def tfds_builder(name: str, data_dir: str) -> Any:
     builder = tfds.builder(name, data_dir=directory)
     # A set that is there keeps its form, so that a wrong one can be named; a new one is written with random access.
     return builder if builder.is_prepared() else tfds.builder(name, data_dir=directory, file_format='array_record')
+  except ImportError as error:
+    raise ValueError(f'TFDS needs {error.name} for tfds:{name}: pip install {error.name}') from error
   except (tfds.core.registered.DatasetNotFoundError, AssertionError, ValueError) as error:
-    # TFDS's own message lists several hundred names.
-    raise ValueError(f'tfds:{name}: {str(error).splitlines()[0]} The sets are listed at https://www.tensorflow.org/datasets/catalog; '
+    # TFDS's own message lists several hundred names, or is empty.
+    reason = (str(error).strip() or 'there is no such set, config or version.').splitlines()[0]
+    raise ValueError(f'tfds:{name}: {reason} The sets are listed at https://www.tensorflow.org/datasets/catalog; '
                      f'a set of your own must lie prepared in data_dir (now {data_dir or "~/tensorflow_datasets"})') from None
 
 
-def _tfds_labels_and_ids(store: Any, split: str, fingerprint: str, chunk: int = 512) -> tuple[np.ndarray, np.ndarray]:
-  """One pass over the records without decoding an image, kept for the next time in the user's cache folder."""
+def _tfds_labels_and_ids(store: Any, full_name: str, split: str, parts: Sequence[Any],
+                         chunk: int = 512) -> tuple[np.ndarray, np.ndarray]:
+  """One pass over the records without decoding an image, kept for the next time in the user's cache folder.
+
+  An id is the split that a record is stored in and its file name, or its place there: the same in every slice. `parts` are
+  TFDS's file instructions of the split: which records of which files.
+  """
+  files = [(os.fspath(part.filename), os.stat(part.filename)) for part in parts]
+  key = digest(full_name, split, *(f'{name} {stat.st_size} {stat.st_mtime_ns}' for name, stat in files))
   folder = pathlib.Path(os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache') / 'ft_jax' / 'labels'
-  path = folder / f'{fingerprint}.npz'
+  path = folder / f'{key}.npz'
   try:
     with open(path, 'rb') as stream, np.load(stream) as saved:
       return saved['labels'], saved['ids']
   except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile):
     pass  # not there, or damaged: made again
-  labels, ids = np.zeros(len(store), np.int32), []
+  labels, names = np.zeros(len(store), np.int32), []
   starts = range(0, len(store), chunk)
   for start in progress.bar(starts, f'reading the labels of {split}', len(starts), f'x {chunk} records'):
     rows = range(start, min(start + chunk, len(store)))
     for row, record in zip(rows, store.__getitems__(list(rows))):
       labels[row] = record['label']
-      ids.append(record['file_name'].decode() if record.get('file_name') else f'{split}/{row}')
+      names.append(record['file_name'].decode() if record.get('file_name') else '')
+  splits, places = zip(*_tfds_places(parts))
+  named = [f'{stored_in}/{name}' for stored_in, name in zip(splits, names)]
+  ids = named if all(names) and len(set(named)) == len(named) else places
   try:
     folder.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f'.{path.stem}.{os.getpid()}.npz')
@@ -274,6 +285,16 @@ def _tfds_labels_and_ids(store: Any, split: str, fingerprint: str, chunk: int = 
   except OSError:
     pass  # a cache that cannot be written costs time, nothing else
   return labels, np.asarray(ids)
+
+
+def _tfds_places(parts: Sequence[Any]) -> Iterator[tuple[str, str]]:
+  """For each record the split that it is stored in, and its place: split, shard and row."""
+  from tensorflow_datasets.core import naming
+
+  for part in parts:
+    file = naming.FilenameInfo.from_str(os.path.basename(part.filename))
+    for row in range(part.skip, part.skip + part.take):
+      yield file.split, f'{file.split}/{file.shard_index:05d}/{row}'
 
 
 # --- the demo ---

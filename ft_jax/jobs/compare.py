@@ -19,15 +19,14 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
   if config.model.weights == 'pretrain':
     raise ValueError("config.model.weights is 'pretrain', which every fine-tuning would repeat; pre-train once with "
                      '--config=configs/pretrain.py and give its workdir')
+  for method in methods:
+    finetune.check(_one_run(config, method, seeds[0]))
   work = Workdir(workdir, config.to_dict())
   results: dict[str, list[dict[str, Any]]] = {method: [] for method in methods}
   for count, (seed, method) in enumerate((seed, method) for seed in seeds for method in methods):
     log.info('[%d/%d] selection %s, seed %d', count + 1, len(methods) * len(seeds), method, seed)
-    own = ConfigDict(config.to_dict())
-    own.job, own.seed, own.selection.method = 'finetune', seed, method
     # The images are embedded once for all of them.
-    own.embeddings_dir = config.embeddings_dir or str(work.embeddings)
-    results[method].append(finetune.run(own, work.path / f'{method}-{seed}'))
+    results[method].append(finetune.run(_one_run(config, method, seed), work.path / f'{method}-{seed}', work.embeddings))
 
   split = 'test' if results[methods[0]][0]['test'] else 'val'
   rows = [{'method': method, **{key: [run[split][key] for run in results[method]] for key in ('top1', 'mean_per_class')}}
@@ -40,3 +39,11 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
   report.write_comparison(work)
   log.info('report: %s', work.report_html)
   return work.results()
+
+
+def _one_run(config: ConfigDict, method: str, seed: int) -> ConfigDict:
+  own = ConfigDict(config.to_dict())
+  own.job, own.seed, own.selection.method = 'finetune', seed, method
+  # The other runs are none of its business: it stays the same when methods or seeds are added.
+  own.compare.methods, own.compare.seeds = (method,), (seed,)
+  return own

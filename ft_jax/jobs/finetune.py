@@ -19,9 +19,12 @@ import selection
 from selection import plots
 
 
-def run(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
-  """Runs the job, or goes on with it; returns what results.json holds."""
-  _check(config)
+def run(config: ConfigDict, workdir: epath.PathLike, embeddings: epath.PathLike = '') -> dict[str, Any]:
+  """Runs the job, or goes on with it; returns what results.json holds.
+
+  Embeddings are kept in `config.embeddings_dir`, else in `embeddings`, else in the workdir.
+  """
+  check(config)
   work = Workdir(workdir, config.to_dict())
   if work.results() and work.report_html.exists():
     log.info('%s is finished: %s', work.path, work.report_html)
@@ -32,18 +35,20 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
   pool = open_source(config.source.name, config.source.train, config.data_dir) if config.source.name else None
   if not work.results():
     _describe(splits, pool)
-    write_results(work, _train(config, work, splits, pool))
+    _check_size(config, pool)
+    folder = epath.Path(config.embeddings_dir or embeddings or work.embeddings)
+    write_results(work, _train(config, work, splits, pool, folder))
   chosen = selection.Selection.load(work.selection_json, pool.fingerprint) if work.selection_json.exists() else None
   report.write(work, _selection_section(splits.train, pool, chosen) if chosen else None)
   log.info('report: %s', work.report_html)
   return work.results()
 
 
-def _train(config: ConfigDict, work: Workdir, splits: setup.Splits, pool: Source | None) -> dict[str, Any]:
+def _train(config: ConfigDict, work: Workdir, splits: setup.Splits, pool: Source | None, embeddings: epath.Path) -> dict[str, Any]:
   """Weights, selection, joint fine-tuning, evaluation: the results."""
   weights = _weights(config, work)
   transform = setup.make_transform(config)
-  chosen = _select(config, work, weights, splits.train, pool, transform)
+  chosen = _select(config, work, weights, splits.train, pool, transform, embeddings)
   streams = {'target': fit.Stream(splits.train, config.train.batch_size, 1.0)}
   heads = {'target': len(splits.train.class_names)}
   if chosen is not None:
@@ -66,8 +71,8 @@ def _train(config: ConfigDict, work: Workdir, splits: setup.Splits, pool: Source
       'weights_fingerprint': setup.weights_fingerprint(weights) if weights else ''}
 
 
-def _check(config: ConfigDict) -> None:
-  """What can be known before anything long begins."""
+def check(config: ConfigDict) -> None:
+  """Raises ValueError for what can be known before anything long begins."""
   if not config.target.name:
     raise ValueError('config.target.name is empty; name your images, such as folder:/data/pets or tfds:oxford_iiit_pet')
   if not config.source.name and config.selection.method != 'none':
@@ -75,11 +80,32 @@ def _check(config: ConfigDict) -> None:
                      'name the pre-training data, or use --config.selection.method=none')
   if config.selection.method not in selection.STRATEGIES:
     raise ValueError(f'config.selection.method is {config.selection.method!r}; known: {", ".join(selection.STRATEGIES)}')
-  fit.check(config.train, config.target.metric)
-  if config.model.weights == 'pretrain':
-    fit.check(config.pretrain, 'top1')
+  if config.selection.by not in selection.UNITS:
+    raise ValueError(f'config.selection.by is {config.selection.by!r}; known: {", ".join(selection.UNITS)}')
+  for name, value in _parameters(config).items():
+    if not 0 < value < float('inf'):
+      raise ValueError(f'config.selection.{name} is {value}; expected a number above 0')
+  setup.make_transform(config)
+  # The numbers of classes are not known yet and do not matter for what is checked.
+  heads = ('target',) if config.selection.method == 'none' else ('target', 'source')
+  fit.check(config.train, config.target.metric, setup.build_model(config.model, dict.fromkeys(heads, 2)), config.image_size)
   if config.selection.method != 'none':
     parallel.check_batch(_source_batch(config), 'config.source_ratio * config.train.batch_size')
+  if config.model.weights == 'pretrain':
+    fit.check(config.pretrain, 'top1', setup.build_model(config.model, {'source': 2}), config.image_size)
+  elif config.model.weights:
+    setup.check_weights(config.model.weights)
+
+
+def _check_size(config: ConfigDict, pool: Source | None) -> None:
+  size = config.selection.size
+  if config.selection.method != 'none' and not 0 < size <= len(pool.class_names):
+    raise ValueError(f'config.selection.size is {size}; expected 1 to {len(pool.class_names)}, the number of classes of {pool.name}')
+
+
+def _parameters(config: ConfigDict) -> dict[str, float]:
+  """The selection method's own."""
+  return {name: config.selection[name] for name in ('epsilon', 'rho_source', 'rho_target')} if config.selection.method == 'uot' else {}
 
 
 def _source_batch(config: ConfigDict) -> int:
@@ -108,36 +134,36 @@ def _weights(config: ConfigDict, work: Workdir) -> dict[str, Any] | None:
   if config.model.weights != 'pretrain':
     return setup.load_weights(config.model.weights)
   # A run of its own beside the others, with its own checkpoints and report.
-  own = ConfigDict(config.to_dict())
-  own.train, own.model.weights = own.pretrain, ''
+  # Only what it depends on: it is not lost where something else is changed.
+  fields = config.to_dict()
+  own = ConfigDict({name: fields[name] for name in ('seed', 'data_dir', 'image_size', 'source', 'model', 'augment')})
+  own.job, own.train, own.model.weights = 'pretrain', fields['pretrain'], ''
   pretrain.run(own, work.path / 'pretrain')
   return setup.load_weights(str(work.path / 'pretrain'))
 
 
 def _select(config: ConfigDict, work: Workdir, weights: dict[str, Any] | None, target: Source, pool: Source | None,
-            transform: Transform) -> selection.Selection | None:
-  """The selection of this run: read where it is there, made otherwise. None for plain fine-tuning."""
+            transform: Transform, folder: epath.Path) -> selection.Selection | None:
+  """The selection of this run, None for plain fine-tuning; a run that goes on from a checkpoint keeps the one it began with."""
   settings = config.selection
   if pool is None or settings.method == 'none':
     return None
-  if work.selection_json.exists():
+  if work.has_checkpoint() and work.selection_json.exists():
     return selection.Selection.load(work.selection_json, pool.fingerprint)
-  parameters = {name: settings[name] for name in ('epsilon', 'rho_source', 'rho_target')} if settings.method == 'uot' else {}
-  embedded = [_class_means(config, work, weights, source, transform, what) for source, what in ((pool, 'source'), (target, 'target'))]
-  chosen = selection.select(*embedded, settings.size, by=settings.by, method=settings.method, seed=config.seed, **parameters)
+  embedded = [_class_means(config, folder, weights, source, transform, what) for source, what in ((pool, 'source'), (target, 'target'))]
+  chosen = selection.select(*embedded, settings.size, by=settings.by, method=settings.method, seed=config.seed, **_parameters(config))
   chosen = dataclasses.replace(chosen, source={'name': pool.name, 'fingerprint': pool.fingerprint})
   chosen.save(work.selection_json)
   log.info('%s', chosen.table(12))
   return chosen
 
 
-def _class_means(config: ConfigDict, work: Workdir, weights: dict[str, Any] | None, source: Source, transform: Transform,
+def _class_means(config: ConfigDict, folder: epath.Path, weights: dict[str, Any] | None, source: Source, transform: Transform,
                  what: str) -> selection.Embeddings:
   """Mean features of the classes of a source; made once for these weights, images and preprocessing."""
   model = setup.build_model(config.model, {})
   variables = setup.init_variables(model, config.image_size, config.seed, weights)
   encoder = digest(setup.weights_fingerprint(variables), config.model.name, config.model.dtype, f'{transform.size}/{transform.short_side}')
-  folder = epath.Path(config.embeddings_dir) if config.embeddings_dir else work.embeddings
   path = folder / f'class_means-{digest(encoder, source.fingerprint)}.npz'
   if path.exists():
     return selection.Embeddings.load(path)
@@ -150,19 +176,22 @@ def _class_means(config: ConfigDict, work: Workdir, weights: dict[str, Any] | No
   return means
 
 
-def _selection_section(target: Source, pool: Source, chosen: selection.Selection) -> report.SelectionSection:
+def _selection_section(target: Source, pool: Source, chosen: selection.Selection, most: int = 120) -> report.SelectionSection:
   """What the report shows of a selection, with a few images of each class."""
   with_shares = chosen.plan is not None
   rows = [report.ChosenClass(name, float(chosen.shares[k]) if with_shares else None, int((pool.labels == k).sum()), drawn_by,
                              _examples(pool, k, 4))
-          for k, name, drawn_by in zip(chosen.classes, chosen.class_names, chosen.explain(3))]
-  how = f'{len(rows)} of {len(pool.class_names)} classes of {pool.name}, chosen by {chosen.method}'
+          for k, name, drawn_by in list(zip(chosen.classes, chosen.class_names, chosen.explain(3)))[:most]]
+  how = f'{len(chosen.classes)} of {len(pool.class_names)} classes of {pool.name}, chosen by {chosen.method}'
   if with_shares:
     settings = ', '.join(f'{name} {value}' for name, value in chosen.parameters.items())
     how += (f' ({settings}; converged in {chosen.solver["iterations"]} iterations). The share of a class is the part of the transported '
-            'mass that comes from it; the last column says which target classes that mass goes to.')
-  target_rows = [(name, _examples(target, k, 2)) for k, name in enumerate(target.class_names[:40])]
-  return report.SelectionSection(how, rows[:60], plots.ranking(chosen) if with_shares else None, target_rows)
+            'mass that comes from it; the last column says which target classes that mass goes to')
+  how += '.'
+  if len(chosen.classes) > most:
+    how += f' The first {most} are shown; selection.json has all of them.'
+  target_rows = [(name, _examples(target, k, 2)) for k, name in enumerate(target.class_names[:most])]
+  return report.SelectionSection(how, rows, plots.ranking(chosen) if with_shares else None, target_rows)
 
 
 def _examples(source: Source, label: int, most: int) -> list[bytes]:

@@ -21,7 +21,7 @@ from ft_jax.checkpoints import Checkpoints
 from ft_jax.data.pipeline import EvalBatches, train_batches, Transform
 from ft_jax.data.sources import Source
 from ft_jax.evaluate import evaluate, Evaluation, make_predict
-from ft_jax.jobs.setup import Splits
+from ft_jax.jobs.setup import Splits, weights_fingerprint
 from ft_jax.models.resnet import ResNet
 from ft_jax.progress import log
 from ft_jax.train import create_state, make_train_step, run_steps, TrainState
@@ -57,12 +57,18 @@ def make_plan(config: ConfigDict, examples: int) -> Plan:
   return Plan(steps, config.eval_every or math.ceil(steps / 10), config.log_every or math.ceil(steps / 100))
 
 
-def check(config: ConfigDict, metric: str) -> None:
+def check(config: ConfigDict, metric: str, model: ResNet, image_size: int) -> None:
   """Raises ValueError for settings of a training that cannot be right, before anything long begins."""
   if metric not in METRICS:
     raise ValueError(f'metric is {metric!r}; known: {", ".join(METRICS)}')
   parallel.check_batch(config.batch_size, 'train.batch_size')
-  _schedule(config, 1000)
+  shapes = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, image_size, image_size, 3), np.uint8))
+  _optimizer(config, _schedule(config, 1000), shapes['params'])
+
+
+def _optimizer(config: ConfigDict, schedule: optax.Schedule, params: Any) -> optax.GradientTransformation:
+  return optimizer.sgd(schedule, params, momentum=config.momentum, nesterov=config.nesterov, weight_decay=config.weight_decay,
+                       learning_rate_groups=config.learning_rate_groups, weight_decay_groups=config.weight_decay_groups)
 
 
 def _schedule(config: ConfigDict, steps: int) -> optax.Schedule:
@@ -92,10 +98,10 @@ def fit(config: ConfigDict, work: Workdir, *, model: ResNet, variables: Mapping[
   head = next(iter(streams))
   plan = make_plan(config, len(streams[head].source))
   schedule = _schedule(config, plan.steps)
-  tx = optimizer.sgd(schedule, variables['params'], momentum=config.momentum, nesterov=config.nesterov,
-                     weight_decay=config.weight_decay, learning_rate_groups=config.learning_rate_groups,
-                     weight_decay_groups=config.weight_decay_groups)
-  checkpoints = Checkpoints(work.path)
+  tx = _optimizer(config, schedule, variables['params'])
+  checkpoints = Checkpoints(work.path, {
+      **{f'{name} images': stream.source.fingerprint for name, stream in streams.items()}, 'val images': splits.val.fingerprint,
+      'pre-trained weights': weights_fingerprint(variables)})
   state, start = create_state(variables, tx), 0
   if checkpoints.latest_step is not None:
     start = checkpoints.latest_step
@@ -109,8 +115,9 @@ def fit(config: ConfigDict, work: Workdir, *, model: ResNet, variables: Mapping[
     variables = {'params': state.params, 'batch_stats': state.batch_stats}
     return evaluate(predict, variables, progress.bar(batches, what, len(batches)), num_classes)
 
-  log.info('training %d steps of %s', plan.steps,
-           ' + '.join(f'{stream.batch_size} {name} images' for name, stream in streams.items()))
+  if start < plan.steps:
+    log.info('training %d steps of %s', plan.steps,
+             ' + '.join(f'{stream.batch_size} {name} images' for name, stream in streams.items()))
   observer = _Observer(plan, MetricsWriter(work, start), checkpoints, metric, start, sum(s.batch_size for s in streams.values()),
                        lambda state: evaluate_split(state, splits.val, 'val'), schedule)
   with _signals() as stop, progress.counter('training', plan.steps, initial=start) as shown:
@@ -125,12 +132,13 @@ def fit(config: ConfigDict, work: Workdir, *, model: ResNet, variables: Mapping[
           make_train_step(model, tx, {name: stream.weight for name, stream in streams.items()}), parallel.replicate(state),
           _device_batches(streams, transform, seed, start), start=start, steps=plan.steps, log_every=plan.log_every,
           eval_every=plan.eval_every, observer=observer, stop=lambda: bool(stop), progress=show)
-      observer.writer.close()
       if done < plan.steps:
         checkpoints.save(done, parallel.unreplicate(state), None)
         checkpoints.close()
+        observer.writer.close()
         raise Interrupted(stop[0], f'stopped at step {done} of {plan.steps}, saved in {work.path}; the same command goes on from there')
     checkpoints.wait()
+  observer.writer.close()
 
   best = checkpoints.best_step
   state = parallel.replicate(checkpoints.restore(best, parallel.unreplicate(state) if start < plan.steps else state))
@@ -141,10 +149,16 @@ def fit(config: ConfigDict, work: Workdir, *, model: ResNet, variables: Mapping[
     if source is not None:
       evaluation = evaluate_split(state, source, name)
       log.info('%s (%s images, checkpoint of step %d): %s', name, f'{len(source):,d}', best, _spoken(evaluation.summary()))
-      results[name] = {**evaluation.summary(), 'images': len(source),
-                       'per_class': per_class_table(evaluation, splits.train.class_names),
-                       'confusion': [[int(t), int(p), int(evaluation.confusion[t, p])] for t, p in np.argwhere(evaluation.confusion)]}
+      results[name] = _split_results(evaluation, splits.train.class_names)
   return results
+
+
+def _split_results(evaluation: Evaluation, class_names: Sequence[str]) -> dict[str, Any]:
+  """What results.json says of one split; confusions as (true, predicted, how often), where there are any."""
+  confusion = evaluation.confusion
+  per_class = [{'name': name, 'images': int(row.sum()), 'right': int(row[k])} for k, (name, row) in enumerate(zip(class_names, confusion))]
+  return {**evaluation.summary(), 'images': int(confusion.sum()), 'per_class': per_class,
+          'confusion': [[int(t), int(p), int(confusion[t, p])] for t, p in np.argwhere(confusion)]}
 
 
 class Interrupted(SystemExit):
@@ -217,12 +231,6 @@ def _signals() -> Iterator[list[int]]:
   finally:
     for number, handler in before.items():
       signal.signal(number, handler)
-
-
-def per_class_table(evaluation: Evaluation, class_names: Sequence[str]) -> list[dict[str, Any]]:
-  """One row a class: its name, how many of its examples there are, and how many are right."""
-  return [{'name': name, 'images': int(row.sum()), 'right': int(row[k])}
-          for k, (name, row) in enumerate(zip(class_names, evaluation.confusion))]
 
 
 def _environment(model: ResNet) -> dict[str, Any]:

@@ -17,7 +17,11 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
     raise ValueError('config.source.name is empty; name the data to pre-train on')
   if config.model.weights == 'pretrain':
     raise ValueError("config.model.weights is 'pretrain', which is what this job does; use --config.model.weights= for a fresh network")
-  fit.check(config.train, 'top1')
+  if config.model.weights:
+    setup.check_weights(config.model.weights)
+  setup.make_transform(config)
+  # The number of classes is not known yet and does not matter for what is checked.
+  fit.check(config.train, 'top1', setup.build_model(config.model, {'source': 2}), config.image_size)
   work = Workdir(workdir, config.to_dict())
   if not work.results():
     log.info('pre-training %s -> %s', config.model.name, work.path)

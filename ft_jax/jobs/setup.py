@@ -31,7 +31,7 @@ def open_splits(config: ConfigDict, data_dir: str, seed: int) -> Splits:
   """Opens train, val (carved out of train where it has no name) and test of `config.target` or `config.source`.
 
   Raises:
-    ValueError: a set, split or folder that is not there, or splits of different classes.
+    ValueError: a set, split or folder that is not there, or splits of different classes or with images in common.
   """
   train = open_source(config.name, config.train, data_dir)
   if config.val:
@@ -43,6 +43,10 @@ def open_splits(config: ConfigDict, data_dir: str, seed: int) -> Splits:
     if other is not None and other.class_names != train.class_names:
       differing = sorted(set(other.class_names) ^ set(train.class_names))
       raise ValueError(f'{train.name} and {other.name} have different classes: {", ".join(differing[:5])}')
+  for one, other in ((train, val), (train, test), (val, test)):
+    if other is not None and (shared := set(one.ids.tolist()) & set(other.ids.tolist())):
+      raise ValueError(f'{one.name} and {other.name} share {len(shared):,d} images, such as {min(shared)}; what is measured on images '
+                       'that were trained on means nothing. Give slices that do not overlap, such as train[:80%] and train[80%:]')
   return Splits(train, val, test)
 
 
@@ -72,8 +76,15 @@ def init_variables(model: resnet.ResNet, image_size: int, seed: int, weights: Ma
   return variables if weights is None else pretrained.merge(variables, weights)
 
 
+def check_weights(path: str) -> None:
+  """Raises ValueError where there is neither a file nor a folder."""
+  if not os.path.exists(os.path.expanduser(path)):
+    raise ValueError(f'model.weights: there is no file or folder {path}')
+
+
 def load_weights(path: str) -> dict[str, Any]:
   """Pre-trained variables from a workdir or a file."""
+  check_weights(path)
   expanded = os.path.expanduser(path)
   return load_variables(expanded) if os.path.isdir(expanded) else pretrained.load_torch(expanded)
 
