@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import signal
 import sys
 
@@ -49,10 +50,10 @@ def main(argv: list[str]) -> None:
 
 
 def parse(argv: list[str]) -> list[str]:
-  """Reads the flags; an unknown field of the config is refused with the known ones."""
+  """Reads the flags; an unknown field, there or in the config's file, is refused with the known ones."""
   try:
     return app.parse_flags_with_usage(argv)
-  except (AttributeError, KeyError):
+  except (AttributeError, KeyError) as error:
     from configs import default
 
     for flag in (arg[len('--config.'):].partition('=')[0] for arg in argv if arg.startswith('--config.')):
@@ -62,6 +63,9 @@ def parse(argv: list[str]) -> list[str]:
           fields = f'has {", ".join(known)}' if isinstance(known, ConfigDict) else 'is one value'
           sys.exit(f'error: the config has no field {flag!r}; {("config." + group).rstrip(".")} {fields}')
         group, known = f'{group}{name}.', known[name]
+    if wrong := re.search(r'Key "(\w+)" does not exist', str(error)):
+      meant = re.search(r'Did you mean "\w+"', str(error))
+      sys.exit(f'error: the file of --config sets {wrong[1]!r}, which is no field of configs/default.py. {meant[0] + "?" if meant else ""}')
     raise
 
 

@@ -58,7 +58,8 @@ def test_a_config_file_cannot_add_a_field(tmp_path):
   (tmp_path / 'mine.py').write_text('from configs import default\n\ndef get_config():\n  config = default.get_config()\n'
                                     '  config.source_wieght = 0.3\n  return config\n')
   run = main(f'--config={tmp_path / "mine.py"}', f'--workdir={tmp_path / "run"}')
-  assert run.returncode != 0 and 'source_wieght' in run.stderr and 'source_weight' in run.stderr
+  assert run.returncode == 1 and 'Traceback' not in run.stderr
+  assert "sets 'source_wieght', which is no field of configs/default.py. Did you mean \"source_weight\"?" in run.stderr
 
 
 def test_help_needs_no_jax():
