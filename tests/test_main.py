@@ -27,6 +27,8 @@ def main(*flags: str) -> subprocess.CompletedProcess:
     (['--config=configs/digits.py', '--config.selection.epsilon=0'], 'config.selection.epsilon is 0.0; expected a number above 0'),
     (['--config=configs/digits.py', '--config.selection.size=27'], 'config.selection.size is 27; expected 1 to 26'),
     (['--config=configs/digits.py', '--config.train.momentum=1.5'], 'train.momentum is 1.5'),
+    (['--config=configs/digits.py', '--config.train.learning_rate=nan'], 'train.learning_rate is nan; expected a number from 0'),
+    (['--config=configs/digits.py', '--config.pretrain.epochs=0'], 'train.steps and train.epochs are both 0'),
     (['--config=configs/digits.py', "--config.train.learning_rate_groups=(('head.*',1.0),)"], "covers no parameter 'bn1/bias'"),
     (['--config=configs/digits.py', '--config.model.weights=no.pth'], 'there is no file or folder no.pth'),
     (['--config=configs/miniature.py', '--config.model.weights=', "--config.compare.methods=('none','best')"],

@@ -61,6 +61,11 @@ def check(config: ConfigDict, metric: str, model: ResNet, image_size: int) -> No
   """Raises ValueError for settings of a training that cannot be right, before anything long begins."""
   if metric not in METRICS:
     raise ValueError(f'metric is {metric!r}; known: {", ".join(METRICS)}')
+  for name in ('steps', 'epochs', 'eval_every', 'log_every', 'learning_rate', 'weight_decay'):
+    if not 0 <= config[name] < float('inf'):
+      raise ValueError(f'train.{name} is {config[name]}; expected a number from 0')
+  if not config.steps and not config.epochs:
+    raise ValueError('train.steps and train.epochs are both 0; one of them gives the length')
   parallel.check_batch(config.batch_size, 'train.batch_size')
   shapes = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, image_size, image_size, 3), np.uint8))
   _optimizer(config, _schedule(config, 1000), shapes['params'])
