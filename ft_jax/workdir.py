@@ -16,7 +16,7 @@ class Workdir:
   def __init__(self, path: epath.PathLike, config: Mapping[str, Any]):
     """Makes the folder, or takes up the run that is there.
 
-    A run that has no checkpoint yet has nothing to lose: it takes the new config.
+    A run that has no checkpoint yet has nothing to lose: it takes the new config, and selects again.
 
     Raises:
       ValueError: it belongs to a run with another config, and names the fields that differ; or to something else.
@@ -35,6 +35,7 @@ class Workdir:
       if self.results_json.exists() or self.has_checkpoint():
         raise ValueError(f'workdir {self.path} belongs to a run with another config ({"; ".join(differing[:5])}); '
                          'give another --workdir, or remove that one')
+      self.selection_json.unlink(missing_ok=True)
     write_text(self.config_json, json.dumps(wanted, indent=2) + '\n')
 
   config_json = property(lambda self: self.path / 'config.json')

@@ -18,11 +18,12 @@ def test_same_config_again_and_another_refused(tmp_path):
 
 
 def test_a_run_without_a_checkpoint_takes_the_new_config(tmp_path):
-  """A first try with a wrong path must not block the workdir."""
-  Workdir(tmp_path / 'run', CONFIG)
+  """A first try with a wrong path must not block the workdir; its selection is not kept."""
+  work = Workdir(tmp_path / 'run', CONFIG)
   (tmp_path / 'run' / 'checkpoints').mkdir()
+  work.selection_json.write_text('{}')
   again = Workdir(tmp_path / 'run', {**CONFIG, 'seed': 1})
-  assert json.loads(again.config_json.read_text())['seed'] == 1 and not again.has_checkpoint()
+  assert json.loads(again.config_json.read_text())['seed'] == 1 and not again.selection_json.exists()
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path):
