@@ -98,7 +98,7 @@ def dots(rows: Sequence[Mapping[str, Any]]) -> Figure:
 
 def curves(metrics: Sequence[Mapping[str, float]], best_step: int) -> Figure:
   """Loss, accuracy and learning rate over the steps; the best checkpoint is marked."""
-  figure = Figure(figsize=(11, 3.2), layout='constrained')
+  figure = Figure(figsize=(11, 3.4), layout='constrained')
   loss, accuracy, rate = figure.subplots(1, 3)
   lines = [(loss, 'train/loss_target', 'target, training', BLUE), (loss, 'train/loss_source', 'source, training', GREY),
            (loss, 'val/loss', 'val', RED), (accuracy, 'train/top1_target', 'target, training', BLUE),
@@ -115,8 +115,8 @@ def curves(metrics: Sequence[Mapping[str, float]], best_step: int) -> Figure:
     axes.spines[['top', 'right']].set_visible(False)
     axes.set_ylim(bottom=0)
   accuracy.set_ylim(0, 1.02)
-  for axes in (loss, accuracy):
-    axes.legend(frameon=False, fontsize=8)
+  # One for both panels, where it hides no curve.
+  figure.legend(*loss.get_legend_handles_labels(), loc='outside lower left', ncols=4, frameon=False, fontsize=8)
   return figure
 
 
