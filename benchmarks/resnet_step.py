@@ -42,12 +42,16 @@ def make_step(name: str, width: int, size: int, batch: int):
 def with_xla(function, *args):
   """The same with XLA's own convolution and pooling."""
   ours = resnet.conv2d, resnet.max_pool
-  resnet.conv2d, resnet.max_pool = conv.conv2d_xla, conv.max_pool_xla
-  try:
-    run = function(*args)
-    run()
-  finally:
-    resnet.conv2d, resnet.max_pool = ours
+  step = function(*args)
+
+  def run():
+    # In every run: nothing of ours can come in where the step is traced again.
+    resnet.conv2d, resnet.max_pool = conv.conv2d_xla, conv.max_pool_xla
+    try:
+      step()
+    finally:
+      resnet.conv2d, resnet.max_pool = ours
+
   return run
 
 

@@ -11,7 +11,6 @@ import optax
 
 from ft_jax import parallel
 from ft_jax.models.resnet import ResNet
-from ft_jax.train import AXIS
 
 PredictFn = Callable[[Any, Mapping[str, np.ndarray]], dict[str, jax.Array]]
 
@@ -55,9 +54,9 @@ def make_predict(model: ResNet, head: str) -> PredictFn:
     logits = model.apply(variables, batch['image'], train=False).logits[head]
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch['label'])
     return jax.lax.all_gather({'prediction': jnp.argmax(logits, -1), 'loss': losses, 'label': batch['label'],
-                               'mask': batch['mask']}, AXIS, tiled=True)
+                               'mask': batch['mask']}, parallel.AXIS, tiled=True)
 
-  return jax.pmap(predict, axis_name=AXIS)
+  return jax.pmap(predict, axis_name=parallel.AXIS)
 
 
 def evaluate(predict: PredictFn, variables: Any, batches: Iterable[Mapping[str, np.ndarray]], num_classes: int) -> Evaluation:

@@ -17,9 +17,6 @@ import optax
 from ft_jax import parallel
 from ft_jax.models.resnet import ResNet
 
-# The pmapped axis: all devices of all hosts.
-AXIS = 'batch'
-
 StepFn = Callable[['TrainState', Mapping[str, Mapping[str, jax.Array]]], tuple['TrainState', dict[str, jax.Array]]]
 
 
@@ -68,13 +65,13 @@ def make_train_step(model: ResNet, optimizer: optax.GradientTransformation, loss
 
     gradients, (batch_stats, metrics) = jax.grad(loss_fn, has_aux=True)(state.params)
     # Running statistics are averaged too, so that the state is the same on every device.
-    gradients, batch_stats, metrics = jax.lax.pmean((gradients, batch_stats, metrics), AXIS)
+    gradients, batch_stats, metrics = jax.lax.pmean((gradients, batch_stats, metrics), parallel.AXIS)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     state = TrainState(step=state.step + 1, params=optax.apply_updates(state.params, updates),
                        batch_stats=batch_stats, opt_state=opt_state)
     return state, metrics
 
-  return jax.pmap(step, axis_name=AXIS, donate_argnums=(0,))
+  return jax.pmap(step, axis_name=parallel.AXIS, donate_argnums=(0,))
 
 
 class Diverged(RuntimeError):

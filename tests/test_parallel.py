@@ -1,5 +1,6 @@
 """Sharing a batch over devices."""
 
+import jax
 import numpy as np
 import pytest
 
@@ -20,3 +21,14 @@ def test_shard_and_replicate_round_trip():
   assert copies['b'].shape == (4, 5)
   back = parallel.unreplicate(copies)
   assert back['a'].shape == () and back['a'] == 3 and (back['b'] == tree['b']).all()
+
+
+def test_a_step_is_compiled_once():
+  """The first state and those that a pmapped step returns have one layout: with two, the step would be compiled twice."""
+  step = jax.pmap(lambda state: jax.tree.map(lambda x: x + 1, state), axis_name=parallel.AXIS, donate_argnums=(0,))
+  source = {'a': np.ones(3, np.float32)}
+  first = parallel.replicate(source)
+  layout = first['a'].sharding
+  second = step(first)
+  assert second['a'].sharding == layout and second['a'].aval == parallel.replicate(source)['a'].aval
+  assert source['a'].tolist() == [1, 1, 1]  # what was copied is not what was donated

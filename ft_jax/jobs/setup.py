@@ -15,7 +15,7 @@ from ft_jax.checkpoints import load_variables
 from ft_jax.data.pipeline import Transform
 from ft_jax.data.sources import carve, open_source, Source
 from ft_jax.models import pretrained, resnet
-from ft_jax.train import AXIS
+from ft_jax.parallel import AXIS
 
 DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
 
