@@ -14,6 +14,7 @@ import statistics
 import sys
 import tempfile
 import time
+import warnings
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
@@ -71,7 +72,7 @@ class PillowCrops:
     image = image.crop((x, y, x + w, y + h)).resize((SIZE, SIZE), PIL.Image.Resampling.BILINEAR)
     if rng.random() < 0.5:
       image = image.transpose(PIL.Image.Transpose.FLIP_LEFT_RIGHT)
-    return np.asarray(image), int(path.parent.name == 'flower')
+    return np.array(image), int(path.parent.name == 'flower')
 
 
 def rate(batches) -> float:
@@ -87,6 +88,7 @@ def main() -> None:
     import torch
   except ImportError:
     sys.exit('this comparison needs torch: pip install torch')
+  warnings.filterwarnings('ignore', r'os\.fork\(\) was called', RuntimeWarning)  # torch's workers never touch jax
   with tempfile.TemporaryDirectory() as name:
     folder = pathlib.Path(name)
     kilobytes = write_photos(folder) / 1000

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from ft_jax.data import pipeline
+from ft_jax.data import augment, pipeline
 from ft_jax.data.pipeline import EvalBatches, train_batches, Transform
 from ft_jax.data.sources import open_source
 
@@ -105,6 +105,7 @@ def test_flip_and_no_flip(source):
     return sum(bool(whole.train(ramp, np.random.default_rng(seed))[0, 0, 0] > 8) for seed in range(200))
 
   assert 70 < mirrored(True) < 130 and mirrored(False) == 0
+  assert (augment.mirror(image := augment.decode(source[0].image, '')) == image[:, ::-1]).all()
 
 
 def test_a_damaged_file_is_named(photos, tmp_path):

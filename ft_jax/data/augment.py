@@ -65,6 +65,11 @@ def random_resized_crop(
   return _resize(image[y:y + h, x:x + w], size)
 
 
+def mirror(image: np.ndarray) -> np.ndarray:
+  """Left and right exchanged; a copy of numpy's reversed view takes thirty times as long, and holds the other threads up."""
+  return cv2.flip(image, 1)
+
+
 def center_crop(image: np.ndarray, size: int, short_side: int) -> np.ndarray:
   """The image scaled so that its short side has `short_side` pixels (Pillow's antialiased bilinear), and the middle of it.
 

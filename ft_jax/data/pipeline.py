@@ -39,7 +39,7 @@ class Transform:
     """A random crop, mirrored half of the time; uint8 `[size, size, 3]`."""
     image = augment.decode(example.image, example.id)
     image = augment.random_resized_crop(image, self.size, self.scale, self.ratio, rng)
-    return image[:, ::-1] if self.flip and rng.random() < 0.5 else image
+    return augment.mirror(image) if self.flip and rng.random() < 0.5 else image
 
   def evaluate(self, example: Example) -> np.ndarray:
     """The middle of the image; uint8 `[size, size, 3]`."""
