@@ -19,7 +19,7 @@ class Checkpoints:
     Args:
       workdir: the run's.
       made_from: what the run depends on beside its config, as fingerprints by name; kept with each checkpoint.
-      read_only: leave everything as it is: it may be another process's.
+      read_only: leave everything as it is, it may be another process's; nothing is saved then.
     """
     self._about = {'format_version': FORMAT_VERSION, 'made_from': dict(made_from or {})}
     keep = ocp.checkpoint_managers
@@ -27,7 +27,7 @@ class Checkpoints:
         keep.LatestN(1), keep.BestN(get_metric_fn=_rank, n=1, keep_checkpoints_without_metrics=False)])
     self._manager = ocp.CheckpointManager(
         epath.Path(workdir).resolve() / 'checkpoints', item_names=('state', 'about'),
-        options=ocp.CheckpointManagerOptions(best_fn=_rank, preservation_policy=policy, read_only=read_only,
+        options=ocp.CheckpointManagerOptions(best_fn=_rank, preservation_policy=policy, create=not read_only,
                                              cleanup_tmp_directories=not read_only))
 
   def save(self, step: int, state: Any, metrics: dict[str, float] | None) -> None:
