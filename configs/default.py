@@ -48,6 +48,7 @@ def get_config() -> ConfigDict:
   config.augment.scale = (0.08, 1.0)  # area of the random crop, as parts of the image
   config.augment.ratio = (3 / 4, 4 / 3)  # width over height of the random crop
   config.augment.flip = True  # mirror half of the training images
+  config.augment.antialias = False  # average training crops wherever they shrink (slower); else only beyond a factor of two
   config.augment.short_side = 0  # evaluation: short side before the middle is cut out; 0 is image_size * 256 / 224
 
   config.train = train_config()  # of the job itself

@@ -20,6 +20,7 @@ def get_config() -> ConfigDict:
   config.target.metric = 'mean_per_class'
   config.source.name = 'tfds:imagenet2012'
   config.image_size = 224
+  config.augment.antialias = True  # as Pillow does in the published code
   config.model.name = 'resnet50'
   config.model.weights = 'moco_v2_800ep_pretrain.pth.tar'
   config.selection.method = 'uot'

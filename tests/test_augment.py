@@ -83,6 +83,16 @@ def test_random_resized_crop_draws_as_torchvision():
   assert abs(np.mean(aspects)) < 0.03 and max(np.abs(aspects)) < np.log(4 / 3) + 0.1
 
 
+@pytest.mark.parametrize('side,antialias,averaged', [(48, False, False), (48, True, True), (96, False, True), (96, True, True)])
+def test_a_crop_that_shrinks_is_averaged(side, antialias, averaged):
+  """To 32 pixels: each is the mean over its area, beyond a factor of two always, below it on request."""
+  noise = np.random.default_rng(0).integers(0, 256, (side, side, 3)).astype(np.uint8)
+  crop = augment.random_resized_crop(noise, 32, (1.0, 1.0), (1.0, 1.0), np.random.default_rng(0), antialias)
+  fine = noise.repeat(96 // side, 0).repeat(96 // side, 1).astype(float)
+  means = fine.reshape(32, 3, 32, 3, 3).mean((1, 3))
+  assert (np.abs(crop - means).max() <= 1) == averaged
+
+
 def test_crop_of_an_extreme_shape_falls_back_to_the_middle():
   strip = np.tile(np.arange(200, dtype=np.uint8)[None, :, None], (4, 1, 3))
   crop = augment.random_resized_crop(strip, 8, (0.9, 1.0), (3 / 4, 4 / 3), np.random.default_rng(0))

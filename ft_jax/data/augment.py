@@ -40,7 +40,7 @@ def decode(image: bytes | np.ndarray, example_id: str) -> np.ndarray:
 
 def random_resized_crop(
     image: np.ndarray, size: int, scale: tuple[float, float], ratio: tuple[float, float],
-    rng: np.random.Generator) -> np.ndarray:
+    rng: np.random.Generator, antialias: bool = False) -> np.ndarray:
   """A random part of the image at `size` x `size`, as torchvision's RandomResizedCrop draws it.
 
   Args:
@@ -49,6 +49,7 @@ def random_resized_crop(
     scale: bounds of the part's share of the area, drawn uniformly.
     ratio: bounds of width over height, drawn log-uniformly.
     rng: where the randomness comes from.
+    antialias: average all pixels wherever the part shrinks; else only where it shrinks by more than two.
   """
   height, width = image.shape[:2]
   for _ in range(10):
@@ -57,12 +58,12 @@ def random_resized_crop(
     w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
     if 0 < w <= width and 0 < h <= height:
       y, x = int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1))
-      return _resize(image[y:y + h, x:x + w], size)
+      return _resize(image[y:y + h, x:x + w], size, antialias)
   # No part of that shape fits: the largest one in the middle whose shape is allowed.
   w = min(width, round(height * ratio[1]))
   h = min(height, round(width / ratio[0]))
   y, x = (height - h) // 2, (width - w) // 2
-  return _resize(image[y:y + h, x:x + w], size)
+  return _resize(image[y:y + h, x:x + w], size, antialias)
 
 
 def mirror(image: np.ndarray) -> np.ndarray:
@@ -89,7 +90,10 @@ def thumbnail(image: bytes | np.ndarray, example_id: str, size: int) -> bytes:
   return simplejpeg.encode_jpeg(np.ascontiguousarray(center_crop(decode(image, example_id), size, size)), 85, 'RGB')
 
 
-def _resize(image: np.ndarray, size: int) -> np.ndarray:
-  """To `size` x `size`: averaging where both sides shrink (no aliasing), bilinear otherwise."""
-  shrinks = image.shape[0] > size and image.shape[1] > size
-  return cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+def _resize(image: np.ndarray, size: int, antialias: bool) -> np.ndarray:
+  """To `size` x `size`: averaging where both sides shrink enough, bilinear otherwise.
+
+  Bilinear interpolation looks at two pixels a side, so up to a factor of two hardly any is left out; it takes a quarter of the time.
+  """
+  factor = min(image.shape[:2]) / size
+  return cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA if factor > (1 if antialias else 2) else cv2.INTER_LINEAR)

@@ -27,18 +27,20 @@ class Transform:
     size: pixels a side of the result.
     scale, ratio: of the random crop (training).
     flip: whether half of the training images are mirrored.
+    antialias: whether training crops are averaged wherever they shrink; else only where they shrink by more than two.
     short_side: pixels of the short side before the middle is cut out (evaluation).
   """
   size: int
   scale: tuple[float, float] = (0.08, 1.0)
   ratio: tuple[float, float] = (3 / 4, 4 / 3)
   flip: bool = True
+  antialias: bool = False
   short_side: int = 256
 
   def train(self, example: Example, rng: np.random.Generator) -> np.ndarray:
     """A random crop, mirrored half of the time; uint8 `[size, size, 3]`."""
     image = augment.decode(example.image, example.id)
-    image = augment.random_resized_crop(image, self.size, self.scale, self.ratio, rng)
+    image = augment.random_resized_crop(image, self.size, self.scale, self.ratio, rng, self.antialias)
     return augment.mirror(image) if self.flip and rng.random() < 0.5 else image
 
   def evaluate(self, example: Example) -> np.ndarray:

@@ -58,7 +58,7 @@ def make_transform(config: ConfigDict) -> Transform:
   short_side = augment.short_side or round(config.image_size * 256 / 224)
   if short_side < config.image_size:
     raise ValueError(f'augment.short_side is {short_side}, less than image_size {config.image_size}')
-  return Transform(config.image_size, tuple(augment.scale), tuple(augment.ratio), augment.flip, short_side)
+  return Transform(config.image_size, tuple(augment.scale), tuple(augment.ratio), augment.flip, augment.antialias, short_side)
 
 
 def build_model(config: ConfigDict, heads: Mapping[str, int]) -> resnet.ResNet:
