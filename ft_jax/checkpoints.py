@@ -7,7 +7,7 @@ from etils import epath
 import jax
 from orbax import checkpoint as ocp
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 class Checkpoints:
@@ -50,11 +50,14 @@ class Checkpoints:
     """The state saved at `step`, in the structure, shapes and types of `like`.
 
     Raises:
-      ValueError: it was made from something else, by name.
+      ValueError: it has another format version, or was made from something else, by name.
     """
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
     saved = self._manager.restore(step, args=ocp.args.Composite(
         state=ocp.args.StandardRestore(abstract), about=ocp.args.JsonRestore()))
+    if saved['about']['format_version'] != FORMAT_VERSION:
+      raise ValueError(f'{self._manager.directory} has format version {saved["about"]["format_version"]}; this program goes on from '
+                       f'{FORMAT_VERSION}. Give another --workdir; as model.weights it can still be used')
     before, now = saved['about']['made_from'], self._about['made_from']
     changed = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
     if changed:

@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 
+from ft_jax import checkpoints as checkpoints_module
 from ft_jax.checkpoints import Checkpoints, load_variables
 from ft_jax.train import create_state, TrainState
 
@@ -81,6 +82,17 @@ def test_other_data_than_before_is_refused(tmp_path):
   with pytest.raises(ValueError, match='changed since then: val images; bring it back'):
     checkpoints.restore(1, state_at(0))
   checkpoints.close()
+
+
+def test_a_checkpoint_of_another_format_is_refused_and_still_gives_weights(tmp_path, monkeypatch):
+  with monkeypatch.context() as patch:
+    patch.setattr(checkpoints_module, 'FORMAT_VERSION', 1)
+    save(tmp_path, {1: {'score': 0.2, 'loss': 1.0}}).close()
+  checkpoints = Checkpoints(tmp_path)
+  with pytest.raises(ValueError, match='has format version 1; this program goes on from 2'):
+    checkpoints.restore(1, state_at(0))
+  checkpoints.close()
+  assert set(load_variables(tmp_path)) == {'params', 'batch_stats'}
 
 
 def test_load_variables_takes_the_best(tmp_path):

@@ -64,6 +64,17 @@ def test_a_config_file_cannot_add_a_field(tmp_path):
   assert "sets 'source_wieght', which is no field of configs/default.py. Did you mean \"source_weight\"?" in run.stderr
 
 
+def test_ctrl_c_outside_of_a_training_is_one_line(tmp_path):
+  """While images are embedded, say: no traceback, and the exit status that a shell expects."""
+  code = ('import sys; from absl import app; import main; from ft_jax.jobs import finetune\n'
+          'def interrupted(*_): raise KeyboardInterrupt\n'
+          f'finetune.run = interrupted; sys.argv = ["main.py", "--config=configs/digits.py", "--workdir={tmp_path / "run"}"]\n'
+          'app.run(main.main, flags_parser=main.parse)')
+  run = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, check=False)
+  assert run.returncode == 130 and run.stderr.strip().endswith('stopped; the same command goes on from what is finished')
+  assert 'Traceback' not in run.stderr
+
+
 def test_help_needs_no_jax():
   """Help answers before anything heavy is imported."""
   run = subprocess.run([sys.executable, '-X', 'importtime', 'main.py', '--help'], cwd=ROOT, capture_output=True, text=True, check=False)
