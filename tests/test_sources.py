@@ -204,6 +204,16 @@ def test_prepare(tfds_dir):
   assert run.returncode == 1 and 'error: tfds:no_such_set' in run.stderr and 'Traceback' not in run.stderr
 
 
+def test_a_builder_that_needs_another_package_names_it(tfds_dir, monkeypatch):
+  """TFDS's own builders may import TensorFlow; the error that says so is inside another one without a name."""
+  def builder(*_, **__):
+    raise ModuleNotFoundError('Failed to construct dataset') from ModuleNotFoundError('No module', name='tensorflow')
+  monkeypatch.setattr(tfds, 'builder', builder)
+  for use in (lambda: open_source('tfds:coco', 'train', tfds_dir), lambda: prepare.prepare('tfds:coco', tfds_dir)):
+    with pytest.raises(ValueError, match='TFDS needs tensorflow for tfds:coco: pip install tensorflow'):
+      use()
+
+
 def test_digits():
   """The demo's sets: no writer on both sides, at least 25 pool classes, few target images a class."""
   pool, train, val, test = (open_source(*args) for args in (

@@ -6,7 +6,7 @@
 import argparse
 import sys
 
-from ft_jax.data.sources import tfds_builder
+from ft_jax.data.sources import missing_package, tfds_builder
 
 
 def prepare(name: str, data_dir: str = '') -> str:
@@ -31,8 +31,9 @@ def prepare(name: str, data_dir: str = '') -> str:
     return str(builder.data_dir)
   try:
     builder.download_and_prepare()
-  except ModuleNotFoundError as error:
-    raise ValueError(f'TFDS needs {error.name} to write tfds:{name}; for this one step: pip install {error.name} '
+  except ImportError as error:
+    package = missing_package(error)
+    raise ValueError(f'TFDS needs {package} to write tfds:{name}; for this one step: pip install {package} '
                      '(it is not needed to read the set)') from error
   except (OSError, AssertionError) as error:
     raise ValueError(f'tfds:{name} cannot be made: {error}') from error

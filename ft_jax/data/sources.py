@@ -243,12 +243,18 @@ def tfds_builder(name: str, data_dir: str) -> Any:
     # A set that is there keeps its form, so that a wrong one can be named; a new one is written with random access.
     return builder if builder.is_prepared() else tfds.builder(name, data_dir=directory, file_format='array_record')
   except ImportError as error:
-    raise ValueError(f'TFDS needs {error.name} for tfds:{name}: pip install {error.name}') from error
+    package = missing_package(error)
+    raise ValueError(f'TFDS needs {package} for tfds:{name}: pip install {package}') from error
   except (tfds.core.registered.DatasetNotFoundError, AssertionError, ValueError) as error:
     # TFDS's own message lists several hundred names, or is empty.
     reason = (str(error).strip() or 'there is no such set, config or version.').splitlines()[0]
     raise ValueError(f'tfds:{name}: {reason} The sets are listed at https://www.tensorflow.org/datasets/catalog; '
                      f'a set of your own must lie prepared in data_dir (now {data_dir or "~/tensorflow_datasets"})') from None
+
+
+def missing_package(error: ImportError) -> str:
+  """The package that could not be imported; TFDS wraps the error that names it in another one."""
+  return error.name or getattr(error.__cause__, 'name', None) or 'another package'
 
 
 def _tfds_labels_and_ids(store: Any, full_name: str, split: str, parts: Sequence[Any],
