@@ -34,12 +34,14 @@ def get_config() -> ConfigDict:
   config.model.dtype = 'float32'  # precision of the computation, float32 or bfloat16; parameters are float32
 
   config.selection = ConfigDict()
-  config.selection.method = 'uot'  # uot, random, or none (plain fine-tuning)
-  config.selection.size = 100  # how many units to choose
-  config.selection.by = 'class'  # the unit: class
-  config.selection.epsilon = 0.1  # uot: strength of the entropy, in units of 1 - cos
-  config.selection.rho_source = 0.1  # uot: how hard the source marginal holds
-  config.selection.rho_target = 10.0  # uot: how hard the target marginal holds
+  config.selection.method = 'uot'  # uot, ot, softmax, nearest, greedy_emd, random, least, or none (plain fine-tuning)
+  config.selection.size = 100.0  # how many units to choose; below 1 the share of the transported mass that they are to cover
+  config.selection.by = 'class'  # the unit: class, cluster (k-means, for pools whose labels say little), example (single images)
+  config.selection.clusters = 2000  # by cluster: how many
+  config.selection.cost = 'cosine'  # uot, ot, softmax, least: cosine, euclidean, or bures (means and covariances of classes)
+  config.selection.epsilon = 0.1  # uot, ot, softmax, least: strength of the entropy, in units of the cost
+  config.selection.rho_source = 0.1  # uot, least: how hard the source marginal holds
+  config.selection.rho_target = 10.0  # uot, least: how hard the target marginal holds
   config.source_weight = 1.0  # lambda: weight of the loss on source images
   config.source_ratio = 1.0  # mu: source images a step for each target image
   config.embeddings_dir = ''  # where embeddings are cached; '' is <workdir>/embeddings

@@ -19,19 +19,21 @@ BLUE, RED, GREEN, GREY = '#2563eb', '#dc2626', '#059669', '#94a3b8'
 _NAMED = 50
 
 
-class ChosenClass(NamedTuple):
-  """A class of the pool that was chosen: its share (None where it says nothing), what draws it, JPEG files of examples."""
+class ChosenUnit(NamedTuple):
+  """A unit of the pool that was chosen: its score ('' where it says nothing), what draws it, JPEG files of examples."""
   name: str
-  share: float | None
+  score: str
   images: int
   drawn_by: Sequence[tuple[str, float]]
   examples: Sequence[bytes]
 
 
 class SelectionSection(NamedTuple):
-  """What was selected: a sentence on how, the chosen classes, a picture of the ranking, examples of the target by class."""
+  """What was selected: a sentence on how, the unit, what its scores are, the chosen ones, a picture, examples of the target by class."""
   how: str
-  chosen: Sequence[ChosenClass]
+  by: str
+  measure: str
+  chosen: Sequence[ChosenUnit]
   ranking: Figure | None
   target: Sequence[tuple[str, Sequence[bytes]]]
 

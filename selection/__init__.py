@@ -2,12 +2,15 @@
 
     chosen = selection.select(source, target, size=100)
 
-`source` and `target` are `Embeddings`: features of images by one encoder, with labels. See `select`.
+`source` and `target` are features of images by one encoder, with labels: `Embeddings`, or plain arrays. See `select`.
 """
 
+from selection.distances import distance, domain_similarity
 from selection.embeddings import class_means, embed, embed_class_means, Embeddings
-from selection.select import select, UNITS
+from selection.select import select
 from selection.strategies import STRATEGIES
-from selection.subset import Selection
+from selection.subset import Comparison, Selection
+from selection.units import UNITS
 
-__all__ = ['STRATEGIES', 'UNITS', 'Embeddings', 'Selection', 'class_means', 'embed', 'embed_class_means', 'select']
+__all__ = ['STRATEGIES', 'UNITS', 'Comparison', 'Embeddings', 'Selection', 'class_means', 'distance', 'domain_similarity', 'embed',
+           'embed_class_means', 'select']

@@ -18,7 +18,7 @@ class Embeddings:
   """Features of n images (or n classes) by one encoder.
 
   Attributes:
-    features: float `[n, d]`.
+    features: float `[n, d]`. A `numpy.memmap` stays one: its values are checked while they are read, those of other arrays at once.
     labels: int `[n]`, the class of each row, or None.
     class_names: a name for each class, or None.
     ids: `[n]`, what each row is called elsewhere (a row number or a file), or None.
@@ -35,7 +35,9 @@ class Embeddings:
   def __post_init__(self):
     """Raises ValueError where the parts do not fit together."""
     set_field = lambda name, value: object.__setattr__(self, name, value)
-    set_field('features', np.asarray(self.features))
+    # A memory-mapped file is not read here: it may be larger than the memory.
+    mapped = isinstance(self.features, np.memmap)
+    set_field('features', self.features if mapped else np.asarray(self.features))
     if self.features.ndim != 2 or not self.features.size:
       raise ValueError(f'features have shape {self.features.shape}; expected [n, d] with at least one row')
     for name in ('labels', 'ids', 'weights'):
@@ -45,9 +47,16 @@ class Embeddings:
         set_field(name, value.astype(str) if value.dtype == object else value)
         if getattr(self, name).shape != (len(self.features),):
           raise ValueError(f'{name} have shape {getattr(self, name).shape}; expected [{len(self.features)}], one a row of features')
-    bad = ~np.isfinite(self.features).all(1)
-    if bad.any():
-      raise ValueError(f'{bad.sum()} of {len(bad)} rows of features are not finite, the first is row {np.flatnonzero(bad)[0]}')
+    if not np.issubdtype(self.features.dtype, np.floating):
+      set_field('features', self.features.astype(np.float32))
+    if not mapped:
+      _check_finite(self.features)
+    if self.ids is not None:
+      ids, counts = np.unique(self.ids, return_counts=True)
+      if len(ids) < len(self.ids):
+        twice = ids[np.argmax(counts > 1)]
+        raise ValueError(f'{(counts > 1).sum():,d} ids occur more than once, such as {twice!s} ({counts.max()} times at most); '
+                         'an id must say which image it is')
     if self.labels is not None:
       if not np.issubdtype(self.labels.dtype, np.integer) or self.labels.min() < 0:
         raise ValueError(f'labels are {self.labels.dtype} from {self.labels.min()}; expected integers from 0')
@@ -109,6 +118,13 @@ def class_means(embeddings: Embeddings) -> Embeddings:
   return _from_sums(sums, np.bincount(labels, weights, minlength=size), embeddings.class_names, embeddings.fingerprint)
 
 
+def _check_finite(features: np.ndarray) -> None:
+  finite = np.concatenate([np.isfinite(features[k:k + 16384]).all(1) for k in range(0, len(features), 16384)])
+  if not finite.all():
+    bad = np.flatnonzero(~finite)
+    raise ValueError(f'{len(bad):,d} of {len(features):,d} rows of features are not finite, the first is row {bad[0]:,d}')
+
+
 def embed(encode: Callable[[Any, jax.Array], jax.Array], variables: Any, batches: Iterable[Batch], *,
           class_names: Sequence[str] | None = None, fingerprint: str = '') -> Embeddings:
   """Runs an encoder over all images, on all devices.
@@ -154,6 +170,7 @@ def _from_sums(sums: np.ndarray, counts: np.ndarray, class_names: Sequence[str] 
     raise ValueError(f'{len(empty)} of {len(counts)} classes have no image: {", ".join(names)}; '
                      'leave them out (labels from 0 without gaps)')
   means = (sums / counts[:, None]).astype(np.float32)
+  _check_finite(means)  # the features of a memory-mapped file are seen here for the first time
   return Embeddings(means, np.arange(len(counts)), class_names, weights=counts, fingerprint=fingerprint)
 
 

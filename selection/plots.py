@@ -4,38 +4,121 @@ from typing import Any
 
 import numpy as np
 
-from selection.subset import Selection
+from selection.subset import best, NOUNS, Selection
 
-CHOSEN, OTHER = '#2563eb', '#cbd5e1'
+CHOSEN, OTHER, CUT = '#2563eb', '#cbd5e1', '#dc2626'
 
 
 def ranking(selection: Selection, most: int = 60) -> Any:
-  """A `matplotlib.figure.Figure`: the shares of the units in order, the chosen ones in colour, and the cut.
+  """A `matplotlib.figure.Figure`: the scores of the units in order, the chosen ones in colour, and the cut.
 
   Up to `most` units are bars with their names; more of them are a curve.
   """
+  figure = _figure(9, 3.6)
+  _draw_ranking(figure.subplots(), selection, most)
+  return figure
+
+
+def heat_map(selection: Selection, most: int = 30) -> Any:
+  """A `matplotlib.figure.Figure`: the plan from chosen units to the classes of the target, in parts of what each unit gives.
+
+  Args:
+    selection: with a plan.
+    most: units to show, the best first, and classes of the target, those that draw most from the units shown.
+
+  Raises:
+    ValueError: a selection without a plan.
+  """
+  if selection.plan is None or not len(selection.units):
+    raise ValueError(f'{selection.method} says nothing of single classes of the target, so there is no plan to draw')
+  rows, columns = _shown(selection, most)
+  figure = _figure(*_heat_map_size(rows, columns))
+  _draw_heat_map(figure, figure.subplots(), selection, rows, columns)
+  return figure
+
+
+def overview(selection: Selection, most: int = 30) -> Any:
+  """Both pictures, one above the other; the ranking alone where there is no plan."""
+  if selection.plan is None or not len(selection.units):
+    return ranking(selection)
+  rows, columns = _shown(selection, most)
+  width, height = _heat_map_size(rows, columns)
+  figure = _figure(max(9, width), 3.6 + height)
+  above, below = figure.subplots(2, height_ratios=(3.6, height))
+  _draw_ranking(above, selection, 60)
+  _draw_heat_map(figure, below, selection, rows, columns)
+  return figure
+
+
+def _figure(width: float, height: float) -> Any:
   from matplotlib.figure import Figure
 
-  order = selection.ranking()
-  shares = 100 * selection.shares[order]
-  chosen = len(selection.classes)
-  figure = Figure(figsize=(9, 3.6), layout='constrained')
-  axes = figure.subplots()
-  if len(order) <= most:
-    axes.bar(range(len(order)), shares, color=[CHOSEN if i < chosen else OTHER for i in range(len(order))])
-    # A name with dollar signs is no formula.
-    names = [selection.names[i][:24].replace('$', r'\$') for i in order]
-    axes.set_xticks(range(len(order)), names, rotation=60, ha='right', rotation_mode='anchor', fontsize=8)
+  class Shown(Figure):
+    """A figure that a notebook shows, whether or not pyplot is imported."""
+
+    def _repr_png_(self) -> bytes:
+      import io
+      stream = io.BytesIO()
+      self.savefig(stream, format='png', dpi=100)
+      return stream.getvalue()
+
+  return Shown(figsize=(width, height), layout='constrained')
+
+
+def _draw_ranking(axes: Any, selection: Selection, most: int) -> None:
+  chosen, n = len(selection.units), len(selection.scores)
+  percent = selection.measure == 'share'
+  scores = np.sort(selection.scores) if selection.ascending else -np.sort(-selection.scores)
+  scores = scores * (100 if percent else 1)
+  if n <= most:
+    axes.bar(range(n), scores, color=[CHOSEN if i < chosen else OTHER for i in range(n)])
+    names = [_label(selection.name(i)) for i in selection.ranking()]
+    axes.set_xticks(range(n), names, rotation=60, ha='right', rotation_mode='anchor', fontsize=8)
   else:
-    axes.fill_between(np.arange(1, len(order) + 1), shares, color=OTHER, step='mid')
-    axes.fill_between(np.arange(1, chosen + 1), shares[:chosen], color=CHOSEN, step='mid')
-    axes.set_xlabel('source classes, by rank')
-  if chosen < len(order):
-    at = chosen - 0.5 if len(order) <= most else chosen + 0.5
-    axes.axvline(at, color='#dc2626', linewidth=1)
-    axes.annotate(f' cut after {chosen}', (at, shares.max()), color='#dc2626', fontsize=9, va='top')
-  axes.set_ylabel('share of transported mass, %')
-  axes.set_ylim(bottom=0)
+    # A million points look like a thousand.
+    points = np.unique(np.concatenate([np.linspace(0, n - 1, 1000), np.linspace(0, chosen - 1, 1000) if chosen else []]).astype(int))
+    axes.fill_between(points + 1, scores[points], color=OTHER, linewidth=0)
+    inside = points[points < chosen]
+    axes.fill_between(inside + 1, scores[inside], color=CHOSEN, linewidth=0)
+    axes.set_xlabel(f'source {NOUNS[selection.by]}, by rank')
+    axes.xaxis.set_major_formatter(lambda value, _: f'{value:,.0f}')
+  if 0 < chosen < n:
+    at = chosen - 0.5 if n <= most else chosen + 0.5
+    axes.axvline(at, color=CUT, linewidth=1)
+    axes.annotate(f' cut after {chosen:,d}', (at, 1), xycoords=('data', 'axes fraction'), color=CUT, fontsize=9, va='top',
+                  ha='left' if at < 0.8 * n else 'right')
+  axes.set_ylabel('share of transported mass, %' if percent else selection.measure)
+  if percent:
+    axes.set_ylim(bottom=0)
   axes.margins(x=0.01)
   axes.spines[['top', 'right']].set_visible(False)
-  return figure
+
+
+def _shown(selection: Selection, most: int) -> tuple[np.ndarray, np.ndarray]:
+  """Rows and columns of the plan for the heat map; columns in the order of the rows that they draw from, so that blocks show."""
+  plan = selection.plan[:most]
+  columns = best(plan.sum(0), False, most)
+  return np.arange(len(plan)), columns[np.argsort(np.argmax(plan[:, columns], 0), kind='stable')]
+
+
+def _heat_map_size(rows: np.ndarray, columns: np.ndarray) -> tuple[float, float]:
+  return max(5.0, 3.2 + 0.26 * len(columns)), max(2.4, 1.6 + 0.22 * len(rows))
+
+
+def _draw_heat_map(figure: Any, axes: Any, selection: Selection, rows: np.ndarray, columns: np.ndarray) -> None:
+  parts = selection.plan / selection.plan.sum(1, keepdims=True)
+  image = axes.imshow(100 * parts[np.ix_(rows, columns)], cmap='Blues', aspect='auto', vmin=0)
+  axes.set_xticks(range(len(columns)), [_label(selection.target_names[j]) for j in columns], rotation=60, ha='right',
+                  rotation_mode='anchor', fontsize=8)
+  axes.set_yticks(range(len(rows)), [_label(selection.name(selection.units[i])) for i in rows], fontsize=8)
+  shown = lambda some, all_, what: f'{some} of {all_:,d} {what}' if some < all_ else f'{all_:,d} {what}'
+  noun = NOUNS[selection.by] if len(selection.units) > 1 else selection.by
+  axes.set_title('where the mass of each goes: ' + shown(len(rows), len(selection.units), f'chosen {noun}') + ', '
+                 + shown(len(columns), len(selection.target_names), 'of the target'), fontsize=9, loc='left')
+  figure.colorbar(image, ax=axes, label='% of the unit', shrink=0.9, pad=0.01)
+
+
+def _label(name: Any) -> str:
+  name = str(name)
+  # A name with dollar signs is no formula.
+  return (name if len(name) <= 24 else name[:23] + '…').replace('$', r'\$')

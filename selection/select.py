@@ -1,76 +1,187 @@
 """select(): check what came in, form the units, score them, cut."""
 
-import inspect
+import numbers
+import os
 from typing import Any
 
+import jax
 import numpy as np
 
-from selection.embeddings import class_means, Embeddings
-from selection.strategies import STRATEGIES
-from selection.subset import Selection
+from selection.blocks import Settings
+from selection.embeddings import Embeddings
+from selection.journal import array_digest, Journal
+from selection.pools import check_rows, open_rows, Rows
+from selection.strategies import defaults, Problem, Scores, STRATEGIES
+from selection.subset import best, NOUNS, Selection
+from selection.units import target_units, UNITS, Units
+
+# Explanations hold a number for each chosen unit and each class of the target; larger ones are left out.
+EXPLAINED = 1 << 25
 
 
-def select(source: Embeddings, target: Embeddings, size: int, *, by: str = 'class', method: str = 'uot', seed: int = 0,
+def select(source: Any, target: Any, size: float, *, by: str = 'class', method: str = 'uot', seed: int = 0, clusters: int | None = None,
+           workdir: str | os.PathLike[str] | None = None, memory: int | None = None, progress: bool = True,
            **parameters: Any) -> Selection:
   """Chooses the part of the source that helps the target.
 
   Args:
-    source: the pre-training data: embeddings of its images (or means of its classes), with labels.
-    target: the target's training images by the same encoder, with labels.
-    size: how many units to choose.
-    by: the unit: 'class'.
-    method: a name of `STRATEGIES`: 'uot', 'random', 'none'.
-    seed: for strategies that draw.
-    **parameters: the strategy's own; see its docstring.
+    source: the pre-training data. `Embeddings`; an array of features `[n, d]`, which may be a `numpy.memmap`, or the path of a .npy
+      file, which is memory-mapped; a pair (features, labels); or, for clusters and examples, chunks `[c, d]`: a list of arrays, an
+      object that can be iterated over again and again, or a function that returns a new iterator at each call.
+    target: the target's training images by the same encoder: `Embeddings`, features, or a pair (features, labels).
+    size: how many units to choose; or, as a float below 1, the share of the transported mass that they are to cover.
+    by: the unit: 'class' (means of classes), 'cluster' (means of k-means clusters, for pools without labels), 'example' (every row).
+      The target's units are its classes, and its single images by 'example' or where it has no labels.
+    method: a name of `STRATEGIES`: 'uot', 'ot', 'softmax', 'nearest', 'greedy_emd', 'random', 'least', 'none'.
+    seed: for whatever draws: random, k-means, samples.
+    clusters: how many, for by='cluster'; None is 2,000, or a tenth of the rows of a pool with fewer than 20,000.
+    workdir: a folder where long passes keep how far they have come. The same call with the same folder goes on from there, and from
+      its result once it is done.
+    memory: bytes that a stored kernel may take over all devices; larger ones are computed again in each pass. None is 1 GiB on the
+      CPU, and half of the memory of other devices.
+    progress: whether passes that take more than two seconds show a bar.
+    **parameters: the strategy's own; see its docstring (`selection.STRATEGIES[method]`).
 
   Returns:
-    The selection: `classes` best first, `shares` of all units, `converged`; prints as a table.
+    The selection: `units` best first (`classes`, `examples`), `scores` of all units; prints as a table.
 
   Raises:
-    ValueError: anything that does not fit, with what was expected.
+    ValueError: anything that does not fit, with what was expected; a solver that does not converge.
   """
-  if method not in STRATEGIES:
-    raise ValueError(f'selection method {method!r}; known: {", ".join(STRATEGIES)}')
+  known = defaults(method)
+  unknown = set(parameters) - set(known)
+  if unknown:
+    raise ValueError(f'{method} has no parameter {sorted(unknown)[0]!r}; known: {", ".join(known) or "none"}')
   if by not in UNITS:
     raise ValueError(f'selection by {by!r}; known: {", ".join(UNITS)}')
-  strategy = STRATEGIES[method]
-  defaults = {name: p.default for name, p in inspect.signature(strategy).parameters.items() if p.kind is p.KEYWORD_ONLY}
-  unknown = set(parameters) - set(defaults)
-  if unknown:
-    raise ValueError(f'{method} has no parameter {sorted(unknown)[0]!r}; known: {", ".join(defaults) or "none"}')
-  units, target_units = UNITS[by](_checked(source, 'source')), UNITS[by](_checked(target, 'target'))
-  if units.features.shape[1] != target_units.features.shape[1]:
-    raise ValueError(f'source features have {units.features.shape[1]} dimensions and target features {target_units.features.shape[1]}; '
-                     'embed both with the same encoder')
-  if source.fingerprint and target.fingerprint and source.fingerprint != target.fingerprint:
-    raise ValueError(f'source and target come from different encoders (fingerprints {source.fingerprint} and {target.fingerprint}); '
-                     'embed both with the same one')
-  if method == 'none':
-    size = 0
-  elif not 0 < size <= len(units) or int(size) != size:
-    raise ValueError(f'size is {size}; expected a whole number from 1 to {len(units)}, the number of source units')
+  if method != 'none':
+    _check_size(size)
+  source, target = _opened(source, 'source'), _opened(target, 'target')
+  if not isinstance(target, Embeddings):
+    raise ValueError('the target is given in chunks; expected selection.Embeddings(features, labels) or an array [m, d]')
+  _check_pair(source, target)
 
-  size = int(size)
-  scores = strategy(units.features, target_units.features, np.random.default_rng(seed), **parameters)
-  chosen = np.argsort(-scores.shares, kind='stable')[:size].tolist()
+  parameters = {**known, **parameters}
+  journal = Journal(workdir, _key(source, target, by, method, seed, clusters, parameters) if workdir is not None else None)
+  settings = Settings(memory, progress=progress, journal=journal)
+  units = UNITS[by](source, settings, clusters, np.random.default_rng([seed, 1]), 'source')
+  if method != 'none' and units.rows.known_length is not None:
+    _check_most(size, len(units.rows), by)
+  problem = Problem(units, target_units(target, by), np.random.default_rng(seed), settings)
+  scores = STRATEGIES[method](problem, **parameters)
+  chosen = _cut(scores, size, by) if method != 'none' else np.zeros(0, np.int64)
+  plan, names, target_mass = _explained(scores, chosen, problem.target)
+  examples, members = _examples(source, units, chosen, by)
   return Selection(
-      method=method, by=by, size=size, seed=seed, parameters={**defaults, **parameters}, shares=scores.shares,
-      classes=tuple(chosen), names=_names(units), target_names=_names(target_units), converged=scores.converged,
-      counts=tuple(int(n) for n in units.weights), plan=None if scores.plan is None else scores.plan[chosen],
-      solver=scores.solver, encoder=source.fingerprint)
+      method=method, by=by, size=size if method != 'none' else 0, seed=seed, parameters=parameters, units=chosen,
+      scores=scores.values, measure=scores.measure, ascending=scores.ascending, names=units.names, target_names=names,
+      counts=None if units.counts is None else np.asarray(units.counts, np.int64), plan=plan, target_mass=target_mass,
+      examples=examples, example_units=members, solver=scores.solver,
+      encoder=(source.fingerprint if isinstance(source, Embeddings) else '') or target.fingerprint)
 
 
-def _checked(embeddings: Embeddings, side: str) -> Embeddings:
-  if not isinstance(embeddings, Embeddings):
-    raise ValueError(f'{side} is a {type(embeddings).__name__}; expected selection.Embeddings(features, labels)')
-  zero = np.flatnonzero(~embeddings.features.any(1))
-  if len(zero):
-    raise ValueError(f'{len(zero)} rows of {side} features are zero, the first is row {zero[0]}; their direction is not defined')
-  return embeddings
+def _opened(side: Any, what: str) -> Embeddings | Rows:
+  """Embeddings or rows in chunks, whatever was given."""
+  if isinstance(side, Embeddings):
+    opened = side
+  elif isinstance(side, (str, os.PathLike)):
+    opened = Embeddings(_mapped(side, what))
+  elif isinstance(side, tuple) and len(side) == 2:
+    opened = Embeddings(*side)
+  else:
+    rows = open_rows(side, what)
+    if rows is not None:
+      return rows
+    try:
+      array = side if isinstance(side, np.memmap) else np.asarray(side)
+      array = array if np.issubdtype(array.dtype, np.floating) else array.astype(np.float32)
+    except (TypeError, ValueError) as error:
+      raise ValueError(f'the {what} is a {type(side).__name__} that is no array ({error}); expected selection.Embeddings, features [n, d], '
+                       'or (features, labels)') from error
+    opened = Embeddings(array)
+  if not isinstance(opened.features, np.memmap):
+    check_rows(opened.features, what=what)
+  return opened
 
 
-def _names(units: Embeddings) -> tuple[str, ...]:
-  return tuple(units.class_names) if units.class_names is not None else tuple(str(i) for i in range(len(units)))
+def _mapped(path: str | os.PathLike[str], what: str) -> np.ndarray:
+  try:
+    return np.load(path, mmap_mode='r')
+  except (OSError, EOFError, ValueError) as error:
+    raise ValueError(f'the {what} {os.fspath(path)!r} cannot be read ({error}); expected a .npy file of features [n, d] '
+                     '(selection.Embeddings.load reads what Embeddings.save wrote)') from error
 
 
-UNITS = {'class': class_means}
+def _check_pair(source: Embeddings | Rows, target: Embeddings) -> None:
+  dimension = source.features.shape[1] if isinstance(source, Embeddings) else source.dimension
+  if dimension != target.features.shape[1]:
+    raise ValueError(f'source features have {dimension} dimensions and target features {target.features.shape[1]}; '
+                     'embed both with the same encoder')
+  mine = source.fingerprint if isinstance(source, Embeddings) else ''
+  if mine and target.fingerprint and mine != target.fingerprint:
+    raise ValueError(f'source and target come from different encoders (fingerprints {mine} and {target.fingerprint}); '
+                     'embed both with the same one')
+
+
+def _check_size(size: float) -> None:
+  if isinstance(size, bool) or not isinstance(size, numbers.Real) or not (
+      0 < size < 1 or isinstance(size, numbers.Integral) and size >= 1):
+    raise ValueError(f'size is {size!r}; expected a whole number of units from 1, or a share of the transported mass between 0 and 1')
+
+
+def _check_most(size: float, n: int, by: str) -> None:
+  if size > n:
+    raise ValueError(f'size is {size}; expected a whole number from 1 to {n}, the number of source {NOUNS[by]}, or a share below 1')
+
+
+def _cut(scores: Scores, size: float, by: str) -> np.ndarray:
+  """The chosen units, best first."""
+  _check_most(size, len(scores.values), by)
+  if size >= 1:
+    return best(scores.values, scores.ascending, int(size))
+  if scores.measure != 'share':
+    raise ValueError(f'size is {size}, a share of transported mass, but this strategy transports none (it measures {scores.measure}); '
+                     'give a whole number of units')
+  order = best(scores.values, scores.ascending, len(scores.values))
+  covered = np.cumsum(scores.values[order], dtype=np.float64)
+  # Rounding may leave the last sum below one.
+  return order[:min(int(np.searchsorted(covered, size)) + 1, len(order))]
+
+
+def _explained(scores: Scores, chosen: np.ndarray, target: Units) -> tuple[np.ndarray | None, tuple[str, ...], np.ndarray | None]:
+  """The plan from chosen units to classes of the target (its rows, without labels), the names of those, and the mass that each draws."""
+  m = len(target.rows)
+  names = tuple(map(str, target.names)) if len(target.names) else tuple(f'row {j}' for j in range(m))
+  if scores.plan is None or len(chosen) * len(names) > EXPLAINED:
+    return None, names, None
+  groups = np.eye(len(names), dtype=np.float32)[target.members] if target.members is not None else np.eye(m, dtype=np.float32)
+  plan = scores.plan(chosen, groups).astype(np.float64)
+  if scores.measure == 'share':  # in units of all transported mass
+    plan *= (scores.values[chosen] / plan.sum(1))[:, None]
+  mass = None if scores.target_mass is None else scores.target_mass @ groups
+  return plan.astype(np.float32), names, mass
+
+
+def _examples(source: Embeddings | Rows, units: Units, chosen: np.ndarray, by: str) -> tuple[np.ndarray | None, np.ndarray | None]:
+  """Ids, or row numbers, of the source images in the chosen units, and the unit of each."""
+  if by != 'example' and units.members is None:
+    return None, None
+  rows = chosen if by == 'example' else np.flatnonzero(np.isin(units.members, chosen))
+  ids = source.ids[rows] if isinstance(source, Embeddings) and source.ids is not None else rows
+  return ids, chosen if by == 'example' else units.members[rows].astype(np.int64)
+
+
+def _key(source: Embeddings | Rows, target: Embeddings, by: str, method: str, seed: int, clusters: int | None,
+         parameters: dict[str, Any]) -> dict[str, Any]:
+  """What kept passes depend on. A pool that may be larger than the memory is known by its size and a few rows."""
+  if isinstance(source, Embeddings):
+    n = len(source)
+    rows = np.unique(np.linspace(0, n - 1, 64).astype(int))
+    source_key = {'rows': n, 'digest': array_digest(np.asarray(source.features[rows]))}
+    if source.labels is not None:
+      source_key['labels'] = array_digest(source.labels)
+  else:
+    source_key = {'dimension': source.dimension, 'digest': array_digest(next(source.read(64))[1])}
+  labels = np.zeros(0) if target.labels is None else target.labels
+  return {'source': source_key, 'target': array_digest(target.features, labels), 'by': by, 'method': method, 'seed': seed,
+          'clusters': clusters, 'parameters': parameters, 'processes': jax.process_count()}

@@ -1,69 +1,140 @@
-"""Selection: which units were chosen, how, and why; as a table, as a file."""
+"""Selection: which units were chosen, how, and why; as a table, as pictures, as a file."""
 
+import base64
+from collections.abc import Sequence
 import dataclasses
+import functools
 import json
 import os
 import pathlib
 import textwrap
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-FORMAT_VERSION = 1
+from selection.embeddings import Embeddings
+
+FORMAT_VERSION = 2
+# Longer arrays are written as base64: a twentieth of the time, half of the size.
+READABLE = 10_000
+NOUNS = {'class': 'classes', 'cluster': 'clusters', 'example': 'examples'}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Selection:
   """What `select` chose.
 
   Attributes:
     method, by, size, seed, parameters: how it was chosen; parameters hold every one of the strategy, defaults included.
-    shares: float `[n]`, the importance of each source unit in the order of the units; sum 1.
-    classes: ids of the chosen classes, best first.
-    names: of all source units.
-    target_names: of the m target units.
-    converged: whether the solver met its threshold (`select` gives nothing otherwise); True where there was none.
+    units: int `[k]`, numbers of the chosen units, best first.
+    scores: float `[n]`, one for each source unit in the order of the units.
+    measure: what the scores are: 'share' of the transported mass (sum 1), 'cosine', 'mean distance', 'mean cost', 'random'.
+    ascending: whether small scores are chosen first.
+    names: of all source units; () where the units are examples.
+    target_names: of the g classes (or rows) of the target.
     counts: images of each source unit, or None.
-    plan: `[chosen, m]`, the mass that goes from each chosen unit to each target unit; None for strategies without one.
+    plan: `[k, g]`, the share of the mass that goes from each chosen unit to each class of the target; None for strategies without one.
+      For 'nearest' it is 1 where the nearest target unit is.
+    target_mass: `[g]`, the share of the mass that arrives at each class of the target, from chosen units and all others; or None.
+    examples: `[e]`, ids (row numbers where there are none) of the source images in the chosen units; None where they are not known, as
+      the source was given as means. In the order of the source, or best first where the units are examples.
+    example_units: int `[e]`, the unit of each of them.
     solver: how the solver ended: iterations, error; {} where there was none.
     encoder: fingerprint of the encoder.
     source: name and fingerprint of the source data set; {} where it is not known.
   """
   method: str
   by: str
-  size: int
+  size: float
   seed: int
   parameters: dict[str, Any]
-  shares: np.ndarray
-  classes: tuple[int, ...]
-  names: tuple[str, ...]
-  target_names: tuple[str, ...]
-  converged: bool = True
-  counts: tuple[int, ...] | None = None
+  units: np.ndarray
+  scores: np.ndarray
+  measure: str
+  ascending: bool
+  names: Sequence[str]
+  target_names: Sequence[str]
+  counts: np.ndarray | None = None
   plan: np.ndarray | None = None
+  target_mass: np.ndarray | None = None
+  examples: np.ndarray | None = None
+  example_units: np.ndarray | None = None
   solver: dict[str, Any] = dataclasses.field(default_factory=dict)
   encoder: str = ''
   source: dict[str, str] = dataclasses.field(default_factory=dict)
 
   @property
+  def shares(self) -> np.ndarray | None:
+    """The share of each source unit in the transported mass, `[n]`, sum 1; None for strategies that transport nothing."""
+    return self.scores if self.measure == 'share' else None
+
+  @property
+  def classes(self) -> tuple[int, ...]:
+    """Ids of the chosen classes, best first; () for other units."""
+    return tuple(self.units.tolist()) if self.by == 'class' else ()
+
+  @property
   def class_names(self) -> tuple[str, ...]:
-    """Names of the chosen classes, best first."""
-    return tuple(self.names[i] for i in self.classes)
+    """Names of the chosen classes, best first; () for other units."""
+    return tuple(self.name(i) for i in self.classes)
+
+  @property
+  def converged(self) -> bool:
+    """True: `select` gives no selection whose solver did not converge."""
+    return True
+
+  def name(self, unit: int) -> str:
+    """The name of a source unit."""
+    if len(self.names):
+      return str(self.names[unit])
+    return self._example_names.get(int(unit), f'row {unit}')
+
+  @functools.cached_property
+  def _example_names(self) -> dict[int, str]:
+    if self.by != 'example' or self.examples is None or np.issubdtype(self.examples.dtype, np.integer):
+      return {}
+    return dict(zip(self.units.tolist(), self.examples.tolist()))
+
+  def score_text(self, unit: int) -> str:
+    """The score of a unit to be read: shares in per cent, with as many digits as the largest one needs for three."""
+    digits = f'{max(2, -int(np.floor(np.log10(max(self.scores.max(), 1e-300)))))}%' if self.measure == 'share' else '4f'
+    return f'{self.scores[unit]:.{digits}}'
+
+  def examples_of(self, unit: int) -> np.ndarray:
+    """Ids (row numbers where there are none) of the source images in a chosen unit; raises ValueError where they are not known."""
+    if self.examples is None or unit not in self.units:
+      raise ValueError(f'the images of unit {unit} are not known: ' + (
+          'the source was given as means' if self.examples is None else 'it is not among the chosen units'))
+    return self.examples[self.example_units == unit]
 
   def ranking(self) -> np.ndarray:
     """All units, best first: int `[n]`."""
-    return np.argsort(-self.shares, kind='stable')
+    return np.argsort(self.scores if self.ascending else -self.scores, kind='stable')
 
   def explain(self, most: int = 3) -> list[list[tuple[str, float]]]:
-    """For each chosen unit the target units that draw it, and which part of its transported mass goes to each.
+    """For each chosen unit the classes of the target that draw it, and which part of its transported mass goes to each.
 
     Returns:
       One list a chosen unit, of at most `most` (target name, part from 0 to 1), largest first; empty lists without a plan.
     """
     if self.plan is None:
-      return [[] for _ in self.classes]
-    parts = self.plan / self.plan.sum(1, keepdims=True)
-    return [[(self.target_names[j], float(row[j])) for j in np.argsort(-row, kind='stable')[:most]] for row in parts]
+      return [[] for _ in self.units]
+    return [_largest(row / row.sum(), self.target_names, most) for row in self.plan]
+
+  def explain_target(self, most: int = 3) -> list[list[tuple[str, float]]]:
+    """The reverse: for each class of the target the chosen units that serve it, and which part of all mass that it draws comes from each.
+
+    Returns:
+      One list a class of the target, of at most `most` (unit name, part from 0 to 1), largest first; empty lists without a plan.
+    """
+    if self.plan is None or self.target_mass is None:
+      return [[] for _ in self.target_names]
+    names = [self.name(i) for i in self.units]
+    return [_largest(column / total, names, most) for column, total in zip(self.plan.T, self.target_mass)]
+
+  def coverage(self) -> np.ndarray | None:
+    """The part of the mass drawn by each class of the target that comes from chosen units, `[g]`, from 0 to 1; None without a plan."""
+    return None if self.plan is None or self.target_mass is None else self.plan.sum(0) / self.target_mass
 
   def table(self, most: int | None = 20, beyond: int = 3) -> str:
     """The chosen units as text, best first, with the first few that were not chosen.
@@ -72,63 +143,128 @@ class Selection:
       most: chosen units to show; None shows all.
       beyond: units to show below the cut.
     """
-    title = f'{self.method}: {len(self.classes)} of {len(self.shares)} source classes'
-    if not self.classes:
+    title = f'{self.method}: {len(self.units):,d} of {len(self.scores):,d} source {NOUNS[self.by]}'
+    if not len(self.units):
       return title
     if self.solver:
       title += f', converged in {self.solver["iterations"]} iterations'
-    shown = len(self.classes) if most is None else min(most, len(self.classes))
-    rows = self.ranking()[:shown].tolist()
-    below = self.ranking()[len(self.classes):len(self.classes) + beyond].tolist()
-    names = {i: textwrap.shorten(self.names[i], 32, placeholder='...') for i in rows + below}
-    width = max(len('class'), *map(len, names.values()))
-    with_shares = self.plan is not None
-    drawn = self.explain(2)
+    shown = len(self.units) if most is None else min(most, len(self.units))
+    rows = self.units[:shown].tolist()
+    below = best(self.scores, self.ascending, len(self.units) + beyond)[len(self.units):].tolist()
+    names = {i: _short(self.name(i)) for i in rows + below}
+    width = max(len(self.by), *map(len, names.values()))
+    why = self.explain(2) if self.plan is not None else []
+    score_width = max(len(self.measure) + 2, 8, len(self.score_text(rows[0])) + 2) if self.measure != 'random' else 0
 
     def line(rank: int, unit: int) -> str:
-      share = f'{self.shares[unit]:8.2%}' if with_shares else ''
-      count = f'{self.counts[unit]:9,d}' if self.counts is not None else ''
-      why = ', '.join(f'{name} {part:.0%}' for name, part in drawn[rank]) if rank < len(drawn) else ''
-      return f'{rank + 1:5d}  {names[unit]:<{width}s}{share}{count}  {why}'.rstrip()
+      score = f'{self.score_text(unit):>{score_width}s}' if score_width else ''
+      count = f'{int(self.counts[unit]):9,d}' if self.counts is not None else ''
+      reason = ', '.join(f'{_short(name, 40)} {part:.0%}' for name, part in why[rank] if part >= 0.005) if rank < len(why) else ''
+      return f'{rank + 1:5d}  {names[unit]:<{width}s}{score}{count}  {reason}'.rstrip()
 
-    head = (f'{"rank":>5s}  {"class":<{width}s}{"share":>8s}' if with_shares else f'{"rank":>5s}  {"class":<{width}s}')
-    head += (f'{"images":>9s}' if self.counts is not None else '') + ('  drawn by' if with_shares else '')
+    head = f'{"rank":>5s}  {self.by:<{width}s}' + (f'{self.measure:>{score_width}s}' if score_width else '')
+    head += (f'{"images":>9s}' if self.counts is not None else '') + ('  drawn by' if why else '')
     lines = [title, head] + [line(rank, unit) for rank, unit in enumerate(rows)]
-    if shown < len(self.classes):
-      lines.append(f'       ... and {len(self.classes) - shown} more')
+    if shown < len(self.units):
+      lines.append(f'       ... and {len(self.units) - shown:,d} more')
     if below:
       lines.append('       ' + '-' * 8 + ' not chosen ' + '-' * 8)
-      lines += [line(len(self.classes) + k, unit) for k, unit in enumerate(below)]
+      lines += [line(len(self.units) + k, unit) for k, unit in enumerate(below)]
     return '\n'.join(lines)
+
+  def target_table(self, most: int | None = 20) -> str:
+    """The reverse as text: each class of the target, how much of what it draws comes from chosen units, and from which.
+
+    Args:
+      most: classes to show, the best covered first; None shows all.
+    """
+    covered = self.coverage()
+    if covered is None:
+      return f'{self.method} says nothing of single classes of the target'
+    order = np.argsort(-covered, kind='stable')
+    rows = order[:most].tolist()
+    names = {j: _short(self.target_names[j]) for j in rows}
+    width = max(len('target'), *map(len, names.values()))
+    served = self.explain_target(3)
+    lines = [f'{"target":<{width}s}  covered  by'] + [
+        f'{names[j]:<{width}s}{covered[j]:9.1%}  ' + ', '.join(f'{_short(name, 24)} {part:.1%}' for name, part in served[j]) for j in rows]
+    return '\n'.join(lines + ([f'... and {len(order) - len(rows):,d} more'] if len(rows) < len(order) else []))
+
+  def plot(self) -> Any:
+    """A `matplotlib.figure.Figure`: the ranked scores with the cut, and the plan from chosen units to target classes as a heat map."""
+    from selection import plots
+    return plots.overview(self)
+
+  def compare(self, other: 'Selection') -> 'Comparison':
+    """What two selections from the same units have in common; raises ValueError where the units are not the same."""
+    if self.by != other.by or len(self.scores) != len(other.scores) or list(self.names[:1000]) != list(other.names[:1000]):
+      raise ValueError(f'a selection of {len(self.scores)} {NOUNS[self.by]} cannot be compared with one of {len(other.scores)} '
+                       f'{NOUNS[other.by]}: the units are not the same')
+    mine, others = set(self.units.tolist()), set(other.units.tolist())
+    listed = lambda units, chosen: tuple(self.name(i) if chosen is self else chosen.name(i) for i in chosen.units.tolist() if i in units)
+    return Comparison(listed(mine & others, self), listed(mine - others, self), listed(others - mine, other))
+
+  def export(self, path: str | os.PathLike[str], files: Sequence[str] | None = None, labels: Sequence[int] | None = None) -> int:
+    """Writes the chosen images as a list of file names, one a line, sorted and without duplicates; whole or not at all.
+
+    Args:
+      path: the text file.
+      files: the file of each source image. Without it the ids of the source are written.
+      labels: the class of each file; for a selection of classes that was made from means, which knows no images.
+
+    Returns:
+      The number of lines.
+
+    Raises:
+      ValueError: the images are not known, or the lists do not fit.
+    """
+    if labels is not None:
+      if files is None or len(files) != len(labels) or self.by != 'class':
+        raise ValueError(f'labels need a file for each ({len(labels)} labels, {0 if files is None else len(files)} files) and a selection '
+                         f'of classes (this one is of {NOUNS[self.by]})')
+      chosen = [str(files[i]) for i in np.flatnonzero(np.isin(np.asarray(labels), self.units))]
+    elif self.examples is None:
+      raise ValueError('this selection was made from means, and knows no images; give files=[...] and labels=[...], the file and the '
+                       'class of each source image')
+    elif files is not None:
+      if not np.issubdtype(self.examples.dtype, np.integer) or len(self.examples) and self.examples.max() >= len(files):
+        raise ValueError(f'{len(files)} files do not fit: expected one for each source row, numbered as the ids of the source')
+      chosen = [str(files[i]) for i in self.examples]
+    else:
+      chosen = self.examples.tolist()
+    lines = sorted({str(line) for line in chosen} if files is not None or isinstance(next(iter(chosen), ''), str) else set(chosen))
+    broken = [line for line in lines if isinstance(line, str) and '\n' in line]
+    if broken:
+      raise ValueError(f'the file name {broken[0]!r} has a line break in it, so a list of lines cannot hold it')
+    _write(path, ''.join(f'{line}\n' for line in lines))
+    return len(lines)
 
   def __str__(self) -> str:
     return self.table()
 
+  def _repr_html_(self) -> str:
+    import html
+    return f'<pre>{html.escape(self.table())}</pre>'
+
   def save(self, path: str | os.PathLike[str]) -> None:
-    """Writes one JSON file, whole or not at all."""
-    path = pathlib.Path(path)
-    document = {'format_version': FORMAT_VERSION, **{f.name: getattr(self, f.name) for f in dataclasses.fields(self)}}
-    document['shares'] = self.shares.tolist()
-    document['plan'] = None if self.plan is None else [[float(f'{mass:.7g}') for mass in row] for row in self.plan]
+    """Writes one JSON file, whole or not at all. Scores of examples are kept with float32 precision."""
+    fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+    document = {'format_version': FORMAT_VERSION, **{key: _packed(value) for key, value in fields.items()}}
+    # Names of examples would be all file names of the pool; those of the chosen ones are among the examples.
+    document['names'] = [str(name) for name in self.names] if self.by != 'example' else []
+    document['target_names'] = [str(name) for name in self.target_names]
     # A line a field: readable, and small where lists are long.
-    # Numpy's numbers are written as what they are.
     lines = (f'{json.dumps(key)}: {json.dumps(value, default=lambda number: number.item())}' for key, value in document.items())
-    text = '{\n' + ',\n'.join(lines) + '\n}\n'
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}')
-    try:
-      temporary.write_text(text, encoding='utf-8')
-      os.replace(temporary, path)
-    finally:
-      temporary.unlink(missing_ok=True)
+    _write(path, '{\n' + ',\n'.join(lines) + '\n}\n')
 
   @classmethod
-  def load(cls, path: str | os.PathLike[str], source_fingerprint: str = '') -> 'Selection':
+  def load(cls, path: str | os.PathLike[str], source_fingerprint: str = '', source: Embeddings | None = None) -> 'Selection':
     """Reads what `save` wrote.
 
     Args:
       path: the file.
       source_fingerprint: of the data set that it is to be used with; '' checks nothing.
+      source: embeddings of the data set that it is to be used with: encoder, number of units and names of classes are checked.
 
     Raises:
       ValueError: no such file, a damaged one, one of another version, or one made for another data set.
@@ -138,15 +274,107 @@ class Selection:
       version = document.pop('format_version')
       if version != FORMAT_VERSION:
         raise ValueError(f'it has format version {version}; this program reads {FORMAT_VERSION}')
-      tuples = {key: tuple(document[key]) for key in ('classes', 'names', 'target_names')}
-      arrays = {'shares': np.asarray(document['shares'], np.float64),
-                'plan': None if document['plan'] is None else np.asarray(document['plan'], np.float32),
-                'counts': None if document['counts'] is None else tuple(document['counts'])}
-      selection = cls(**{**document, **tuples, **arrays})
-    except (OSError, KeyError, TypeError, ValueError) as error:
+      fields = {key: _unpacked(value) for key, value in document.items()}
+      for key, kind in {'units': np.int64, 'scores': np.float64, 'counts': np.int64, 'plan': np.float32, 'target_mass': np.float64,
+                        'example_units': np.int64}.items():
+        if document[key] is not None and isinstance(document[key], list):
+          fields[key] = np.asarray(document[key], kind)
+      fields['examples'] = None if document['examples'] is None else np.asarray(fields['examples'])
+      selection = cls(**{**fields, 'names': tuple(document['names']), 'target_names': tuple(document['target_names'])})
+      selection._check()
+    except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
       raise ValueError(f'{path} holds no selection that can be read ({error}); select again') from error
-    made_for = selection.source.get('fingerprint', '')
-    if source_fingerprint and made_for and made_for != source_fingerprint:
-      raise ValueError(f'{path} was made for {selection.source.get("name")} (fingerprint {made_for}), not for this data set '
-                       f'(fingerprint {source_fingerprint}); select again')
+    selection._check_source(path, source_fingerprint, source)
     return selection
+
+  def _check(self) -> None:
+    """Raises ValueError where the parts do not fit together: the file was changed."""
+    n, k, g = len(self.scores), len(self.units), len(self.target_names)
+    shapes = {'names': (0,) if self.by == 'example' else (n,), 'counts': (n,), 'plan': (k, g), 'target_mass': (g,),
+              'example_units': np.shape(self.examples)}
+    wrong = [name for name, shape in shapes.items() if getattr(self, name) is not None and np.shape(getattr(self, name)) != shape]
+    if wrong or self.by not in NOUNS or k and not 0 <= self.units.min() <= self.units.max() < n or len(set(self.units.tolist())) < k:
+      raise ValueError(f'its parts do not fit together: {", ".join(wrong) or "units"}')
+
+  def _check_source(self, path: str | os.PathLike[str], fingerprint: str, source: Embeddings | None) -> None:
+    made_for = self.source.get('fingerprint', '')
+    if fingerprint and made_for and made_for != fingerprint:
+      raise ValueError(f'{path} was made for {self.source.get("name")} (fingerprint {made_for}), not for this data set '
+                       f'(fingerprint {fingerprint}); select again')
+    if source is None:
+      return
+    if self.encoder and source.fingerprint and self.encoder != source.fingerprint:
+      raise ValueError(f'{path} was made with another encoder (fingerprint {self.encoder}, not {source.fingerprint}); select again')
+    units = {'class': lambda: source.num_classes, 'example': lambda: len(source), 'cluster': lambda: len(self.scores)}[self.by]()
+    if units != len(self.scores):
+      raise ValueError(f'{path} was made for {len(self.scores)} source {NOUNS[self.by]}, and this source has {units}; select again')
+    if self.by == 'class' and source.class_names is not None and tuple(source.class_names) != tuple(self.names):
+      different = next(i for i, (a, b) in enumerate(zip(source.class_names, self.names)) if a != b)
+      raise ValueError(f'{path} was made for other classes: class {different} was {self.names[different]}, and is '
+                       f'{source.class_names[different]} here; select again')
+
+
+class Comparison(NamedTuple):
+  """Names of the units that two selections share, and of those that only one of them has; each best first."""
+  shared: tuple[str, ...]
+  only_first: tuple[str, ...]
+  only_second: tuple[str, ...]
+
+  @property
+  def overlap(self) -> float:
+    """Shared units as a part of the smaller selection, from 0 to 1."""
+    smaller = len(self.shared) + min(len(self.only_first), len(self.only_second))
+    return len(self.shared) / smaller if smaller else 1.0
+
+  def __str__(self) -> str:
+    more = lambda names: f', and {len(names) - 10:,d} more' if len(names) > 10 else ''
+    listed = lambda names: (', '.join(_short(name) for name in names[:10]) or 'none') + more(names)
+    return (f'{len(self.shared):,d} shared ({self.overlap:.1%} of the smaller): {listed(self.shared)}\n'
+            f'only in the first: {listed(self.only_first)}\nonly in the second: {listed(self.only_second)}')
+
+
+def best(scores: np.ndarray, ascending: bool, size: int) -> np.ndarray:
+  """Numbers of the `size` best scores (of all, where there are fewer), best first, ties by number: int `[size]`."""
+  order = scores if ascending else -scores
+  if not 0 < size < len(order):
+    return np.argsort(order, kind='stable')[:size]
+  limit = np.partition(order, size - 1)[size - 1]  # linear in n; only what is below is sorted
+  below = np.flatnonzero(order < limit)
+  candidates = np.concatenate([below, np.flatnonzero(order == limit)[:size - len(below)]])
+  return candidates[np.argsort(order[candidates], kind='stable')]
+
+
+def _largest(parts: np.ndarray, names: Sequence[str], most: int) -> list[tuple[str, float]]:
+  return [(str(names[j]), float(parts[j])) for j in np.argsort(-parts, kind='stable')[:most] if parts[j] > 0]
+
+
+def _short(name: Any, width: int = 32) -> str:
+  return textwrap.shorten(str(name), width, placeholder='...')
+
+
+def _packed(value: Any) -> Any:
+  """Arrays as lists, long ones of numbers as base64."""
+  if not isinstance(value, np.ndarray):
+    return value
+  if value.size <= READABLE or value.dtype.kind == 'U':
+    return [[float(f'{x:.7g}') for x in row] for row in value] if value.ndim == 2 else value.tolist()
+  little = np.ascontiguousarray(value.astype(value.dtype.newbyteorder('<')))
+  return {'dtype': value.dtype.name, 'shape': list(value.shape), 'base64': base64.b64encode(little.tobytes()).decode()}
+
+
+def _unpacked(value: Any) -> Any:
+  if not isinstance(value, dict) or 'base64' not in value:
+    return value
+  flat = np.frombuffer(base64.b64decode(value['base64'], validate=True), np.dtype(value['dtype']).newbyteorder('<'))
+  return flat.astype(value['dtype']).reshape(value['shape'])
+
+
+def _write(path: str | os.PathLike[str], text: str) -> None:
+  path = pathlib.Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  temporary = path.with_name(f'.{path.name}.{os.getpid()}')
+  try:
+    temporary.write_text(text, encoding='utf-8')
+    os.replace(temporary, path)
+  finally:
+    temporary.unlink(missing_ok=True)

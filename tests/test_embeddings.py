@@ -66,6 +66,7 @@ def test_save_and_load(tmp_path):
 @pytest.mark.parametrize('kwargs,words', [
     (dict(features=np.ones(3)), r'shape \(3,\); expected \[n, d\]'), (dict(features=np.ones((0, 3))), 'at least one row'),
     (dict(features=[[1, np.nan], [1, 1], [np.inf, 0]]), '2 of 3 rows of features are not finite, the first is row 0'),
+    (dict(features=np.ones((3, 2)), ids=['a', 'b', 'a']), 'ids occur more than once, such as a .2 times at most'),
     (dict(features=np.ones((2, 2)), labels=[0]), r'labels have shape \(1,\); expected \[2\]'),
     (dict(features=np.ones((2, 2)), labels=[0.0, 1.0]), 'expected integers from 0'),
     (dict(features=np.ones((2, 2)), labels=[-1, 1]), 'expected integers from 0'),

@@ -82,7 +82,7 @@ def test_report_opens_offline_and_shows_everything(finished):
   page = (workdir / 'report.html').read_text()
   assert not re.search(r'(?:src|href)\s*=\s*"(?:https?:)?//|@import|url\(\s*"?http', page)
   chosen = json.loads((workdir / 'selection.json').read_text())
-  for name in (chosen['names'][i] for i in chosen['classes']):
+  for name in (chosen['names'][i] for i in chosen['units']):
     assert f'<td>{name}</td>' in page
   assert page.count('<svg') == 4 and page.count('data:image/jpeg') == 5 * 4 + 10 * 2
 
@@ -206,7 +206,7 @@ def test_the_demo(tmp_path):
   run = main(tmp_path / 'demo', '--config=configs/digits.py', devices=1)
   assert run.returncode == 0, run.stderr
   selection = json.loads((tmp_path / 'demo' / 'selection.json').read_text())
-  assert sorted(selection['names'][i] for i in selection['classes']) == [f'digit {i}' for i in range(10)]
-  assert selection['converged']
+  assert sorted(selection['names'][i] for i in selection['units']) == [f'digit {i}' for i in range(10)]
+  assert selection['solver']['error'] < 1e-6
   results = json.loads((tmp_path / 'demo' / 'results.json').read_text())
   assert results['test']['top1'] > 0.7 and results['test']['images'] == 252

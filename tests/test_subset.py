@@ -13,7 +13,7 @@ from selection import Embeddings, plots, select, Selection
 def chosen() -> Selection:
   rng = np.random.default_rng(0)
   source = Embeddings(rng.normal(size=(12, 5)), np.arange(12), ['a $^$ name that is much too long for a column of a table', *'bcdefghijkl'],
-                      weights=np.arange(12) + 100)
+                      weights=np.arange(12) + 100, fingerprint='encoder')
   target = Embeddings(rng.normal(size=(3, 5)), np.arange(3), ['x', 'y', 'z'])
   return dataclasses.replace(select(source, target, 4), source={'name': 'pool', 'fingerprint': 'abc'})
 
@@ -44,10 +44,11 @@ def test_save_and_load(chosen, tmp_path):
     before, after = getattr(chosen, field.name), getattr(loaded, field.name)
     if isinstance(before, np.ndarray):
       np.testing.assert_allclose(after, before, rtol=1e-6)
+      assert after.dtype == before.dtype, field.name
     else:
       assert after == before, field.name
   assert str(loaded) == str(chosen)
-  assert json.loads(path.read_text())['format_version'] == 1
+  assert json.loads(path.read_text())['format_version'] == 2
 
 
 def test_load_refuses(chosen, tmp_path):
@@ -57,8 +58,9 @@ def test_load_refuses(chosen, tmp_path):
     Selection.load(path, source_fingerprint='def')
   text = path.read_text()
   unreadable = 'no selection that can be read'
-  for damaged, words in ((text[:200], unreadable), (text.replace('"format_version": 1', '"format_version": 7'), 'format version 7'),
-                         ('[]', unreadable), (text.replace('"shares"', '"sharks"'), unreadable)):
+  for damaged, words in ((text[:200], unreadable), (text.replace('"format_version": 2', '"format_version": 7'), 'format version 7'),
+                         ('[]', unreadable), (text.replace('"scores"', '"scorpions"'), unreadable),
+                         (text.replace('"counts": [100, ', '"counts": ['), 'parts do not fit together: counts')):
     path.write_text(damaged)
     with pytest.raises(ValueError, match=words):
       Selection.load(path)

@@ -16,7 +16,8 @@ from ft_jax.jobs import fit, pretrain, setup
 from ft_jax.progress import log
 from ft_jax.workdir import Workdir, write_results
 import selection
-from selection import plots
+from selection import plots, strategies
+from selection.subset import NOUNS
 
 
 def run(config: ConfigDict, workdir: epath.PathLike, embeddings: epath.PathLike = '') -> dict[str, Any]:
@@ -54,7 +55,8 @@ def _train(config: ConfigDict, work: Workdir, splits: setup.Splits, pool: Source
   if chosen is not None:
     # The source head keeps all classes of the pool, as in the paper; only the chosen ones ever come.
     heads['source'] = len(pool.class_names)
-    streams['source'] = fit.Stream(pool.of_classes(chosen.classes), _source_batch(config), config.source_weight)
+    helping = pool.of_classes(chosen.classes) if chosen.by == 'class' else pool.subset(chosen.examples)
+    streams['source'] = fit.Stream(helping, _source_batch(config), config.source_weight)
 
   model = setup.build_model(config.model, heads)
   variables = setup.init_variables(model, config.image_size, config.seed, weights)
@@ -67,7 +69,8 @@ def _train(config: ConfigDict, work: Workdir, splits: setup.Splits, pool: Source
       'source': None if pool is None else {
           'name': config.source.name, 'classes': len(pool.class_names), 'images': len(pool), 'fingerprint': pool.fingerprint},
       'selection': None if chosen is None else {
-          'method': chosen.method, 'classes': list(chosen.class_names), 'images': len(streams['source'].source)},
+          'method': chosen.method, 'by': chosen.by, 'units': len(chosen.units), 'classes': list(chosen.class_names),
+          'images': len(streams['source'].source)},
       'weights_fingerprint': setup.weights_fingerprint(weights) if weights else ''}
 
 
@@ -83,7 +86,9 @@ def check(config: ConfigDict) -> None:
   if config.selection.by not in selection.UNITS:
     raise ValueError(f'config.selection.by is {config.selection.by!r}; known: {", ".join(selection.UNITS)}')
   for name, value in _parameters(config).items():
-    if not 0 < value < float('inf'):
+    if name == 'cost' and value not in strategies.COSTS:
+      raise ValueError(f'config.selection.cost is {value!r}; known: {", ".join(strategies.COSTS)}')
+    if name != 'cost' and not 0 < value < float('inf'):
       raise ValueError(f'config.selection.{name} is {value}; expected a number above 0')
   setup.make_transform(config)
   # The numbers of classes are not known yet and do not matter for what is checked.
@@ -98,14 +103,18 @@ def check(config: ConfigDict) -> None:
 
 
 def _check_size(config: ConfigDict, pool: Source | None) -> None:
-  size = config.selection.size
-  if config.selection.method != 'none' and not 0 < size <= len(pool.class_names):
-    raise ValueError(f'config.selection.size is {size}; expected 1 to {len(pool.class_names)}, the number of classes of {pool.name}')
+  if config.selection.method == 'none':
+    return
+  size, by = config.selection.size, config.selection.by
+  most = {'class': len(pool.class_names), 'cluster': config.selection.clusters, 'example': len(pool)}[by]
+  if not 0 < size <= most or size >= 1 and size != round(size):
+    noun = {'class': 'classes', 'cluster': 'clusters', 'example': 'images'}[by]
+    raise ValueError(f'config.selection.size is {size:g}; expected 1 to {most}, the number of {noun} of {pool.name}, or a share below 1')
 
 
-def _parameters(config: ConfigDict) -> dict[str, float]:
+def _parameters(config: ConfigDict) -> dict[str, Any]:
   """The selection method's own."""
-  return {name: config.selection[name] for name in ('epsilon', 'rho_source', 'rho_target')} if config.selection.method == 'uot' else {}
+  return {name: config.selection[name] for name in strategies.defaults(config.selection.method) if name in config.selection}
 
 
 def _source_batch(config: ConfigDict) -> int:
@@ -150,51 +159,56 @@ def _select(config: ConfigDict, work: Workdir, weights: dict[str, Any] | None, t
     return None
   if work.has_checkpoint() and work.selection_json.exists():
     return selection.Selection.load(work.selection_json, pool.fingerprint)
-  embedded = [_class_means(config, folder, weights, source, transform, what) for source, what in ((pool, 'source'), (target, 'target'))]
-  chosen = selection.select(*embedded, settings.size, by=settings.by, method=settings.method, seed=config.seed, **_parameters(config))
+  embedded = [_embedded(config, folder, weights, source, transform, what) for source, what in ((pool, 'source'), (target, 'target'))]
+  size = settings.size if settings.size < 1 else int(settings.size)
+  chosen = selection.select(*embedded, size, by=settings.by, method=settings.method, seed=config.seed, clusters=settings.clusters,
+                            **_parameters(config))
   chosen = dataclasses.replace(chosen, source={'name': pool.name, 'fingerprint': pool.fingerprint})
   chosen.save(work.selection_json)
   log.info('%s', chosen.table(12))
   return chosen
 
 
-def _class_means(config: ConfigDict, folder: epath.Path, weights: dict[str, Any] | None, source: Source, transform: Transform,
-                 what: str) -> selection.Embeddings:
-  """Mean features of the classes of a source; made once for these weights, images and preprocessing."""
+def _embedded(config: ConfigDict, folder: epath.Path, weights: dict[str, Any] | None, source: Source, transform: Transform,
+              what: str) -> selection.Embeddings:
+  """Features of a source, as means of its classes where those are enough; made once for these weights, images and preprocessing."""
+  means = config.selection.by == 'class' and _parameters(config).get('cost') != 'bures'
   model = setup.build_model(config.model, {})
   variables = setup.init_variables(model, config.image_size, config.seed, weights)
   encoder = digest(setup.weights_fingerprint(variables), config.model.name, config.model.dtype, f'{transform.size}/{transform.short_side}')
-  path = folder / f'class_means-{digest(encoder, source.fingerprint)}.npz'
+  path = folder / f'{"class_means" if means else "features"}-{digest(encoder, source.fingerprint)}.npz'
   if path.exists():
     return selection.Embeddings.load(path)
   batches = EvalBatches(source, transform, -(-config.train.batch_size // jax.device_count()) * jax.device_count())
   log.info('embedding %s: %s images', what, f'{len(source):,d}')
-  means = selection.embed_class_means(
+  embeddings = (selection.embed_class_means if means else selection.embed)(
       lambda variables, images: model.apply(variables, images, train=False).features, variables,
       progress.bar(batches, f'embedding {what}', len(batches)), class_names=source.class_names, fingerprint=encoder)
-  means.save(path)
-  return means
+  embeddings.save(path)
+  return embeddings
 
 
 def _selection_section(target: Source, pool: Source, chosen: selection.Selection, most: int = 120) -> report.SelectionSection:
   """What the report shows of a selection, with a few images of each class."""
-  with_shares = chosen.plan is not None
-  rows = [report.ChosenClass(name, float(chosen.shares[k]) if with_shares else None, int((pool.labels == k).sum()), drawn_by,
-                             _examples(pool, k, 4))
-          for k, name, drawn_by in list(zip(chosen.classes, chosen.class_names, chosen.explain(3)))[:most]]
-  how = f'{len(chosen.classes)} of {len(pool.class_names)} classes of {pool.name}, chosen by {chosen.method}'
-  if with_shares:
-    settings = ', '.join(f'{name} {value}' for name, value in chosen.parameters.items())
-    how += (f' ({settings}; converged in {chosen.solver["iterations"]} iterations). The share of a class is the part of the transported '
-            'mass that comes from it; the last column says which target classes that mass goes to')
-  how += '.'
-  if len(chosen.classes) > most:
+  members = {unit: np.flatnonzero(pool.labels == unit) if chosen.by == 'class' else chosen.examples_of(unit)
+             for unit in chosen.units[:most].tolist()}
+  rows = [report.ChosenUnit(pool.ids[unit] if chosen.by == 'example' else chosen.name(unit), chosen.score_text(unit), len(images), drawn_by,
+                            _examples(pool, images, 4))
+          for (unit, images), drawn_by in zip(members.items(), chosen.explain(3))]
+  how = f'{len(chosen.units):,d} of {len(chosen.scores):,d} {NOUNS[chosen.by]} of {pool.name}, chosen by {chosen.method}'
+  settings = [f'{name} {value}' for name, value in chosen.parameters.items() if value is not None]
+  settings += [f'converged in {chosen.solver["iterations"]} iterations'] if chosen.solver else []
+  how += f' ({", ".join(settings)}).' if settings else '.'
+  if chosen.measure == 'share':
+    how += (f' The share of a {chosen.by} is the part of the transported mass that comes from it; the last column says which target '
+            'classes that mass goes to.')
+  if len(chosen.units) > most:
     how += f' The first {most} are shown; selection.json has all of them.'
-  target_rows = [(name, _examples(target, k, 2)) for k, name in enumerate(target.class_names[:most])]
-  return report.SelectionSection(how, rows, plots.ranking(chosen) if with_shares else None, target_rows)
+  target_rows = [(name, _examples(target, np.flatnonzero(target.labels == k), 2)) for k, name in enumerate(target.class_names[:most])]
+  picture = None if chosen.measure == 'random' else plots.overview(chosen)
+  return report.SelectionSection(how, chosen.by, '' if chosen.measure == 'random' else chosen.measure, rows, picture, target_rows)
 
 
-def _examples(source: Source, label: int, most: int) -> list[bytes]:
-  rows = np.flatnonzero(source.labels == label)
+def _examples(source: Source, rows: np.ndarray, most: int) -> list[bytes]:
   rows = rows[np.linspace(0, len(rows) - 1, min(most, len(rows))).round().astype(int)]
   return [augment.thumbnail(example.image, example.id, 64) for example in (source[int(row)] for row in rows)]

@@ -1,0 +1,239 @@
+"""Blocks: the costs between all rows of a pool and all rows of the target, a block at a time, on all devices.
+
+Nothing of the size of the pool is ever held but what a caller asks for: a strategy is a function of one block, and its results are
+either one value a row (`rows`) or sums over all rows (`columns`). The rows of each chunk are spread over the devices of all processes;
+between devices only vectors of the target's length travel.
+"""
+
+from collections.abc import Callable, Iterator
+import functools
+import sys
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from selection.journal import Journal
+from selection.pools import Rows
+
+P = jax.sharding.PartitionSpec
+# A function of (entries [b, m], valid [b], operands): [b, ...] for `rows`, [m] for `columns`, where rows that are not valid must not count.
+BlockFunction = Callable[..., jax.Array]
+
+
+class Settings(NamedTuple):
+  """How passes are run.
+
+  memory: bytes that stored entries may take, over all devices; None is 1 GiB on the CPU and half of the memory of other devices.
+  chunk: rows that are read at a time; None is 64 MiB of features a CPU, 256 MiB another device.
+  progress: whether passes that take more than two seconds show a bar.
+  journal: where passes keep how far they have come.
+  """
+  memory: int | None = None
+  chunk: int | None = None
+  progress: bool = False
+  journal: Journal = Journal()
+
+
+DEFAULTS = Settings()
+
+
+def cosine(rows: jax.Array, target: jax.Array) -> jax.Array:
+  """1 - cos, from 0 to 2."""
+  return 1 - jnp.matmul(_unit(rows), _unit(target).T, precision=jax.lax.Precision.HIGHEST)
+
+
+def euclidean(rows: jax.Array, target: jax.Array) -> jax.Array:
+  """Distance of the unit vectors, from 0 to 2: the root of 2 (1 - cos); in float32 good to 5e-4 where rows are the same."""
+  return jnp.sqrt(2 * jnp.maximum(cosine(rows, target), 0))
+
+
+def distance(rows: jax.Array, target: jax.Array) -> jax.Array:
+  """Euclidean distance of the features as they are."""
+  squares = jnp.sum(rows**2, 1)[:, None] + jnp.sum(target**2, 1)
+  return jnp.sqrt(jnp.maximum(squares - 2 * jnp.matmul(rows, target.T, precision=jax.lax.Precision.HIGHEST), 0))
+
+
+def given(rows: jax.Array, target: jax.Array) -> jax.Array:
+  """The rows are entries already."""
+  del target
+  return rows
+
+
+class Blocks:
+  """Entries `[n, m]`: costs C, or the kernel exp(-C / epsilon) where `epsilon` is given.
+
+  Attributes:
+    m: rows of the target.
+  """
+
+  def __init__(self, pool: Rows, target: np.ndarray, cost: Callable[[jax.Array, jax.Array], jax.Array], epsilon: float | None = None,
+               settings: Settings = DEFAULTS):
+    self.pool, self.target, self.cost, self.epsilon, self.settings = pool, target, cost, epsilon, settings
+    self.m = pool.dimension if cost is given else len(target)
+    self._mesh = jax.sharding.Mesh(np.asarray(jax.devices()), ('rows',))
+    self._target = self._put(np.zeros((1, 1)) if cost is given else target, P())
+    self._kept: list[tuple[int, jax.Array, jax.Array]] | None = None
+
+  @property
+  def n(self) -> int:
+    """Rows of the pool; an iterator's are counted in a pass of its own, the first time."""
+    return len(self.pool)
+
+  def kernel(self, epsilon: float) -> 'Blocks':
+    """The kernel exp(-C / epsilon) of these costs."""
+    return Blocks(self.pool, self.target, self.cost, epsilon, self.settings)
+
+  def of(self, pool: Rows, *, quiet: bool = False) -> 'Blocks':
+    """The same entries for other rows; nothing of these passes is kept in the journal."""
+    settings = self.settings._replace(journal=Journal(), progress=self.settings.progress and not quiet)
+    return Blocks(pool, self.target, self.cost, self.epsilon, settings)
+
+  def keep(self) -> 'Blocks':
+    """Computes the entries once and keeps them on the devices, if they fit into `settings.memory`; later passes are fast."""
+    if self._kept is None and self.cost is not given and 4 * self.n * self.m <= self._memory():
+      self._kept = [(count, self._run(_entries, False, True, rows, valid, ()), valid)
+                    for _, count, rows, valid in self._chunks(0, 'cost')]
+    return self
+
+  def array(self) -> tuple[jax.Array, jax.Array]:
+    """All entries at once, `[n', m]` with the rows spread over the devices, and which rows are valid, `[n']`; for small n."""
+    parts = [(self._run(_entries, False, True, rows, valid, ()), valid) for _, _, rows, valid in self._chunks(0, 'cost')]
+    return (parts[0] if len(parts) == 1 else
+            tuple(jnp.concatenate(side) for side in zip(*parts)))
+
+  def columns(self, function: BlockFunction, *operands: Any, name: str, turn: int = 0, what: str = '') -> np.ndarray:
+    """The sum over all blocks of function(entries, valid, *operands), float64.
+
+    Args:
+      function: a function of this module or of another one, not made anew at each call: it is compiled once.
+      *operands: arrays or numbers, the same for all blocks.
+      name: of the pass, in the journal.
+      turn: which pass of this name it is; the journal goes on only in the same one.
+      what: what progress calls it; '' is its name.
+    """
+    journal = self._journal()
+    before = journal.load(name)
+    total, first = (before['total'], int(before['first'])) if before and before['turn'] == turn else (np.zeros(()), 0)
+    for end, part in self._results(function, True, first, what or name, operands):
+      total = total + part.astype(np.float64)
+      journal.save(name, turn=turn, total=total, first=end)
+    return total
+
+  def rows(self, function: BlockFunction, *operands: Any, name: str = 'scores') -> np.ndarray:
+    """function(entries, valid, *operands) for all blocks, one after the other: float32 `[n, ...]`; `name` is that of the pass."""
+    scores = self._journal().scores(name)
+    for _, part in self._results(function, False, scores.done, name, operands):
+      scores.append(part)
+    return scores.all()
+
+  def _results(self, function: BlockFunction, reduce: bool, first: int, what: str,
+               operands: tuple[Any, ...]) -> Iterator[tuple[int, np.ndarray]]:
+    """(row after the chunk, result of the chunk); the result of a chunk is read while the devices work on the next one."""
+    operands = tuple(self._put(x, P()) for x in operands)
+    pending = None
+    for start, count, rows, valid in self._chunks(first, what):
+      result = self._run(function, reduce, False, rows, valid, operands)
+      if pending is not None:
+        yield pending[0], _read(pending)
+      pending = start + count, result, None if reduce else count
+    if pending is not None:
+      yield pending[0], _read(pending)
+
+  def _run(self, function: BlockFunction, reduce: bool, spread: bool, rows: jax.Array, valid: jax.Array,
+           operands: tuple[Any, ...]) -> jax.Array:
+    kept = self._kept is not None
+    cost, epsilon = (given, None) if kept else (self.cost, self.epsilon)
+    compiled = _compiled(function, reduce, spread, cost, epsilon is not None, self._block(len(rows)), self._mesh)
+    return compiled(rows, valid, self._target, np.float32(epsilon or 1), operands)
+
+  def _chunks(self, first: int, what: str) -> Iterator[tuple[int, int, jax.Array, jax.Array]]:
+    """(first row, rows, entries or features on the devices, which rows are valid)."""
+    if self._kept is not None:
+      start = 0
+      for count, rows, valid in self._kept:
+        yield start, count, rows, valid
+        start += count
+      return
+    size = self._chunk_rows()
+    with self._bar(what, first) as bar:
+      for start, chunk in self.pool.read(size, first):
+        count = len(chunk)
+        if count < size:  # the last chunk; all others have one shape, so that they are compiled once
+          size = self._padded(count)
+          chunk = np.concatenate([chunk, np.zeros((size - count, chunk.shape[1]), np.float32)])
+        yield start, count, self._put(chunk, P('rows')), self._put(np.arange(size) < count, P('rows'))
+        bar.update(count)
+
+  def _put(self, array: Any, spec: P) -> jax.Array:
+    """Onto the devices; every process brings the same array and gives its devices their part."""
+    array = np.asarray(array)
+    array = array.astype(np.float32) if array.dtype != bool and array.dtype != np.float32 else array
+    return jax.make_array_from_callback(array.shape, jax.sharding.NamedSharding(self._mesh, spec), lambda index: array[index])
+
+  def _journal(self) -> Journal:
+    # Passes over kept entries are short, and have no chunk in the middle of which to begin.
+    return self.settings.journal if self._kept is None else Journal()
+
+  def _chunk_rows(self) -> int:
+    rows = self.settings.chunk or (1 << (26 if _on_cpu() else 28)) // (4 * self.pool.dimension)
+    return self._padded(rows)
+
+  def _padded(self, rows: int) -> int:
+    """The next number of rows that devices and blocks share evenly."""
+    each = -(-rows // self._mesh.size)
+    block = self._block(each * self._mesh.size)
+    return -(-each // block) * block * self._mesh.size
+
+  def _block(self, rows: int) -> int:
+    """Rows of a block: on the CPU its entries should stay in the cache; elsewhere it is limited by memory alone."""
+    most = max(8, (1 << (22 if _on_cpu() else 30)) // (4 * self.m))
+    most = min(1 << (most.bit_length() - 1), 4096 if _on_cpu() else 1 << 20)
+    return min(most, max(1, rows // self._mesh.size))
+
+  def _memory(self) -> int:
+    if self.settings.memory is not None:
+      return self.settings.memory
+    if _on_cpu():
+      return 1 << 30
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return stats.get('bytes_limit', 8 << 30) // 2 * self._mesh.size
+
+  def _bar(self, what: str, first: int) -> Any:
+    from tqdm import tqdm
+    return tqdm(desc=what, total=self.pool.known_length, initial=first, unit=' rows', unit_scale=True, delay=2, leave=False,
+                disable=not (self.settings.progress and sys.stderr.isatty()) or jax.process_index() > 0)
+
+
+@functools.cache
+def _compiled(function: BlockFunction, reduce: bool, spread: bool, cost: Callable[[jax.Array, jax.Array], jax.Array], gibbs: bool,
+              block: int, mesh: jax.sharding.Mesh) -> Callable[..., jax.Array]:
+  def local(rows: jax.Array, valid: jax.Array, target: jax.Array, epsilon: jax.Array, operands: tuple[Any, ...]) -> jax.Array:
+    def one(part: tuple[jax.Array, jax.Array]) -> jax.Array:
+      entries = cost(part[0], target)
+      return function(jnp.exp(-entries / epsilon) if gibbs else entries, part[1], *operands)
+
+    results = jax.lax.map(one, (rows.reshape(-1, block, rows.shape[1]), valid.reshape(-1, block)))
+    return jax.lax.psum(results.sum(0), 'rows') if reduce else results.reshape(-1, *results.shape[2:])
+
+  mapped = jax.shard_map(local, mesh=mesh, in_specs=(P('rows'), P('rows'), P(), P(), P()), out_specs=P() if reduce else P('rows'))
+  return jax.jit(mapped, out_shardings=jax.sharding.NamedSharding(mesh, P('rows') if spread else P()))
+
+
+def _entries(entries: jax.Array, valid: jax.Array) -> jax.Array:
+  del valid
+  return entries
+
+
+def _read(pending: tuple[int, jax.Array, int | None]) -> np.ndarray:
+  return np.asarray(pending[1])[:pending[2]]
+
+
+def _unit(rows: jax.Array) -> jax.Array:
+  # Zero rows are refused where they are read; those that pad a chunk do not count.
+  return rows / jnp.maximum(jnp.linalg.norm(rows, axis=1, keepdims=True), np.finfo(np.float32).tiny)
+
+
+def _on_cpu() -> bool:
+  return jax.default_backend() == 'cpu'
