@@ -21,8 +21,9 @@ def bar(items: Iterable[T], what: str, total: int, unit: str = 'batch') -> Itera
 
 
 def counter(what: str, total: int, unit: str = 'step', initial: int = 0) -> tqdm.tqdm:
-  """A progress bar that is moved by `update`; hidden without a terminal, or where log lines are."""
-  hidden = not sys.stderr.isatty() or not log.isEnabledFor(logging.INFO)
+  """A progress bar that is moved by `update`; hidden without a terminal or notebook, or where log lines are."""
+  seen = sys.stderr.isatty() or 'ipykernel' in sys.modules  # a terminal or a notebook
+  hidden = not seen or not log.isEnabledFor(logging.INFO)
   return tqdm.tqdm(desc=f'  {what}', total=total, unit=f' {unit}', initial=initial, disable=hidden, leave=False,
                    dynamic_ncols=True, smoothing=0.1)
 

@@ -7,7 +7,6 @@ between devices only vectors of the target's length travel.
 
 from collections.abc import Callable, Iterator
 import functools
-import sys
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from selection.journal import Journal
-from selection.pools import Rows
+from selection.pools import ArrayRows, Rows
+from selection.progress import bar
 
 P = jax.sharding.PartitionSpec
 # A function of (entries [b, m], valid [b], operands): [b, ...] for `rows`, [m] for `columns`, where rows that are not valid must not count.
@@ -85,23 +85,30 @@ class Blocks:
     """The kernel exp(-C / epsilon) of these costs."""
     return Blocks(self.pool, self.target, self.cost, epsilon, self.settings)
 
-  def of(self, pool: Rows, *, quiet: bool = False) -> 'Blocks':
-    """The same entries for other rows; nothing of these passes is kept in the journal."""
-    settings = self.settings._replace(journal=Journal(), progress=self.settings.progress and not quiet)
-    return Blocks(pool, self.target, self.cost, self.epsilon, settings)
+  def of(self, rows: np.ndarray) -> 'Blocks':
+    """The entries of some rows, by their numbers; nothing of passes over them is kept in the journal."""
+    settings = self.settings._replace(journal=Journal())
+    if self._kept is None:
+      taken = ArrayRows(self.pool.take(rows), check=self.cost is not given)
+      return Blocks(taken, self.target, self.cost, self.epsilon, settings)
+    firsts = np.cumsum([0] + [count for count, _, _ in self._kept])
+    taken = np.empty((len(rows), self.m), np.float32)
+    for first, (count, entries, _) in zip(firsts, self._kept):
+      inside = (rows >= first) & (rows < first + count)
+      taken[inside] = self._gathered(entries, rows[inside] - first)
+    return Blocks(ArrayRows(taken, check=False), None, given, settings=settings)
 
-  def keep(self) -> 'Blocks':
-    """Computes the entries once and keeps them on the devices, if they fit into `settings.memory`; later passes are fast."""
-    if self._kept is None and self.cost is not given and 4 * self.n * self.m <= self._memory():
+  def keep(self, always: bool = False) -> 'Blocks':
+    """Computes the entries once and keeps them on the devices, if they fit into `settings.memory`, or `always`; later passes are fast."""
+    if self._kept is None and (always or 4 * self.n * self.m <= self._memory()):
       self._kept = [(count, self._run(_entries, False, True, rows, valid, ()), valid)
                     for _, count, rows, valid in self._chunks(0, 'cost')]
     return self
 
   def array(self) -> tuple[jax.Array, jax.Array]:
     """All entries at once, `[n', m]` with the rows spread over the devices, and which rows are valid, `[n']`; for small n."""
-    parts = [(self._run(_entries, False, True, rows, valid, ()), valid) for _, _, rows, valid in self._chunks(0, 'cost')]
-    return (parts[0] if len(parts) == 1 else
-            tuple(jnp.concatenate(side) for side in zip(*parts)))
+    _, entries, valid = zip(*self.keep(always=True)._kept)
+    return (entries[0], valid[0]) if len(entries) == 1 else (jnp.concatenate(entries), jnp.concatenate(valid))
 
   def columns(self, function: BlockFunction, *operands: Any, name: str, turn: int = 0, what: str = '') -> np.ndarray:
     """The sum over all blocks of function(entries, valid, *operands), float64.
@@ -113,7 +120,11 @@ class Blocks:
       turn: which pass of this name it is; the journal goes on only in the same one.
       what: what progress calls it; '' is its name.
     """
-    journal = self._journal()
+    if self._kept is not None:
+      operands = tuple(self._put(x, P()) for x in operands)
+      _, entries, valid = zip(*self._kept)
+      return np.asarray(_kept_columns(function, self._block(len(entries[0])), self._mesh)(entries, valid, operands), np.float64)
+    journal = self.settings.journal
     before = journal.load(name)
     total, first = (before['total'], int(before['first'])) if before and before['turn'] == turn else (np.zeros(()), 0)
     for end, part in self._results(function, True, first, what or name, operands):
@@ -123,7 +134,8 @@ class Blocks:
 
   def rows(self, function: BlockFunction, *operands: Any, name: str = 'scores') -> np.ndarray:
     """function(entries, valid, *operands) for all blocks, one after the other: float32 `[n, ...]`; `name` is that of the pass."""
-    scores = self._journal().scores(name)
+    # Passes over kept entries are short, and have no chunk in the middle of which to begin.
+    scores = (self.settings.journal if self._kept is None else Journal()).scores(name)
     for _, part in self._results(function, False, scores.done, name, operands):
       scores.append(part)
     return scores.all()
@@ -157,14 +169,15 @@ class Blocks:
         start += count
       return
     size = self._chunk_rows()
-    with self._bar(what, first) as bar:
+    shown = self.settings.progress and jax.process_index() == 0
+    with bar(what, self.pool.known_length, 'rows', shown=shown, initial=first, unit_scale=True) as progress:
       for start, chunk in self.pool.read(size, first):
         count = len(chunk)
         if count < size:  # the last chunk; all others have one shape, so that they are compiled once
-          size = self._padded(count)
+          size = size if 2 * count > size else self._padded(count)
           chunk = np.concatenate([chunk, np.zeros((size - count, chunk.shape[1]), np.float32)])
         yield start, count, self._put(chunk, P('rows')), self._put(np.arange(size) < count, P('rows'))
-        bar.update(count)
+        progress.update(count)
 
   def _put(self, array: Any, spec: P) -> jax.Array:
     """Onto the devices; every process brings the same array and gives its devices their part."""
@@ -172,13 +185,19 @@ class Blocks:
     array = array.astype(np.float32) if array.dtype != bool and array.dtype != np.float32 else array
     return jax.make_array_from_callback(array.shape, jax.sharding.NamedSharding(self._mesh, spec), lambda index: array[index])
 
-  def _journal(self) -> Journal:
-    # Passes over kept entries are short, and have no chunk in the middle of which to begin.
-    return self.settings.journal if self._kept is None else Journal()
+  def _gathered(self, entries: jax.Array, rows: np.ndarray) -> np.ndarray:
+    """Some rows of kept entries, on every process."""
+    if jax.process_count() == 1:
+      return np.asarray(entries)[rows] if _on_cpu() else np.asarray(entries[rows])
+    everywhere = jax.sharding.NamedSharding(self._mesh, P())
+    take = jax.jit(lambda entries, rows: entries[rows.astype(int)], out_shardings=everywhere)
+    return np.asarray(take(entries, self._put(rows, P())))
 
   def _chunk_rows(self) -> int:
     rows = self.settings.chunk or (1 << (26 if _on_cpu() else 28)) // (4 * self.pool.dimension)
-    return self._padded(rows)
+    n = self.pool.known_length
+    # Chunks of nearly one size, so that the last one is not compiled for itself.
+    return self._padded(rows if n is None else -(-n // -(-n // rows)))
 
   def _padded(self, rows: int) -> int:
     """The next number of rows that devices and blocks share evenly."""
@@ -188,6 +207,8 @@ class Blocks:
 
   def _block(self, rows: int) -> int:
     """Rows of a block: on the CPU its entries should stay in the cache; elsewhere it is limited by memory alone."""
+    if self._kept is not None and not _on_cpu():
+      return max(1, rows // self._mesh.size)  # they are in memory already
     most = max(8, (1 << (22 if _on_cpu() else 30)) // (4 * self.m))
     most = min(1 << (most.bit_length() - 1), 4096 if _on_cpu() else 1 << 20)
     return min(most, max(1, rows // self._mesh.size))
@@ -200,10 +221,17 @@ class Blocks:
     stats = jax.local_devices()[0].memory_stats() or {}
     return stats.get('bytes_limit', 8 << 30) // 2 * self._mesh.size
 
-  def _bar(self, what: str, first: int) -> Any:
-    from tqdm import tqdm
-    return tqdm(desc=what, total=self.pool.known_length, initial=first, unit=' rows', unit_scale=True, delay=2, leave=False,
-                disable=not (self.settings.progress and sys.stderr.isatty()) or jax.process_index() > 0)
+
+@functools.cache
+def _kept_columns(function: BlockFunction, block: int, mesh: jax.sharding.Mesh) -> Callable[..., jax.Array]:
+  """`_compiled` for all kept chunks in one program."""
+  def total(entries: tuple[jax.Array, ...], valid: tuple[jax.Array, ...], operands: tuple[Any, ...]) -> jax.Array:
+    none = jnp.zeros((1, 1))
+    each = [_compiled(function, True, False, given, False, min(block, len(part) // mesh.size), mesh)(
+        part, rows, none, np.float32(1), operands) for part, rows in zip(entries, valid)]
+    return sum(each[1:], each[0])
+
+  return jax.jit(total, out_shardings=jax.sharding.NamedSharding(mesh, P()))
 
 
 @functools.cache

@@ -4,8 +4,9 @@
 compares the means of classes (Cui et al., CVPR 2018). All take features by one encoder.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 import functools
+import os
 import sys
 from typing import Any, Literal, NamedTuple
 import warnings
@@ -59,16 +60,16 @@ def gaussians(embeddings: Embeddings, covariance: Covariance = 'full', *, progre
   if len(empty):
     raise ValueError(f'{len(empty)} of {len(counts)} classes have no image, the first is {_name(embeddings, empty[0])}; '
                      'leave them out (labels from 0 without gaps)')
-  dtype = np.promote_types(embeddings.features.dtype, np.float32)
-  means, factors = np.empty((len(counts), embeddings.features.shape[1])), []
   classes = np.split(np.argsort(labels, kind='stable'), np.cumsum(counts)[:-1])
-  for k, rows in enumerate(_bar(classes, 'fitting Gaussians', 'class', progress)):
-    features = embeddings.features[rows].astype(np.float64)
-    means[k] = features.mean(0)
-    factors.append(features.std(0) if covariance == 'diagonal' else _factor(features - means[k]).astype(dtype))
+  fits = []
+  with _bar('Gaussians of classes', len(counts), 'class', progress) as bar:
+    for fit in _parallel(lambda rows: _fit(embeddings.features[rows], covariance), classes):
+      fits.append(fit)
+      bar.update()
+  means, factors = np.stack([fit[0] for fit in fits]), tuple(fit[1] for fit in fits)
   if not np.isfinite(means).all():
     raise ValueError(f'features of class {_name(embeddings, np.flatnonzero(~np.isfinite(means).all(1))[0])} are not finite')
-  return Gaussians(means, np.stack(factors) if covariance == 'diagonal' else tuple(factors))
+  return Gaussians(means, np.stack(factors) if covariance == 'diagonal' else factors)
 
 
 def bures(source: Gaussians, target: Gaussians, *, progress: bool = True) -> np.ndarray:
@@ -104,9 +105,7 @@ def bures(source: Gaussians, target: Gaussians, *, progress: bool = True) -> np.
   if diagonal:
     return result + scipy_distance.cdist(source.factors, target.factors, 'sqeuclidean')
   result += _traces(source)[:, None] + _traces(target)
-  pairs = len(result) * (len(result) - 1) // 2 if source is target else result.size
-  for i, j, product in _bar(_products(source, target), 'distances of classes', 'pair', progress, pairs):
-    result[i, j] -= 2 * _nuclear_norm(product, result[i, j])
+  _subtract_cross_terms(result, source, target, progress)
   if source is target:
     result = np.triu(result, 1) + np.triu(result, 1).T
   return np.maximum(result, 0)
@@ -191,6 +190,15 @@ def domain_similarity(source: Embeddings, target: Embeddings, *, gamma: float = 
 # Gaussians of classes.
 
 
+def _fit(features: np.ndarray, covariance: Covariance) -> tuple[np.ndarray, np.ndarray]:
+  """The mean `[d]` of one class and its factor or standard deviations."""
+  rows = features.astype(np.float64)
+  mean = rows.mean(0)
+  if covariance == 'diagonal':
+    return mean, rows.std(0)
+  return mean, _factor(rows - mean).astype(np.promote_types(features.dtype, np.float32))
+
+
 def _factor(centred: np.ndarray) -> np.ndarray:
   """A `[d, min(n - 1, d)]` with A A' = X' X / n for centred rows X `[n, d]`."""
   n, d = centred.shape
@@ -206,24 +214,34 @@ def _traces(side: Gaussians) -> np.ndarray:
   return np.array([np.square(factor, dtype=np.float64).sum() for factor in side.factors])
 
 
-def _products(source: Gaussians, target: Gaussians) -> Iterator[tuple[int, int, np.ndarray]]:
-  """(i, j, A_i' B_j `[r, r']`), for i < j alone where both sides are one."""
+def _subtract_cross_terms(distances: np.ndarray, source: Gaussians, target: Gaussians, progress: bool) -> None:
+  """Subtracts 2 |A_i' B_j|_* from entry (i, j) of the sum of the other terms `[k, l]`; where both sides are one, for i < j alone."""
   symmetric = source is target
-  for block in _blocks([factor.shape[1] for factor in target.factors]):
-    columns = np.concatenate([target.factors[j].astype(np.float64) for j in block], 1)
-    ends = np.cumsum([target.factors[j].shape[1] for j in block])[:-1]
-    for i, factor in enumerate(source.factors[:block.stop] if symmetric else source.factors):
-      for j, product in zip(block, np.split(factor.astype(np.float64).T @ columns, ends, axis=1)):
-        if i < j or not symmetric:
-          yield i, j, product
+  total = len(distances) * (len(distances) - 1) // 2 if symmetric else distances.size
+  with _bar('distances of classes', total, 'pair', progress) as bar:
+    for block in _blocks([factor.shape[1] for factor in target.factors]):
+      columns = np.concatenate([factor.astype(np.float64) for factor in target.factors[block]], 1)
+      ends = np.cumsum([factor.shape[1] for factor in target.factors[block]])[:-1]
+      rows = range(block.stop if symmetric else len(distances))
+      first = [max(0, i + 1 - block.start) if symmetric else 0 for i in rows]
+      row = lambda i, first: _cross_terms(source.factors[i], columns, ends, distances[i, block], first)  # noqa: B023 (used at once)
+      for i, terms in zip(rows, _parallel(row, rows, first)):
+        distances[i, block] -= terms
+        bar.update(len(terms) - first[i])
 
 
-def _blocks(widths: Sequence[int]) -> Iterator[range]:
+def _cross_terms(factor: np.ndarray, columns: np.ndarray, ends: np.ndarray, wholes: np.ndarray, first: int) -> np.ndarray:
+  """2 |A' B_j|_* `[b]` for the factors B_j side by side in `columns`, from number `first` on and 0 before."""
+  products = np.split(factor.astype(np.float64).T @ columns, ends, axis=1)
+  return np.array([0.0 if j < first else 2 * _nuclear_norm(product, wholes[j]) for j, product in enumerate(products)])
+
+
+def _blocks(widths: Sequence[int]) -> Iterator[slice]:
   """Consecutive factors with about `_COLUMNS` columns together."""
   first = 0
   while first < len(widths):
     size = max(1, int(np.searchsorted(np.cumsum(widths[first:]), _COLUMNS, side='right')))
-    yield range(first, min(first + size, len(widths)))
+    yield slice(first, min(first + size, len(widths)))
     first += size
 
 
@@ -395,6 +413,21 @@ def _name(embeddings: Embeddings, k: int) -> str:
   return str(k) if embeddings.class_names is None else repr(embeddings.class_names[k])
 
 
-def _bar(items: Any, what: str, unit: str, progress: bool, total: int | None = None) -> Any:
+def _parallel(function: Callable[..., Any], *arguments: Iterable[Any]) -> Iterator[Any]:
+  """`map` on all cores, for functions that spend their time in numpy's linear algebra.
+
+  Each call has one thread. Matrices of a class are too small to be shared out: the threads of the BLAS would wait for each other, and
+  where the machine has other work to do that takes ten times as long.
+  """
+  from concurrent import futures
+
+  import threadpoolctl
+
+  cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+  with threadpoolctl.threadpool_limits(1, 'blas'), futures.ThreadPoolExecutor(cores) as pool:
+    yield from pool.map(function, *arguments)
+
+
+def _bar(what: str, total: int, unit: str, progress: bool) -> Any:
   from tqdm.auto import tqdm
-  return tqdm(items, desc=what, total=total, unit=f' {unit}', delay=2, leave=False, file=sys.stderr, disable=not progress)
+  return tqdm(desc=what, total=total, unit=f' {unit}', delay=2, leave=False, file=sys.stderr, disable=not progress)

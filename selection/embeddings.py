@@ -13,7 +13,7 @@ import numpy as np
 Batch = Mapping[str, np.ndarray]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Embeddings:
   """Features of n images (or n classes) by one encoder.
 
@@ -68,6 +68,29 @@ class Embeddings:
   def __len__(self) -> int:
     return len(self.features)
 
+  def __repr__(self) -> str:
+    labels = '' if self.labels is None else f' of {self.num_classes:,d} classes'
+    kind = 'images' if self.weights is None else 'means'
+    return f'<Embeddings of {len(self):,d} {kind}{labels}, {self.features.shape[1]} dimensions>'
+
+  def of_classes(self, classes: Sequence[int]) -> 'Embeddings':
+    """The rows of some classes; their labels become 0, 1, ... in the order of `classes`.
+
+    Raises:
+      ValueError: no labels, or a class that is not there.
+    """
+    if self.labels is None:
+      raise ValueError('these embeddings have no labels, so they have no classes')
+    numbers = np.full(self.num_classes, -1)
+    wrong = [k for k in classes if not 0 <= k < len(numbers)]
+    if wrong:
+      raise ValueError(f'class {wrong[0]} is not among the {self.num_classes} classes')
+    numbers[list(classes)] = np.arange(len(classes))
+    rows = np.flatnonzero(numbers[self.labels] >= 0)
+    part = lambda values: None if values is None else values[rows]
+    names = None if self.class_names is None else [self.class_names[k] for k in classes]
+    return Embeddings(self.features[rows], numbers[self.labels[rows]], names, part(self.ids), part(self.weights), self.fingerprint)
+
   @property
   def num_classes(self) -> int:
     """Number of classes: that of the names, or one more than the largest label; raises ValueError without labels."""
@@ -112,6 +135,9 @@ def class_means(embeddings: Embeddings) -> Embeddings:
   weights = np.ones(len(labels)) if embeddings.weights is None else embeddings.weights.astype(np.float64)
   size = embeddings.num_classes
   sums = np.zeros((size, embeddings.features.shape[1]))
+  if len(labels) == size == len(np.unique(labels)):  # means already
+    sums[labels] = embeddings.features * weights[:, None]
+    return _from_sums(sums, np.bincount(labels, weights, minlength=size), embeddings.class_names, embeddings.fingerprint)
   for first in range(0, len(labels), 4096):  # no second copy of all features
     rows = slice(first, first + 4096)
     np.add.at(sums, labels[rows], embeddings.features[rows].astype(np.float64) * weights[rows, None])
@@ -126,7 +152,7 @@ def _check_finite(features: np.ndarray) -> None:
 
 
 def embed(encode: Callable[[Any, jax.Array], jax.Array], variables: Any, batches: Iterable[Batch], *,
-          class_names: Sequence[str] | None = None, fingerprint: str = '') -> Embeddings:
+          class_names: Sequence[str] | None = None, ids: Sequence[str] | None = None, fingerprint: str = '') -> Embeddings:
   """Runs an encoder over all images, on all devices.
 
   Args:
@@ -134,6 +160,7 @@ def embed(encode: Callable[[Any, jax.Array], jax.Array], variables: Any, batches
     variables: what it needs, as a pytree.
     batches: mappings with `image`, and `label`, `index` (kept as ids) and `mask` (False for padding) where there are any.
     class_names: of the labels.
+    ids: what each image is called, such as its file, by its `index`; None keeps the index.
     fingerprint: of the encoder and its preprocessing.
 
   Returns:
@@ -146,7 +173,10 @@ def embed(encode: Callable[[Any, jax.Array], jax.Array], variables: Any, batches
   if 'index' in joined:
     order = np.argsort(joined['index'], kind='stable')
     joined = {key: value[order] for key, value in joined.items()}
-  return Embeddings(joined['features'], joined.get('label'), class_names, joined.get('index'), fingerprint=fingerprint)
+  index = joined.get('index')
+  if ids is not None:
+    index = np.asarray(ids)[np.arange(len(joined['features'])) if index is None else index]
+  return Embeddings(joined['features'], joined.get('label'), class_names, index, fingerprint=fingerprint)
 
 
 def embed_class_means(encode: Callable[[Any, jax.Array], jax.Array], variables: Any, batches: Iterable[Batch], *,

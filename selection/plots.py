@@ -89,7 +89,7 @@ def _draw_ranking(axes: Any, selection: Selection, most: int) -> None:
                   ha='left' if at < 0.8 * n else 'right')
   axes.set_ylabel('share of transported mass, %' if percent else selection.measure)
   if percent:
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.12 * scores[:1].max(initial=0) or 1)  # room for the word at the cut
   axes.margins(x=0.01)
   axes.spines[['top', 'right']].set_visible(False)
 
@@ -115,7 +115,7 @@ def _draw_heat_map(figure: Any, axes: Any, selection: Selection, rows: np.ndarra
   noun = NOUNS[selection.by] if len(selection.units) > 1 else selection.by
   axes.set_title('where the mass of each goes: ' + shown(len(rows), len(selection.units), f'chosen {noun}') + ', '
                  + shown(len(columns), len(selection.target_names), 'of the target'), fontsize=9, loc='left')
-  figure.colorbar(image, ax=axes, label='% of the unit', shrink=0.9, pad=0.01)
+  figure.colorbar(image, ax=axes, label=f'% of what the {selection.by} gives', shrink=0.9, pad=0.01)
 
 
 def _label(name: Any) -> str:

@@ -54,6 +54,8 @@ def select(source: Any, target: Any, size: float, *, by: str = 'class', method: 
     raise ValueError(f'{method} has no parameter {sorted(unknown)[0]!r}; known: {", ".join(known) or "none"}')
   if by not in UNITS:
     raise ValueError(f'selection by {by!r}; known: {", ".join(UNITS)}')
+  if clusters is not None and by != 'cluster':
+    raise ValueError(f"clusters is {clusters}, but the units are {NOUNS[by]}; leave it out, or select by='cluster'")
   if method != 'none':
     _check_size(size)
   source, target = _opened(source, 'source'), _opened(target, 'target')
@@ -71,12 +73,13 @@ def select(source: Any, target: Any, size: float, *, by: str = 'class', method: 
   scores = STRATEGIES[method](problem, **parameters)
   chosen = _cut(scores, size, by) if method != 'none' else np.zeros(0, np.int64)
   plan, names, target_mass = _explained(scores, chosen, problem.target)
-  examples, members = _examples(source, units, chosen, by)
+  rows, row_units = _images(units, chosen, by)
+  ids = source.ids[rows] if rows is not None and isinstance(source, Embeddings) and source.ids is not None else None
   return Selection(
       method=method, by=by, size=size if method != 'none' else 0, seed=seed, parameters=parameters, units=chosen,
       scores=scores.values, measure=scores.measure, ascending=scores.ascending, names=units.names, target_names=names,
       counts=None if units.counts is None else np.asarray(units.counts, np.int64), plan=plan, target_mass=target_mass,
-      examples=examples, example_units=members, solver=scores.solver,
+      rows=rows, ids=ids, row_units=row_units, solver=scores.solver,
       encoder=(source.fingerprint if isinstance(source, Embeddings) else '') or target.fingerprint)
 
 
@@ -124,8 +127,9 @@ def _check_pair(source: Embeddings | Rows, target: Embeddings) -> None:
 
 
 def _check_size(size: float) -> None:
+  # 1.0 might mean one unit or all of the mass.
   if isinstance(size, bool) or not isinstance(size, numbers.Real) or not (
-      0 < size < 1 or isinstance(size, numbers.Integral) and size >= 1):
+      0 < size < 1 or 1 < size < np.inf and size == int(size) or size == 1 and isinstance(size, numbers.Integral)):
     raise ValueError(f'size is {size!r}; expected a whole number of units from 1, or a share of the transported mass between 0 and 1')
 
 
@@ -154,21 +158,21 @@ def _explained(scores: Scores, chosen: np.ndarray, target: Units) -> tuple[np.nd
   names = tuple(map(str, target.names)) if len(target.names) else tuple(f'row {j}' for j in range(m))
   if scores.plan is None or len(chosen) * len(names) > EXPLAINED:
     return None, names, None
-  groups = np.eye(len(names), dtype=np.float32)[target.members] if target.members is not None else np.eye(m, dtype=np.float32)
-  plan = scores.plan(chosen, groups).astype(np.float64)
+  alone = target.members is None or np.array_equal(target.members, np.arange(m))
+  groups = None if alone else np.eye(len(names), dtype=np.float32)[target.members]
+  plan = scores.plan(chosen, groups)
   if scores.measure == 'share':  # in units of all transported mass
-    plan *= (scores.values[chosen] / plan.sum(1))[:, None]
-  mass = None if scores.target_mass is None else scores.target_mass @ groups
-  return plan.astype(np.float32), names, mass
+    plan *= (scores.values[chosen] / plan.sum(1, dtype=np.float64))[:, None].astype(np.float32)
+  mass = scores.target_mass if scores.target_mass is None or groups is None else scores.target_mass @ groups
+  return plan, names, mass
 
 
-def _examples(source: Embeddings | Rows, units: Units, chosen: np.ndarray, by: str) -> tuple[np.ndarray | None, np.ndarray | None]:
-  """Ids, or row numbers, of the source images in the chosen units, and the unit of each."""
+def _images(units: Units, chosen: np.ndarray, by: str) -> tuple[np.ndarray | None, np.ndarray | None]:
+  """Rows of the source images in the chosen units, and the unit of each."""
   if by != 'example' and units.members is None:
     return None, None
   rows = chosen if by == 'example' else np.flatnonzero(np.isin(units.members, chosen))
-  ids = source.ids[rows] if isinstance(source, Embeddings) and source.ids is not None else rows
-  return ids, chosen if by == 'example' else units.members[rows].astype(np.int64)
+  return rows, chosen if by == 'example' else units.members[rows].astype(np.int64)
 
 
 def _key(source: Embeddings | Rows, target: Embeddings, by: str, method: str, seed: int, clusters: int | None,

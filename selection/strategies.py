@@ -46,7 +46,8 @@ class Scores:
     values: `[n]`.
     measure: what they are: 'share' (of the transported mass; sum 1), 'cosine', ...
     ascending: whether small values are chosen first.
-    plan: (rows, groups [m, g]) -> `[k, g]`, what goes from those units to each group of target units; None where nothing does.
+    plan: (rows, groups [m, g] or None) -> `[k, g]`, what goes from those units to each group of target units, or to each of them;
+      None where nothing does.
     target_mass: `[m]`, share of the mass that arrives at each target unit; None where there is none.
     solver: how the solver ended: iterations, error; {} where there was none.
   """
@@ -139,7 +140,7 @@ def softmax(problem: Problem, *, cost: str = 'cosine', epsilon: float = 0.1) -> 
 def nearest(problem: Problem) -> Scores:
   """The largest cosine to any target unit: max_j cos(s_i, t_j)."""
   costs = problem.between(blocks.cosine)
-  plan = lambda rows, groups: costs.of(ArrayRows(costs.pool.take(rows), check=False)).rows(_nearest_group, groups)
+  plan = lambda rows, groups: costs.of(rows).rows(_nearest_group, np.eye(costs.m) if groups is None else groups)
   return Scores(1 - costs.rows(_least_cost), 'cosine', plan=plan)
 
 
@@ -175,7 +176,7 @@ def _transported(kernel: Blocks, potentials: transport.Potentials, values: np.nd
   """Shares of the transported mass and the plan behind them."""
   if values is None:
     values = transport.normalised(transport.mass(kernel, potentials))
-  plan = lambda rows, groups: transport.plan(kernel.of(ArrayRows(kernel.pool.take(rows), check=False)), potentials, groups)
+  plan = lambda rows, groups: transport.plan(kernel.of(rows), potentials, groups)
   return Scores(values, 'share', plan=plan, target_mass=transport.target_mass(potentials),
                 solver={'iterations': potentials.iterations, 'error': potentials.error} if potentials.iterations else {})
 
@@ -184,7 +185,7 @@ def _sampled(costs: Blocks, sample: int, rng: np.random.Generator) -> Blocks:
   if not 0 < sample == int(sample):
     raise ValueError(f'sample is {sample}; expected a whole number of source rows from 1, or None for all')
   drawn = np.sort(rng.choice(costs.n, min(sample, costs.n), replace=False))
-  return costs.of(ArrayRows(costs.pool.take(drawn), check=costs.cost is not blocks.given))
+  return costs.of(drawn)
 
 
 def _check_converged(method: str, potentials: transport.Potentials, settings: str, mend: str) -> None:

@@ -20,7 +20,7 @@ READABLE = 10_000
 NOUNS = {'class': 'classes', 'cluster': 'clusters', 'example': 'examples'}
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Selection:
   """What `select` chose.
 
@@ -36,9 +36,10 @@ class Selection:
     plan: `[k, g]`, the share of the mass that goes from each chosen unit to each class of the target; None for strategies without one.
       For 'nearest' it is 1 where the nearest target unit is.
     target_mass: `[g]`, the share of the mass that arrives at each class of the target, from chosen units and all others; or None.
-    examples: `[e]`, ids (row numbers where there are none) of the source images in the chosen units; None where they are not known, as
-      the source was given as means. In the order of the source, or best first where the units are examples.
-    example_units: int `[e]`, the unit of each of them.
+    rows: int `[e]`, rows of the source images in the chosen units; None where they are not known, as the source was given as means.
+      In the order of the source, or best first where the units are examples.
+    ids: `[e]`, the ids of these images in the source; None where it has none.
+    row_units: int `[e]`, the unit of each of these images.
     solver: how the solver ended: iterations, error; {} where there was none.
     encoder: fingerprint of the encoder.
     source: name and fingerprint of the source data set; {} where it is not known.
@@ -57,8 +58,9 @@ class Selection:
   counts: np.ndarray | None = None
   plan: np.ndarray | None = None
   target_mass: np.ndarray | None = None
-  examples: np.ndarray | None = None
-  example_units: np.ndarray | None = None
+  rows: np.ndarray | None = None
+  ids: np.ndarray | None = None
+  row_units: np.ndarray | None = None
   solver: dict[str, Any] = dataclasses.field(default_factory=dict)
   encoder: str = ''
   source: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -79,9 +81,9 @@ class Selection:
     return tuple(self.name(i) for i in self.classes)
 
   @property
-  def converged(self) -> bool:
-    """True: `select` gives no selection whose solver did not converge."""
-    return True
+  def examples(self) -> np.ndarray | None:
+    """The source images in the chosen units: their ids, or rows where there are none, `[e]`; None where they are not known."""
+    return self.rows if self.ids is None else self.ids
 
   def name(self, unit: int) -> str:
     """The name of a source unit."""
@@ -91,9 +93,9 @@ class Selection:
 
   @functools.cached_property
   def _example_names(self) -> dict[int, str]:
-    if self.by != 'example' or self.examples is None or np.issubdtype(self.examples.dtype, np.integer):
+    if self.by != 'example' or self.ids is None:
       return {}
-    return dict(zip(self.units.tolist(), self.examples.tolist()))
+    return dict(zip(self.units.tolist(), map(str, self.ids.tolist())))
 
   def score_text(self, unit: int) -> str:
     """The score of a unit to be read: shares in per cent, with as many digits as the largest one needs for three."""
@@ -105,7 +107,7 @@ class Selection:
     if self.examples is None or unit not in self.units:
       raise ValueError(f'the images of unit {unit} are not known: ' + (
           'the source was given as means' if self.examples is None else 'it is not among the chosen units'))
-    return self.examples[self.example_units == unit]
+    return self.examples[self.row_units == unit]
 
   def ranking(self) -> np.ndarray:
     """All units, best first: int `[n]`."""
@@ -143,11 +145,8 @@ class Selection:
       most: chosen units to show; None shows all.
       beyond: units to show below the cut.
     """
-    title = f'{self.method}: {len(self.units):,d} of {len(self.scores):,d} source {NOUNS[self.by]}'
     if not len(self.units):
-      return title
-    if self.solver:
-      title += f', converged in {self.solver["iterations"]} iterations'
+      return self._title()
     shown = len(self.units) if most is None else min(most, len(self.units))
     rows = self.units[:shown].tolist()
     below = best(self.scores, self.ascending, len(self.units) + beyond)[len(self.units):].tolist()
@@ -164,13 +163,17 @@ class Selection:
 
     head = f'{"rank":>5s}  {self.by:<{width}s}' + (f'{self.measure:>{score_width}s}' if score_width else '')
     head += (f'{"images":>9s}' if self.counts is not None else '') + ('  drawn by' if why else '')
-    lines = [title, head] + [line(rank, unit) for rank, unit in enumerate(rows)]
+    lines = [self._title(), head] + [line(rank, unit) for rank, unit in enumerate(rows)]
     if shown < len(self.units):
       lines.append(f'       ... and {len(self.units) - shown:,d} more')
     if below:
       lines.append('       ' + '-' * 8 + ' not chosen ' + '-' * 8)
       lines += [line(len(self.units) + k, unit) for k, unit in enumerate(below)]
     return '\n'.join(lines)
+
+  def _title(self) -> str:
+    ended = f', converged in {self.solver["iterations"]} iterations' if self.solver else ''
+    return f'{self.method}: {len(self.units):,d} of {len(self.scores):,d} source {NOUNS[self.by]}{ended}'
 
   def target_table(self, most: int | None = 20) -> str:
     """The reverse as text: each class of the target, how much of what it draws comes from chosen units, and from which.
@@ -186,8 +189,8 @@ class Selection:
     names = {j: _short(self.target_names[j]) for j in rows}
     width = max(len('target'), *map(len, names.values()))
     served = self.explain_target(3)
-    lines = [f'{"target":<{width}s}  covered  by'] + [
-        f'{names[j]:<{width}s}{covered[j]:9.1%}  ' + ', '.join(f'{_short(name, 24)} {part:.1%}' for name, part in served[j]) for j in rows]
+    by = lambda j: ', '.join(f'{_short(name, 24)} {part:.1%}' for name, part in served[j] if part >= 0.0005)
+    lines = [f'{"target":<{width}s}  covered  by'] + [f'{names[j]:<{width}s}{covered[j]:9.1%}  {by(j)}'.rstrip() for j in rows]
     return '\n'.join(lines + ([f'... and {len(order) - len(rows):,d} more'] if len(rows) < len(order) else []))
 
   def plot(self) -> Any:
@@ -197,7 +200,9 @@ class Selection:
 
   def compare(self, other: 'Selection') -> 'Comparison':
     """What two selections from the same units have in common; raises ValueError where the units are not the same."""
-    if self.by != other.by or len(self.scores) != len(other.scores) or list(self.names[:1000]) != list(other.names[:1000]):
+    same = self.by == other.by and len(self.scores) == len(other.scores) and list(self.names[:1000]) == list(other.names[:1000])
+    # Clusters have numbers for names; those of another clustering have other sizes.
+    if not same or self.by == 'cluster' and not np.array_equal(self.counts, other.counts):
       raise ValueError(f'a selection of {len(self.scores)} {NOUNS[self.by]} cannot be compared with one of {len(other.scores)} '
                        f'{NOUNS[other.by]}: the units are not the same')
     mine, others = set(self.units.tolist()), set(other.units.tolist())
@@ -209,7 +214,7 @@ class Selection:
 
     Args:
       path: the text file.
-      files: the file of each source image. Without it the ids of the source are written.
+      files: the file of each row of the source. Without it the ids of the source are written, or the rows where there are none.
       labels: the class of each file; for a selection of classes that was made from means, which knows no images.
 
     Returns:
@@ -227,9 +232,9 @@ class Selection:
       raise ValueError('this selection was made from means, and knows no images; give files=[...] and labels=[...], the file and the '
                        'class of each source image')
     elif files is not None:
-      if not np.issubdtype(self.examples.dtype, np.integer) or len(self.examples) and self.examples.max() >= len(files):
-        raise ValueError(f'{len(files)} files do not fit: expected one for each source row, numbered as the ids of the source')
-      chosen = [str(files[i]) for i in self.examples]
+      if len(self.rows) and self.rows.max() >= len(files):
+        raise ValueError(f'{len(files)} files do not fit: expected one for each row of the source, and row {self.rows.max()} is chosen')
+      chosen = [str(files[i]) for i in self.rows]
     else:
       chosen = self.examples.tolist()
     lines = sorted({str(line) for line in chosen} if files is not None or isinstance(next(iter(chosen), ''), str) else set(chosen))
@@ -242,15 +247,18 @@ class Selection:
   def __str__(self) -> str:
     return self.table()
 
+  def __repr__(self) -> str:
+    return f'<Selection of {self._title()}>'
+
   def _repr_html_(self) -> str:
     import html
-    return f'<pre>{html.escape(self.table())}</pre>'
+    return f'<pre style="font-family: monospace; white-space: pre">{html.escape(self.table())}</pre>'
 
   def save(self, path: str | os.PathLike[str]) -> None:
     """Writes one JSON file, whole or not at all. Scores of examples are kept with float32 precision."""
     fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
     document = {'format_version': FORMAT_VERSION, **{key: _packed(value) for key, value in fields.items()}}
-    # Names of examples would be all file names of the pool; those of the chosen ones are among the examples.
+    # Names of examples would be all file names of the pool; those of the chosen ones are among the ids.
     document['names'] = [str(name) for name in self.names] if self.by != 'example' else []
     document['target_names'] = [str(name) for name in self.target_names]
     # A line a field: readable, and small where lists are long.
@@ -276,10 +284,10 @@ class Selection:
         raise ValueError(f'it has format version {version}; this program reads {FORMAT_VERSION}')
       fields = {key: _unpacked(value) for key, value in document.items()}
       for key, kind in {'units': np.int64, 'scores': np.float64, 'counts': np.int64, 'plan': np.float32, 'target_mass': np.float64,
-                        'example_units': np.int64}.items():
+                        'rows': np.int64, 'row_units': np.int64}.items():
         if document[key] is not None and isinstance(document[key], list):
           fields[key] = np.asarray(document[key], kind)
-      fields['examples'] = None if document['examples'] is None else np.asarray(fields['examples'])
+      fields['ids'] = None if document['ids'] is None else np.asarray(fields['ids'])
       selection = cls(**{**fields, 'names': tuple(document['names']), 'target_names': tuple(document['target_names'])})
       selection._check()
     except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
@@ -291,7 +299,7 @@ class Selection:
     """Raises ValueError where the parts do not fit together: the file was changed."""
     n, k, g = len(self.scores), len(self.units), len(self.target_names)
     shapes = {'names': (0,) if self.by == 'example' else (n,), 'counts': (n,), 'plan': (k, g), 'target_mass': (g,),
-              'example_units': np.shape(self.examples)}
+              'row_units': np.shape(self.rows), 'ids': np.shape(self.rows)}
     wrong = [name for name, shape in shapes.items() if getattr(self, name) is not None and np.shape(getattr(self, name)) != shape]
     if wrong or self.by not in NOUNS or k and not 0 <= self.units.min() <= self.units.max() < n or len(set(self.units.tolist())) < k:
       raise ValueError(f'its parts do not fit together: {", ".join(wrong) or "units"}')

@@ -86,17 +86,19 @@ def target_mass(potentials: Potentials) -> np.ndarray:
   return normalised((1 - 1 / potentials.tau_target) * potentials.log_v)
 
 
-def plan(kernel: Blocks, potentials: Potentials, groups: np.ndarray) -> np.ndarray:
-  """The rows of the plan `[n, g]` for masses of one, summed over groups of target units.
+def plan(kernel: Blocks, potentials: Potentials, groups: np.ndarray | None = None) -> np.ndarray:
+  """The rows of the plan `[n, m]` for masses of one; or `[n, g]`, summed over groups of target units.
 
   Args:
     kernel: for the wanted rows alone, see `Blocks.of`.
     potentials: of the whole problem.
-    groups: `[m, g]`, which part of each target unit belongs to each group.
+    groups: `[m, g]`, which part of each target unit belongs to each group; None keeps them apart.
   """
   shift = potentials.log_v.max()
-  rows = kernel.rows(_plan_rows, np.exp(potentials.log_v - shift), potentials.tau_source, groups)
-  return rows * np.exp((1 - potentials.tau_source) * shift)
+  operands = () if groups is None else (groups,)
+  rows = kernel.rows(_plan_rows, np.exp(potentials.log_v - shift), potentials.tau_source, *operands)
+  rows *= np.float32(np.exp((1 - potentials.tau_source) * shift))
+  return rows
 
 
 def closed_form(kernel: Blocks) -> Potentials:
@@ -215,9 +217,10 @@ def _scaled_column_sums(kernel: jax.Array, valid: jax.Array, v: jax.Array, tau_s
   return jnp.matmul(u, kernel, precision=jax.lax.Precision.HIGHEST)
 
 
-def _plan_rows(kernel: jax.Array, valid: jax.Array, v: jax.Array, tau_source: jax.Array, groups: jax.Array) -> jax.Array:
+def _plan_rows(kernel: jax.Array, valid: jax.Array, v: jax.Array, tau_source: jax.Array, groups: jax.Array | None = None) -> jax.Array:
   u = _row_sums(kernel, valid, v) ** -tau_source
-  return u[:, None] * jnp.matmul(kernel * v, groups, precision=jax.lax.Precision.HIGHEST)
+  plan = u[:, None] * kernel * v
+  return plan if groups is None else jnp.matmul(plan, groups, precision=jax.lax.Precision.HIGHEST)
 
 
 def _underflow(kernel: Blocks) -> str:

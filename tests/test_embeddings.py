@@ -51,6 +51,23 @@ def test_images_alone(pieces):
   assert embeddings.labels is None
 
 
+def test_ids_name_the_images(pieces):
+  """By the index of each image, whatever the order of the batches."""
+  _, _, batches, variables = pieces
+  embeddings = embed(encode, variables, batches, ids=[f'{i}.jpg' for i in range(11)])
+  assert embeddings.ids.tolist() == [f'{i}.jpg' for i in range(11)]
+
+
+def test_of_classes():
+  """Rows of some classes, labelled anew in the order in which they were asked for."""
+  all_of_them = Embeddings(np.arange(10.0).reshape(5, 2), [0, 1, 2, 1, 0], ['a', 'b', 'c'], list('vwxyz'), fingerprint='f')
+  part = all_of_them.of_classes([2, 0])
+  assert part.ids.tolist() == ['v', 'x', 'z'] and part.labels.tolist() == [1, 0, 1] and part.class_names == ('c', 'a')
+  assert repr(part) == '<Embeddings of 3 images of 2 classes, 2 dimensions>' and part.fingerprint == 'f'
+  with pytest.raises(ValueError, match='class 3 is not among the 3 classes'):
+    all_of_them.of_classes([3])
+
+
 def test_save_and_load(tmp_path):
   before = Embeddings(np.eye(3, dtype=np.float32), [0, 1, 1], ['a', 'b'], weights=[1, 2, 3], fingerprint='abc')
   before.save(tmp_path / 'deep' / 'e.npz')

@@ -193,6 +193,23 @@ def test_finetune_and_compare_on_folders(photos, pool, tmp_path):
   assert len(chosen['classes']) == 2 and chosen['images'] == 20
 
 
+@pytest.mark.parametrize('by,size,extra', [
+    ('example', '0.25', ()), ('cluster', '3', ('--config.selection.clusters=6', '--config.selection.cost=bures'))])
+def test_single_images_and_clusters(photos, pool, tmp_path, by, size, extra):
+  """Selected by image or cluster: the network is fine-tuned with those images alone, and the report shows them."""
+  run = main(tmp_path / 'run', '--config=configs/miniature.py:finetune', f'--config.source.name=folder:{pool}',
+             f'--config.target.name=folder:{photos}', '--config.model.weights=', '--config.model.width=4', '--config.image_size=32',
+             '--config.augment.short_side=36', f'--config.selection.by={by}', f'--config.selection.size={size}', *extra,
+             '--config.train.steps=2', '--config.train.batch_size=4')
+  assert run.returncode == 0, run.stderr
+  used = json.loads((tmp_path / 'run' / 'results.json').read_text())['selection']
+  chosen = json.loads((tmp_path / 'run' / 'selection.json').read_text())
+  assert used['by'] == by and used['units'] == len(chosen['units']) and used['images'] == len(chosen['rows']) < 60
+  page = (tmp_path / 'run' / 'report.html').read_text()
+  assert f'The chosen {"images" if by == "example" else "clusters"}, best first' in page
+  assert page.count('data:image/jpeg') >= used['units'] + 8
+
+
 def test_same_images_on_both_sides_warns(photos, tmp_path):
   run = main(tmp_path / 'run', '--config=configs/miniature.py:finetune', f'--config.source.name=folder:{photos}',
              f'--config.target.name=folder:{photos}', '--config.model.weights=')

@@ -1,4 +1,4 @@
-"""Pools that do not fit: the same selection from memory, from a file, from chunks, on any number of devices and processes, and after a kill."""
+"""Pools that do not fit: the same selection from memory, a file, chunks, on any number of devices and processes, and after a kill."""
 
 import json
 import os
@@ -168,7 +168,8 @@ with np.load(sys.argv[4]) as f:
 results = {}
 for name, side, arguments in (
     ('class', (source, classes), dict(size=5)), ('example', source, dict(size=150, by='example')),
-    ('kernel', source, dict(size=150, by='example')), ('stream', source, dict(size=150, by='example', memory=0)), ('nearest', source, dict(size=150, by='example', method='nearest')),
+    ('kernel', source, dict(size=150, by='example')), ('stream', source, dict(size=150, by='example', memory=0)),
+    ('nearest', source, dict(size=150, by='example', method='nearest')),
     ('cluster', source, dict(size=8, by='cluster', clusters=30))):
   transport.WHOLE = 0 if name in ('kernel', 'stream') else 1 << 22
   chosen = select(side, (target, labels), **arguments)

@@ -65,8 +65,9 @@ def test_class_means_given_as_embeddings_count_as_they_are(sets):
 
 @pytest.mark.parametrize('change,words', [
     (dict(size=0), 'size is 0; expected a whole number of units from 1'), (dict(size=-3), 'size is -3'), (dict(size=11), 'from 1 to 10'),
-    (dict(size=2.5), 'size is 2.5; expected a whole number'), (dict(size=1.0), 'size is 1.0'), (dict(size=True), 'size is True'),
-    (dict(size=float('nan')), 'size is nan'), (dict(size='ten'), "size is 'ten'"),
+    (dict(size=2.5), 'size is 2.5; expected a whole number'),
+    (dict(clusters=5), "clusters is 5, but the units are classes"), (dict(size=1.0), 'size is 1.0'), (dict(size=True), 'size is True'),
+    (dict(size=float('nan')), 'size is nan'), (dict(size=float('inf')), 'size is inf'), (dict(size='ten'), "size is 'ten'"),
     (dict(size=0.5, method='nearest'), 'size is 0.5, a share of transported mass, but this strategy transports none .it measures cosine'),
     (dict(method='best'), "selection method 'best'; known: uot, ot, softmax, nearest"),
     (dict(by='colour'), "by 'colour'; known: class, cluster, example"),

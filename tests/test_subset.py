@@ -68,6 +68,120 @@ def test_load_refuses(chosen, tmp_path):
     Selection.load(tmp_path / 'none.json')
 
 
+def test_explanation_of_the_target_adds_up(chosen):
+  """What a class of the target draws from chosen units is covered by them; with all units chosen it is all of it."""
+  for parts, covered in zip(chosen.explain_target(4), chosen.coverage()):
+    assert sum(part for _, part in parts) == pytest.approx(covered, rel=1e-4) and 0 < covered < 1
+  np.testing.assert_allclose(everything(chosen).coverage(), 1, rtol=1e-4)
+  lines = chosen.target_table(2).splitlines()
+  assert lines[0].split() == ['target', 'covered', 'by'] and len(lines) == 4 and '... and 1 more' in lines[3]
+
+
+def everything(chosen: Selection) -> Selection:
+  """The same problem with all units chosen."""
+  rng = np.random.default_rng(0)
+  source = Embeddings(rng.normal(size=(12, 5)), np.arange(12), chosen.names, weights=np.arange(12) + 100)
+  return select(source, Embeddings(rng.normal(size=(3, 5)), np.arange(3), ['x', 'y', 'z']), 12)
+
+
+def test_compare(chosen):
+  whole = everything(chosen)
+  found = chosen.compare(whole)
+  assert found.shared == chosen.class_names and found.overlap == 1 and found.only_first == ()
+  assert found.only_second == tuple(name for name in whole.class_names if name not in chosen.class_names)
+  assert str(found).startswith('4 shared (100.0% of the smaller): ') and 'only in the first: none' in str(found)
+  clusters = [select(np.random.default_rng(0).normal(size=(90, 3)), np.eye(3), 3, by='cluster', clusters=9, seed=seed) for seed in (0, 1)]
+  with pytest.raises(ValueError, match='the units are not the same'):  # other clusters by the same names
+    clusters[0].compare(clusters[1])
+  with pytest.raises(ValueError, match='a selection of 12 classes cannot be compared with one of 5 examples'):
+    chosen.compare(select(np.eye(5, 5) + 1, np.eye(3, 5) + 1, 2, by='example'))
+
+
+@pytest.fixture(scope='module')
+def images() -> Embeddings:
+  """Forty images of eight classes, with file names as ids."""
+  rng = np.random.default_rng(1)
+  return Embeddings(rng.normal(size=(40, 5)), np.arange(40) % 8, [f'class {k}' for k in range(8)], [f'{k % 8}/{k}.jpg' for k in range(40)])
+
+
+@pytest.mark.parametrize('by', ['class', 'cluster', 'example'])
+def test_images_of_the_chosen_units(images, by, tmp_path):
+  """Ids of the images, by unit, whatever the unit; kept in the file; exported sorted and once."""
+  chosen = select(images, images.features[:6], 3, by=by, clusters=9 if by == 'cluster' else None)
+  if by == 'class':
+    assert sorted(chosen.examples) == sorted(images.ids[np.isin(images.labels, chosen.classes)])
+    assert chosen.examples_of(chosen.classes[0]).tolist() == images.ids[images.labels == chosen.classes[0]].tolist()
+  if by == 'example':
+    assert chosen.examples.tolist() == images.ids[chosen.units].tolist() == [chosen.name(i) for i in chosen.units]
+  assert (chosen.ids == images.ids[chosen.rows]).all()
+  assert sum(len(chosen.examples_of(unit)) for unit in chosen.units) == len(chosen.examples)
+  chosen.save(tmp_path / 's.json')
+  loaded = Selection.load(tmp_path / 's.json', source=images)
+  assert loaded.examples.tolist() == chosen.examples.tolist() and loaded.table(beyond=0) == chosen.table(beyond=0)
+  assert loaded.export(tmp_path / 'deep' / 'list.txt') == len(chosen.examples)
+  assert (tmp_path / 'deep' / 'list.txt').read_text().splitlines() == sorted(chosen.examples.tolist())
+  with pytest.raises(ValueError, match='not among the chosen units'):
+    chosen.examples_of(chosen.ranking()[-1])
+
+
+def test_export(chosen, images, tmp_path):
+  """From means by a list of files with their classes; by row numbers; and what cannot be written."""
+  files, labels = ['b.jpg', 'a.jpg', 'b.jpg', 'c.jpg'], [chosen.classes[0], chosen.classes[1], chosen.classes[0], chosen.ranking()[-1]]
+  assert chosen.export(tmp_path / 'list.txt', files, labels) == 2 and (tmp_path / 'list.txt').read_text() == 'a.jpg\nb.jpg\n'
+  by_row = select(Embeddings(images.features), images.features[:4], 3, by='example')
+  by_row.export(tmp_path / 'list.txt', [f'{i:02d}' for i in range(40)])
+  assert (tmp_path / 'list.txt').read_text().splitlines() == [f'{i:02d}' for i in sorted(by_row.units)]
+  by_row.export(tmp_path / 'list.txt')
+  assert (tmp_path / 'list.txt').read_text().splitlines() == [str(i) for i in sorted(by_row.units)]
+  for wrong, words in ((lambda: chosen.export(tmp_path / 'new.txt'), 'made from means, and knows no images'),
+                       (lambda: by_row.export(tmp_path / 'new.txt', ['a']), '1 files do not fit: expected one for each row'),
+                       (lambda: chosen.export(tmp_path / 'new.txt', files, labels[:2]), 'labels need a file for each .2 labels, 4 files'),
+                       (lambda: chosen.export(tmp_path / 'new.txt', ['a\nb'] * 4, labels), 'has a line break in it')):
+    with pytest.raises(ValueError, match=words):
+      wrong()
+  assert not (tmp_path / 'new.txt').exists()
+
+
+def test_load_checks_the_set(chosen, tmp_path):
+  chosen.save(tmp_path / 's.json')
+  features, labels = np.ones((12, 5)), np.arange(12)
+  Selection.load(tmp_path / 's.json', source=Embeddings(features, labels, chosen.names, fingerprint='encoder'))
+  for source, words in ((Embeddings(features[:5], labels[:5]), 'made for 12 source classes, and this source has 5'),
+                        (Embeddings(features, labels, chosen.names, fingerprint='other'), 'made with another encoder'),
+                        (Embeddings(features, labels, [*chosen.names[:-1], 'new']), 'class 11 was l, and is new here')):
+    with pytest.raises(ValueError, match=words):
+      Selection.load(tmp_path / 's.json', source=source)
+
+
+def test_a_large_selection_is_saved_small_and_whole(tmp_path):
+  """Long arrays as base64: 12,000 of 30,000 examples, in and out the same."""
+  rng = np.random.default_rng(0)
+  chosen = select(rng.normal(size=(30_000, 4)), (rng.normal(size=(20, 4)), np.arange(20) % 3), 12_000, by='example')
+  chosen.save(tmp_path / 's.json')
+  loaded = Selection.load(tmp_path / 's.json')
+  np.testing.assert_array_equal(loaded.scores, chosen.scores)
+  np.testing.assert_array_equal(loaded.units, chosen.units)
+  np.testing.assert_array_equal(loaded.plan, chosen.plan)
+  assert (tmp_path / 's.json').stat().st_size < 1_000_000
+  assert str(loaded) == str(chosen)
+
+
+def test_plots(chosen, images):
+  """Ranking and heat map with names; the part that goes to each class of the target; nothing to draw is said."""
+  figure = chosen.plot()
+  ranking, plan = figure.axes[:2]
+  assert [text.get_text() for text in plan.get_yticklabels()][1:] == list(chosen.class_names[1:])
+  assert sorted(text.get_text() for text in plan.get_xticklabels()) == ['x', 'y', 'z']
+  np.testing.assert_allclose(plan.images[0].get_array().sum(1), 100, rtol=1e-5)
+  assert figure._repr_png_()[:4] == b'\x89PNG'
+  assert len(select(images, images.features[:4], 3, method='greedy_emd').plot().axes) == 1
+  assert select(images, images.features[:4], 3, method='none').plot()
+  with pytest.raises(ValueError, match='random says nothing of single classes'):
+    plots.heat_map(select(images, images.features[:4], 3, method='random'))
+  large = select(np.random.default_rng(0).normal(size=(3000, 4)), (images.features[:30, :4], np.arange(30)), 1000, by='example')
+  assert len(large.plot().axes[1].get_yticklabels()) == 30
+
+
 def test_ranking_plot(chosen):
   """A bar a class, the chosen ones in the first colour; a curve where there are too many for names."""
   import matplotlib.colors

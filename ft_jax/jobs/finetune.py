@@ -55,7 +55,7 @@ def _train(config: ConfigDict, work: Workdir, splits: setup.Splits, pool: Source
   if chosen is not None:
     # The source head keeps all classes of the pool, as in the paper; only the chosen ones ever come.
     heads['source'] = len(pool.class_names)
-    helping = pool.of_classes(chosen.classes) if chosen.by == 'class' else pool.subset(chosen.examples)
+    helping = pool.of_classes(chosen.classes) if chosen.by == 'class' else pool.subset(chosen.rows)
     streams['source'] = fit.Stream(helping, _source_batch(config), config.source_weight)
 
   model = setup.build_model(config.model, heads)
@@ -161,8 +161,8 @@ def _select(config: ConfigDict, work: Workdir, weights: dict[str, Any] | None, t
     return selection.Selection.load(work.selection_json, pool.fingerprint)
   embedded = [_embedded(config, folder, weights, source, transform, what) for source, what in ((pool, 'source'), (target, 'target'))]
   size = settings.size if settings.size < 1 else int(settings.size)
-  chosen = selection.select(*embedded, size, by=settings.by, method=settings.method, seed=config.seed, clusters=settings.clusters,
-                            **_parameters(config))
+  chosen = selection.select(*embedded, size, by=settings.by, method=settings.method, seed=config.seed,
+                            clusters=settings.clusters if settings.by == 'cluster' else None, **_parameters(config))
   chosen = dataclasses.replace(chosen, source={'name': pool.name, 'fingerprint': pool.fingerprint})
   chosen.save(work.selection_json)
   log.info('%s', chosen.table(12))
@@ -190,7 +190,7 @@ def _embedded(config: ConfigDict, folder: epath.Path, weights: dict[str, Any] | 
 
 def _selection_section(target: Source, pool: Source, chosen: selection.Selection, most: int = 120) -> report.SelectionSection:
   """What the report shows of a selection, with a few images of each class."""
-  members = {unit: np.flatnonzero(pool.labels == unit) if chosen.by == 'class' else chosen.examples_of(unit)
+  members = {unit: np.flatnonzero(pool.labels == unit) if chosen.by == 'class' else chosen.rows[chosen.row_units == unit]
              for unit in chosen.units[:most].tolist()}
   rows = [report.ChosenUnit(pool.ids[unit] if chosen.by == 'example' else chosen.name(unit), chosen.score_text(unit), len(images), drawn_by,
                             _examples(pool, images, 4))
