@@ -7,7 +7,6 @@ compares the means of classes (Cui et al., CVPR 2018). All take features by one 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 import functools
 import os
-import sys
 from typing import Any, Literal, NamedTuple
 import warnings
 
@@ -16,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from selection.embeddings import class_means, Embeddings
+from selection.progress import bar
 
 Covariance = Literal['full', 'diagonal']
 
@@ -62,10 +62,10 @@ def gaussians(embeddings: Embeddings, covariance: Covariance = 'full', *, progre
                      'leave them out (labels from 0 without gaps)')
   classes = np.split(np.argsort(labels, kind='stable'), np.cumsum(counts)[:-1])
   fits = []
-  with _bar('Gaussians of classes', len(counts), 'class', progress) as bar:
+  with bar('Gaussians of classes', len(counts), 'classes', shown=progress) as shown:
     for fit in _parallel(lambda rows: _fit(embeddings.features[rows], covariance), classes):
       fits.append(fit)
-      bar.update()
+      shown.update()
   means, factors = np.stack([fit[0] for fit in fits]), tuple(fit[1] for fit in fits)
   if not np.isfinite(means).all():
     raise ValueError(f'features of class {_name(embeddings, np.flatnonzero(~np.isfinite(means).all(1))[0])} are not finite')
@@ -218,7 +218,7 @@ def _subtract_cross_terms(distances: np.ndarray, source: Gaussians, target: Gaus
   """Subtracts 2 |A_i' B_j|_* from entry (i, j) of the sum of the other terms `[k, l]`; where both sides are one, for i < j alone."""
   symmetric = source is target
   total = len(distances) * (len(distances) - 1) // 2 if symmetric else distances.size
-  with _bar('distances of classes', total, 'pair', progress) as bar:
+  with bar('distances of classes', total, 'pairs', shown=progress) as shown:
     for block in _blocks([factor.shape[1] for factor in target.factors]):
       columns = np.concatenate([factor.astype(np.float64) for factor in target.factors[block]], 1)
       ends = np.cumsum([factor.shape[1] for factor in target.factors[block]])[:-1]
@@ -227,7 +227,7 @@ def _subtract_cross_terms(distances: np.ndarray, source: Gaussians, target: Gaus
       row = lambda i, first: _cross_terms(source.factors[i], columns, ends, distances[i, block], first)  # noqa: B023 (used at once)
       for i, terms in zip(rows, _parallel(row, rows, first)):
         distances[i, block] -= terms
-        bar.update(len(terms) - first[i])
+        shown.update(len(terms) - first[i])
 
 
 def _cross_terms(factor: np.ndarray, columns: np.ndarray, ends: np.ndarray, wholes: np.ndarray, first: int) -> np.ndarray:
@@ -426,8 +426,3 @@ def _parallel(function: Callable[..., Any], *arguments: Iterable[Any]) -> Iterat
   cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
   with threadpoolctl.threadpool_limits(1, 'blas'), futures.ThreadPoolExecutor(cores) as pool:
     yield from pool.map(function, *arguments)
-
-
-def _bar(what: str, total: int, unit: str, progress: bool) -> Any:
-  from tqdm.auto import tqdm
-  return tqdm(desc=what, total=total, unit=f' {unit}', delay=2, leave=False, file=sys.stderr, disable=not progress)

@@ -102,12 +102,12 @@ class Selection:
     digits = f'{max(2, -int(np.floor(np.log10(max(self.scores.max(), 1e-300)))))}%' if self.measure == 'share' else '4f'
     return f'{self.scores[unit]:.{digits}}'
 
-  def examples_of(self, unit: int) -> np.ndarray:
-    """Ids (row numbers where there are none) of the source images in a chosen unit; raises ValueError where they are not known."""
-    if self.examples is None or unit not in self.units:
+  def rows_of(self, unit: int) -> np.ndarray:
+    """Rows of the source images in a chosen unit; raises ValueError where they are not known."""
+    if self.rows is None or unit not in self.units:
       raise ValueError(f'the images of unit {unit} are not known: ' + (
-          'the source was given as means' if self.examples is None else 'it is not among the chosen units'))
-    return self.examples[self.row_units == unit]
+          'the source was given as means' if self.rows is None else 'it is not among the chosen units'))
+    return self.rows[self.row_units == unit]
 
   def ranking(self) -> np.ndarray:
     """All units, best first: int `[n]`."""

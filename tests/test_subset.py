@@ -110,18 +110,18 @@ def test_images_of_the_chosen_units(images, by, tmp_path):
   chosen = select(images, images.features[:6], 3, by=by, clusters=9 if by == 'cluster' else None)
   if by == 'class':
     assert sorted(chosen.examples) == sorted(images.ids[np.isin(images.labels, chosen.classes)])
-    assert chosen.examples_of(chosen.classes[0]).tolist() == images.ids[images.labels == chosen.classes[0]].tolist()
+    assert chosen.rows_of(chosen.classes[0]).tolist() == np.flatnonzero(images.labels == chosen.classes[0]).tolist()
   if by == 'example':
     assert chosen.examples.tolist() == images.ids[chosen.units].tolist() == [chosen.name(i) for i in chosen.units]
   assert (chosen.ids == images.ids[chosen.rows]).all()
-  assert sum(len(chosen.examples_of(unit)) for unit in chosen.units) == len(chosen.examples)
+  assert sum(len(chosen.rows_of(unit)) for unit in chosen.units) == len(chosen.examples)
   chosen.save(tmp_path / 's.json')
   loaded = Selection.load(tmp_path / 's.json', source=images)
   assert loaded.examples.tolist() == chosen.examples.tolist() and loaded.table(beyond=0) == chosen.table(beyond=0)
   assert loaded.export(tmp_path / 'deep' / 'list.txt') == len(chosen.examples)
   assert (tmp_path / 'deep' / 'list.txt').read_text().splitlines() == sorted(chosen.examples.tolist())
   with pytest.raises(ValueError, match='not among the chosen units'):
-    chosen.examples_of(chosen.ranking()[-1])
+    chosen.rows_of(chosen.ranking()[-1])
 
 
 def test_export(chosen, images, tmp_path):

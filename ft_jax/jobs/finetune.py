@@ -190,7 +190,7 @@ def _embedded(config: ConfigDict, folder: epath.Path, weights: dict[str, Any] | 
 
 def _selection_section(target: Source, pool: Source, chosen: selection.Selection, most: int = 120) -> report.SelectionSection:
   """What the report shows of a selection, with a few images of each class."""
-  members = {unit: np.flatnonzero(pool.labels == unit) if chosen.by == 'class' else chosen.rows[chosen.row_units == unit]
+  members = {unit: np.flatnonzero(pool.labels == unit) if chosen.by == 'class' else chosen.rows_of(unit)
              for unit in chosen.units[:most].tolist()}
   rows = [report.ChosenUnit(pool.ids[unit] if chosen.by == 'example' else chosen.name(unit), chosen.score_text(unit), len(images), drawn_by,
                             _examples(pool, images, 4))
