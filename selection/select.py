@@ -15,8 +15,9 @@ from selection.strategies import defaults, Problem, Scores, STRATEGIES
 from selection.subset import best, NOUNS, Selection
 from selection.units import target_units, UNITS, Units
 
-# Explanations hold a number for each chosen unit and each class of the target; larger ones are left out.
-EXPLAINED = 1 << 25
+# Explanations hold a number for each chosen unit and each class of the target, or each of its rows where it has no labels. Larger ones
+# are left out: they would take longer than the selection.
+EXPLAINED_CLASSES, EXPLAINED_ROWS = 1 << 25, 1 << 22
 
 
 def select(source: Any, target: Any, size: float, *, by: str = 'class', method: str = 'uot', seed: int = 0, clusters: int | None = None,
@@ -156,9 +157,9 @@ def _explained(scores: Scores, chosen: np.ndarray, target: Units) -> tuple[np.nd
   """The plan from chosen units to classes of the target (its rows, without labels), the names of those, and the mass that each draws."""
   m = len(target.rows)
   names = tuple(map(str, target.names)) if len(target.names) else tuple(f'row {j}' for j in range(m))
-  if scores.plan is None or len(chosen) * len(names) > EXPLAINED:
-    return None, names, None
   alone = target.members is None or np.array_equal(target.members, np.arange(m))
+  if scores.plan is None or len(chosen) * len(names) > (EXPLAINED_ROWS if alone else EXPLAINED_CLASSES):
+    return None, names, None
   groups = None if alone else np.eye(len(names), dtype=np.float32)[target.members]
   plan = scores.plan(chosen, groups)
   if scores.measure == 'share':  # in units of all transported mass
