@@ -7,6 +7,7 @@ between devices only vectors of the target's length travel.
 
 from collections.abc import Callable, Iterator
 import functools
+import numbers
 from typing import Any, NamedTuple
 
 import jax
@@ -50,7 +51,9 @@ def euclidean(rows: jax.Array, target: jax.Array) -> jax.Array:
 
 
 def distance(rows: jax.Array, target: jax.Array) -> jax.Array:
-  """Euclidean distance of the features as they are."""
+  """Euclidean distance of the features as they are; around the mean of the target, so that little cancels in float32."""
+  centre = target.mean(0)
+  rows, target = rows - centre, target - centre
   squares = jnp.sum(rows**2, 1)[:, None] + jnp.sum(target**2, 1)
   return jnp.sqrt(jnp.maximum(squares - 2 * jnp.matmul(rows, target.T, precision=jax.lax.Precision.HIGHEST), 0))
 
@@ -82,7 +85,9 @@ class Blocks:
     return len(self.pool)
 
   def kernel(self, epsilon: float) -> 'Blocks':
-    """The kernel exp(-C / epsilon) of these costs."""
+    """The kernel exp(-C / epsilon) of these costs; raises ValueError for an epsilon that is not above 0."""
+    if not isinstance(epsilon, numbers.Real) or not 0 < epsilon < np.inf:
+      raise ValueError(f'epsilon is {epsilon!r}; expected a finite number above 0')
     return Blocks(self.pool, self.target, self.cost, epsilon, self.settings)
 
   def of(self, rows: np.ndarray) -> 'Blocks':
@@ -100,7 +105,9 @@ class Blocks:
 
   def keep(self, always: bool = False) -> 'Blocks':
     """Computes the entries once and keeps them on the devices, if they fit into `settings.memory`, or `always`; later passes are fast."""
-    if self._kept is None and (always or 4 * self.n * self.m <= self._memory()):
+    # An iterator's rows are not counted for this: that would be a pass of its own.
+    fits = self.pool.known_length is not None and 4 * self.n * self.m <= self._memory()
+    if self._kept is None and (always or fits):
       self._kept = [(count, self._run(_entries, False, True, rows, valid, ()), valid)
                     for _, count, rows, valid in self._chunks(0, 'cost')]
     return self
@@ -138,6 +145,9 @@ class Blocks:
     scores = (self.settings.journal if self._kept is None else Journal()).scores(name)
     for _, part in self._results(function, False, scores.done, name, operands):
       scores.append(part)
+    if scores.done != self.n:
+      raise ValueError(f'the kept pass holds {scores.done:,d} {name} and the source has {self.n:,d} rows; remove the workdir, '
+                       'or use another')
     return scores.all()
 
   def _results(self, function: BlockFunction, reduce: bool, first: int, what: str,
@@ -158,7 +168,7 @@ class Blocks:
     kept = self._kept is not None
     cost, epsilon = (given, None) if kept else (self.cost, self.epsilon)
     compiled = _compiled(function, reduce, spread, cost, epsilon is not None, self._block(len(rows)), self._mesh)
-    return compiled(rows, valid, self._target, np.float32(epsilon or 1), operands)
+    return compiled(rows, valid, self._target, np.float32(1 if epsilon is None else epsilon), operands)
 
   def _chunks(self, first: int, what: str) -> Iterator[tuple[int, int, jax.Array, jax.Array]]:
     """(first row, rows, entries or features on the devices, which rows are valid)."""

@@ -5,6 +5,7 @@ import dataclasses
 import os
 import pathlib
 from typing import Any
+import uuid
 import zipfile
 
 import jax
@@ -44,6 +45,8 @@ class Embeddings:
       value = getattr(self, name)
       if value is not None:
         value = np.asarray(value)
+        if value.dtype.kind == 'S':
+          value = np.char.decode(value)
         set_field(name, value.astype(str) if value.dtype == object else value)
         if getattr(self, name).shape != (len(self.features),):
           raise ValueError(f'{name} have shape {getattr(self, name).shape}; expected [{len(self.features)}], one a row of features')
@@ -57,6 +60,9 @@ class Embeddings:
         twice = ids[np.argmax(counts > 1)]
         raise ValueError(f'{(counts > 1).sum():,d} ids occur more than once, such as {twice!s} ({counts.max()} times at most); '
                          'an id must say which image it is')
+    if self.weights is not None and not (np.isfinite(self.weights).all() and (self.weights > 0).all()):
+      raise ValueError(f'weights go from {self.weights.min()} to {self.weights.max()}; expected finite numbers above 0, the images '
+                       'of each row')
     if self.labels is not None:
       if not np.issubdtype(self.labels.dtype, np.integer) or self.labels.min() < 0:
         raise ValueError(f'labels are {self.labels.dtype} from {self.labels.min()}; expected integers from 0')
@@ -72,6 +78,15 @@ class Embeddings:
     labels = '' if self.labels is None else f' of {self.num_classes:,d} classes'
     kind = 'images' if self.weights is None else 'means'
     return f'<Embeddings of {len(self):,d} {kind}{labels}, {self.features.shape[1]} dimensions>'
+
+  def check_classes(self) -> None:
+    """Raises ValueError for classes without a row."""
+    present, size = np.unique(self.labels), self.num_classes
+    if len(present) < size:
+      missing = np.setdiff1d(np.arange(min(size, len(present) + 5)), present)[:5]
+      names = [self.class_names[k] if self.class_names is not None else str(k) for k in missing]
+      raise ValueError(f'{size - len(present)} of {size} classes have no image: {", ".join(names)}; leave them out (labels from 0 '
+                       'without gaps)')
 
   def of_classes(self, classes: Sequence[int]) -> 'Embeddings':
     """The rows of some classes; their labels become 0, 1, ... in the order of `classes`.
@@ -105,7 +120,7 @@ class Embeddings:
     path = pathlib.Path(path)
     arrays = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if getattr(self, f.name) is not None}
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}.npz')
+    temporary = path.with_name(f'.{path.name}.{uuid.uuid4().hex}.npz')
     try:
       np.savez(temporary, **arrays)
       os.replace(temporary, path)
@@ -132,6 +147,7 @@ def class_means(embeddings: Embeddings) -> Embeddings:
   labels = embeddings.labels
   if labels is None:
     raise ValueError('class means need labels; give Embeddings(features, labels), or select by another unit')
+  embeddings.check_classes()
   weights = np.ones(len(labels)) if embeddings.weights is None else embeddings.weights.astype(np.float64)
   size = embeddings.num_classes
   sums = np.zeros((size, embeddings.features.shape[1]))

@@ -31,7 +31,7 @@ class Journal:
     if self._folder is None:
       return
     self._folder.mkdir(parents=True, exist_ok=True)
-    path, key = self._folder / 'selection_passes.json', json.loads(json.dumps(key))
+    path, key = self._folder / 'selection_passes.json', json.loads(json.dumps(key, default=lambda number: number.item()))
     if path.exists():
       try:
         before = json.loads(path.read_text(encoding='utf-8'))
@@ -89,6 +89,8 @@ class ScoreFile:
     if self._path is not None and jax.process_index() == 0:
       with open(self._path, 'ab') as stream:
         stream.write(self._parts[-1].tobytes())
+        stream.flush()
+        os.fsync(stream.fileno())  # the length of the file says how far the pass is, also after a power cut
 
   def all(self) -> np.ndarray:
     """All scores, float32 `[n]`."""

@@ -14,7 +14,10 @@ SEED_ROWS = 20
 
 
 class Clusters(NamedTuple):
-  """`centres` [k, d], means of their rows; `labels` [n]; `counts` [k], rows of each; `inertia`, the mean squared distance to the centre."""
+  """`centres` [k, d]; `labels` [n], the nearest centre of each row; `counts` [k], rows of each.
+
+  `inertia`: the mean squared distance to the centres before the last, whose rows have the `centres` as means.
+  """
   centres: np.ndarray
   labels: np.ndarray
   counts: np.ndarray
@@ -111,7 +114,9 @@ def _nearest(rows: jax.Array, valid: jax.Array, centres: jax.Array) -> jax.Array
 
 @jax.jit
 def _squares(rows: jax.Array, centres: jax.Array) -> jax.Array:
-  """Squared distances `[b, k]`."""
+  """Squared distances `[b, k]`; around the mean of the centres, so that little cancels in float32."""
+  middle = centres.mean(0)
+  rows, centres = rows - middle, centres - middle
   products = jnp.matmul(rows, centres.T, precision=jax.lax.Precision.HIGHEST)
   return jnp.maximum(jnp.sum(rows**2, 1)[:, None] - 2 * products + jnp.sum(centres**2, 1), 0)
 

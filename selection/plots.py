@@ -30,7 +30,7 @@ def heat_map(selection: Selection, most: int = 30) -> Any:
     ValueError: a selection without a plan.
   """
   if selection.plan is None or not len(selection.units):
-    raise ValueError(f'{selection.method} says nothing of single classes of the target, so there is no plan to draw')
+    raise ValueError(f'there is no plan to draw: {selection.unexplained()}')
   rows, columns = _shown(selection, most)
   figure = _figure(*_heat_map_size(rows, columns))
   _draw_heat_map(figure, figure.subplots(), selection, rows, columns)

@@ -56,9 +56,12 @@ class IteratedRows:
 
   def __init__(self, chunks: Callable[[], Iterable[np.ndarray]], length: int | None = None, what: str = 'source'):
     self._chunks, self.known_length, self._what, self._checked = chunks, length, what, 0
-    first = next(iter(self._arrays()), None)
-    if first is None:
-      raise ValueError(f'the iterator of {what} chunks gives none; expected arrays [c, d]')
+    once, again = chunks(), chunks()
+    if once is again and isinstance(once, Iterator):
+      raise ValueError(f'the function of {what} chunks gives the same iterator twice, which can be read only once; make a new one in it')
+    first = next((array for array in self._arrays() if len(array)), None)
+    if first is None or not first.shape[1]:
+      raise ValueError(f'the iterator of {what} chunks gives none with a row; expected arrays [c, d]')
     self.dimension = first.shape[1]
 
   def __len__(self) -> int:
@@ -74,7 +77,7 @@ class IteratedRows:
       array = array[max(0, first - begin):]
       while len(array):
         need = size - sum(map(len, parts))
-        parts.append(array[:need])
+        parts.append(np.array(array[:need], np.float32))  # a copy: an iterator may fill the same array again
         array = array[need:]
         if sum(map(len, parts)) == size:
           yield start, self._joined(parts, start)
@@ -89,16 +92,18 @@ class IteratedRows:
   def take(self, rows: np.ndarray) -> np.ndarray:
     """See `Rows`."""
     order = np.argsort(rows)
-    taken = np.empty((len(rows), self.dimension), np.float32)
-    end = 0
+    wanted, taken = rows[order], np.empty((len(rows), self.dimension), np.float32)
+    end = high = 0
     for array in self._arrays():
       begin, end = end, end + len(array)
-      low, high = np.searchsorted(rows[order], (begin, end))
-      taken[order[low:high]] = array[rows[order[low:high]] - begin]
+      low, high = np.searchsorted(wanted, (begin, end))
+      taken[order[low:high]] = array[wanted[low:high] - begin]
+    if high < len(rows):
+      raise ValueError(f'the {self._what} chunks held {end:,d} rows in this pass, and row {wanted[-1]:,d} in one before')
     return taken
 
   def _joined(self, parts: list[np.ndarray], start: int) -> np.ndarray:
-    chunk = np.asarray(parts[0] if len(parts) == 1 else np.concatenate(parts), np.float32)
+    chunk = parts[0] if len(parts) == 1 else np.concatenate(parts)
     if start + len(chunk) > self._checked:
       check_rows(chunk, start, self._what)
       self._checked = start + len(chunk)

@@ -18,6 +18,8 @@ from selection.units import target_units, UNITS, Units
 # Explanations hold a number for each chosen unit and each class of the target, or each of its rows where it has no labels. Larger ones
 # are left out: they would take longer than the selection.
 EXPLAINED_CLASSES, EXPLAINED_ROWS = 1 << 25, 1 << 22
+# Chosen rows that are explained at a time.
+SLICE = 1 << 16
 
 
 def select(source: Any, target: Any, size: float, *, by: str = 'class', method: str = 'uot', seed: int = 0, clusters: int | None = None,
@@ -49,16 +51,29 @@ def select(source: Any, target: Any, size: float, *, by: str = 'class', method: 
   Raises:
     ValueError: anything that does not fit, with what was expected; a solver that does not converge.
   """
+  # The rows are float32 whatever they came as; and OTT's loops do not run under jax_enable_x64.
+  with jax.enable_x64(False):
+    return _select(source, target, size, by, method, seed, clusters, workdir, memory, progress, parameters)
+
+
+def _select(source: Any, target: Any, size: float, by: str, method: str, seed: int, clusters: int | None,
+            workdir: str | os.PathLike[str] | None, memory: int | None, progress: bool, parameters: dict[str, Any]) -> Selection:
   known = defaults(method)
   unknown = set(parameters) - set(known)
   if unknown:
     raise ValueError(f'{method} has no parameter {sorted(unknown)[0]!r}; known: {", ".join(known) or "none"}')
   if by not in UNITS:
     raise ValueError(f'selection by {by!r}; known: {", ".join(UNITS)}')
+  if not isinstance(seed, numbers.Integral) or seed < 0:
+    raise ValueError(f'seed is {seed!r}; expected a whole number from 0')
+  if clusters is not None and not (isinstance(clusters, numbers.Integral) and clusters > 0):
+    raise ValueError(f'clusters is {clusters!r}; expected a whole number from 1')
   if clusters is not None and by != 'cluster':
     raise ValueError(f"clusters is {clusters}, but the units are {NOUNS[by]}; leave it out, or select by='cluster'")
   if method != 'none':
     _check_size(size)
+    if clusters is not None:
+      _check_most(size, clusters, by)
   source, target = _opened(source, 'source'), _opened(target, 'target')
   if not isinstance(target, Embeddings):
     raise ValueError('the target is given in chunks; expected selection.Embeddings(features, labels) or an array [m, d]')
@@ -73,7 +88,7 @@ def select(source: Any, target: Any, size: float, *, by: str = 'class', method: 
   problem = Problem(units, target_units(target, by), np.random.default_rng(seed), settings)
   scores = STRATEGIES[method](problem, **parameters)
   chosen = _cut(scores, size, by) if method != 'none' else np.zeros(0, np.int64)
-  plan, names, target_mass = _explained(scores, chosen, problem.target)
+  plan, names, target_mass = _explained(scores, chosen, source, problem.target)
   rows, row_units = _images(units, chosen, by)
   ids = source.ids[rows] if rows is not None and isinstance(source, Embeddings) and source.ids is not None else None
   return Selection(
@@ -86,6 +101,13 @@ def select(source: Any, target: Any, size: float, *, by: str = 'class', method: 
 
 def _opened(side: Any, what: str) -> Embeddings | Rows:
   """Embeddings or rows in chunks, whatever was given."""
+  try:
+    return _opened_as_it_is(side, what)
+  except ValueError as error:
+    raise error if what in str(error) else ValueError(f'the {what}: {error}') from error
+
+
+def _opened_as_it_is(side: Any, what: str) -> Embeddings | Rows:
   if isinstance(side, Embeddings):
     opened = side
   elif isinstance(side, (str, os.PathLike)):
@@ -98,6 +120,8 @@ def _opened(side: Any, what: str) -> Embeddings | Rows:
       return rows
     try:
       array = side if isinstance(side, np.memmap) else np.asarray(side)
+      if np.iscomplexobj(array):
+        raise ValueError('the numbers are complex')
       array = array if np.issubdtype(array.dtype, np.floating) else array.astype(np.float32)
     except (TypeError, ValueError) as error:
       raise ValueError(f'the {what} is a {type(side).__name__} that is no array ({error}); expected selection.Embeddings, features [n, d], '
@@ -110,7 +134,11 @@ def _opened(side: Any, what: str) -> Embeddings | Rows:
 
 def _mapped(path: str | os.PathLike[str], what: str) -> np.ndarray:
   try:
-    return np.load(path, mmap_mode='r')
+    mapped = np.load(path, mmap_mode='r')
+    if not isinstance(mapped, np.ndarray):
+      mapped.close()
+      raise ValueError('it holds several arrays')
+    return mapped
   except (OSError, EOFError, ValueError) as error:
     raise ValueError(f'the {what} {os.fspath(path)!r} cannot be read ({error}); expected a .npy file of features [n, d] '
                      '(selection.Embeddings.load reads what Embeddings.save wrote)') from error
@@ -145,7 +173,7 @@ def _cut(scores: Scores, size: float, by: str) -> np.ndarray:
   if size >= 1:
     return best(scores.values, scores.ascending, int(size))
   if scores.measure != 'share':
-    raise ValueError(f'size is {size}, a share of transported mass, but this strategy transports none (it measures {scores.measure}); '
+    raise ValueError(f'size is {size}, a share of transported mass, but this strategy does not go by it (it measures {scores.measure}); '
                      'give a whole number of units')
   order = best(scores.values, scores.ascending, len(scores.values))
   covered = np.cumsum(scores.values[order], dtype=np.float64)
@@ -153,17 +181,24 @@ def _cut(scores: Scores, size: float, by: str) -> np.ndarray:
   return order[:min(int(np.searchsorted(covered, size)) + 1, len(order))]
 
 
-def _explained(scores: Scores, chosen: np.ndarray, target: Units) -> tuple[np.ndarray | None, tuple[str, ...], np.ndarray | None]:
+def _explained(scores: Scores, chosen: np.ndarray, source: Embeddings | Rows,
+               target: Units) -> tuple[np.ndarray | None, tuple[str, ...], np.ndarray | None]:
   """The plan from chosen units to classes of the target (its rows, without labels), the names of those, and the mass that each draws."""
   m = len(target.rows)
   names = tuple(map(str, target.names)) if len(target.names) else tuple(f'row {j}' for j in range(m))
   alone = target.members is None or np.array_equal(target.members, np.arange(m))
-  if scores.plan is None or len(chosen) * len(names) > (EXPLAINED_ROWS if alone else EXPLAINED_CLASSES):
+  if scores.plan is None or len(chosen) * len(names) > (EXPLAINED_ROWS if target.members is None else EXPLAINED_CLASSES):
     return None, names, None
-  groups = None if alone else np.eye(len(names), dtype=np.float32)[target.members]
-  plan = scores.plan(chosen, groups)
-  if scores.measure == 'share':  # in units of all transported mass
-    plan *= (scores.values[chosen] / plan.sum(1, dtype=np.float64))[:, None].astype(np.float32)
+  groups = None
+  if not alone:
+    groups = np.zeros((m, len(names)), np.float32)
+    groups[np.arange(m), target.members] = 1
+  # The features of the chosen rows are not needed all at once; chunks have to be gone through for each slice.
+  step = SLICE if isinstance(source, Embeddings) else max(1, len(chosen))
+  plan = np.concatenate([scores.plan(chosen[k:k + step], groups) for k in range(0, max(1, len(chosen)), step)])
+  if scores.target_mass is not None:  # in units of all transported mass, of which balanced transport gives every unit the same
+    shares = scores.values[chosen] if scores.measure == 'share' else 1 / len(scores.values)
+    plan *= (shares / plan.sum(1, dtype=np.float64))[:, None].astype(np.float32)
   mass = scores.target_mass if scores.target_mass is None or groups is None else scores.target_mass @ groups
   return plan, names, mass
 
@@ -178,15 +213,17 @@ def _images(units: Units, chosen: np.ndarray, by: str) -> tuple[np.ndarray | Non
 
 def _key(source: Embeddings | Rows, target: Embeddings, by: str, method: str, seed: int, clusters: int | None,
          parameters: dict[str, Any]) -> dict[str, Any]:
-  """What kept passes depend on. A pool that may be larger than the memory is known by its size and a few rows."""
-  if isinstance(source, Embeddings):
-    n = len(source)
-    rows = np.unique(np.linspace(0, n - 1, 64).astype(int))
-    source_key = {'rows': n, 'digest': array_digest(np.asarray(source.features[rows]))}
-    if source.labels is not None:
-      source_key['labels'] = array_digest(source.labels)
+  """What kept passes depend on. A pool that may be larger than the memory is known by its size, its file and a few rows."""
+  digest = lambda side, features: array_digest(features, *(x for x in (side.labels, side.weights) if x is not None))
+  if not isinstance(source, Embeddings):
+    known = {'dimension': source.dimension, 'rows': source.known_length, 'digest': array_digest(next(source.read(64))[1])}
+  elif isinstance(source.features, np.memmap):
+    rows = np.unique(np.linspace(0, len(source) - 1, 64).astype(int))
+    file = os.stat(source.features.filename) if source.features.filename else None
+    known = {'rows': len(source), 'digest': digest(source, np.asarray(source.features[rows])),
+             'file': None if file is None else [file.st_size, file.st_mtime_ns]}
   else:
-    source_key = {'dimension': source.dimension, 'digest': array_digest(next(source.read(64))[1])}
-  labels = np.zeros(0) if target.labels is None else target.labels
-  return {'source': source_key, 'target': array_digest(target.features, labels), 'by': by, 'method': method, 'seed': seed,
-          'clusters': clusters, 'parameters': parameters, 'processes': jax.process_count()}
+    known = {'rows': len(source), 'digest': digest(source, source.features)}
+  kept = {name: value for name, value in parameters.items() if name != 'max_iterations'}  # which changes no pass
+  return {'source': known, 'target': digest(target, target.features), 'by': by, 'method': method, 'seed': seed,
+          'clusters': clusters, 'parameters': kept}

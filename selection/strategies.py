@@ -6,6 +6,7 @@ C_ij is the cost between source unit i and target unit j, s_i and t_j their feat
 from collections.abc import Callable
 import dataclasses
 import inspect
+import numbers
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ import numpy as np
 
 from selection import blocks, distances, transport
 from selection.blocks import Blocks, Settings
-from selection.pools import ArrayRows
+from selection.pools import ArrayRows, check_rows
 from selection.units import Units
 
 
@@ -35,6 +36,7 @@ class Problem:
   def between(self, cost: Callable[[jax.Array, jax.Array], jax.Array]) -> Blocks:
     """Costs that depend on the features of the units alone."""
     target = self.target.rows.take(np.arange(len(self.target.rows)))
+    check_rows(target, what='target')  # as float32, and of a file for the first time
     return Blocks(self.source.rows, target, cost, settings=self.settings)
 
 
@@ -82,6 +84,8 @@ def uot(problem: Problem, *, cost: str = 'cosine', epsilon: float = 0.1, rho_sou
   Raises:
     ValueError: the solver does not converge, by how much and what to change.
   """
+  if rho_source == np.inf:
+    raise ValueError("rho_source is inf, so that all source units would give the same mass; use a smaller one, or method='ot'")
   costs = problem.costs(cost)
   fitted = costs if sample is None else _sampled(costs, sample, problem.rng)
   kernel, potentials = transport.solve(fitted, epsilon=epsilon, rho_source=rho_source, rho_target=rho_target, max_iterations=max_iterations)
@@ -182,8 +186,8 @@ def _transported(kernel: Blocks, potentials: transport.Potentials, values: np.nd
 
 
 def _sampled(costs: Blocks, sample: int, rng: np.random.Generator) -> Blocks:
-  if not 0 < sample == int(sample):
-    raise ValueError(f'sample is {sample}; expected a whole number of source rows from 1, or None for all')
+  if not isinstance(sample, numbers.Integral) or sample < 1:
+    raise ValueError(f'sample is {sample!r}; expected a whole number of source rows from 1, or None for all')
   drawn = np.sort(rng.choice(costs.n, min(sample, costs.n), replace=False))
   return costs.of(drawn)
 
@@ -221,9 +225,12 @@ def _bures(problem: Problem) -> Blocks:
     if units.images is None or units.counts is None:
       raise ValueError(f"cost 'bures' compares the spread of classes, so the {what} needs its images with labels (not means, chunks or "
                        "single images); give selection.Embeddings(features, labels) and by='class' or by='cluster'")
-    norms = np.linalg.norm(units.images.features, axis=1, keepdims=True)
-    sides.append(distances.gaussians(dataclasses.replace(units.images, features=units.images.features / norms)))
-  return Blocks(ArrayRows(distances.bures(*sides) / 2, check=False), None, blocks.given, settings=problem.settings)
+    features = np.asarray(units.images.features, np.float32)
+    check_rows(features, what=what)
+    unit = dataclasses.replace(units.images, features=features / np.linalg.norm(features, axis=1, keepdims=True))
+    sides.append(distances.gaussians(unit, progress=problem.settings.progress))
+  squares = distances.bures(*sides, progress=problem.settings.progress)
+  return Blocks(ArrayRows(squares / 2, check=False), None, blocks.given, settings=problem.settings)
 
 
 COSTS: dict[str, Callable[[Problem], Blocks]] = {

@@ -7,8 +7,8 @@ import functools
 import json
 import os
 import pathlib
-import textwrap
 from typing import Any, NamedTuple
+import uuid
 
 import numpy as np
 
@@ -33,8 +33,8 @@ class Selection:
     names: of all source units; () where the units are examples.
     target_names: of the g classes (or rows) of the target.
     counts: images of each source unit, or None.
-    plan: `[k, g]`, the share of the mass that goes from each chosen unit to each class of the target; None for strategies without one.
-      For 'nearest' it is 1 where the nearest target unit is.
+    plan: `[k, g]`, the share of the mass that goes from each chosen unit to each class of the target. For 'nearest' it is 1 where the
+      nearest target unit is. None for strategies without one, and where it would be very large (see `unexplained`).
     target_mass: `[g]`, the share of the mass that arrives at each class of the target, from chosen units and all others; or None.
     rows: int `[e]`, rows of the source images in the chosen units; None where they are not known, as the source was given as means.
       In the order of the source, or best first where the units are examples.
@@ -175,6 +175,13 @@ class Selection:
     ended = f', converged in {self.solver["iterations"]} iterations' if self.solver else ''
     return f'{self.method}: {len(self.units):,d} of {len(self.scores):,d} source {NOUNS[self.by]}{ended}'
 
+  def unexplained(self) -> str:
+    """Why there is no plan."""
+    if self.measure in ('share', 'mean cost', 'cosine') and len(self.units):
+      return (f'the explanation was left out: {len(self.units):,d} chosen {NOUNS[self.by]} by {len(self.target_names):,d} of the target '
+              'are too many numbers; give the target labels, or choose fewer')
+    return f'{self.method} says nothing of single classes of the target'
+
   def target_table(self, most: int | None = 20) -> str:
     """The reverse as text: each class of the target, how much of what it draws comes from chosen units, and from which.
 
@@ -183,7 +190,7 @@ class Selection:
     """
     covered = self.coverage()
     if covered is None:
-      return f'{self.method} says nothing of single classes of the target'
+      return self.unexplained()
     order = np.argsort(-covered, kind='stable')
     rows = order[:most].tolist()
     names = {j: _short(self.target_names[j]) for j in rows}
@@ -200,7 +207,9 @@ class Selection:
 
   def compare(self, other: 'Selection') -> 'Comparison':
     """What two selections from the same units have in common; raises ValueError where the units are not the same."""
-    same = self.by == other.by and len(self.scores) == len(other.scores) and list(self.names[:1000]) == list(other.names[:1000])
+    same = self.by == other.by and len(self.scores) == len(other.scores)
+    # Examples that were loaded have no names but those of the chosen.
+    same = same and (not len(self.names) or not len(other.names) or list(self.names) == list(other.names))
     # Clusters have numbers for names; those of another clustering have other sizes.
     if not same or self.by == 'cluster' and not np.array_equal(self.counts, other.counts):
       raise ValueError(f'a selection of {len(self.scores)} {NOUNS[self.by]} cannot be compared with one of {len(other.scores)} '
@@ -232,13 +241,14 @@ class Selection:
       raise ValueError('this selection was made from means, and knows no images; give files=[...] and labels=[...], the file and the '
                        'class of each source image')
     elif files is not None:
-      if len(self.rows) and self.rows.max() >= len(files):
-        raise ValueError(f'{len(files)} files do not fit: expected one for each row of the source, and row {self.rows.max()} is chosen')
+      images = len(self.scores) if self.by == 'example' else int(self.counts.sum())
+      if len(files) != images:
+        raise ValueError(f'{len(files):,d} files do not fit: expected one for each of the {images:,d} rows of the source')
       chosen = [str(files[i]) for i in self.rows]
     else:
       chosen = self.examples.tolist()
     lines = sorted({str(line) for line in chosen} if files is not None or isinstance(next(iter(chosen), ''), str) else set(chosen))
-    broken = [line for line in lines if isinstance(line, str) and '\n' in line]
+    broken = [line for line in lines if isinstance(line, str) and ('\n' in line or '\r' in line)]
     if broken:
       raise ValueError(f'the file name {broken[0]!r} has a line break in it, so a list of lines cannot hold it')
     _write(path, ''.join(f'{line}\n' for line in lines))
@@ -255,7 +265,7 @@ class Selection:
     return f'<pre style="font-family: monospace; white-space: pre">{html.escape(self.table())}</pre>'
 
   def save(self, path: str | os.PathLike[str]) -> None:
-    """Writes one JSON file, whole or not at all. Scores of examples are kept with float32 precision."""
+    """Writes one JSON file, whole or not at all; of a large pool mostly the scores, 11 bytes a row."""
     fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
     document = {'format_version': FORMAT_VERSION, **{key: _packed(value) for key, value in fields.items()}}
     # Names of examples would be all file names of the pool; those of the chosen ones are among the ids.
@@ -313,6 +323,8 @@ class Selection:
       return
     if self.encoder and source.fingerprint and self.encoder != source.fingerprint:
       raise ValueError(f'{path} was made with another encoder (fingerprint {self.encoder}, not {source.fingerprint}); select again')
+    if self.by == 'class' and source.labels is None and source.class_names is None:
+      raise ValueError(f'{path} was made for source classes, and this source has no labels')
     units = {'class': lambda: source.num_classes, 'example': lambda: len(source), 'cluster': lambda: len(self.scores)}[self.by]()
     if units != len(self.scores):
       raise ValueError(f'{path} was made for {len(self.scores)} source {NOUNS[self.by]}, and this source has {units}; select again')
@@ -357,7 +369,10 @@ def _largest(parts: np.ndarray, names: Sequence[str], most: int) -> list[tuple[s
 
 
 def _short(name: Any, width: int = 32) -> str:
-  return textwrap.shorten(str(name), width, placeholder='...')
+  name = ' '.join(str(name).split())
+  # Names of classes differ at the front, paths of files at the end.
+  end = 3 * width // 4 - 3 if '/' in name else 0
+  return name if len(name) <= width else name[:width - 3 - end] + '...' + name[len(name) - end:]
 
 
 def _packed(value: Any) -> Any:
@@ -380,9 +395,9 @@ def _unpacked(value: Any) -> Any:
 def _write(path: str | os.PathLike[str], text: str) -> None:
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name(f'.{path.name}.{os.getpid()}')
+  temporary = path.with_name(f'.{path.name}.{uuid.uuid4().hex}')
   try:
-    temporary.write_text(text, encoding='utf-8')
+    temporary.write_bytes(text.encode('utf-8', 'surrogateescape'))  # file names as the file system has them
     os.replace(temporary, path)
   finally:
     temporary.unlink(missing_ok=True)

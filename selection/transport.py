@@ -24,7 +24,8 @@ from selection.blocks import Blocks, cosine, euclidean
 # Problems of up to so many entries are solved by OTT on the whole kernel, larger ones chunk by chunk.
 WHOLE = 1 << 22
 # OTT's error is an absolute L1 norm in float32; so far it comes down for any problem, and the rest of the way is short.
-COARSE = 1e-4
+# Nor does it go on for long: with large rhos it crawls along the one direction that `_iterate` solves.
+COARSE, COARSE_ITERATIONS = 1e-4, 20
 
 
 class Potentials(NamedTuple):
@@ -64,9 +65,9 @@ def solve(costs: Blocks, *, epsilon: float, rho_source: float, rho_target: float
   Raises:
     ValueError: a parameter that is not positive, or an epsilon so small that the kernel underflows.
   """
-  taus = _taus(epsilon, rho_source, rho_target)
   kernel = costs.kernel(epsilon)
-  # An iterator's rows are counted by the first pass of the chunked solver, if they are not known.
+  taus = _taus(epsilon, rho_source, rho_target)
+  # An iterator whose rows are not known is not counted for this.
   small = costs.pool.known_length is not None and costs.n * costs.m <= (WHOLE if whole is None else whole)
   potentials = (_solve_whole if small else _solve_chunks)(kernel, *taus, threshold, max_iterations)
   return kernel, potentials
@@ -78,7 +79,8 @@ def mass(kernel: Blocks, potentials: Potentials) -> np.ndarray:
   kv = kernel.rows(_row_sums, np.exp(potentials.log_v - shift))
   if not kv.all():
     raise ValueError(_underflow(kernel))
-  return (1 - potentials.tau_source) * (np.log(kv, dtype=np.float64 if len(kv) < 1 << 20 else np.float32) + shift)
+  # Python's floats leave long pools in float32.
+  return (1 - float(potentials.tau_source)) * (np.log(kv, dtype=np.float64 if len(kv) < 1 << 20 else np.float32) + float(shift))
 
 
 def target_mass(potentials: Potentials) -> np.ndarray:
@@ -117,8 +119,6 @@ def normalised(logs: np.ndarray) -> np.ndarray:
 
 
 def _taus(epsilon: float, rho_source: float, rho_target: float) -> tuple[float, float]:
-  if not 0 < epsilon < np.inf:
-    raise ValueError(f'epsilon is {epsilon}; expected a finite number above 0')
   for name, value in (('rho_source', rho_source), ('rho_target', rho_target)):
     if not value > 0:
       raise ValueError(f'{name} is {value}; expected a number above 0')
@@ -172,11 +172,13 @@ def _iterate(kernel: Blocks, log_v: np.ndarray, tau_source: float, tau_target: f
 def _solve_whole(kernel: Blocks, tau_source: float, tau_target: float, threshold: float, max_iterations: int) -> Potentials:
   """OTT's Sinkhorn on the whole kernel, whose rows are spread over the devices; then the last digits, and masses of one."""
   entries, valid = kernel.array()
-  log_v, iterations, reachable = _sinkhorn(entries, valid, kernel.epsilon, tau_source, tau_target, max_iterations)
+  coarse = min(max_iterations, COARSE_ITERATIONS)
+  log_v, iterations, reachable = _sinkhorn(entries, valid, kernel.epsilon, tau_source, tau_target, coarse)
   log_v = np.asarray(log_v, np.float64)
   if not reachable or not np.isfinite(log_v).all():
     raise ValueError(_underflow(kernel))
-  return _solve_chunks(kernel, tau_source, tau_target, threshold, max_iterations, (log_v, int(iterations)))
+  # At least one more iteration, which gives the error.
+  return _solve_chunks(kernel, tau_source, tau_target, threshold, max_iterations, (log_v, min(int(iterations), max_iterations - 1)))
 
 
 @functools.partial(jax.jit, static_argnames=('tau_source', 'tau_target', 'max_iterations'))

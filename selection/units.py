@@ -64,6 +64,8 @@ def target_units(target: Embeddings, by: str) -> Units:
   if by != 'example' and target.labels is not None:
     units = class_units(target, Settings(), None, np.random.default_rng(0), 'target')
     return units._replace(members=np.arange(len(units.names)))
+  if target.labels is not None:
+    target.check_classes()
   names = target.class_names or tuple(str(i) for i in range(target.num_classes)) if target.labels is not None else ()
   return Units(ArrayRows(target.features, 'target'), names, target.weights, target, target.labels)
 

@@ -141,6 +141,47 @@ def test_a_workdir_belongs_to_one_selection(sets, tmp_path):
     select(source, (target, labels), 150, by='example', memory=0, workdir=tmp_path)
 
 
+def test_kept_passes_of_other_chunks_are_not_taken_for_these(sets, tmp_path):
+  """Other rows in memory, a file that was written again, fewer chunks, a score too many: refused, never mixed."""
+  source, target, labels = sets
+  arguments = dict(size=150, by='example', memory=0, method='nearest')
+  run = lambda pool, folder: select(pool, (target, labels), workdir=tmp_path / folder, **arguments)
+  changed = source.copy()
+  changed[1234] += 1
+  run(source, 'memory')
+  with pytest.raises(ValueError, match='source differ'):
+    run(changed, 'memory')
+  np.save(tmp_path / 'pool.npy', source)
+  run(tmp_path / 'pool.npy', 'file')
+  np.save(tmp_path / 'pool.npy', changed)
+  os.utime(tmp_path / 'pool.npy', (1, 1))
+  with pytest.raises(ValueError, match='source differ'):
+    run(tmp_path / 'pool.npy', 'file')
+  run([source[:1000], source[1000:]], 'chunks')
+  with pytest.raises(ValueError, match='source differ'):
+    run([source[:1000], source[1000:2000]], 'chunks')
+  run(lambda: iter([source[:1000], source[1000:]]), 'function')
+  with pytest.raises(ValueError, match='the kept pass holds 3,001 scores and the source has 2,000 rows'):
+    run(lambda: iter([source[:1000], source[1000:2000]]), 'function')
+  with open(tmp_path / 'memory' / 'scores.f32', 'ab') as stream:
+    stream.write(bytes(40))
+  with pytest.raises(ValueError, match='holds 3,011 scores and the source has 3,001 rows; remove the workdir'):
+    run(source, 'memory')
+
+
+def test_an_iterator_may_fill_one_array_again_and_again(sets, exact):
+  source, target, labels = sets
+
+  def chunks():
+    buffer = np.empty((100, 24), np.float32)
+    for k in range(0, 3001, 100):
+      part = source[k:k + 100]
+      buffer[:len(part)] = part
+      yield buffer[:len(part)]
+
+  same(select(chunks, (target, labels), 150, by='example', memory=0), exact)
+
+
 def test_a_damaged_journal_begins_its_pass_again(sets, exact, tmp_path, monkeypatch):
   monkeypatch.setattr(transport, 'WHOLE', 0)
   source, target, labels = sets
@@ -220,7 +261,7 @@ def test_chunks_of_any_size_are_read_as_one_array():
 
 
 def test_an_iterator_that_changes_is_refused():
-  lengths = iter([5, 5, 6, 6])
+  lengths = iter([5, 5, 5, 5, 6])
   pool = IteratedRows(lambda: iter([np.ones((next(lengths), 2))]))
   list(pool.read(2))
   with pytest.raises(ValueError, match='held 6 rows in this pass and 5 before'):

@@ -68,7 +68,7 @@ def test_class_means_given_as_embeddings_count_as_they_are(sets):
     (dict(size=2.5), 'size is 2.5; expected a whole number'),
     (dict(clusters=5), "clusters is 5, but the units are classes"), (dict(size=1.0), 'size is 1.0'), (dict(size=True), 'size is True'),
     (dict(size=float('nan')), 'size is nan'), (dict(size=float('inf')), 'size is inf'), (dict(size='ten'), "size is 'ten'"),
-    (dict(size=0.5, method='nearest'), 'size is 0.5, a share of transported mass, but this strategy transports none .it measures cosine'),
+    (dict(size=0.5, method='nearest'), 'size is 0.5, a share of transported mass, but this strategy does not go by it .it measures cosine'),
     (dict(method='best'), "selection method 'best'; known: uot, ot, softmax, nearest"),
     (dict(by='colour'), "by 'colour'; known: class, cluster, example"),
     (dict(temperature=1.0), "uot has no parameter 'temperature'; known: cost, epsilon, rho_source, rho_target"),
@@ -95,6 +95,19 @@ def test_class_means_given_as_embeddings_count_as_they_are(sets):
     (dict(by='example', size=81), 'from 1 to 80, the number of source examples'),
     (dict(max_iterations=1), 'uot did not converge: error .* after 1 iterations, expected less than 1e-06 .*use a larger epsilon'),
     (dict(epsilon=0.001), 'epsilon 0.001 is too small for costs up to 2'),
+    (dict(rho_source=np.inf), 'all source units would give the same'),
+    *[(dict(method='softmax', epsilon=epsilon), f'epsilon is {epsilon}; expected a finite number') for epsilon in (0, -0.1, float('nan'))],
+    (dict(seed=-1), 'seed is -1; expected a whole number'), (dict(epsilon='0.1'), "epsilon is '0.1'; expected"),
+    (dict(by='example', sample=3.0), 'sample is 3.0; expected a whole number'),
+    (dict(by='cluster', clusters=2.5), 'clusters is 2.5; expected a whole number'),
+    (dict(by='example', target=(np.ones((3, 12)), [0, 2, 4])), '2 of 5 classes have no image: 1, 3'),
+    (dict(target=(np.ones((3, 12)), [0, 1, 80_000_000])), '79999998 of 80000001 classes have no image: 2, 3'),
+    (dict(target=(np.float32([[1, 2], [-1, -2]]).repeat(6, 1), [0, 0])), '1 rows of target features are zero'),
+    (dict(target=np.ones((3, 12)) * 1e25), 'row 0 of target features is longer than 2e'),
+    (dict(target=np.ones((2, 3, 12))), 'the target: features have shape'),
+    (dict(source=lambda: iter([np.ones((0, 12))]), by='example'), 'gives none with a row'),
+    (dict(source=(lambda same: lambda: same)(iter([np.ones((3, 12))])), by='example'), 'gives the same iterator twice'),
+    (dict(by='cluster', clusters=20, size=50), 'size is 50; expected a whole number from 1 to 20'),
 ])
 def test_errors(sets, change, words):
   arguments = {'source': sets[0], 'target': sets[1], 'size': 3, **change}

@@ -118,7 +118,36 @@ def test_strategies_choose_among_examples_and_clusters_too(sets):
       chosen = select(source, target, 6, by=by, method=method)
       assert len(chosen.units) == 6 == len(set(chosen.units.tolist()))
       assert chosen.ranking()[:6].tolist() == chosen.units.tolist()
-      assert len(chosen.examples) == sum(chosen.counts[chosen.units]) if by == 'cluster' else 6
+      assert len(chosen.examples) == (sum(chosen.counts[chosen.units]) if by == 'cluster' else 6)
+
+
+def test_all_that_is_drawn_is_covered_by_all_units(sets):
+  """With every unit chosen the plan holds all of the mass, and every target class is covered whole."""
+  source, target = sets
+  for method in ('uot', 'ot', 'softmax', 'least'):
+    for by, size in (('class', 12), ('example', 150)):
+      chosen = select(source, target, size, by=by, method=method)
+      assert chosen.plan.sum() == pytest.approx(1, rel=1e-4) and chosen.target_mass.sum() == pytest.approx(1, rel=1e-5)
+      np.testing.assert_allclose(chosen.coverage(), 1, rtol=1e-4)
+
+
+def test_distances_far_from_the_origin():
+  """What all features have in common says nothing, and costs no digits."""
+  rng = np.random.default_rng(0)
+  means_, near = rng.normal(size=(10, 4)), rng.normal(size=(3, 4))
+  expected = np.linalg.norm(means_[:, None] - near, axis=2).mean(1)
+  chosen = select((means_ + 1000, np.arange(10)), near + 1000, 4, method='greedy_emd')
+  check(chosen, expected, ascending=True, rtol=1e-3)
+
+
+def test_under_x64(sets):
+  """Where a notebook has switched jax to float64, the same comes out."""
+  import jax
+  for arguments in (dict(size=5), dict(size=5, by='cluster', clusters=9), dict(size=9, by='example', method='ot')):
+    expected = select(*sets, **arguments)
+    with jax.enable_x64(True):
+      chosen = select(*sets, **arguments)
+    np.testing.assert_array_equal(chosen.scores, expected.scores)
 
 
 def test_size_as_a_share_of_the_mass(sets):

@@ -84,6 +84,13 @@ def everything(chosen: Selection) -> Selection:
   return select(source, Embeddings(rng.normal(size=(3, 5)), np.arange(3), ['x', 'y', 'z']), 12)
 
 
+def test_long_names_are_cut_where_they_say_least():
+  """Names of one word, too: the front of a class name and its end, the file name of a path."""
+  names = ['001.Black_footed_Albatross_of_the_northern_Pacific', 'n01440764/n01440764_10026_and_more.JPEG']
+  table = select(Embeddings(np.eye(2, 3), [0, 1], names), np.ones((1, 3)), 2).table()
+  assert '001.Black_footed_Albatross_of...' in table and '_10026_and_more.JPEG' in table
+
+
 def test_compare(chosen):
   whole = everything(chosen)
   found = chosen.compare(whole)
@@ -117,6 +124,7 @@ def test_images_of_the_chosen_units(images, by, tmp_path):
   assert sum(len(chosen.rows_of(unit)) for unit in chosen.units) == len(chosen.examples)
   chosen.save(tmp_path / 's.json')
   loaded = Selection.load(tmp_path / 's.json', source=images)
+  assert loaded.compare(chosen).overlap == chosen.compare(loaded).overlap == 1
   assert loaded.examples.tolist() == chosen.examples.tolist() and loaded.table(beyond=0) == chosen.table(beyond=0)
   assert loaded.export(tmp_path / 'deep' / 'list.txt') == len(chosen.examples)
   assert (tmp_path / 'deep' / 'list.txt').read_text().splitlines() == sorted(chosen.examples.tolist())
@@ -134,7 +142,7 @@ def test_export(chosen, images, tmp_path):
   by_row.export(tmp_path / 'list.txt')
   assert (tmp_path / 'list.txt').read_text().splitlines() == [str(i) for i in sorted(by_row.units)]
   for wrong, words in ((lambda: chosen.export(tmp_path / 'new.txt'), 'made from means, and knows no images'),
-                       (lambda: by_row.export(tmp_path / 'new.txt', ['a']), '1 files do not fit: expected one for each row'),
+                       (lambda: by_row.export(tmp_path / 'new.txt', ['a']), '1 files do not fit: expected one for each of the 40 rows'),
                        (lambda: chosen.export(tmp_path / 'new.txt', files, labels[:2]), 'labels need a file for each .2 labels, 4 files'),
                        (lambda: chosen.export(tmp_path / 'new.txt', ['a\nb'] * 4, labels), 'has a line break in it')):
     with pytest.raises(ValueError, match=words):
@@ -176,7 +184,7 @@ def test_plots(chosen, images):
   assert figure._repr_png_()[:4] == b'\x89PNG'
   assert len(select(images, images.features[:4], 3, method='greedy_emd').plot().axes) == 1
   assert select(images, images.features[:4], 3, method='none').plot()
-  with pytest.raises(ValueError, match='random says nothing of single classes'):
+  with pytest.raises(ValueError, match='no plan to draw: random says nothing of single classes'):
     plots.heat_map(select(images, images.features[:4], 3, method='random'))
   large = select(np.random.default_rng(0).normal(size=(3000, 4)), (images.features[:30, :4], np.arange(30)), 1000, by='example')
   assert len(large.plot().axes[1].get_yticklabels()) == 30

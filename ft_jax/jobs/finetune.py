@@ -90,6 +90,12 @@ def check(config: ConfigDict) -> None:
       raise ValueError(f'config.selection.cost is {value!r}; known: {", ".join(strategies.COSTS)}')
     if name != 'cost' and not 0 < value < float('inf'):
       raise ValueError(f'config.selection.{name} is {value}; expected a number above 0')
+  settings = config.selection
+  if settings.by == 'example' and _parameters(config).get('cost') == 'bures':
+    raise ValueError("config.selection.cost is 'bures', which compares classes or clusters, but config.selection.by is 'example'")
+  if settings.size < 1 and settings.method not in ('uot', 'softmax', 'least', 'none'):
+    raise ValueError(f'config.selection.size is {settings.size:g}, a share of transported mass, which {settings.method} does not go by; '
+                     'give a number of units')
   setup.make_transform(config)
   # The numbers of classes are not known yet and do not matter for what is checked.
   heads = ('target',) if config.selection.method == 'none' else ('target', 'source')

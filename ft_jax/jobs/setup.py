@@ -72,6 +72,8 @@ def build_model(config: ConfigDict, heads: Mapping[str, int]) -> resnet.ResNet:
 def init_variables(model: resnet.ResNet, image_size: int, seed: int, weights: Mapping[str, Any] | None) -> dict[str, Any]:
   """Fresh variables of a model, with the backbone of `weights` where there are any."""
   images = jnp.zeros((1, image_size, image_size, 3), jnp.uint8)
+  if weights is not None and not model.heads:  # nothing is fresh, so shapes are enough; compiling init takes many seconds
+    return pretrained.merge(jax.eval_shape(model.init, jax.random.key(seed), images), weights)
   variables = jax.device_get(jax.jit(model.init)(jax.random.key(seed), images))
   return variables if weights is None else pretrained.merge(variables, weights)
 
