@@ -41,8 +41,8 @@ DEFAULTS = Settings()
 
 
 def cosine(rows: jax.Array, target: jax.Array) -> jax.Array:
-  """1 - cos, from 0 to 2."""
-  return 1 - jnp.matmul(_unit(rows), _unit(target).T, precision=jax.lax.Precision.HIGHEST)
+  """1 - cos, from 0 to 2; the rows of the target have length one already."""
+  return 1 - jnp.matmul(_unit(rows), target.T, precision=jax.lax.Precision.HIGHEST)
 
 
 def euclidean(rows: jax.Array, target: jax.Array) -> jax.Array:
@@ -76,7 +76,10 @@ class Blocks:
     self.pool, self.target, self.cost, self.epsilon, self.settings = pool, target, cost, epsilon, settings
     self.m = pool.dimension if cost is given else len(target)
     self._mesh = jax.sharding.Mesh(np.asarray(jax.devices()), ('rows',))
-    self._target = self._put(np.zeros((1, 1)) if cost is given else target, P())
+    prepared = np.zeros((1, 1)) if cost is given else np.asarray(target, np.float64)
+    if cost in (cosine, euclidean):  # once, not in each block
+      prepared = prepared / np.linalg.norm(prepared, axis=1, keepdims=True)
+    self._target = self._put(prepared, P())
     self._kept: list[tuple[int, jax.Array, jax.Array]] | None = None
 
   @property
