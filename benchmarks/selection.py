@@ -1,6 +1,6 @@
 """Selection: speed, memory and scale, beside POT's solver and bare matrix products; how good potentials fitted to a sample are.
 
-    pip install pot && python benchmarks/selection.py [--only class,example,stream,growth,scoring] [--gpu] [--small]
+    pip install pot && python benchmarks/selection.py [--only class,example,stream,growth,scoring,distance] [--gpu] [--small]
     python benchmarks/selection.py --only fitted --embeddings SOURCE.npz TARGET.npz    (files that selection.Embeddings.save wrote)
 
 Each question is asked in a process of its own, and what is compared takes turns; the best times are printed beside their targets:
@@ -9,6 +9,7 @@ Each question is asked in a process of its own, and what is compared takes turns
   stream   200,000 x 2,000 from a memory-mapped file, with a kernel that is not stored: peak resident memory, time, iterations
   growth   time of an iteration against the size of the pool, and the exponent of their relation
   scoring  rows a second that fitted potentials score, against a bare matrix product of that size
+  distance 57,000 images of 200 classes, 3,700 of 37: Gaussians and their Bures distances, OTDD, domain similarity; seconds, each once
   gpu      1,281,167 x 3,680 at d = 512 and 2,048, beside the floors of memory bandwidth and of arithmetic; where there is a GPU or TPU, or
            with --gpu; at d = 2,048 it takes 12 GB of memory, and of the device's 19 GB for the kernel, which is stored only where that is
            less than half of what JAX reserves
@@ -40,9 +41,11 @@ os.environ.update({f'POT_BACKEND_DISABLE_{name}': '1' for name in ('PYTORCH', 'T
 
 # Rows of the source, rows of the target, dimensions; of growth those of the largest pool.
 SIZES = {'class': (1000, 200, 512), 'example': (50_000, 2000, 512), 'stream': (200_000, 2000, 512), 'scoring': (100_000, 2000, 512),
-         'growth': (200_000, 1000, 128), 'gpu': (1_281_167, 3680, 512), 'gpu wide': (1_281_167, 3680, 2048)}
+         'growth': (200_000, 1000, 128), 'distance': (57_000, 3700, 512), 'gpu': (1_281_167, 3680, 512),
+         'gpu wide': (1_281_167, 3680, 2048)}
 SMALL = {'class': (200, 50, 64), 'example': (5000, 1000, 64), 'stream': (20_000, 500, 64), 'scoring': (20_000, 500, 64),
-         'growth': (20_000, 250, 32), 'gpu': (20_000, 500, 64), 'gpu wide': (20_000, 500, 256)}
+         'growth': (20_000, 250, 32), 'distance': (4000, 370, 64), 'gpu': (20_000, 500, 64),
+         'gpu wide': (20_000, 500, 256)}
 SAMPLES = (500, 1000, 2000, 5000, 10_000, 20_000, 50_000)
 EPSILON, RHOS = 0.1, {'rho_source': 0.1, 'rho_target': 10.0}
 CHUNK = 4096
@@ -295,6 +298,20 @@ def scoring(sizes: tuple[int, int, int], rounds: int) -> None:
     show(what, f'{rates[name]:,.0f} rows/s', f'ours reaches {share:.0%}', verdict(share >= 0.8, 'at least 80%'))
 
 
+def distances(sizes: tuple[int, int, int], rounds: int) -> None:
+  del rounds
+  import selection
+  from selection.distances import bures, gaussians
+  source, target = (selection.Embeddings(rows, np.arange(len(rows)) % classes) for rows, classes in zip(features(*sizes), (200, 37)))
+  fitted = [timed(lambda side=side: gaussians(side, progress=False)) for side in (source, target)]
+  show('Gaussians of the classes', f'{sum(seconds for seconds, _ in fitted):.2f} s')
+  show('bures, all pairs of classes', f'{timed(lambda: bures(*(gaussian for _, gaussian in fitted), progress=False))[0]:.1f} s')
+  for covariance in ('full', 'diagonal'):
+    seconds, _ = timed(lambda covariance=covariance: selection.distance(source, target, covariance=covariance, progress=False))
+    show(f'distance (OTDD), {covariance} covariances', f'{seconds:.1f} s', 'compiled in this time' if covariance == 'full' else '')
+  show('domain_similarity', f'{timed(lambda: selection.domain_similarity(source, target, min_images=1))[0]:.2f} s')
+
+
 def on_gpu(sizes: tuple[int, int, int], rounds: int) -> None:
   import jax
   n, m, d = sizes
@@ -410,8 +427,8 @@ def default_backend() -> str:
 
 
 QUESTIONS: dict[str, Callable[[tuple[int, int, int], int], None]] = {
-    'class': class_level, 'example': example_level, 'stream': streamed, 'growth': growth, 'scoring': scoring, 'gpu': on_gpu,
-    'gpu wide': on_gpu}
+    'class': class_level, 'example': example_level, 'stream': streamed, 'growth': growth, 'scoring': scoring, 'distance': distances,
+    'gpu': on_gpu, 'gpu wide': on_gpu}
 PARTS: dict[str, Callable[[tuple[int, int, int], pathlib.Path], dict[str, float]]] = {
     'example ours': example_ours, 'example POT': example_pot, 'stream ours': stream_ours}
 
@@ -426,7 +443,7 @@ def parsed() -> argparse.Namespace:
   for hidden, options in (('child', {}), ('sizes', {'type': int, 'nargs': 3}), ('path', {'type': pathlib.Path})):
     parser.add_argument(f'--{hidden}', help=argparse.SUPPRESS, **options)
   a = parser.parse_args()
-  known = ('class', 'example', 'stream', 'growth', 'scoring', 'gpu', 'fitted')
+  known = ('class', 'example', 'stream', 'growth', 'scoring', 'distance', 'gpu', 'fitted')
   a.only = a.only.split(',') if a.only else []
   if set(a.only) - set(known):
     parser.error(f'--only {",".join(a.only)}; known: {", ".join(known)}')
@@ -443,7 +460,7 @@ def main() -> None:
   if a.child:
     QUESTIONS[a.child](tuple(a.sizes), a.rounds)
     return
-  only = a.only or ['class', 'example', 'stream', 'growth', 'scoring'] + ['fitted'] * bool(a.embeddings)
+  only = a.only or ['class', 'example', 'stream', 'growth', 'scoring', 'distance'] + ['fitted'] * bool(a.embeddings)
   if 'gpu' not in only and (a.gpu or not a.only and default_backend() != 'cpu'):
     only.append('gpu')
   if {'class', 'example'} & set(only) and importlib.util.find_spec('ot') is None:
