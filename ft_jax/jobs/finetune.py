@@ -198,11 +198,11 @@ def _selection_section(target: Source, pool: Source, chosen: selection.Selection
   """What the report shows of a selection, with a few images of each class."""
   members = {unit: np.flatnonzero(pool.labels == unit) if chosen.by == 'class' else chosen.rows_of(unit)
              for unit in chosen.units[:most].tolist()}
-  rows = [report.ChosenUnit(pool.ids[unit] if chosen.by == 'example' else chosen.name(unit), chosen.score_text(unit), len(images), drawn_by,
-                            _examples(pool, images, 4))
+  rows = [report.ChosenUnit(pool.ids[unit] if chosen.by == 'example' else chosen.name(unit), chosen.score_text(unit).replace('%', ' %'),
+                            len(images), drawn_by, _examples(pool, images, 4))
           for (unit, images), drawn_by in zip(members.items(), chosen.explain(3))]
   how = f'{len(chosen.units):,d} of {len(chosen.scores):,d} {NOUNS[chosen.by]} of {pool.name}, chosen by {chosen.method}'
-  settings = [f'{name} {value}' for name, value in chosen.parameters.items() if value is not None]
+  settings = [f'{name} {value}' for name, value in chosen.parameters.items() if value is not None and name != 'max_iterations']
   settings += [f'converged in {chosen.solver["iterations"]} iterations'] if chosen.solver else []
   how += f' ({", ".join(settings)}).' if settings else '.'
   if chosen.measure == 'share':
