@@ -301,7 +301,7 @@ def scoring(sizes: tuple[int, int, int], rounds: int) -> None:
 def distances(sizes: tuple[int, int, int], rounds: int) -> None:
   del rounds
   import selection
-  from selection.distances import bures, gaussians
+  from selection.gaussians import bures, gaussians
   source, target = (selection.Embeddings(rows, np.arange(len(rows)) % classes) for rows, classes in zip(features(*sizes), (200, 37)))
   fitted = [timed(lambda side=side: gaussians(side, progress=False)) for side in (source, target)]
   show('Gaussians of the classes', f'{sum(seconds for seconds, _ in fitted):.2f} s')

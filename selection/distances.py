@@ -1,13 +1,11 @@
-"""How far two labelled data sets are from each other: between their classes, and as a whole.
+"""How far two labelled data sets are from each other.
 
-`bures` compares classes as Gaussians; `distance` is OTDD (Alvarez-Melis and Fusi, NeurIPS 2020), built on it; `domain_similarity`
-compares the means of classes (Cui et al., CVPR 2018). All take features by one encoder.
+`distance` is OTDD (Alvarez-Melis and Fusi, NeurIPS 2020), which compares classes as Gaussians; `domain_similarity` compares the means of
+classes (Cui et al., CVPR 2018). Both take features by one encoder.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
 import functools
-import os
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 import warnings
 
 import jax
@@ -15,101 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from selection.embeddings import class_means, Embeddings
-from selection.progress import bar
+from selection.gaussians import bures, Covariance, Gaussians, gaussians, image_labels
 
-Covariance = Literal['full', 'diagonal']
-
-# Columns of target factors that are multiplied at once: a block that a cache holds, in products long enough to be fast.
-_COLUMNS = 4096
-# Error of a Bures distance, as a part of it, above which singular values are computed the slow way.
-_TOLERANCE = 1e-7
 # L1 distance of the plan's marginals (of sum 1) from the wanted ones up to which a solution counts; the cost is off by far less, because
 # its error is of second order.
 _MARGINAL_ERROR = 1e-3
-
-
-class Gaussians(NamedTuple):
-  """A Gaussian for each of k classes.
-
-  Attributes:
-    means: float64 `[k, d]`.
-    factors: for each class A `[d, r]` with the covariance S = A A' and r = min(n - 1, d) for n images (in the precision of the
-      features); or, for diagonal covariances, the standard deviations, float64 `[k, d]`.
-  """
-  means: np.ndarray
-  factors: Sequence[np.ndarray] | np.ndarray
-
-
-def gaussians(embeddings: Embeddings, covariance: Covariance = 'full', *, progress: bool = True) -> Gaussians:
-  """The Gaussian that fits the features of each class: mean and covariance, divided by n, not by n - 1.
-
-  The factors of full covariances are as large as the features, if classes have fewer images than the features have dimensions.
-
-  Args:
-    embeddings: of images, with labels. A class of one image has covariance zero.
-    covariance: 'full', or 'diagonal' for the variances alone.
-    progress: whether a bar is shown when it takes more than two seconds.
-
-  Raises:
-    ValueError: without labels, a class without an image, or rows that are means already.
-  """
-  if covariance not in ('full', 'diagonal'):
-    raise ValueError(f'covariance is {covariance!r}; expected full or diagonal')
-  labels, counts = _image_labels(embeddings, 'embeddings')
-  empty = np.flatnonzero(counts == 0)
-  if len(empty):
-    raise ValueError(f'{len(empty)} of {len(counts)} classes have no image, the first is {_name(embeddings, empty[0])}; '
-                     'leave them out (labels from 0 without gaps)')
-  classes = np.split(np.argsort(labels, kind='stable'), np.cumsum(counts)[:-1])
-  fits = []
-  with bar('Gaussians of classes', len(counts), 'classes', shown=progress) as shown:
-    for fit in _parallel(lambda rows: _fit(embeddings.features[rows], covariance), classes):
-      fits.append(fit)
-      shown.update()
-  means, factors = np.stack([fit[0] for fit in fits]), tuple(fit[1] for fit in fits)
-  if not np.isfinite(means).all():
-    raise ValueError(f'features of class {_name(embeddings, np.flatnonzero(~np.isfinite(means).all(1))[0])} are not finite')
-  return Gaussians(means, np.stack(factors) if covariance == 'diagonal' else factors)
-
-
-def bures(source: Gaussians, target: Gaussians, *, progress: bool = True) -> np.ndarray:
-  """Squared 2-Wasserstein distances between Gaussians, each of the source with each of the target.
-
-      W2^2 = |m - m'|^2 + tr S + tr S' - 2 tr (S^1/2 S' S^1/2)^1/2
-
-  The last trace is the sum of the singular values of A' B, for S = A A' and S' = B B', so no root of a matrix is needed. (Dowson and
-  Landau, 1982.) For diagonal covariances it is |m - m'|^2 + |s - s'|^2 with the standard deviations s. The time grows with the
-  smaller rank cubed: for many classes of many images on both sides, diagonal covariances are the quick way.
-
-  Args:
-    source: k Gaussians.
-    target: l Gaussians in the same space; the same object as source for distances among themselves, in half the time.
-    progress: whether a bar is shown when it takes more than two seconds.
-
-  Returns:
-    float64 `[k, l]`, at least 0, in units of the features squared. Rounding is below 1e-6 of each, and for factors in float32 about 1e-9
-    of the traces.
-
-  Raises:
-    ValueError: different dimensions, or one side diagonal and the other not.
-  """
-  from scipy.spatial import distance as scipy_distance
-
-  if source.means.shape[1] != target.means.shape[1]:
-    raise ValueError(f'source Gaussians have {source.means.shape[1]} dimensions and those of the target {target.means.shape[1]}; '
-                     'embed both with the same encoder')
-  diagonal = isinstance(source.factors, np.ndarray)
-  if diagonal != isinstance(target.factors, np.ndarray):
-    raise ValueError('the Gaussians of one side have diagonal covariances and those of the other full ones; fit both alike')
-  # Differences are squared as they are, so nothing cancels.
-  result = scipy_distance.cdist(source.means, target.means, 'sqeuclidean')
-  if diagonal:
-    return result + scipy_distance.cdist(source.factors, target.factors, 'sqeuclidean')
-  result += _traces(source)[:, None] + _traces(target)
-  _subtract_cross_terms(result, source, target, progress)
-  if source is target:
-    result = np.triu(result, 1) + np.triu(result, 1).T
-  return np.maximum(result, 0)
 
 
 def distance(source: Embeddings, target: Embeddings, *, epsilon: float = 0.1, covariance: Covariance = 'full', normalize: bool = True,
@@ -189,82 +97,6 @@ def domain_similarity(source: Embeddings, target: Embeddings, *, gamma: float = 
   return float(np.exp(-gamma * _earth_movers_distance(costs, source.weights[kept], target.weights)))
 
 
-# Gaussians of classes.
-
-
-def _fit(features: np.ndarray, covariance: Covariance) -> tuple[np.ndarray, np.ndarray]:
-  """The mean `[d]` of one class and its factor or standard deviations."""
-  rows = features.astype(np.float64)
-  mean = rows.mean(0)
-  if covariance == 'diagonal':
-    return mean, rows.std(0)
-  return mean, _factor(rows - mean).astype(np.promote_types(features.dtype, np.float32))
-
-
-def _factor(centred: np.ndarray) -> np.ndarray:
-  """A `[d, min(n - 1, d)]` with A A' = X' X / n for centred rows X `[n, d]`."""
-  n, d = centred.shape
-  # The reflection of the rows that turns the vector of ones to the first axis: the first row is zero then, for rows of mean zero, and
-  # the other n - 1 have the same X' X.
-  rest = centred[1:] - centred[0] / (1 + np.sqrt(n))
-  if len(rest) > d:
-    rest = np.linalg.qr(rest, mode='r')
-  return rest.T / np.sqrt(n)
-
-
-def _traces(side: Gaussians) -> np.ndarray:
-  return np.array([np.square(factor, dtype=np.float64).sum() for factor in side.factors])
-
-
-def _subtract_cross_terms(distances: np.ndarray, source: Gaussians, target: Gaussians, progress: bool) -> None:
-  """Subtracts 2 |A_i' B_j|_* from entry (i, j) of the sum of the other terms `[k, l]`; where both sides are one, for i < j alone."""
-  symmetric = source is target
-  total = len(distances) * (len(distances) - 1) // 2 if symmetric else distances.size
-  with bar('distances of classes', total, 'pairs', shown=progress) as shown:
-    for block in _blocks([factor.shape[1] for factor in target.factors]):
-      columns = np.concatenate([factor.astype(np.float64) for factor in target.factors[block]], 1)
-      ends = np.cumsum([factor.shape[1] for factor in target.factors[block]])[:-1]
-      rows = range(block.stop if symmetric else len(distances))
-      first = [max(0, i + 1 - block.start) if symmetric else 0 for i in rows]
-      row = lambda i, first: _cross_terms(source.factors[i], columns, ends, distances[i, block], first)  # noqa: B023 (used at once)
-      for i, terms in zip(rows, _parallel(row, rows, first)):
-        distances[i, block] -= terms
-        shown.update(len(terms) - first[i])
-
-
-def _cross_terms(factor: np.ndarray, columns: np.ndarray, ends: np.ndarray, wholes: np.ndarray, first: int) -> np.ndarray:
-  """2 |A' B_j|_* `[b]` for the factors B_j side by side in `columns`, from number `first` on and 0 before."""
-  products = np.split(factor.astype(np.float64).T @ columns, ends, axis=1)
-  return np.array([0.0 if j < first else 2 * _nuclear_norm(product, wholes[j]) for j, product in enumerate(products)])
-
-
-def _blocks(widths: Sequence[int]) -> Iterator[slice]:
-  """Consecutive factors with about `_COLUMNS` columns together."""
-  first = 0
-  while first < len(widths):
-    size = max(1, int(np.searchsorted(np.cumsum(widths[first:]), _COLUMNS, side='right')))
-    yield slice(first, min(first + size, len(widths)))
-    first += size
-
-
-def _nuclear_norm(matrix: np.ndarray, whole: float) -> float:
-  """The sum of the singular values, for a distance of `whole` minus twice this.
-
-  They are the roots of the eigenvalues of the smaller product of the matrix with itself, in half the time of an SVD. Squaring costs
-  small ones their digits, so where that could matter the SVD has the last word.
-  """
-  if 0 in matrix.shape:
-    return 0.0
-  gram = matrix.T @ matrix if matrix.shape[0] >= matrix.shape[1] else matrix @ matrix.T
-  values = np.linalg.eigvalsh(gram)
-  unsure = max(matrix.shape) * np.finfo(np.float64).eps * values[-1]
-  if unsure > 0:
-    roots = np.sqrt(np.maximum(values, unsure))
-    if 2 * (unsure / roots).sum() < _TOLERANCE * (whole - 2 * roots.sum()):
-      return float(roots.sum())
-  return float(np.linalg.svd(matrix, compute_uv=False).sum())
-
-
 # What is transported, and for how much.
 
 
@@ -277,7 +109,7 @@ class _Sample(NamedTuple):
 
 def _sample(embeddings: Embeddings, what: str, covariance: Covariance, normalize: bool, max_samples: int, seed: int,
             progress: bool) -> _Sample:
-  labels, counts = _image_labels(embeddings, what)
+  labels, counts = image_labels(embeddings, what)
   rows = np.flatnonzero(counts[labels] >= 2)
   if not len(rows):
     raise ValueError(f'no class of the {what} has two images; the distance compares the spread of classes, so give it more images of each')
@@ -404,33 +236,3 @@ def _check_pair(source: Embeddings, target: Embeddings) -> None:
   if source.fingerprint and target.fingerprint and source.fingerprint != target.fingerprint:
     raise ValueError(f'source and target come from different encoders (fingerprints {source.fingerprint} and {target.fingerprint}); '
                      'embed both with the same one')
-
-
-def _image_labels(embeddings: Embeddings, what: str) -> tuple[np.ndarray, np.ndarray]:
-  """The labels, and the number of images of each class `[k]`."""
-  if embeddings.labels is None:
-    raise ValueError(f'{what}: no labels, which say what is a class; give selection.Embeddings(features, labels)')
-  if embeddings.weights is not None and (embeddings.weights != 1).any():
-    row = np.argmax(embeddings.weights != 1)
-    raise ValueError(f'{what}: row {row}, class {_name(embeddings, embeddings.labels[row])}, stands for {embeddings.weights[row]:g} images '
-                     '(weights); a covariance needs the features of the images themselves, not means of classes')
-  return embeddings.labels, np.bincount(embeddings.labels, minlength=embeddings.num_classes)
-
-
-def _name(embeddings: Embeddings, k: int) -> str:
-  return str(k) if embeddings.class_names is None else repr(embeddings.class_names[k])
-
-
-def _parallel(function: Callable[..., Any], *arguments: Iterable[Any]) -> Iterator[Any]:
-  """`map` on all cores, for functions that spend their time in numpy's linear algebra.
-
-  Each call has one thread. Matrices of a class are too small to be shared out: the threads of the BLAS would wait for each other, and
-  where the machine has other work to do that takes ten times as long.
-  """
-  from concurrent import futures
-
-  import threadpoolctl
-
-  cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-  with threadpoolctl.threadpool_limits(1, 'blas'), futures.ThreadPoolExecutor(cores) as pool:
-    yield from pool.map(function, *arguments)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from selection import blocks, distances, transport
+from selection import blocks, gaussians, transport
 from selection.blocks import Blocks, Settings
 from selection.pools import ArrayRows, check_rows
 from selection.units import Units
@@ -228,8 +228,8 @@ def _bures(problem: Problem) -> Blocks:
     features = np.asarray(units.images.features, np.float32)
     check_rows(features, what=what)
     unit = dataclasses.replace(units.images, features=features / np.linalg.norm(features, axis=1, keepdims=True))
-    sides.append(distances.gaussians(unit, progress=problem.settings.progress))
-  squares = distances.bures(*sides, progress=problem.settings.progress)
+    sides.append(gaussians.gaussians(unit, progress=problem.settings.progress))
+  squares = gaussians.bures(*sides, progress=problem.settings.progress)
   return Blocks(ArrayRows(squares / 2, check=False), None, blocks.given, settings=problem.settings)
 
 

@@ -12,8 +12,9 @@ import pytest
 import scipy.linalg
 import scipy.optimize
 
-from selection.distances import bures, distance, domain_similarity, gaussians
+from selection.distances import distance, domain_similarity
 from selection.embeddings import class_means, Embeddings
+from selection.gaussians import bures, gaussians
 
 
 def images(sizes, d=6, seed=0, spread=1.0, apart=1.0, rank=None, dtype=np.float64):
@@ -116,7 +117,7 @@ def test_bures_of_a_set_and_itself():
   np.testing.assert_allclose(half, whole, atol=1e-12 * whole.max())
   assert (half == half.T).all() and (np.diag(half) == 0).all()
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr('selection.distances._COLUMNS', 10)
+    patch.setattr('selection.gaussians._COLUMNS', 10)
     np.testing.assert_allclose(bures(a, a), half, rtol=1e-12)
     np.testing.assert_allclose(bures(a, a._replace(means=a.means.copy())), half, rtol=1e-12, atol=1e-12 * whole.max())
 
