@@ -29,9 +29,10 @@ class ChosenUnit(NamedTuple):
 
 
 class SelectionSection(NamedTuple):
-  """What was selected: a sentence on how, the unit, what its scores are, the chosen ones, a picture, examples of the target by class."""
+  """What was selected: a sentence on how, the unit (one, several), what its scores are, the chosen, a picture, the target by class."""
   how: str
   by: str
+  noun: str
   measure: str
   chosen: Sequence[ChosenUnit]
   ranking: Figure | None

@@ -6,14 +6,14 @@ classes (Cui et al., CVPR 2018). Both take features by one encoder.
 
 import functools
 from typing import Any, NamedTuple
-import warnings
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from selection.embeddings import class_means, Embeddings
+from selection.embeddings import check_same_encoder, class_means, Embeddings
 from selection.gaussians import bures, Covariance, Gaussians, gaussians, image_labels
+from selection.transport import importing_ott
 
 # L1 distance of the plan's marginals (of sum 1) from the wanted ones up to which a solution counts; the cost is off by far less, because
 # its error is of second order.
@@ -192,9 +192,7 @@ def _potential(costs: jax.Array, epsilon: jax.Array, threshold: jax.Array, start
 
 
 def _ott() -> tuple[Any, ...]:
-  # The import takes two seconds and warns that one of ott's own dependencies is not maintained any more.
-  with warnings.catch_warnings():
-    warnings.filterwarnings('ignore', 'JAXopt is no longer maintained', DeprecationWarning)
+  with importing_ott():
     from ott.geometry import epsilon_scheduler, geometry
     from ott.problems.linear import linear_problem
     from ott.solvers.linear import acceleration, sinkhorn
@@ -229,10 +227,4 @@ def _check_pair(source: Embeddings, target: Embeddings) -> None:
       raise ValueError(f'{what} is a {type(side).__name__}; expected selection.Embeddings(features, labels)')
     if side.labels is None:
       raise ValueError(f'{what} has no labels; give selection.Embeddings(features, labels)')
-  dimensions = [side.features.shape[1] for side in (source, target)]
-  if dimensions[0] != dimensions[1]:
-    raise ValueError(f'source features have {dimensions[0]} dimensions and target features {dimensions[1]}; '
-                     'embed both with the same encoder')
-  if source.fingerprint and target.fingerprint and source.fingerprint != target.fingerprint:
-    raise ValueError(f'source and target come from different encoders (fingerprints {source.fingerprint} and {target.fingerprint}); '
-                     'embed both with the same one')
+  check_same_encoder((source.features.shape[1], target.features.shape[1]), (source.fingerprint, target.fingerprint))

@@ -138,6 +138,16 @@ class Embeddings:
       raise ValueError(f'{path} holds no embeddings ({error}); remove it to have it made again') from error
 
 
+def check_same_encoder(dimensions: tuple[int, int], fingerprints: tuple[str, str]) -> None:
+  """Raises ValueError where source and target (in this order) cannot come from the same encoder; '' is a fingerprint not known."""
+  if dimensions[0] != dimensions[1]:
+    raise ValueError(f'source features have {dimensions[0]} dimensions and target features {dimensions[1]}; '
+                     'embed both with the same encoder')
+  if all(fingerprints) and fingerprints[0] != fingerprints[1]:
+    raise ValueError(f'source and target come from different encoders (fingerprints {fingerprints[0]} and {fingerprints[1]}); '
+                     'embed both with the same one')
+
+
 def class_means(embeddings: Embeddings) -> Embeddings:
   """The mean feature of each class: one row a class, `weights` the images of each (FACTS: plain mean, not normalised).
 

@@ -25,12 +25,15 @@ class Journal:
       key: what the passes depend on, as JSON can hold it.
 
     Raises:
-      ValueError: the folder holds passes of another selection.
+      ValueError: the folder cannot be made, or holds passes of another selection.
     """
     self._folder = pathlib.Path(folder) if folder is not None else None
     if self._folder is None:
       return
-    self._folder.mkdir(parents=True, exist_ok=True)
+    try:
+      self._folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+      raise ValueError(f'workdir {os.fspath(folder)!r} cannot be made ({error}); name a folder that can be written to') from error
     path, key = self._folder / 'selection_passes.json', json.loads(json.dumps(key, default=lambda number: number.item()))
     if path.exists():
       try:

@@ -8,10 +8,10 @@ import jax
 import numpy as np
 
 from selection.blocks import Settings
-from selection.embeddings import Embeddings
+from selection.embeddings import check_same_encoder, Embeddings
 from selection.journal import array_digest, Journal
 from selection.pools import check_rows, open_rows, Rows
-from selection.strategies import defaults, Problem, Scores, STRATEGIES
+from selection.strategies import BY_SHARE, defaults, Problem, Scores, STRATEGIES
 from selection.subset import best, NOUNS, Selection
 from selection.units import target_units, UNITS, Units
 
@@ -72,12 +72,16 @@ def _select(source: Any, target: Any, size: float, by: str, method: str, seed: i
     raise ValueError(f"clusters is {clusters}, but the units are {NOUNS[by]}; leave it out, or select by='cluster'")
   if method != 'none':
     _check_size(size)
+    if size < 1 and method not in BY_SHARE:
+      raise ValueError(f'size is {size}, a share of transported mass, which {method} does not go by; give a whole number of units')
     if clusters is not None:
       _check_most(size, clusters, by)
   source, target = _opened(source, 'source'), _opened(target, 'target')
   if not isinstance(target, Embeddings):
     raise ValueError('the target is given in chunks; expected selection.Embeddings(features, labels) or an array [m, d]')
-  _check_pair(source, target)
+  known_encoder = isinstance(source, Embeddings)
+  check_same_encoder((source.features.shape[1] if known_encoder else source.dimension, target.features.shape[1]),
+                     (source.fingerprint if known_encoder else '', target.fingerprint))
 
   parameters = {**known, **parameters}
   journal = Journal(workdir, _key(source, target, by, method, seed, clusters, parameters) if workdir is not None else None)
@@ -96,24 +100,17 @@ def _select(source: Any, target: Any, size: float, by: str, method: str, seed: i
       scores=scores.values, measure=scores.measure, ascending=scores.ascending, names=units.names, target_names=names,
       counts=None if units.counts is None else np.asarray(units.counts, np.int64), plan=plan, target_mass=target_mass,
       rows=rows, ids=ids, row_units=row_units, solver=scores.solver,
-      encoder=(source.fingerprint if isinstance(source, Embeddings) else '') or target.fingerprint)
+      encoder=(source.fingerprint if known_encoder else '') or target.fingerprint)
 
 
 def _opened(side: Any, what: str) -> Embeddings | Rows:
   """Embeddings or rows in chunks, whatever was given."""
-  try:
-    return _opened_as_it_is(side, what)
-  except ValueError as error:
-    raise error if what in str(error) else ValueError(f'the {what}: {error}') from error
-
-
-def _opened_as_it_is(side: Any, what: str) -> Embeddings | Rows:
   if isinstance(side, Embeddings):
     opened = side
   elif isinstance(side, (str, os.PathLike)):
-    opened = Embeddings(_mapped(side, what))
+    opened = _embeddings(what, _mapped(side, what))
   elif isinstance(side, tuple) and len(side) == 2:
-    opened = Embeddings(*side)
+    opened = _embeddings(what, *side)
   else:
     rows = open_rows(side, what)
     if rows is not None:
@@ -126,10 +123,17 @@ def _opened_as_it_is(side: Any, what: str) -> Embeddings | Rows:
     except (TypeError, ValueError) as error:
       raise ValueError(f'the {what} is a {type(side).__name__} that is no array ({error}); expected selection.Embeddings, features [n, d], '
                        'or (features, labels)') from error
-    opened = Embeddings(array)
+    opened = _embeddings(what, array)
   if not isinstance(opened.features, np.memmap):
     check_rows(opened.features, what=what)
   return opened
+
+
+def _embeddings(what: str, *parts: Any) -> Embeddings:
+  try:
+    return Embeddings(*parts)
+  except ValueError as error:
+    raise ValueError(f'the {what}: {error}') from error
 
 
 def _mapped(path: str | os.PathLike[str], what: str) -> np.ndarray:
@@ -142,17 +146,6 @@ def _mapped(path: str | os.PathLike[str], what: str) -> np.ndarray:
   except (OSError, EOFError, ValueError) as error:
     raise ValueError(f'the {what} {os.fspath(path)!r} cannot be read ({error}); expected a .npy file of features [n, d] '
                      '(selection.Embeddings.load reads what Embeddings.save wrote)') from error
-
-
-def _check_pair(source: Embeddings | Rows, target: Embeddings) -> None:
-  dimension = source.features.shape[1] if isinstance(source, Embeddings) else source.dimension
-  if dimension != target.features.shape[1]:
-    raise ValueError(f'source features have {dimension} dimensions and target features {target.features.shape[1]}; '
-                     'embed both with the same encoder')
-  mine = source.fingerprint if isinstance(source, Embeddings) else ''
-  if mine and target.fingerprint and mine != target.fingerprint:
-    raise ValueError(f'source and target come from different encoders (fingerprints {mine} and {target.fingerprint}); '
-                     'embed both with the same one')
 
 
 def _check_size(size: float) -> None:
@@ -172,9 +165,6 @@ def _cut(scores: Scores, size: float, by: str) -> np.ndarray:
   _check_most(size, len(scores.values), by)
   if size >= 1:
     return best(scores.values, scores.ascending, int(size))
-  if scores.measure != 'share':
-    raise ValueError(f'size is {size}, a share of transported mass, but this strategy does not go by it (it measures {scores.measure}); '
-                     'give a whole number of units')
   order = best(scores.values, scores.ascending, len(scores.values))
   covered = np.cumsum(scores.values[order], dtype=np.float64)
   # Rounding may leave the last sum below one.

@@ -239,6 +239,9 @@ COSTS: dict[str, Callable[[Problem], Blocks]] = {
     'bures': _bures,
 }
 
+# Those whose scores are shares of the transported mass.
+BY_SHARE = frozenset({'uot', 'softmax', 'least'})
+
 STRATEGIES: dict[str, Callable[..., Scores]] = {
     'uot': uot,
     'ot': ot,

@@ -11,6 +11,8 @@ so v alone, one number for each target unit, says everything: the mass that leav
 of the problem and for any other one. That is how pools are solved that do not fit into memory, and how further images are scored.
 """
 
+from collections.abc import Iterator
+import contextlib
 import functools
 from typing import Any, NamedTuple
 import warnings
@@ -232,10 +234,16 @@ def _underflow(kernel: Blocks) -> str:
           f'columns; use at least {highest / 80:.2g}')
 
 
-def _ott() -> tuple[Any, Any]:
-  # The import takes two seconds and warns that one of ott's own dependencies is not maintained any more.
+@contextlib.contextmanager
+def importing_ott() -> Iterator[None]:
+  """For imports of ott, which take two seconds and warn that one of its own dependencies is not maintained any more."""
   with warnings.catch_warnings():
     warnings.filterwarnings('ignore', 'JAXopt is no longer maintained', DeprecationWarning)
+    yield
+
+
+def _ott() -> tuple[Any, Any]:
+  with importing_ott():
     from ott.problems.linear import linear_problem
     from ott.solvers.linear import sinkhorn
   return linear_problem, sinkhorn

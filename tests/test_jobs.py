@@ -206,7 +206,7 @@ def test_single_images_and_clusters(photos, pool, tmp_path, by, size, extra):
   chosen = json.loads((tmp_path / 'run' / 'selection.json').read_text())
   assert used['by'] == by and used['units'] == len(chosen['units']) and used['images'] == len(chosen['rows']) < 60
   page = (tmp_path / 'run' / 'report.html').read_text()
-  assert f'The chosen {"images" if by == "example" else "clusters"}, best first' in page
+  assert f'The chosen {by}s, best first' in page
   assert page.count('data:image/jpeg') >= used['units'] + 8
 
 

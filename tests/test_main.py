@@ -26,6 +26,8 @@ def main(*flags: str) -> subprocess.CompletedProcess:
     (['--config=configs/digits.py', '--config.selection.by=colour'], "config.selection.by is 'colour'; known: class, cluster, example"),
     (['--config=configs/digits.py', '--config.selection.epsilon=0'], 'config.selection.epsilon is 0.0; expected a number above 0'),
     (['--config=configs/digits.py', '--config.selection.size=27'], 'config.selection.size is 27; expected 1 to 26'),
+    (['--config=configs/digits.py', '--config.selection.by=cluster', '--config.selection.clusters=9999'],
+     'config.selection.clusters is 9999; expected 1 to 2117, the images of digits:pool'),
     (['--config=configs/digits.py', '--config.selection.size=2.5'], 'config.selection.size is 2.5; expected 1 to 26'),
     (['--config=configs/digits.py', '--config.selection.cost=best'],
      "config.selection.cost is 'best'; known: cosine, euclidean, bures"),

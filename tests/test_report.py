@@ -35,7 +35,7 @@ def work(tmp_path) -> Workdir:
       'versions': {'jax': '0'}, 'command': ['main.py'],
       'val': evaluation([[1, 1], [0, 2]], names), 'test': evaluation([[3, 1], [2, 4]], names),
       'target': {'train': 8, 'val': 4, 'test': 10, 'classes': 2}, 'source': {'name': 'pool', 'images': 9, 'classes': 3},
-      'selection': {'method': 'uot', 'by': 'class', 'units': 1, 'classes': [HOSTILE], 'images': 5}})
+      'selection': {'method': 'uot', 'by': 'class', 'noun': 'classes', 'units': 1, 'classes': [HOSTILE], 'images': 5}})
   return work
 
 
@@ -44,7 +44,7 @@ def test_class_names_are_text(work):
   chosen = [report.ChosenUnit(HOSTILE, '50.00%', 5, [(HOSTILE, 1.0)], [b'jpeg'])]
   figure = Figure()
   figure.subplots().set_title(HOSTILE.replace('$', r'\$'))
-  report.write(work, report.SelectionSection(HOSTILE, 'class', 'share', chosen, figure, [(HOSTILE, [b'jpeg'])]))
+  report.write(work, report.SelectionSection(HOSTILE, 'class', 'classes', 'share', chosen, figure, [(HOSTILE, [b'jpeg'])]))
   page = work.report_html.read_text()
   assert '<script' not in page and '&lt;script&gt;' in page
   assert '70.0 %' in page and '1.250' in page  # 7 of 10 right

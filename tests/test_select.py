@@ -68,7 +68,7 @@ def test_class_means_given_as_embeddings_count_as_they_are(sets):
     (dict(size=2.5), 'size is 2.5; expected a whole number'),
     (dict(clusters=5), "clusters is 5, but the units are classes"), (dict(size=1.0), 'size is 1.0'), (dict(size=True), 'size is True'),
     (dict(size=float('nan')), 'size is nan'), (dict(size=float('inf')), 'size is inf'), (dict(size='ten'), "size is 'ten'"),
-    (dict(size=0.5, method='nearest'), 'size is 0.5, a share of transported mass, but this strategy does not go by it .it measures cosine'),
+    (dict(size=0.5, method='nearest'), 'size is 0.5, a share of transported mass, which nearest does not go by; give a whole number'),
     (dict(method='best'), "selection method 'best'; known: uot, ot, softmax, nearest"),
     (dict(by='colour'), "by 'colour'; known: class, cluster, example"),
     (dict(temperature=1.0), "uot has no parameter 'temperature'; known: cost, epsilon, rho_source, rho_target"),

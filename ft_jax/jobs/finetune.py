@@ -69,8 +69,8 @@ def _train(config: ConfigDict, work: Workdir, splits: setup.Splits, pool: Source
       'source': None if pool is None else {
           'name': config.source.name, 'classes': len(pool.class_names), 'images': len(pool), 'fingerprint': pool.fingerprint},
       'selection': None if chosen is None else {
-          'method': chosen.method, 'by': chosen.by, 'units': len(chosen.units), 'classes': list(chosen.class_names),
-          'images': len(streams['source'].source)},
+          'method': chosen.method, 'by': chosen.by, 'noun': NOUNS[chosen.by], 'units': len(chosen.units),
+          'classes': list(chosen.class_names), 'images': len(streams['source'].source)},
       'weights_fingerprint': setup.weights_fingerprint(weights) if weights else ''}
 
 
@@ -93,7 +93,7 @@ def check(config: ConfigDict) -> None:
   settings = config.selection
   if settings.by == 'example' and _parameters(config).get('cost') == 'bures':
     raise ValueError("config.selection.cost is 'bures', which compares classes or clusters, but config.selection.by is 'example'")
-  if settings.size < 1 and settings.method not in ('uot', 'softmax', 'least', 'none'):
+  if settings.size < 1 and settings.method not in {*strategies.BY_SHARE, 'none'}:
     raise ValueError(f'config.selection.size is {settings.size:g}, a share of transported mass, which {settings.method} does not go by; '
                      'give a number of units')
   setup.make_transform(config)
@@ -114,8 +114,10 @@ def _check_size(config: ConfigDict, pool: Source | None) -> None:
   size, by = config.selection.size, config.selection.by
   most = {'class': len(pool.class_names), 'cluster': config.selection.clusters, 'example': len(pool)}[by]
   if not 0 < size <= most or size >= 1 and size != round(size):
-    noun = {'class': 'classes', 'cluster': 'clusters', 'example': 'images'}[by]
-    raise ValueError(f'config.selection.size is {size:g}; expected 1 to {most}, the number of {noun} of {pool.name}, or a share below 1')
+    raise ValueError(f'config.selection.size is {size:g}; expected 1 to {most}, the number of {NOUNS[by]} of {pool.name}, or a share '
+                     'below 1')
+  if by == 'cluster' and not 0 < config.selection.clusters <= len(pool):
+    raise ValueError(f'config.selection.clusters is {config.selection.clusters}; expected 1 to {len(pool)}, the images of {pool.name}')
 
 
 def _parameters(config: ConfigDict) -> dict[str, Any]:
@@ -212,7 +214,8 @@ def _selection_section(target: Source, pool: Source, chosen: selection.Selection
     how += f' The first {most} are shown; selection.json has all of them.'
   target_rows = [(name, _examples(target, np.flatnonzero(target.labels == k), 2)) for k, name in enumerate(target.class_names[:most])]
   picture = None if chosen.measure == 'random' else plots.overview(chosen)
-  return report.SelectionSection(how, chosen.by, '' if chosen.measure == 'random' else chosen.measure, rows, picture, target_rows)
+  measure = '' if chosen.measure == 'random' else chosen.measure
+  return report.SelectionSection(how, chosen.by, NOUNS[chosen.by], measure, rows, picture, target_rows)
 
 
 def _examples(source: Source, rows: np.ndarray, most: int) -> list[bytes]:

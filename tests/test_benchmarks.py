@@ -1,0 +1,17 @@
+"""Benchmarks that reach into the library still run."""
+
+import pathlib
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def test_benchmark_of_selection():
+  """At small sizes, where its numbers say nothing; beside POT, whose shares it must give."""
+  run = subprocess.run([sys.executable, '-W', 'error', 'benchmarks/selection.py', '--small', '--rounds', '1',
+                        '--only', 'class,stream,scoring,gpu'],
+                       cwd=ROOT, capture_output=True, text=True, check=False)
+  assert run.returncode == 0, run.stderr
+  difference = next(line.split()[-1] for line in run.stdout.splitlines() if 'relative difference of the shares' in line)
+  assert float(difference) < 1e-4 and 'not stored' in run.stdout
