@@ -5,17 +5,20 @@ from ml_collections import ConfigDict
 
 def get_config() -> ConfigDict:
   config = ConfigDict()
-  config.job = 'finetune'  # what main.py runs: finetune, pretrain or compare
+  config.job = 'finetune'  # what main.py runs: finetune, pretrain, compare, export or predict
   config.seed = 0  # of everything random: heads, order of data, crops, carved val split, random selection
   config.data_dir = ''  # prepared TFDS sets ('' is ~/tensorflow_datasets); relative folder: paths start here
   config.image_size = 224  # pixels a side that the network sees
+  config.workdir = ''  # jobs export and predict: the workdir of the fine-tuning that they use
 
   config.target = ConfigDict()  # the images to be good at
   config.target.name = ''  # tfds:<name>[/config][:version], or folder:<path> of <split>/<class>/<image> or <class>/<image>
   config.target.train = 'train'  # split for training, with slices and sums: train[:90%], train+val
   config.target.val = ''  # split that chooses the best checkpoint; '' carves val_fraction out of train
-  config.target.test = 'test'  # split that is read once, at the end; '' for none (results.json then has val alone)
+  config.target.test = 'test'  # split that is read once, at the end; '' for none; 'rest' is what train_per_class leaves of train
   config.target.val_fraction = 0.1  # part of each class's training images for val, at least one (target.val = '')
+  config.target.train_per_class = 0  # draw so many training images of each class, by seed; 0 is all of them
+  config.target.without = ()  # names of classes to leave out, such as ('background_google',)
   config.target.metric = 'top1'  # chooses the best checkpoint: top1 or mean_per_class; both are always reported
 
   config.source = ConfigDict()  # the pre-training data
@@ -29,7 +32,10 @@ def get_config() -> ConfigDict:
   config.model.name = 'resnet50'  # resnet18, resnet34, resnet50, resnet101
   config.model.width = 64  # channels of the first stage; 64 is the published network
   config.model.stem = '7x7'  # 7x7 (stride 2 and pooling, for photographs) or 3x3 (full resolution, for tiny images)
-  config.model.weights = ''  # workdir of a pre-training, .safetensors, .pth, .pth.tar; 'pretrain' runs config.pretrain first; '' is random
+  # timm:<name>[@revision], hf:<owner>/<name>[@revision], a .safetensors, .pth or .pth.tar file, or the workdir of another run;
+  config.model.weights = ''  # 'pretrain' runs config.pretrain first; '' is random
+  config.model.source_head = 'fresh'  # the head of the source classes starts fresh (as in the paper) or from the pretrained classifier
+  config.model.batch_norm = 'train'  # train, or frozen: statistics, scales and biases stay those of the weights
   config.model.sync_batch_norm = False  # BatchNorm over the batch of all devices instead of each device's own
   config.model.dtype = 'float32'  # precision of the computation, float32 or bfloat16; parameters are float32
 
@@ -38,6 +44,8 @@ def get_config() -> ConfigDict:
   config.selection.size = 100.0  # how many units to choose; below 1 the share of the transported mass that they are to cover
   config.selection.by = 'class'  # the unit: class, cluster (k-means, for pools whose labels say little), example (single images)
   config.selection.clusters = 2000  # by cluster: how many
+  config.selection.features = 'pooled'  # what images are compared by: pooled, or projection (the output of MoCo's projection head)
+  config.selection.file = ''  # a selection made before (selection.json, or ids one a line); method and size are then not used
   config.selection.cost = 'cosine'  # uot, ot, softmax, least: cosine, euclidean, or bures (means and covariances of classes)
   config.selection.epsilon = 0.1  # uot, ot, softmax, least: strength of the entropy, in units of the cost
   config.selection.rho_source = 0.1  # uot, least: how hard the source marginal holds
@@ -45,6 +53,10 @@ def get_config() -> ConfigDict:
   config.source_weight = 1.0  # lambda: weight of the loss on source images
   config.source_ratio = 1.0  # mu: source images a step for each target image
   config.embeddings_dir = ''  # where embeddings are cached; '' is <workdir>/embeddings
+
+  config.data = ConfigDict()
+  config.data.on_error = 'raise'  # an image that cannot be read: raise, or skip (all are tried first; results.json counts them)
+  config.data.cache = False  # keep the target's decoded images in memory: its size is printed first; later epochs need no decoding
 
   config.augment = ConfigDict()
   config.augment.scale = (0.08, 1.0)  # area of the random crop, as parts of the image
@@ -55,6 +67,10 @@ def get_config() -> ConfigDict:
 
   config.train = train_config()  # of the job itself
   config.pretrain = train_config()  # of the pre-training that model.weights = 'pretrain' runs first
+
+  config.predict = ConfigDict()  # job predict
+  config.predict.images = ''  # a folder, an image, or a text file of paths, one a line
+  config.predict.top = 3  # how many classes a row of the CSV names
 
   config.compare = ConfigDict()  # job compare: the same fine-tuning with each method and seed
   config.compare.methods = ('none', 'random', 'uot')  # values of selection.method
