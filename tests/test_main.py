@@ -9,6 +9,7 @@ from ml_collections import config_flags, ConfigDict
 import pytest
 
 from configs import aircraft, caltech101, cars, cub, default, digits, dogs, dtd, miniature, pets, pretrain, sun397
+from main import default_workdir
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -62,6 +63,13 @@ def test_wrong_input_is_one_clear_line(tmp_path, flags, words):
   run = main(*flags, f'--workdir={tmp_path / "run"}')
   assert run.returncode != 0 and words in run.stderr, run.stderr
   assert 'Traceback' not in run.stderr
+
+
+@pytest.mark.parametrize('file_name,workdir', [
+    ('configs/pets.py', 'runs/pets'), ('/x/configs/pets.py:mocov2', 'runs/pets-mocov2'), ('mine.py', 'runs/mine')])
+def test_default_workdir(file_name, workdir):
+  """Two recipes of one config do not meet in one folder."""
+  assert default_workdir(file_name) == workdir
 
 
 def test_a_config_file_cannot_add_a_field(tmp_path):
