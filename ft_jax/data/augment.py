@@ -4,8 +4,8 @@ from collections.abc import Callable
 import io
 import math
 import threading
-import warnings
 from typing import NamedTuple
+import warnings
 
 import cv2
 import numpy as np
@@ -86,8 +86,11 @@ def _decode_jpeg(image: bytes, example_id: str, scratch: bool) -> np.ndarray | N
     return None
   if not _has_metadata(image):
     return decoded
-  with _open(image, example_id) as picture:
-    return _upright(decoded, _orientation(picture))
+  try:
+    with _open(image, example_id) as picture:
+      return _upright(decoded, _orientation(picture))
+  except ValueError:  # damaged metadata, and good pixels
+    return decoded
 
 
 def _scratch(length: int) -> np.ndarray:

@@ -71,4 +71,4 @@ def _decoded_bytes(source: Source, name: str) -> int:
 
 
 def _gigabytes(size: int) -> str:
-  return f'{size / 1e9:.2f} GB'
+  return f'{size / 1e9:.2f} GB' if size >= 1e7 else f'{size / 1e6:.2f} MB'

@@ -13,7 +13,7 @@ from ft_jax.data import augment
 from ft_jax.data.sources import digest, Source
 
 
-def without_damaged(source: Source, what: str) -> tuple[Source, list[str]]:
+def without_damaged(source: Source, what: str, every_class: bool) -> tuple[Source, list[str]]:
   """The examples whose images can be read, and the ids of the others.
 
   Every image is decoded once; what comes of it is kept in the user's cache folder, so that the next run has it at once.
@@ -21,16 +21,17 @@ def without_damaged(source: Source, what: str) -> tuple[Source, list[str]]:
   Args:
     source: the examples.
     what: a name for messages, such as `target train`.
+    every_class: whether each class must keep an image, as it must where something is learnt from them.
 
   Raises:
-    ValueError: no image of some class can be read.
+    ValueError: no image of such a class can be read, or none at all.
   """
   damaged = _damaged(source, what)
   if not damaged:
     return source, []
   rest = source.subset(np.flatnonzero(~np.isin(source.ids, damaged)))
   lost = np.setdiff1d(source.labels, rest.labels)
-  if len(lost):
+  if len(lost) and (every_class or not len(rest)):
     names = ', '.join(source.class_names[k] for k in lost[:5].tolist())
     raise ValueError(f'{what}: no image of class {names} can be read, such as {damaged[0]}; mend the files, or remove the class')
   progress.log.warning('warning: %s: %s of %s images cannot be read and are skipped: %s%s', what, f'{len(damaged):,d}',
