@@ -46,7 +46,7 @@ def test_formats(photo, form, mode, error, options):
   picture = convert_to_lab(picture) if mode == 'LAB' else picture.convert(mode)
   data = encoded(picture, form, **options)
   image = augment.decode(data, 'train/a/1.jpg')
-  assert image.shape == photo.shape and image.dtype == np.uint8 and augment.size(data, 'x') == photo.shape[:2]
+  assert image.shape == photo.shape and image.dtype == np.uint8 and augment.dimensions(data, 'x') == photo.shape[:2]
   assert np.abs(image.astype(int) - (grey(photo) if mode in ('L', 'LA') else photo)).mean() <= error
 
 
@@ -125,7 +125,7 @@ def test_the_cameras_orientation_is_applied(form, orientation):
   exif[0x0112] = orientation
   data = encoded(PIL.Image.fromarray(np.ascontiguousarray(stored)), form, exif=exif)
   image = augment.decode(data, 'x')
-  assert image.shape == upright.shape and augment.size(data, 'x') == upright.shape[:2]
+  assert image.shape == upright.shape and augment.dimensions(data, 'x') == upright.shape[:2]
   assert np.abs(image.astype(int) - upright).max() <= 8
 
 
@@ -204,7 +204,7 @@ def heads(width: int, height: int) -> dict[str, bytes]:
 @pytest.mark.parametrize('form', ['JPEG', 'PNG', 'TIFF', 'PPM', 'GIF'])
 def test_too_many_pixels_are_refused_by_the_head_of_the_file(form):
   """Before anything is decoded, which would end in another error: there are no pixels."""
-  for read in (augment.decode, augment.size):
+  for read in (augment.decode, augment.dimensions):
     with pytest.raises(ValueError, match=r'a/big.jpg is an image of 20000 x 10001 pixels; expected 200,000,000 at most'):
       read(heads(20_000, 10_001)[form], 'a/big.jpg')
 
@@ -213,7 +213,7 @@ def test_too_many_pixels_are_refused_by_the_head_of_the_file(form):
 def test_a_large_image_is_no_news(form):
   """Above the limits at which Pillow warns (89 megapixels) and refuses (179)."""
   for height, width in ((9_500, 9_600), (13_500, 14_000)):
-    assert augment.size(heads(width, height)[form], 'x') == (height, width)
+    assert augment.dimensions(heads(width, height)[form], 'x') == (height, width)
 
 
 FUZZ = """

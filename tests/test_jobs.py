@@ -195,9 +195,10 @@ def test_finetune_and_compare_on_folders(photos, pool, tmp_path):
 
 def fine_tune_by(photos, pool, workdir, by: str, *flags: str) -> tuple[dict, str]:
   """Two steps with what is selected by image or cluster: the results, and what was printed."""
-  run = main(workdir, '--config=configs/miniature.py:finetune', f'--config.source.name=folder:{pool}', f'--config.target.name=folder:{photos}',
-             '--config.model.weights=', '--config.model.width=4', '--config.image_size=32', '--config.augment.short_side=36',
-             f'--config.selection.by={by}', '--config.train.steps=2', '--config.train.batch_size=4', *flags)
+  run = main(workdir, '--config=configs/miniature.py:finetune', f'--config.source.name=folder:{pool}',
+             f'--config.target.name=folder:{photos}', '--config.model.weights=', '--config.model.width=4', '--config.image_size=32',
+             '--config.augment.short_side=36', f'--config.selection.by={by}', '--config.train.steps=2', '--config.train.batch_size=4',
+             *flags)
   assert run.returncode == 0, run.stderr
   results = json.loads((workdir / 'results.json').read_text())
   chosen, used = json.loads((workdir / 'selection.json').read_text()), results['selection']

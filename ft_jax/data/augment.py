@@ -17,7 +17,7 @@ cv2.setNumThreads(0)
 # Pillow warns from 89 megapixels on and refuses from 179; here `MOST_PIXELS` is the limit, and an error names the file.
 PIL.Image.MAX_IMAGE_PIXELS = None
 # Odd metadata is no news to anyone who trains on ten thousand files. (A filter for one call is not safe among threads.)
-warnings.filterwarnings('ignore', module=r'PIL\.')
+warnings.filterwarnings('ignore', category=UserWarning, module=r'PIL\.')
 
 MOST_PIXELS = 200_000_000
 # What an image file may be, whatever its ending: formats that Pillow reads by itself, each in memory and in bounded time.
@@ -25,6 +25,7 @@ FORMATS = ('JPEG', 'PNG', 'GIF', 'WEBP', 'BMP', 'DIB', 'TIFF', 'PPM')
 
 _ORIENTATION = 0x0112  # the Exif tag
 _SCRATCH = threading.local()
+_MOST_SCRATCH = 1 << 26  # bytes: it is never given back, and few images are larger
 
 
 def decode(image: bytes | np.ndarray, example_id: str, scratch: bool = False) -> np.ndarray:
@@ -58,7 +59,7 @@ def decode(image: bytes | np.ndarray, example_id: str, scratch: bool = False) ->
       raise _unreadable(example_id, error) from error
 
 
-def size(image: bytes | np.ndarray, example_id: str) -> tuple[int, int]:
+def dimensions(image: bytes | np.ndarray, example_id: str) -> tuple[int, int]:
   """Height and width of what `decode` gives, from the head of the file.
 
   Raises:
@@ -79,7 +80,7 @@ def _decode_jpeg(image: bytes, example_id: str, scratch: bool) -> np.ndarray | N
     _check_size(width, height, example_id)
     if colours in ('CMYK', 'YCCK'):
       return None
-    decoded = simplejpeg.decode_jpeg(image, 'RGB', buffer=_scratch(height * width * 3) if scratch else None)
+    decoded = simplejpeg.decode_jpeg(image, 'RGB', buffer=_scratch(3 * height * width) if scratch else None)
   except TooLarge:
     raise
   except (ValueError, KeyError):  # KeyError: a subsampling that simplejpeg does not know, such as 4:4:1
@@ -93,8 +94,10 @@ def _decode_jpeg(image: bytes, example_id: str, scratch: bool) -> np.ndarray | N
     return decoded
 
 
-def _scratch(length: int) -> np.ndarray:
-  """Memory of this thread, at least so many bytes."""
+def _scratch(length: int) -> np.ndarray | None:
+  """Memory of this thread, at least so many bytes; None where that is too much to keep."""
+  if length > _MOST_SCRATCH:
+    return None
   buffer = getattr(_SCRATCH, 'buffer', None)
   if buffer is None or len(buffer) < length:
     buffer = _SCRATCH.buffer = np.empty(length, np.uint8)

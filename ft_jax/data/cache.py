@@ -67,7 +67,7 @@ def free_memory() -> int:
 
 def _decoded_bytes(source: Source, name: str) -> int:
   examples = progress.bar((source[i] for i in range(len(source))), f'sizes of {name}', len(source), 'image')
-  return sum(3 * height * width for height, width in (augment.size(example.image, example.id) for example in examples))
+  return sum(3 * height * width for height, width in (augment.dimensions(example.image, example.id) for example in examples))
 
 
 def _gigabytes(size: int) -> str:
