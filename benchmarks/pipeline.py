@@ -4,7 +4,7 @@
 
 Photo-sized JPEG files (500 x 375) cut from scikit-learn's photographs; all make batches of 64. tf.data decodes the crop alone
 (decode_and_crop_jpeg), as the usual ResNet input pipelines do. They take turns; printed are medians of images per second and of the
-ratios within a round. A package that is missing is left out. --rounds=1 --files=128 is a short try.
+ratios within a round. A package that is missing is left out.
 """
 
 import argparse
@@ -133,7 +133,8 @@ def cache_rates(source: Source, seed: int) -> tuple[float, float]:
 def main() -> None:
   parser = argparse.ArgumentParser()
   parser.add_argument('--rounds', type=int, default=7)
-  parser.add_argument('--files', type=int, default=1024)
+  parser.add_argument('--files', type=int, default=1024, help='384 or more, so that the first pass outlasts what is made ahead')
+  parser.add_argument('--only-ours', action='store_true', help='without tf.data and torch')
   arguments = parser.parse_args()
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
   warnings.filterwarnings('ignore', r'.*os\.fork\(\) was called', RuntimeWarning)  # torch's workers never touch jax
@@ -142,7 +143,8 @@ def main() -> None:
     kilobytes = write_photos(folder, arguments.files) / 1000
     source = open_source(f'folder:{folder}', 'train')
     rivals = {'ours': lambda seed: ours(source, seed)}
-    for module, what, make in (('tensorflow', 'tf.data', tf_data), ('torch', 'torch DataLoader, 2 workers', torch_loader)):
+    others = (('tensorflow', 'tf.data', tf_data), ('torch', 'torch DataLoader, 2 workers', torch_loader))
+    for module, what, make in () if arguments.only_ours else others:
       try:
         __import__(module)
         rivals[what] = lambda seed, make=make: make(folder, seed)
