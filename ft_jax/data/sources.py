@@ -15,8 +15,11 @@ import zipfile
 import numpy as np
 
 from ft_jax import progress
-from ft_jax.data import digits
+from ft_jax.data import digits, imagenet
 
+ALSO_CALLED = {'val': 'validation', 'validation': 'val'}  # folders with the same meaning
+IMAGENET_VAL = ('. ImageNet\'s 50,000 validation images come without folders: sort them into those of their WordNet ids '
+                '(valprep.sh of github.com/soumith/imagenetloader.torch does), or prepare tfds:imagenet2012, which knows their classes')
 IMAGE_ENDINGS = ('.jpg', '.jpeg', '.png', '.webp', '.gif', '.bmp', '.tif', '.tiff', '.ppm')
 
 
@@ -149,7 +152,7 @@ def _open_folder(path: str, split: str, data_dir: str) -> Source:
   for part, files in zip(parts, found):
     if tuple(files) != class_names:
       raise ValueError(f'{name}: the classes of {part.name} and {parts[0].name} differ: '
-                       f'{sorted(set(files) ^ set(class_names))[:5]}')
+                       + class_difference(parts[0].name, class_names, part.name, tuple(files)))
   paths, labels = [], []
   for label, class_name in enumerate(class_names):
     for part, files in zip(parts, found):
@@ -163,14 +166,28 @@ def _open_folder(path: str, split: str, data_dir: str) -> Source:
   ids = [p.relative_to(root).as_posix() for p in paths]
   sizes = [str(p.stat().st_size) for p in paths]
 
+  # ImageNet's folders are sorted by WordNet id, as TFDS's labels are; the ids of the examples keep theirs.
+  class_names = imagenet.human_names(class_names)
   return Source(f'{name} {split}', class_names, np.asarray(labels, np.int32), np.asarray(ids), np.arange(len(paths)),
                 lambda row: paths[row].read_bytes(), digest(*ids, *sizes, *class_names))
+
+
+def class_difference(one: str, ones: Sequence[str], other: str, others: Sequence[str], most: int = 5) -> str:
+  """Which classes only one of two splits has, for messages: `only in train: cat, dog; only in test: emu`."""
+  parts = []
+  for name, alone in ((one, set(ones) - set(others)), (other, set(others) - set(ones))):
+    if alone:
+      more = f' and {len(alone) - most} others' if len(alone) > most else ''
+      parts.append(f'only in {name}: {", ".join(sorted(alone)[:most])}{more}')
+  return '; '.join(parts) or 'the same classes in another order'
 
 
 def _list_classes(root: pathlib.Path, part: SplitPart, name: str) -> dict[str, list[pathlib.Path]]:
   """The images of every class below `root/<split>`, or below `root` itself where no split folder is there."""
   has_splits = any((root / folder).is_dir() for folder in ('train', 'val', 'test', 'validation', part.name))
   base = root / part.name if has_splits else root
+  if has_splits and not base.is_dir() and part.name in ALSO_CALLED:
+    base = root / ALSO_CALLED[part.name]
   if not base.is_dir():
     raise ValueError(f'{name}: there is no split {part.name!r}; known: {", ".join(_folders(root))}')
   if not has_splits and part.name != 'train':
@@ -178,7 +195,9 @@ def _list_classes(root: pathlib.Path, part: SplitPart, name: str) -> dict[str, l
                      f'use slices such as train[:80%] and train[80%:] instead of {part.name!r}')
   classes = {folder: _images(base / folder) for folder in _folders(base)}
   if not classes:
-    raise ValueError(f'{name}: {base} holds no class folders; expected <class>/<image> in it')
+    flat = len(_images(base))
+    raise ValueError(f'{name}: {base} holds no class folders' + (f' but {flat:,d} images' if flat else '')
+                     + '; expected <class>/<image> in it' + (IMAGENET_VAL if flat and base.name in ALSO_CALLED else ''))
   empty = [folder for folder, files in classes.items() if not files]
   if empty:
     raise ValueError(f'{name}: no image in class folder {base / empty[0]}'
@@ -221,13 +240,15 @@ def _open_tfds(name: str, split: str, data_dir: str) -> Source:
   skip = {key: tfds.decode.SkipDecoding() for key, feature in features.items()
           if isinstance(feature, tfds.features.Image)}
   try:
-    store = builder.as_data_source(split, decoders=skip)
-  except ValueError as error:
-    raise ValueError(f'tfds:{name}: split {split!r} does not open; known: {", ".join(builder.info.splits)}') from error
-  if not len(store):
+    part = builder.info.splits[split]
+  except (ValueError, KeyError) as error:  # TFDS's words for it run over several lines
+    raise ValueError(f'tfds:{name}: split {split!r} does not open; known: {", ".join(builder.info.splits)}, '
+                     'with slices such as train[:90%] and sums such as train+test') from error
+  if not part.num_examples:
     raise ValueError(f'tfds:{name}: split {split!r} holds no image; the slice is empty')
-  full_name, class_names = builder.info.full_name, tuple(features['label'].names)
-  labels, ids = _tfds_labels_and_ids(store, full_name, split, builder.info.splits[split].file_instructions)
+  store = builder.as_data_source(split, decoders=skip)
+  full_name, class_names = builder.info.full_name, imagenet.human_names(features['label'].names)
+  labels, ids = _tfds_labels_and_ids(store, full_name, split, part.file_instructions)
 
   return Source(f'tfds:{full_name} {split}', class_names, labels, ids, np.arange(len(store)),
                 lambda row: store[row]['image'], digest(full_name, '\n'.join(ids), labels.tobytes(), *class_names))
@@ -238,6 +259,9 @@ def tfds_builder(name: str, data_dir: str) -> Any:
   import tensorflow_datasets as tfds
 
   directory = os.path.expanduser(data_dir) or None
+  set_name = re.split('[/:]', name)[0]
+  if set_name in BUILDERS:
+    BUILDERS[set_name]()
   try:
     builder = tfds.builder(name, data_dir=directory)
     # A set that is there keeps its form, so that a wrong one can be named; a new one is written with random access.
@@ -250,6 +274,10 @@ def tfds_builder(name: str, data_dir: str) -> Any:
     reason = (str(error).strip() or 'there is no such set, config or version.').splitlines()[0]
     raise ValueError(f'tfds:{name}: {reason} The sets are listed at https://www.tensorflow.org/datasets/catalog; '
                      f'a set of your own must lie prepared in data_dir (now {data_dir or "~/tensorflow_datasets"})') from None
+
+
+def _import_fgvc_aircraft() -> None:
+  from ft_jax.data.builders import fgvc_aircraft  # noqa: F401, TFDS knows a set when its class is there
 
 
 def missing_package(error: ImportError) -> str:
@@ -322,6 +350,11 @@ def digest(*parts: str | bytes) -> str:
     state.update(len(data).to_bytes(8, 'big') + data)
   return state.hexdigest()[:16]
 
+
+# Builders of ours, for sets that TFDS lacks.
+BUILDERS: dict[str, Callable[[], None]] = {
+    'fgvc_aircraft': _import_fgvc_aircraft,
+}
 
 SOURCES: dict[str, Callable[[str, str, str], Source]] = {
     'tfds': _open_tfds,
