@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -87,7 +88,8 @@ def write_pets(folder: pathlib.Path) -> Labels:
 
 def write_birds(folder: pathlib.Path) -> Labels:
   photos, lines = Photos(), []
-  birds = (('001.Black_footed_Albatross', 'Black_Footed_Albatross', '0'), ('002.Laysan_Albatross', 'Laysan_Albatross', '1'))
+  birds = (('001.Black_footed_Albatross', 'Black_Footed_Albatross', 'black_footed_albatross'),
+           ('002.Laysan_Albatross', 'Laysan_Albatross', 'laysan_albatross'))
   for number, (directory, bird, label) in enumerate(birds):
     for k in range(4):
       file = f'{directory}/{bird}_{k:04d}_{number}{k}'
@@ -174,6 +176,12 @@ SETS: dict[str, tuple[Callable[[pathlib.Path], Labels], dict[str, tuple[str, ...
 }
 
 
+ID_FORMS = {
+    'oxford_iiit_pet': r'train/[A-Za-z_]+_\d+.jpg', 'caltech_birds2011': r'train/CUB_200_2011/images/.+/.+.jpg', 'cars196': r'train/\d{5}',
+    'fgvc_aircraft': r'train/\d{7}.jpg', 'stanford_dogs': r'train/Images/n02.+/n02.+.jpg', 'dtd': r'train/[a-z]+/[a-z]+_.+.jpg',
+    'caltech101': r'train/[a-z_]+/image_\d{4}.jpg'}
+
+
 def pack(folder: pathlib.Path, archives: Mapping[str, tuple[str, ...]], to: pathlib.Path) -> None:
   """Packs folders as they are published; what is in no archive is published as it is."""
   to.mkdir()
@@ -227,6 +235,8 @@ def test_from_published_files(name, form, tmp_path):
     found = {'all': found['train'] | found['test']}
   assert found == labels
   assert 'tensorflow' not in sys.modules
+  ids = open_source(f'tfds:{name}', 'train', str(tmp_path / 'data')).ids
+  assert re.fullmatch(ID_FORMS[name], ids[0]), ids[0]  # the file, so that a drawn subset and a report name images
 
 
 def test_images_that_tfds_encodes_anew(tmp_path):
@@ -536,11 +546,12 @@ def test_a_link_that_does_not_answer(tmp_path, monkeypatch):
 
 
 def test_no_room(tmp_path, monkeypatch):
+  """Said before anything is fetched."""
   import shutil
 
   monkeypatch.setattr(originals, '_check_address', lambda url: None)
   monkeypatch.setattr(shutil, 'disk_usage', lambda _: shutil._ntuple_diskusage(10**9, 0, 10**9))
-  with pytest.raises(ValueError, match='625 MB to download take about 1.9 GB .* 1.0 GB free'):
+  with pytest.raises(ValueError, match='625 MB to download.* take about 1.9 GB, .* 1.0 GB free'):
     prepare.prepare('dtd', str(tmp_path))
 
 

@@ -96,14 +96,10 @@ class Originals(tfds.download.DownloadManager):
     for url in missing:
       _check_address(url)
     size = sum(self._sizes.get(url, 0) for url in missing)
-    free = shutil.disk_usage(self._download_dir).free
-    if size:
-      progress.log.info('to download: %s (%s); free in %s: %s', in_bytes(size), ', '.join(map(self._file_name, missing)),
-                        self._download_dir, in_bytes(free))
+    if missing:
+      progress.log.info('to download: %s%s', ', '.join(map(self._file_name, missing)), f' ({in_bytes(size)})' if size else '')
     # The archive, what is unpacked of it and the set, each about as large.
-    if free < 3 * size:
-      raise ValueError(f'{in_bytes(size)} to download take about {in_bytes(3 * size)} with what is unpacked and written, and '
-                       f'{self._download_dir} has {in_bytes(free)} free; make room, or give another --data_dir')
+    check_room(pathlib.Path(self._download_dir), 3 * size, f'{in_bytes(size)} to download, what is unpacked and the set')
 
   def _is_cached(self, url: str) -> bool:
     # As TFDS finds a file: by its name in manual_dir, or by its checksum among the downloads.
@@ -186,6 +182,15 @@ def _check_address(url: str) -> None:
         raise DownloadFailed(f'{url} answers {response.status_code} {response.reason}')
   except requests.RequestException as error:
     raise DownloadFailed(f'{url} does not answer ({type(error).__name__}); is there a network?') from error
+
+
+def check_room(folder: pathlib.Path, needed: int, what: str) -> None:
+  """Raises unless a disk has room for about `needed` bytes."""
+  while not folder.exists():
+    folder = folder.parent
+  free = shutil.disk_usage(folder).free
+  if free < needed:
+    raise ValueError(f'{what} take about {in_bytes(needed)}, and {folder} has {in_bytes(free)} free; make room, or give another --data_dir')
 
 
 def locate(folder: pathlib.Path, name: str) -> pathlib.Path | None:

@@ -8,7 +8,7 @@ A set that is there already is left as it is, and an interrupted run is simply s
 """
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 import contextlib
 import fcntl
 import io
@@ -17,6 +17,7 @@ import os
 import pathlib
 import shutil
 import sys
+import time
 from typing import Any, NamedTuple
 
 from ft_jax import progress
@@ -70,14 +71,12 @@ def prepare(name: str, data_dir: str = '', originals_dir: str = '') -> str:
   manual_dir = folder or root / 'downloads' / 'manual'
   if builder.name == 'imagenet2012':
     _check_imagenet(manual_dir, root)
+  start = time.monotonic()
   with _alone(builder, root):
     _write(builder, name, folder, manual_dir, root)
-  if not builder.is_prepared():
-    raise ValueError(f'TFDS has left no whole set in {builder.data_dir}; remove that folder and start again')
-  progress.log.info('written: %s', _counts(builder))
+  progress.log.info('written in %.0f s: %s', time.monotonic() - start, _counts(builder))
   _compare_counts(builder)
-  if any((root / 'downloads' / part).exists() for part in (builder.name, 'extracted')):
-    progress.log.info('what was downloaded and unpacked lies in %s and is not needed any more', root / 'downloads')
+  _name_leftovers((root / 'downloads' / builder.name, root / 'downloads' / 'extracted' / builder.name))
   return str(builder.data_dir)
 
 
@@ -149,6 +148,8 @@ def _check_imagenet(folder: pathlib.Path, root: pathlib.Path) -> None:
 
   for name, size in IMAGENET_FILES.items():
     originals.check_archive(folder / name, size)
+  # TFDS writes the records twice: as they come, then shuffled.
+  originals.check_room(root, 2 * sum((folder / name).stat().st_size for name in IMAGENET_FILES), 'writing ImageNet')
 
 
 def _by_hand(set_name: str, name: str) -> str:
@@ -173,6 +174,15 @@ def _compare_counts(builder: Any) -> None:
   if known and images not in known.images:
     progress.log.warning('the published set has %s images, this one %s: is something missing?',
                          ' or '.join(f'{count:,d}' for count in known.images), f'{images:,d}')
+
+
+def _name_leftovers(folders: Iterable[pathlib.Path]) -> None:
+  from ft_jax.data import originals
+
+  for folder in folders:
+    size = sum(path.stat().st_size for path in folder.rglob('*') if path.is_file())
+    if size:
+      progress.log.info('not needed any more: %s (%s)', folder, originals.in_bytes(size))
 
 
 def main() -> None:

@@ -236,9 +236,6 @@ def _open_tfds(name: str, split: str, data_dir: str) -> Source:
   features = builder.info.features
   if not {'image', 'label'} <= set(features):
     raise ValueError(f'tfds:{name} has the features {", ".join(features)}; expected image and label')
-  # Masks and the like are skipped too: nothing but the image is decoded, and that later.
-  skip = {key: tfds.decode.SkipDecoding() for key, feature in features.items()
-          if isinstance(feature, tfds.features.Image)}
   try:
     part = builder.info.splits[split]
   except (ValueError, KeyError) as error:  # TFDS's words for it run over several lines
@@ -246,12 +243,37 @@ def _open_tfds(name: str, split: str, data_dir: str) -> Source:
                      'with slices such as train[:90%] and sums such as train+test') from error
   if not part.num_examples:
     raise ValueError(f'tfds:{name}: split {split!r} holds no image; the slice is empty')
-  store = builder.as_data_source(split, decoders=skip)
-  full_name, class_names = builder.info.full_name, imagenet.human_names(features['label'].names)
-  labels, ids = _tfds_labels_and_ids(store, full_name, split, part.file_instructions)
+  store = builder.as_data_source(split, decoders=_undecoded(features))
+  full_name, class_names = builder.info.full_name, imagenet.human_names(_tfds_class_names(builder))
+  labels, ids = _tfds_labels_and_ids(store, full_name, split, part.file_instructions, class_names)
 
   return Source(f'tfds:{full_name} {split}', class_names, labels, ids, np.arange(len(store)),
                 lambda row: store[row]['image'], digest(full_name, '\n'.join(ids), labels.tobytes(), *class_names))
+
+
+def _undecoded(features: Any) -> dict[str, Any]:
+  """TFDS's decoders that leave images as they are, masks and the like too: only the image is decoded, and that later."""
+  import tensorflow_datasets as tfds
+
+  return {key: tfds.decode.SkipDecoding() for key, feature in features.items() if isinstance(feature, tfds.features.Image)}
+
+
+def _tfds_class_names(builder: Any) -> list[str]:
+  """The names of the labels; where they are bare numbers, as in CUB, those that the records give."""
+  features = builder.info.features
+  names = features['label'].names
+  if 'label_name' not in features or not all(name.isdigit() for name in names):
+    return names
+
+  def read() -> dict[str, np.ndarray]:
+    found = list(names)
+    for split in builder.info.splits:
+      store = builder.as_data_source(split, decoders=_undecoded(features))
+      for record in progress.bar(store, f'reading the class names of {split}', len(store), 'record'):
+        found[record['label']] = record['label_name'].decode()
+    return {'names': np.asarray(found if len(set(found)) == len(found) else names)}
+
+  return _kept([path for split in builder.info.splits.values() for path in split.filepaths], 'class names', read)['names'].tolist()
 
 
 def tfds_builder(name: str, data_dir: str) -> Any:
@@ -285,40 +307,58 @@ def missing_package(error: ImportError) -> str:
   return error.name or getattr(error.__cause__, 'name', None) or 'another package'
 
 
-def _tfds_labels_and_ids(store: Any, full_name: str, split: str, parts: Sequence[Any],
+def _tfds_labels_and_ids(store: Any, full_name: str, split: str, parts: Sequence[Any], class_names: Sequence[str],
                          chunk: int = 512) -> tuple[np.ndarray, np.ndarray]:
-  """One pass over the records without decoding an image, kept for the next time in the user's cache folder.
+  """One pass over the records without decoding an image.
 
   An id is the split that a record is stored in and its file name, or its place there: the same in every slice. `parts` are
   TFDS's file instructions of the split: which records of which files.
   """
-  files = [(os.fspath(part.filename), os.stat(part.filename)) for part in parts]
-  key = digest(full_name, split, *(f'{name} {stat.st_size} {stat.st_mtime_ns}' for name, stat in files))
+  def read() -> dict[str, np.ndarray]:
+    labels, names = np.zeros(len(store), np.int32), []
+    starts = range(0, len(store), chunk)
+    for start in progress.bar(starts, f'reading the labels of {split}', len(starts), f'x {chunk} records'):
+      rows = range(start, min(start + chunk, len(store)))
+      for row, record in zip(rows, store.__getitems__(list(rows))):
+        labels[row] = record['label']
+        names.append(_file_name(record, class_names))
+    splits, places = zip(*_tfds_places(parts))
+    named = [f'{stored_in}/{name}' for stored_in, name in zip(splits, names)]
+    return {'labels': labels, 'ids': np.asarray(named if all(names) and len(set(named)) == len(named) else places)}
+
+  kept = _kept([part.filename for part in parts], f'{full_name} {split}', read)
+  return kept['labels'], kept['ids']
+
+
+def _file_name(record: dict[str, Any], class_names: Sequence[str]) -> str:
+  """The name of an image in its set, '' where a record has none."""
+  for feature, needs_class in FILE_NAME_FEATURES.items():
+    if record.get(feature) and isinstance(record[feature], bytes):
+      name = record[feature].decode()
+      return f'{class_names[record["label"]]}/{name}' if needs_class else name
+  return ''
+
+
+def _kept(files: Sequence[str | os.PathLike[str]], what: str, read: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+  """What `read` makes of files, kept for the next time in the user's cache folder as long as the files are the same."""
+  stats = [(os.fspath(file), os.stat(file)) for file in files]
+  key = digest('2', what, *(f'{name} {stat.st_size} {stat.st_mtime_ns}' for name, stat in stats))
   folder = pathlib.Path(os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache') / 'ft_jax' / 'labels'
   path = folder / f'{key}.npz'
   try:
     with open(path, 'rb') as stream, np.load(stream) as saved:
-      return saved['labels'], saved['ids']
+      return dict(saved)
   except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile):
     pass  # not there, or damaged: made again
-  labels, names = np.zeros(len(store), np.int32), []
-  starts = range(0, len(store), chunk)
-  for start in progress.bar(starts, f'reading the labels of {split}', len(starts), f'x {chunk} records'):
-    rows = range(start, min(start + chunk, len(store)))
-    for row, record in zip(rows, store.__getitems__(list(rows))):
-      labels[row] = record['label']
-      names.append(record['file_name'].decode() if record.get('file_name') else '')
-  splits, places = zip(*_tfds_places(parts))
-  named = [f'{stored_in}/{name}' for stored_in, name in zip(splits, names)]
-  ids = named if all(names) and len(set(named)) == len(named) else places
+  made = read()
   try:
     folder.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f'.{path.stem}.{os.getpid()}.npz')
-    np.savez(temporary, labels=labels, ids=np.asarray(ids))
+    np.savez(temporary, **made)
     os.replace(temporary, path)
   except OSError:
     pass  # a cache that cannot be written costs time, nothing else
-  return labels, np.asarray(ids)
+  return made
 
 
 def _tfds_places(parts: Sequence[Any]) -> Iterator[tuple[str, str]]:
@@ -350,6 +390,9 @@ def digest(*parts: str | bytes) -> str:
     state.update(len(data).to_bytes(8, 'big') + data)
   return state.hexdigest()[:16]
 
+
+# Where TFDS's builders put the file name of an image, and whether it needs the class in front (Caltech-101: image_0001.jpg).
+FILE_NAME_FEATURES: dict[str, bool] = {'file_name': False, 'image/filename': False, 'image/file_name': True, 'id': False}
 
 # Builders of ours, for sets that TFDS lacks.
 BUILDERS: dict[str, Callable[[], None]] = {
