@@ -30,7 +30,7 @@ class Known(NamedTuple):
   """What is known of a published set.
 
   Attributes:
-    images: how many it has, over all splits; several numbers where its configs differ.
+    images: how many it has, over all splits; several numbers where its configs differ, none where it is not known.
     files: what to get by hand, and from where.
     dead: why its public link is not expected to work; '' where it is.
   """
@@ -171,7 +171,7 @@ def _counts(builder: Any) -> str:
 def _compare_counts(builder: Any) -> None:
   known = SETS.get(builder.name)
   images = sum(info.num_examples for info in builder.info.splits.values())
-  if known and images not in known.images:
+  if known and known.images and images not in known.images:
     progress.log.warning('the published set has %s images, this one %s: is something missing?',
                          ' or '.join(f'{count:,d}' for count in known.images), f'{images:,d}')
 
@@ -212,9 +212,9 @@ SETS: dict[str, Known] = {
                      'the pages of Stanford Cars answer 404 since 2023'),
     'fgvc_aircraft': Known((10_000,), 'fgvc-aircraft-2013b.tar.gz from https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft/'),
     'stanford_dogs': Known((20_580,), 'images.tar, annotation.tar and lists.tar from http://vision.stanford.edu/aditya86/ImageNetDogs/'),
-    'caltech101': Known((9_144,), 'caltech-101.zip from https://data.caltech.edu/records/mzrjq-6wc02'),
+    'caltech101': Known((), 'caltech-101.zip from https://data.caltech.edu/records/mzrjq-6wc02'),
     'dtd': Known((5_640,), 'dtd-r1.0.1.tar.gz from https://www.robots.ox.ac.uk/~vgg/data/dtd/'),
-    'sun397': Known((108_753, 39_700), 'SUN397.tar.gz and Partitions.zip', 'the archive of SUN397 in Princeton answers 404 since 2025'),
+    'sun397': Known((108_753, 108_752, 39_700), 'SUN397.tar.gz and Partitions.zip', 'the archive of SUN397 in Princeton answers 404 since 2025'),
     'imagenet2012': Known((1_331_167, 1_431_167), ' and '.join(IMAGENET_FILES) + ' from https://image-net.org'),
 }
 
