@@ -214,7 +214,8 @@ SETS: dict[str, Known] = {
     'stanford_dogs': Known((20_580,), 'images.tar, annotation.tar and lists.tar from http://vision.stanford.edu/aditya86/ImageNetDogs/'),
     'caltech101': Known((), 'caltech-101.zip from https://data.caltech.edu/records/mzrjq-6wc02'),
     'dtd': Known((5_640,), 'dtd-r1.0.1.tar.gz from https://www.robots.ox.ac.uk/~vgg/data/dtd/'),
-    'sun397': Known((108_753, 108_752, 39_700), 'SUN397.tar.gz and Partitions.zip', 'the archive of SUN397 in Princeton answers 404 since 2025'),
+    'sun397': Known((108_753, 108_752, 39_700), 'SUN397.tar.gz and Partitions.zip',
+                    'the archive of SUN397 in Princeton answers 404 since 2025'),
     'imagenet2012': Known((1_331_167, 1_431_167), ' and '.join(IMAGENET_FILES) + ' from https://image-net.org'),
 }
 
