@@ -3,6 +3,7 @@ TensorFlow; what is missing, cut short or interrupted is named and mended."""
 
 from collections.abc import Callable, Mapping, Sequence
 import hashlib
+from importlib import util
 import io
 import json
 import os
@@ -545,6 +546,29 @@ def test_a_link_that_does_not_answer(tmp_path, monkeypatch):
   monkeypatch.setattr(requests, 'get', unreachable)
   with pytest.raises(ValueError, match='dtd-r1.0.1.tar.gz does not answer .*is there a network'):
     prepare.prepare('dtd', str(tmp_path))
+
+
+def test_a_download_of_something_else(tmp_path, monkeypatch):
+  """A page where the archive was: TFDS's checksum notices, and what to do by hand is said."""
+  import requests
+
+  monkeypatch.setattr(originals, '_check_address', lambda url: None)
+  page = requests.Response()
+  page.status_code, page.url, page.raw = 200, 'https://x.org/dtd-r1.0.1.tar.gz', io.BytesIO(b'<html>moved</html>')
+  monkeypatch.setattr(requests.Session, 'get', lambda *_, **__: page)
+  with pytest.raises(ValueError, match=r'(?s)tfds:dtd: the download failed: .*dtd-r1.0.1.tar.gz.*wrong checksum.*--from=FOLDER'):
+    prepare.prepare('dtd', str(tmp_path))
+
+
+@pytest.mark.skipif(util.find_spec('tensorflow') is not None, reason='TensorFlow is installed')
+def test_a_builder_that_needs_more_of_tensorflow(tmp_path, monkeypatch):
+  """What is not replaced is asked of TensorFlow, and the package is named where it is not there."""
+  from tensorflow_datasets.datasets.oxford_iiit_pet import oxford_iiit_pet_dataset_builder as pets
+
+  write_pets(tmp_path / 'given')
+  monkeypatch.setattr(pets.Builder, '_generate_examples', lambda self, **_: iter(pets.tf.strings.split('a b')))
+  with pytest.raises(ValueError, match='TFDS needs tensorflow to write tfds:oxford_iiit_pet; for this one step: pip install tensorflow'):
+    prepare.prepare('oxford_iiit_pet', str(tmp_path / 'data'), str(tmp_path / 'given'))
 
 
 def test_no_room(tmp_path, monkeypatch):
