@@ -74,21 +74,33 @@ class Checkpoints:
     self._manager.close()
 
 
-def load_variables(workdir: epath.PathLike) -> dict[str, Any]:
-  """`{'params', 'batch_stats'}` of the best checkpoint of a run (the newest where none was evaluated), as numpy arrays.
+def load_variables(workdir: epath.PathLike, step: int | None = None) -> dict[str, Any]:
+  """`{'params', 'batch_stats'}` of a checkpoint of a run, as numpy arrays.
+
+  Args:
+    workdir: the run's.
+    step: None is the best checkpoint, or the newest where none was evaluated.
 
   Raises:
-    ValueError: a folder without checkpoints.
+    ValueError: a folder without checkpoints or without that one, or a checkpoint that cannot be read.
   """
   folder = epath.Path(workdir) / 'checkpoints'
   if not folder.exists():
     raise ValueError(f'{workdir} holds no checkpoints; give the workdir of a finished run, such as runs/pretrain')
   checkpoints = Checkpoints(workdir, read_only=True)
-  step = checkpoints.best_step if checkpoints.best_step is not None else checkpoints.latest_step
-  if step is None:
+  steps = checkpoints._manager.all_steps()
+  if not steps:
     raise ValueError(f'{folder} holds no finished checkpoint; let the run go on to its first evaluation')
-  state = checkpoints._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore()))['state']
-  checkpoints.close()
+  if step is None:
+    step = checkpoints.best_step if checkpoints.best_step is not None else checkpoints.latest_step
+  if step not in steps:
+    raise ValueError(f'{folder} holds no checkpoint of step {step}; there are {", ".join(map(str, sorted(steps)))}')
+  try:
+    state = checkpoints._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore()))['state']
+  except Exception as error:  # what orbax and tensorstore raise for missing or damaged files has many types
+    raise ValueError(f'the checkpoint {folder / str(step)} cannot be read ({type(error).__name__}); is it whole?') from error
+  finally:
+    checkpoints.close()
   return jax.device_get({'params': state['params'], 'batch_stats': state['batch_stats']})
 
 
