@@ -43,7 +43,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
     if repo == 'owner/narrow':
       return self.answer(403, b'{"error": "Forbidden"}', {'X-Error-Message': 'Forbidden'})
     if repo not in self.repos:
-      return self.answer(401, b'{"error": "Repository not found"}', {'X-Error-Code': 'RepoNotFound', 'X-Error-Message': 'Repository not found'})
+      return self.answer(401, b'{}', {'X-Error-Code': 'RepoNotFound', 'X-Error-Message': 'Repository not found'})
     if revision not in ('main', 'v1', COMMIT):
       return self.answer(404, b'{"error": "Invalid rev id"}', {'X-Error-Code': 'RevisionNotFound', 'X-Error-Message': 'Invalid rev id'})
     files = self.repos[repo]

@@ -70,7 +70,8 @@ def number(value: int) -> bytes:
   return b'\x8a\x08' + value.to_bytes(8, 'little', signed=True)
 
 
-def legacy(path, *, size=6, stored=6, view=b'N', offset=0, shape=(3,), stride=(1,), call=b'ctorch._utils\n_rebuild_tensor_v2\n') -> pathlib.Path:
+def legacy(path, *, size=6, stored=6, view=b'N', offset=0, shape=(3,), stride=(1,),
+           call=b'ctorch._utils\n_rebuild_tensor_v2\n') -> pathlib.Path:
   """A file of the format before torch 1.6 with one float32 tensor `a`, put together by hand; storage numbers count from zero."""
   pickled = lambda value: pickle.dumps(value, protocol=2)
   numbers = lambda values: b'(' + b''.join(map(number, values)) + b't'

@@ -47,7 +47,8 @@ def read(path: str | os.PathLike[str]) -> Loaded:
   state = torch_files.read(path)
   prefix = next((p for p in _PREFIXES if f'{p}conv1.weight' in state.tensors), None)
   if prefix is None:
-    raise ValueError(f'{path} holds none of {", ".join(resnet.NETWORKS)}: there is no conv1.weight among {listed(state.tensors)}')
+    strange = sorted(state.tensors, key=lambda name: bool(_BACKBONE.fullmatch(name)) or name.endswith('num_batches_tracked'))
+    raise ValueError(f'{path} holds none of {", ".join(resnet.NETWORKS)}: there is no conv1.weight among {listed(strange)}')
   moco = prefix.endswith('encoder_q.')
   flat: dict[str, np.ndarray] = {}
   dropped: dict[str, list[str]] = {}

@@ -67,7 +67,8 @@ def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
   other = sorted({tensor['dtype'] for _, tensor in found} - set(_SAFETENSORS_DTYPES))
   if other:
     raise ValueError(f'{path} holds tensors of type {", ".join(other)}; known: {", ".join(_SAFETENSORS_DTYPES)}')
-  return {name: np.frombuffer(tensor['data'], _SAFETENSORS_DTYPES[tensor['dtype']]).reshape(tensor['shape']) for name, tensor in found}
+  return {name: np.frombuffer(tensor['data'], _SAFETENSORS_DTYPES[tensor['dtype']]).reshape(tensor['shape'])
+          for name, tensor in sorted(found, key=lambda item: item[0])}
 
 
 def _read_zip(path: pathlib.Path) -> StateDict:

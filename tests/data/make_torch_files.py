@@ -30,7 +30,7 @@ def moco() -> dict:
   state = OrderedDict((f'module.encoder_q.{name}', value) for name, value in network.items())
   state.update((f'module.encoder_k.{name}', value + 1) for name, value in network.items())
   state.update({'module.queue': torch.ones(4, 16), 'module.queue_ptr': torch.zeros(1, dtype=torch.long)})
-  parameters = [torch.nn.Parameter(value) for value in list(network.values())[:3]]
+  parameters = [torch.nn.Parameter(value.clone()) for value in list(network.values())[:3]]
   optimizer = torch.optim.SGD(parameters, 0.03, momentum=0.9, weight_decay=1e-4)
   sum(p.sum() for p in parameters).backward()
   optimizer.step()
