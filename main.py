@@ -34,7 +34,7 @@ def main(argv: list[str]) -> None:
     config = _CONFIG.value
     if config.job not in jobs:
       raise ValueError(f'config.job is {config.job!r}; known: {", ".join(jobs)}')
-    jobs[config.job](config, _WORKDIR.value or os.path.join('runs', pathlib.Path(file_name).stem))
+    jobs[config.job](config, _WORKDIR.value or default_workdir(file_name))
   except fit.Interrupted as stopped:
     progress.log.info('%s', stopped.message)
     raise
@@ -49,10 +49,22 @@ def main(argv: list[str]) -> None:
     os._exit(128 + signal.SIGINT)
 
 
+def default_workdir(file_name: str) -> str:
+  """`runs/pets` for configs/pets.py, `runs/pets-mocov2` for configs/pets.py:mocov2."""
+  path, _, argument = file_name.partition(':')
+  return os.path.join('runs', pathlib.Path(path).stem + (f'-{argument}' if argument else ''))
+
+
 def parse(argv: list[str]) -> list[str]:
   """Reads the flags; an unknown field, there or in the config's file, is refused with the known ones."""
   try:
-    return app.parse_flags_with_usage(argv)
+    return flags.FLAGS(argv)
+  except flags.Error as error:
+    # What a config raises comes with its traceback.
+    *_, reason = str(error).strip().splitlines()
+    if 'takes 0 positional arguments' in reason:
+      reason = 'that config takes no argument behind a colon'
+    sys.exit(f'error: {re.sub(r"^[A-Za-z]+Error: ", "", reason.strip())}\n(python main.py --help lists the flags)')
   except (AttributeError, KeyError) as error:
     from configs import default
 

@@ -28,7 +28,8 @@ class Selection:
     method, by, size, seed, parameters: how it was chosen; parameters hold every one of the strategy, defaults included.
     units: int `[k]`, numbers of the chosen units, best first.
     scores: float `[n]`, one for each source unit in the order of the units.
-    measure: what the scores are: 'share' of the transported mass (sum 1), 'cosine', 'mean distance', 'mean cost', 'random'.
+    measure: what the scores are: 'share' of the transported mass (sum 1), 'cosine', 'mean distance', 'mean cost', 'random',
+      'given' (a list from elsewhere).
     ascending: whether small scores are chosen first.
     names: of all source units; () where the units are examples.
     target_names: of the g classes (or rows) of the target.
@@ -64,6 +65,11 @@ class Selection:
   solver: dict[str, Any] = dataclasses.field(default_factory=dict)
   encoder: str = ''
   source: dict[str, str] = dataclasses.field(default_factory=dict)
+
+  @property
+  def has_scores(self) -> bool:
+    """Whether the scores say something of the units."""
+    return self.measure not in ('random', 'given')
 
   @property
   def shares(self) -> np.ndarray | None:
@@ -153,7 +159,7 @@ class Selection:
     names = {i: _short(self.name(i)) for i in rows + below}
     width = max(len(self.by), *map(len, names.values()))
     why = self.explain(2) if self.plan is not None else []
-    score_width = max(len(self.measure) + 2, 8, len(self.score_text(rows[0])) + 2) if self.measure != 'random' else 0
+    score_width = max(len(self.measure) + 2, 8, len(self.score_text(rows[0])) + 2) if self.has_scores else 0
 
     def line(rank: int, unit: int) -> str:
       score = f'{self.score_text(unit):>{score_width}s}' if score_width else ''
@@ -166,7 +172,7 @@ class Selection:
     lines = [self._title(), head] + [line(rank, unit) for rank, unit in enumerate(rows)]
     if shown < len(self.units):
       lines.append(f'       ... and {len(self.units) - shown:,d} more')
-    if below:
+    if below and self.measure != 'given':
       lines.append('       ' + '-' * 8 + ' not chosen ' + '-' * 8)
       lines += [line(len(self.units) + k, unit) for k, unit in enumerate(below)]
     return '\n'.join(lines)
@@ -274,6 +280,20 @@ class Selection:
     # A line a field: readable, and small where lists are long.
     lines = (f'{json.dumps(key)}: {json.dumps(value, default=lambda number: number.item())}' for key, value in document.items())
     _write(path, '{\n' + ',\n'.join(lines) + '\n}\n')
+
+  @classmethod
+  def of_rows(cls, rows: Sequence[int] | np.ndarray, ids: Sequence[str] | np.ndarray) -> 'Selection':
+    """A selection that was made elsewhere, as a list of images.
+
+    Args:
+      rows: of the source, `[e]`, in the order in which they are to be listed.
+      ids: of all rows of the source, `[n]`.
+    """
+    rows, ids = np.asarray(rows, np.int64), np.asarray(ids)
+    scores = np.zeros(len(ids))
+    scores[rows] = 1.0
+    return cls(method='given', by='example', size=float(len(rows)), seed=0, parameters={}, units=rows, scores=scores, measure='given',
+               ascending=False, names=(), target_names=(), rows=rows, ids=ids[rows], row_units=rows)
 
   @classmethod
   def load(cls, path: str | os.PathLike[str], source_fingerprint: str = '', source: Embeddings | None = None) -> 'Selection':

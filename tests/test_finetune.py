@@ -1,35 +1,105 @@
-"""Fine-tuning: what images are compared by."""
+"""A selection made elsewhere is used as it is, only chosen images are read, what does not fit is refused; features to compare by."""
 
 import pathlib
+import shutil
 
 import numpy as np
 import pytest
 
-from configs import default
+from configs import miniature
 from ft_jax.data.sources import open_source
 from ft_jax.jobs import finetune, setup
+import selection
 
-DATA = pathlib.Path(__file__).parent / 'data'
+MOCO = pathlib.Path(__file__).parent / 'data' / 'moco.pth.tar'
 
 
-def configured(photos):
-  config = default.get_config()
-  config.target.name = config.source.name = f'folder:{photos}'
-  config.image_size, config.train.batch_size = 32, 16
-  config.model.name, config.model.width, config.model.weights = 'resnet18', 1, str(DATA / 'moco.pth.tar')
-  config.selection.by, config.selection.method = 'example', 'nearest'
-  return config
+def config(photos, pool, **fields):
+  """A fine-tuning of two steps from random weights, on folders."""
+  tiny = miniature.get_config('finetune')
+  with tiny.unlocked():
+    tiny.update_from_flattened_dict({
+        'source.name': f'folder:{pool}', 'target.name': f'folder:{photos}', 'model.weights': '', 'model.width': 4, 'image_size': 32,
+        'augment.short_side': 36, 'selection.size': 2.0, 'train.steps': 2, 'train.batch_size': 8, **fields})
+  return tiny
+
+
+def select_as_in_colab(pool_set, by, **kwargs):
+  """With features that are not the job's, and ids of the pool."""
+  rng = np.random.default_rng(0)
+  source = selection.Embeddings(rng.normal(size=(len(pool_set), 8)) + pool_set.labels[:, None], pool_set.labels, pool_set.class_names,
+                                ids=pool_set.ids)
+  return selection.select(source, (rng.normal(size=(9, 8)), np.arange(9) % 3), 2 if by == 'class' else 5, by=by, **kwargs)
+
+
+@pytest.mark.parametrize('by', ['class', 'list'])
+def test_only_chosen_images_are_ever_read(photos, pool, tmp_path, by):
+  """Everything in the pool that was not chosen is spoilt; nothing of it is missed, in training or in the report."""
+  shutil.copytree(pool, tmp_path / 'pool')
+  whole = open_source(f'folder:{tmp_path / "pool"}', 'train')
+  chosen = select_as_in_colab(whole, 'class' if by == 'class' else 'example')
+  path = tmp_path / ('ids.txt' if by == 'list' else 'selection.json')
+  (chosen.export if by == 'list' else chosen.save)(path)
+  for name in set(whole.ids) - set(chosen.ids):
+    (tmp_path / 'pool' / name).write_bytes(b'no image')
+  results = finetune.run(config(photos, tmp_path / 'pool', **{'selection.file': str(path)}), tmp_path / 'run')
+  assert results['selection']['images'] == len(chosen.ids)
+  assert results['selection']['method'] == ('uot' if by == 'class' else 'given')
+  page = (tmp_path / 'run' / 'report.html').read_text()
+  assert all(name in page for name in (chosen.class_names if by == 'class' else chosen.ids.tolist()))
+  assert not (tmp_path / 'run' / 'embeddings').exists()
+
+
+def test_images_of_a_selection_are_found_by_their_ids(pool, tmp_path):
+  """Also where the pool has more images now, or another order."""
+  whole = open_source(f'folder:{pool}', 'train')
+  chosen = select_as_in_colab(whole.of_classes([0, 1, 2]), 'example')
+  chosen.save(tmp_path / 'selection.json')
+  given = finetune._given(str(tmp_path / 'selection.json'), whole.subset(np.arange(60)[::-1]))
+  assert given.ids.tolist() == chosen.ids.tolist() and given.rows.tolist() == (59 - chosen.rows).tolist()
+
+
+def test_a_selection_that_does_not_fit_is_refused(photos, pool, tmp_path):
+  whole = open_source(f'folder:{pool}', 'train')
+  path = tmp_path / 'selection.json'
+  select_as_in_colab(whole.of_classes([0, 1, 2]), 'example').save(path)
+  other = open_source(f'folder:{pool}', 'train').of_classes([3, 4, 5])
+  with pytest.raises(ValueError, match=r'5 of 5 ids are not in folder:.*, such as .*; its ids look like'):
+    finetune._given(str(path), other)
+  (tmp_path / 'ids.txt').write_text(f'{whole.ids[0]}\nnowhere.jpg\n')
+  with pytest.raises(ValueError, match="1 of 2 ids are not in .*, such as 'nowhere.jpg'"):
+    finetune._given(str(tmp_path / 'ids.txt'), whole)
+  (tmp_path / 'ids.txt').write_text('\n')
+  with pytest.raises(ValueError, match='is empty; expected ids'):
+    finetune._given(str(tmp_path / 'ids.txt'), whole)
+  means = selection.select((np.eye(3), [0, 1, 2]), np.eye(3), 2)
+  means.save(path)
+  with pytest.raises(ValueError, match='its classes are not those of folder'):
+    finetune._given(str(path), whole)
+  (tmp_path / 'broken.json').write_text('{')
+  with pytest.raises(ValueError, match='broken.json holds no selection that can be read'):
+    finetune._given(str(tmp_path / 'broken.json'), whole)
+
+
+@pytest.mark.parametrize('fields,words', [
+    ({'selection.file': 'nowhere.json'}, 'there is no file nowhere.json; expected a selection.json, or ids as text'),
+    ({'selection.file': __file__, 'selection.method': 'none'}, "selection.method is 'none', which uses no selection"),
+    ({'target.train_per_class': -1}, 'target.train_per_class is -1; expected'),
+    ({'target.test': 'rest'}, "target.test is 'rest', .*target.train_per_class is 0")])
+def test_what_is_checked_first(photos, pool, fields, words):
+  with pytest.raises(ValueError, match=words):
+    finetune.check(config(photos, pool, **fields))
 
 
 def test_projection_features_are_the_mlp_of_the_pooled_ones(photos, tmp_path):
   """The output of MoCo-v2's projection head, per image and not normalised, in a file of its own."""
-  config = configured(photos)
-  weights = setup.load_weights(config.model.weights, projection=True)
-  source, features = open_source(config.source.name, 'train', ''), {}
+  weights = setup.load_weights(str(MOCO), projection=True)
+  source, features = open_source(f'folder:{photos}', 'train'), {}
   for name in finetune.FEATURES:
-    config.selection.features = name
-    finetune.check(config)
-    embedded = finetune._embedded(config, tmp_path, weights, source, setup.make_transform(config), 'source')
+    settings = config(photos, photos, **{
+        'model.weights': str(MOCO), 'model.width': 1, 'selection.by': 'example', 'selection.features': name})
+    finetune.check(settings)
+    embedded = finetune._embedded(settings, tmp_path, weights, source, setup.make_transform(settings), 'source')
     features[name] = embedded.features.astype(np.float64), embedded.fingerprint
   (pooled, encoder), (projected, with_head) = features['pooled'], features['projection']
   w0, b0, w2, b2 = (np.arange(n, dtype=np.float64) for n in (64, 8, 32, 4))  # tests/data/make_torch_files.py
@@ -42,9 +112,7 @@ def test_projection_features_are_the_mlp_of_the_pooled_ones(photos, tmp_path):
 @pytest.mark.parametrize('weights,features,words', [
     ('', 'projection', r"features is 'projection', which config.model.weights '' do not have; give MoCo-v2's .pth.tar"),
     ('timm:resnet18.tv_in1k', 'projection', 'do not have'), ('pretrain', 'projection', 'do not have'),
-    (str(DATA / 'moco.pth.tar'), '128', "features is '128'; known: pooled, projection")])
+    (str(MOCO), '128', "features is '128'; known: pooled, projection")])
 def test_features_that_cannot_be(photos, weights, features, words):
-  config = configured(photos)
-  config.model.weights, config.selection.features = weights, features
   with pytest.raises(ValueError, match=words):
-    finetune.check(config)
+    finetune.check(config(photos, photos, **{'model.weights': weights, 'selection.features': features}))

@@ -3,16 +3,22 @@
 import contextlib
 import http.server
 import json
+import os
 import pathlib
 import socket
+import subprocess
+import sys
 import threading
 import time
 
 from huggingface_hub import constants
+import jax
 import numpy as np
 import pytest
 from safetensors import numpy as safetensors
 
+from ft_jax.checkpoints import load_variables
+from ft_jax.jobs import setup
 from ft_jax.models import hub, pretrained, torch_files
 
 DATA = pathlib.Path(__file__).parent / 'data'
@@ -154,6 +160,30 @@ def test_without_a_network_it_says_so_at_once(tmp_path, monkeypatch):
   monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
   with pytest.raises(ValueError, match='HF_HUB_OFFLINE is set'):
     fetch('timm:resnet18.tiny', 'http://127.0.0.1:9', tmp_path)
+
+
+def test_a_fine_tuning_by_name(photos, tmp_path):
+  """The whole job: weights by name, BatchNorm frozen; results.json knows commit and fingerprint, the checkpoint has the same bits."""
+  with serve() as (endpoint, _):
+    environment = {**os.environ, 'HF_ENDPOINT': endpoint, 'HF_HOME': str(tmp_path / 'home'), 'HF_HUB_DISABLE_TELEMETRY': '1',
+                   'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': '--xla_force_host_platform_device_count=2'}
+    run = subprocess.run([
+        sys.executable, 'main.py', '--config=configs/miniature.py:finetune', '--config.source.name=',
+        f'--config.target.name=folder:{photos}', '--config.model.weights=hf:owner/one@v1', '--config.model.width=4',
+        '--config.model.batch_norm=frozen', '--config.image_size=32', '--config.augment.short_side=36',
+        '--config.selection.method=none', '--config.train.steps=3', '--config.train.batch_size=4', '--config.train.weight_decay=0.1',
+        f'--workdir={tmp_path / "run"}'], cwd=DATA.parents[1], env=environment, capture_output=True, text=True, check=False)
+  assert run.returncode == 0, run.stderr
+  assert f'weights: hf:owner/one@v1 at {COMMIT}: 100 tensors used; dropped: bn1.num_batches_tracked' in run.stderr
+  results = json.loads((tmp_path / 'run' / 'results.json').read_text())
+  before = setup.load_weights(str(DATA / 'resnet18.pth'))
+  assert results['weights'] == {'name': 'hf:owner/one@v1', 'revision': COMMIT, 'fingerprint': before.about['fingerprint']}
+  assert results['batch_norm'] == 'frozen: statistics, scales and biases of the weights'
+  after = load_variables(tmp_path / 'run', 3)
+  jax.tree.map(np.testing.assert_array_equal, after['batch_stats'], before.variables['batch_stats'])
+  for name in ('scale', 'bias'):
+    np.testing.assert_array_equal(after['params']['layer3']['0']['bn2'][name], before.variables['params']['layer3']['0']['bn2'][name])
+  assert (after['params']['conv1']['kernel'] != before.variables['params']['conv1']['kernel']).any()
 
 
 @pytest.mark.parametrize('name,repo,revision', [

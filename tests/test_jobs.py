@@ -67,6 +67,8 @@ def test_workdir_holds_what_the_readme_says(finished):
     assert {'top1', 'mean_per_class', 'loss'} <= set(results[split])
   assert results['best_step'] in (8, 16, 24) and results['seed'] == 0 and results['versions']['jax'] == jax.__version__
   assert results['batch_norm'] == 'statistics of each of 2 devices'
+  assert results['weights']['revision'] is None and len(results['weights']['fingerprint']) == 16
+  assert 'tensors used; dropped: optimizer (of that training); heads/source (old classifier)' in printed
   lines = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
   assert [line['step'] for line in lines] == [4, 8, 12, 16, 20, 24]
   assert [line['step'] for line in lines if 'val/top1' in line] == [8, 16, 24]

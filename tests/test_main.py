@@ -8,7 +8,8 @@ import sys
 from ml_collections import config_flags, ConfigDict
 import pytest
 
-from configs import default, digits, miniature, pets, pretrain
+from configs import aircraft, caltech101, cars, cub, default, digits, dogs, dtd, miniature, pets, pretrain, sun397
+from main import default_workdir
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -19,8 +20,11 @@ def main(*flags: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.parametrize('flags,words', [
     ([], 'flag --config=None: Flag --config must have a value'),
+    (['--config=configs/pets.py', '--confg.seed=1'], "Unknown command line flag 'confg.seed'"),
+    (['--config=configs/pets.py:moco'], "error: the recipe 'moco' is not known; write :supervised or :mocov2"),
+    (['--config=configs/digits.py:mocov2'], 'error: that config takes no argument behind a colon'),
     (['--config=configs/nothing.py'], 'configs/nothing.py'),
-    (['--config=configs/digits.py', '--config.sed=1'], "no field 'sed'; config has augment, compare, data_dir"),
+    (['--config=configs/digits.py', '--config.sed=1'], "no field 'sed'; config has augment, compare, data, data_dir"),
     (['--config=configs/digits.py', '--config.train.lr=1'], "no field 'train.lr'; config.train has batch_size, decay, epochs"),
     (['--config=configs/digits.py', '--config.seed.x=1'], "no field 'seed.x'; config.seed is one value"),
     (['--config=configs/digits.py', '--config.selection.by=colour'], "config.selection.by is 'colour'; known: class, cluster, example"),
@@ -61,6 +65,13 @@ def test_wrong_input_is_one_clear_line(tmp_path, flags, words):
   assert 'Traceback' not in run.stderr
 
 
+@pytest.mark.parametrize('file_name,workdir', [
+    ('configs/pets.py', 'runs/pets'), ('/x/configs/pets.py:mocov2', 'runs/pets-mocov2'), ('mine.py', 'runs/mine')])
+def test_default_workdir(file_name, workdir):
+  """Two recipes of one config do not meet in one folder."""
+  assert default_workdir(file_name) == workdir
+
+
 def test_a_config_file_cannot_add_a_field(tmp_path):
   """A misspelt field in a file of one's own is refused as it is on the command line."""
   (tmp_path / 'mine.py').write_text('from configs import default\n\ndef get_config():\n  config = default.get_config()\n'
@@ -96,11 +107,33 @@ def fields(config: ConfigDict, prefix: str = '') -> dict[str, type]:
   return flat
 
 
-@pytest.mark.parametrize('config', [digits.get_config(), pets.get_config(), pretrain.get_config(), miniature.get_config(),
-                                    miniature.get_config('pretrain')])
+TARGETS = {'pets': pets, 'cub': cub, 'cars': cars, 'aircraft': aircraft, 'dogs': dogs, 'caltech101': caltech101, 'dtd': dtd,
+           'sun397': sun397}
+
+
+@pytest.mark.parametrize('config', [
+    digits.get_config(), pretrain.get_config(), miniature.get_config(), miniature.get_config('pretrain'),
+    *(target.get_config(recipe) for target in TARGETS.values() for recipe in ('supervised', 'mocov2'))])
 def test_configs_are_the_default_with_other_values(config):
   """No config adds a field or changes the type of one, so that default.py documents every field there is."""
   assert fields(config) == fields(default.get_config())
+
+
+def test_the_eight_targets_have_the_published_settings():
+  """What the authors' scripts for CUB set; which sets are judged by the mean over classes."""
+  for name, target in TARGETS.items():
+    supervised, mocov2 = target.get_config(), target.get_config('mocov2')
+    assert supervised.target.metric == ('mean_per_class' if name in ('aircraft', 'pets', 'caltech101') else 'top1')
+    assert [(c.model.name, c.source_weight, c.train.learning_rate) for c in (supervised, mocov2)] == [
+        ('resnet18', 0.3, 0.003), ('resnet50', 1.0, 0.01)]
+    assert mocov2.selection.features == 'projection'
+    for config in (supervised, mocov2):
+      train = config.train
+      assert (train.batch_size, train.epochs, train.milestones, train.decay, train.weight_decay, train.momentum, train.nesterov) == (
+          256, 100.0, (0.6, 0.8), 0.1, 1e-4, 0.9, True)
+      assert dict(train.learning_rate_groups) == {'heads/.*': 10.0, '.*': 1.0}
+      assert (config.selection.method, config.selection.size, config.selection.epsilon, config.selection.rho_source,
+              config.selection.rho_target, config.source_ratio) == ('uot', 100.0, 0.1, 0.1, 10.0, 1.0)
 
 
 def test_every_field_is_documented_on_its_line():

@@ -65,6 +65,35 @@ class Source:
     """The examples of some classes; labels stay as they are."""
     return self.subset(np.flatnonzero(np.isin(self.labels, classes)))
 
+  def without(self, names: Sequence[str]) -> 'Source':
+    """The source as if some classes were not in it; the labels of the others close up.
+
+    Raises:
+      ValueError: a class that is not there, or all that are there.
+    """
+    if not names:
+      return self
+    unknown = [name for name in names if name not in self.class_names]
+    if unknown:
+      raise ValueError(f'{self.name} has no class {unknown[0]!r} to leave out; it has {len(self.class_names)}: '
+                       f'{", ".join(self.class_names[:5])}, ...')
+    kept = [k for k, name in enumerate(self.class_names) if name not in names]
+    if not kept:
+      raise ValueError(f'{self.name}: all of its classes are to be left out')
+    numbers = np.full(len(self.class_names), -1, np.int32)
+    numbers[kept] = np.arange(len(kept))
+    part = self.of_classes(kept)
+    return dataclasses.replace(part, labels=numbers[part.labels], class_names=tuple(self.class_names[k] for k in kept))
+
+  def at_ids(self, ids: Sequence[str]) -> np.ndarray:
+    """The rows of some examples by their ids, int64 `[len(ids)]`; raises ValueError for ids that are not there."""
+    places = {name: row for row, name in enumerate(self.ids.tolist())}
+    missing = [name for name in ids if name not in places]
+    if missing:
+      raise ValueError(f'{len(missing):,d} of {len(ids):,d} ids are not in {self.name}, such as {missing[0]!r}; its ids look like '
+                       f'{self.ids[0]!r}')
+    return np.array([places[name] for name in ids], np.int64)
+
 
 def open_source(name: str, split: str, data_dir: str = '') -> Source:
   """Opens a split of an image set.
@@ -95,17 +124,39 @@ def carve(source: Source, fraction: float, seed: int) -> tuple[Source, Source]:
   """
   if not 0 < fraction < 1:
     raise ValueError(f'val_fraction is {fraction}; expected a number between 0 and 1 (or name a val split)')
-  priority = np.array([digest(str(seed), i) for i in source.ids])
-  order = np.lexsort((priority, source.labels))
   sizes = np.bincount(source.labels, minlength=len(source.class_names))
-  starts = np.cumsum(sizes) - sizes
   taken = np.where(sizes > 1, np.clip(np.round(sizes * fraction), 1, np.maximum(sizes - 1, 1)), 0).astype(int)
-  second = np.sort(np.concatenate([order[a:a + n] for a, n in zip(starts, taken)]))
-  if not len(second):
+  if not taken.any():
     raise ValueError(f'{source.name}: every class has one image, so none can be set aside for val; '
                      'add images, or name a val split')
-  first = np.setdiff1d(np.arange(len(source)), second)
-  return source.subset(first), source.subset(second)
+  second, first = _parts(source, taken, [digest(str(seed), i) for i in source.ids])
+  return first, second
+
+
+def draw(source: Source, per_class: int, seed: int) -> tuple[Source, Source]:
+  """Draws a number of examples of every class: (the drawn ones, the rest).
+
+  The choice depends on the seed and on the ids without the split that they begin with: an image is drawn or not whichever
+  split it is stored in.
+
+  Raises:
+    ValueError: a class that has fewer.
+  """
+  sizes = np.bincount(source.labels, minlength=len(source.class_names))
+  small = np.flatnonzero(sizes < per_class)
+  if len(small):
+    raise ValueError(f'{source.name}: train_per_class is {per_class}, but {source.class_names[small[0]]} has {sizes[small[0]]} images'
+                     + (f', and {len(small) - 1} other classes have too few' if len(small) > 1 else '') + '; draw fewer')
+  return _parts(source, np.full(len(sizes), per_class), [digest('draw', str(seed), i.partition('/')[2]) for i in source.ids])
+
+
+def _parts(source: Source, counts: np.ndarray, priorities: Sequence[str]) -> tuple[Source, Source]:
+  """Those of each class that come first by priority, as many as `counts` says, and the rest; both in the order of the source."""
+  order = np.lexsort((np.asarray(priorities), source.labels))
+  sizes = np.bincount(source.labels, minlength=len(source.class_names))
+  starts = np.cumsum(sizes) - sizes
+  taken = np.sort(np.concatenate([order[a:a + n] for a, n in zip(starts, counts)]))
+  return source.subset(taken), source.subset(np.setdiff1d(np.arange(len(source)), taken))
 
 
 # --- folders ---

@@ -16,6 +16,8 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
   methods, seeds = list(config.compare.methods), list(config.compare.seeds)
   if not methods or not seeds:
     raise ValueError('config.compare.methods and config.compare.seeds need at least one entry each')
+  if config.selection.file:
+    raise ValueError('config.selection.file is one selection, and this job makes one for each method; use --config.job=finetune')
   if config.model.weights == 'pretrain':
     raise ValueError("config.model.weights is 'pretrain', which every fine-tuning would repeat; pre-train once with "
                      '--config=configs/pretrain.py and give its workdir')

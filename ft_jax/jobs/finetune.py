@@ -1,6 +1,8 @@
 """Job finetune: select pre-training data for a target, fine-tune on both together, see what came of it."""
 
 import dataclasses
+import os
+import pathlib
 from typing import Any
 
 from etils import epath
@@ -79,29 +81,12 @@ def check(config: ConfigDict) -> None:
   """Raises ValueError for what can be known before anything long begins."""
   if not config.target.name:
     raise ValueError('config.target.name is empty; name your images, such as folder:/data/pets or tfds:oxford_iiit_pet')
-  if not config.source.name and config.selection.method != 'none':
-    raise ValueError(f'config.selection.method is {config.selection.method!r} but config.source.name is empty; '
-                     'name the pre-training data, or use --config.selection.method=none')
-  if config.selection.method not in selection.STRATEGIES:
-    raise ValueError(f'config.selection.method is {config.selection.method!r}; known: {", ".join(selection.STRATEGIES)}')
-  if config.selection.by not in selection.UNITS:
-    raise ValueError(f'config.selection.by is {config.selection.by!r}; known: {", ".join(selection.UNITS)}')
-  for name, value in _parameters(config).items():
-    if name == 'cost' and value not in strategies.COSTS:
-      raise ValueError(f'config.selection.cost is {value!r}; known: {", ".join(strategies.COSTS)}')
-    if name != 'cost' and not 0 < value < float('inf'):
-      raise ValueError(f'config.selection.{name} is {value}; expected a number above 0')
-  settings = config.selection
-  if settings.features not in FEATURES:
-    raise ValueError(f'config.selection.features is {settings.features!r}; known: {", ".join(FEATURES)}')
-  if _projects(config) and (config.model.weights in ('', 'pretrain') or config.model.weights.startswith('timm:')):
-    raise ValueError(f"config.selection.features is 'projection', which config.model.weights {config.model.weights!r} do not have; give "
-                     "MoCo-v2's .pth.tar, or use --config.selection.features=pooled")
-  if settings.by == 'example' and _parameters(config).get('cost') == 'bures':
-    raise ValueError("config.selection.cost is 'bures', which compares classes or clusters, but config.selection.by is 'example'")
-  if settings.size < 1 and settings.method not in {*strategies.BY_SHARE, 'none'}:
-    raise ValueError(f'config.selection.size is {settings.size:g}, a share of transported mass, which {settings.method} does not go by; '
-                     'give a number of units')
+  per_class = config.target.train_per_class
+  if per_class < 0:
+    raise ValueError(f'config.target.train_per_class is {per_class}; expected images of each class, or 0 for all of them')
+  if config.target.test == 'rest' and not per_class:
+    raise ValueError("config.target.test is 'rest', what is not drawn for training, but config.target.train_per_class is 0; set either")
+  _check_selection(config)
   setup.make_transform(config)
   setup.check_weights(config.model)
   # The numbers of classes are not known yet and do not matter for what is checked.
@@ -113,8 +98,38 @@ def check(config: ConfigDict) -> None:
     fit.check(config.pretrain, 'top1', setup.build_model(config.model, {'source': 2}), config.image_size)
 
 
+def _check_selection(config: ConfigDict) -> None:
+  settings = config.selection
+  if not config.source.name and settings.method != 'none':
+    raise ValueError(f'config.selection.method is {settings.method!r} but config.source.name is empty; '
+                     'name the pre-training data, or use --config.selection.method=none')
+  if settings.method not in selection.STRATEGIES:
+    raise ValueError(f'config.selection.method is {settings.method!r}; known: {", ".join(selection.STRATEGIES)}')
+  if settings.file and settings.method == 'none':
+    raise ValueError("config.selection.file is set, but config.selection.method is 'none', which uses no selection; set either")
+  if settings.file and not os.path.isfile(os.path.expanduser(settings.file)):
+    raise ValueError(f'config.selection.file: there is no file {settings.file}; expected a selection.json, or ids as text, one a line')
+  if settings.by not in selection.UNITS:
+    raise ValueError(f'config.selection.by is {settings.by!r}; known: {", ".join(selection.UNITS)}')
+  if settings.features not in FEATURES:
+    raise ValueError(f'config.selection.features is {settings.features!r}; known: {", ".join(FEATURES)}')
+  if _projects(config) and (config.model.weights in ('', 'pretrain') or config.model.weights.startswith('timm:')):
+    raise ValueError(f"config.selection.features is 'projection', which config.model.weights {config.model.weights!r} do not have; give "
+                     "MoCo-v2's .pth.tar, or use --config.selection.features=pooled")
+  for name, value in _parameters(config).items():
+    if name == 'cost' and value not in strategies.COSTS:
+      raise ValueError(f'config.selection.cost is {value!r}; known: {", ".join(strategies.COSTS)}')
+    if name != 'cost' and not 0 < value < float('inf'):
+      raise ValueError(f'config.selection.{name} is {value}; expected a number above 0')
+  if settings.by == 'example' and _parameters(config).get('cost') == 'bures':
+    raise ValueError("config.selection.cost is 'bures', which compares classes or clusters, but config.selection.by is 'example'")
+  if settings.size < 1 and settings.method not in {*strategies.BY_SHARE, 'none'}:
+    raise ValueError(f'config.selection.size is {settings.size:g}, a share of transported mass, which {settings.method} does not go by; '
+                     'give a number of units')
+
+
 def _check_size(config: ConfigDict, pool: Source | None) -> None:
-  if config.selection.method == 'none':
+  if config.selection.method == 'none' or config.selection.file:
     return
   size, by = config.selection.size, config.selection.by
   most = {'class': len(pool.class_names), 'cluster': config.selection.clusters, 'example': len(pool)}[by]
@@ -180,6 +195,11 @@ def _select(config: ConfigDict, work: Workdir, weights: setup.Weights | None, ta
     return None
   if work.has_checkpoint() and work.selection_json.exists():
     return selection.Selection.load(work.selection_json, pool.fingerprint)
+  if settings.file:
+    chosen = dataclasses.replace(_given(settings.file, pool), source={'name': pool.name, 'fingerprint': pool.fingerprint})
+    chosen.save(work.selection_json)
+    log.info('%s', chosen.table(12))
+    return chosen
   embedded = [_embedded(config, folder, weights, source, transform, what) for source, what in ((pool, 'source'), (target, 'target'))]
   size = settings.size if settings.size < 1 else int(settings.size)
   chosen = selection.select(*embedded, size, by=settings.by, method=settings.method, seed=config.seed,
@@ -188,6 +208,29 @@ def _select(config: ConfigDict, work: Workdir, weights: setup.Weights | None, ta
   chosen.save(work.selection_json)
   log.info('%s', chosen.table(12))
   return chosen
+
+
+def _given(path: str, pool: Source) -> selection.Selection:
+  """A selection that was made before: classes of the same names, or images whose ids are in the pool.
+
+  Raises:
+    ValueError: it was made from other classes, or with ids that are not in the pool.
+  """
+  path = os.path.expanduser(path)
+  if not path.endswith('.json'):
+    ids = dict.fromkeys(line.strip() for line in pathlib.Path(path).read_text().splitlines() if line.strip())
+    if not ids:
+      raise ValueError(f'{path} is empty; expected ids of images of {pool.name}, one a line, such as {pool.ids[0]!r}')
+    return selection.Selection.of_rows(pool.at_ids(list(ids)), pool.ids)
+  chosen = selection.Selection.load(path)
+  if chosen.source.get('fingerprint') == pool.fingerprint:
+    return chosen
+  if chosen.by == 'class' and tuple(chosen.names) == pool.class_names:
+    return dataclasses.replace(chosen, rows=None, ids=None, row_units=None, counts=np.bincount(pool.labels, minlength=len(chosen.scores)))
+  if chosen.ids is None:
+    different = f'its {NOUNS[chosen.by]} are not those of {pool.name}' if chosen.by == 'class' else f'it is of {NOUNS[chosen.by]}'
+    raise ValueError(f'{path} does not fit: {different}, and it knows no ids of images; select again, with ids=... in selection.Embeddings')
+  return selection.Selection.of_rows(pool.at_ids([str(i) for i in chosen.ids]), pool.ids)
 
 
 def _embedded(config: ConfigDict, folder: epath.Path, weights: setup.Weights | None, source: Source, transform: Transform,
@@ -235,8 +278,8 @@ def _selection_section(target: Source, pool: Source, chosen: selection.Selection
   if len(chosen.units) > most:
     how += f' The first {most} are shown; selection.json has all of them.'
   target_rows = [(name, _examples(target, np.flatnonzero(target.labels == k), 2)) for k, name in enumerate(target.class_names[:most])]
-  picture = None if chosen.measure == 'random' else plots.overview(chosen)
-  measure = '' if chosen.measure == 'random' else chosen.measure
+  picture = plots.overview(chosen) if chosen.has_scores else None
+  measure = chosen.measure if chosen.has_scores else ''
   return report.SelectionSection(how, chosen.by, NOUNS[chosen.by], measure, rows, picture, target_rows)
 
 

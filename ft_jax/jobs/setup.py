@@ -13,7 +13,7 @@ import numpy as np
 
 from ft_jax.checkpoints import load_variables
 from ft_jax.data.pipeline import Transform
-from ft_jax.data.sources import carve, open_source, Source
+from ft_jax.data.sources import carve, draw, open_source, Source
 from ft_jax.models import hub, pretrained, resnet
 from ft_jax.parallel import AXIS
 from ft_jax.progress import log
@@ -34,12 +34,17 @@ def open_splits(config: ConfigDict, data_dir: str, seed: int) -> Splits:
   Raises:
     ValueError: a set, split or folder that is not there, or splits of different classes or with images in common.
   """
-  train = open_source(config.name, config.train, data_dir)
+  # The pre-training data has neither field.
+  per_class, left_out = config.get('train_per_class', 0), config.get('without', ())
+  opened = lambda split: open_source(config.name, split, data_dir).without(left_out)
+  train, rest = draw(opened(config.train), per_class, seed) if per_class else (opened(config.train), None)
   if config.val:
-    val = open_source(config.name, config.val, data_dir)
+    val = opened(config.val)
   else:
     train, val = carve(train, config.val_fraction, seed)
-  test = open_source(config.name, config.test, data_dir) if config.test else None
+  test = rest if config.test == 'rest' and per_class else opened(config.test) if config.test else None
+  if test is not None and not len(test):
+    raise ValueError(f'{train.name}: train_per_class {per_class} leaves no image for test')
   for other in (val, test):
     if other is not None and other.class_names != train.class_names:
       differing = sorted(set(other.class_names) ^ set(train.class_names))

@@ -1,0 +1,22 @@
+"""FGVC-Aircraft: 100 variants, 6,667 training (the official train and val) and 3,333 test images.
+
+    python -m ft_jax.data.prepare tfds:fgvc_aircraft --data_dir=DATA
+    python -m ft_jax.data.prepare tfds:imagenet2012 --data_dir=DATA
+    python main.py --config=configs/aircraft.py --config.data_dir=DATA             # ResNet-18, supervised weights
+    python main.py --config=configs/aircraft.py:mocov2 --config.data_dir=DATA      # ResNet-50, MoCo-v2 weights
+
+Ours: the hyper-parameters, which are CUB's (see configs/liu2022.py).
+"""
+
+from ml_collections import ConfigDict
+
+from configs import liu2022
+
+
+def get_config(recipe: str = 'supervised') -> ConfigDict:
+  config = liu2022.get_config(recipe)
+  config.target.name = 'tfds:fgvc_aircraft'
+  config.target.train = 'train+validation'
+  config.target.test = 'test'
+  config.target.metric = 'mean_per_class'
+  return config

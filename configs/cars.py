@@ -1,0 +1,22 @@
+"""Stanford Cars: 196 models, 8,144 training and 8,041 test images.
+
+    python -m ft_jax.data.prepare tfds:cars196 --data_dir=DATA
+    python -m ft_jax.data.prepare tfds:imagenet2012 --data_dir=DATA
+    python main.py --config=configs/cars.py --config.data_dir=DATA             # ResNet-18, supervised weights
+    python main.py --config=configs/cars.py:mocov2 --config.data_dir=DATA      # ResNet-50, MoCo-v2 weights
+
+Ours: the hyper-parameters, which are CUB's (see configs/liu2022.py).
+"""
+
+from ml_collections import ConfigDict
+
+from configs import liu2022
+
+
+def get_config(recipe: str = 'supervised') -> ConfigDict:
+  config = liu2022.get_config(recipe)
+  config.target.name = 'tfds:cars196'
+  config.target.train = 'train'
+  config.target.test = 'test'
+  config.target.metric = 'top1'
+  return config

@@ -1,0 +1,22 @@
+"""Stanford Dogs: 120 breeds, 12,000 training and 8,580 test images; all of them are in ImageNet too.
+
+    python -m ft_jax.data.prepare tfds:stanford_dogs --data_dir=DATA
+    python -m ft_jax.data.prepare tfds:imagenet2012 --data_dir=DATA
+    python main.py --config=configs/dogs.py --config.data_dir=DATA             # ResNet-18, supervised weights
+    python main.py --config=configs/dogs.py:mocov2 --config.data_dir=DATA      # ResNet-50, MoCo-v2 weights
+
+Ours: the hyper-parameters, which are CUB's (see configs/liu2022.py).
+"""
+
+from ml_collections import ConfigDict
+
+from configs import liu2022
+
+
+def get_config(recipe: str = 'supervised') -> ConfigDict:
+  config = liu2022.get_config(recipe)
+  config.target.name = 'tfds:stanford_dogs'
+  config.target.train = 'train'
+  config.target.test = 'test'
+  config.target.metric = 'top1'
+  return config
