@@ -32,10 +32,10 @@ def test_merge_takes_the_backbone_and_keeps_the_heads():
 
 
 @pytest.mark.parametrize('kwargs,words', [
-    ({'width': 8}, r'other shapes: .*conv1/kernel \(7, 7, 3, 4\) in the weights, \(7, 7, 3, 8\) in the model.* more'),
-    ({'stem': '3x3'}, r'other shapes: params/conv1/kernel'),
-    ({'name': 'resnet34'}, r'missing in the weights: .*layer1/2.* more'),
-    ({'name': 'resnet50'}, r'missing in the weights')])
+    ({'width': 8}, r'Other shapes: .*conv1/kernel \(7, 7, 3, 4\) in the weights, \(7, 7, 3, 8\) in the model.* more'),
+    ({'stem': '3x3'}, r'Other shapes: params/conv1/kernel'),
+    ({'name': 'resnet34'}, r'Missing in the weights: .*layer1/2.* more'),
+    ({'name': 'resnet50'}, r'Missing in the weights')])
 def test_weights_that_do_not_fit_are_named(kwargs, words):
   with pytest.raises(ValueError, match=words):
     pretrained.merge(fresh(**kwargs), pretrained.load_torch(DATA / 'resnet18.pth'))
@@ -92,8 +92,8 @@ def test_a_wide_network_is_none_of_the_four(tmp_path):
   """Names of resnet50 and other shapes, as of wide_resnet50_2 or resnext50."""
   wide = {name: np.repeat(value, 2, axis=0) if re.search(r'layer.*conv2', name) else value
           for name, value in state('resnet50.safetensors').items()}
-  with pytest.raises(ValueError, match='layer1/0/conv2/kernel .* They are of none of resnet18, .*; the nearest is resnet50 of width 4, '
-                                       'which has 249 of their 265 tensors'):
+  with pytest.raises(ValueError, match='They are of none of resnet18, .*; the nearest is resnet50 of width 4, which has 249 of '
+                                       'their 265 tensors. Other shapes: .*layer1/0/conv2/kernel'):
     pretrained.merge(fresh('resnet50'), pretrained.load_torch(save(tmp_path / 'wide.safetensors', **wide)))
 
 

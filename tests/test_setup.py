@@ -163,6 +163,7 @@ def test_weights_without_what_is_asked_for(name, wanted, words):
     ({'weights': 'tests'}, 'tests is no workdir of a run'), ({'weights': 'hf:resnet50'}, 'expected hf:<owner>/<name>'),
     ({'weights': 'timm:resnet50d.ra2_in1k'}, 'a resnet50d, which is another network than resnet18, resnet34, resnet50, resnet101'),
     ({'weights': 'timm:wide_resnet50_2.tv_in1k'}, 'a wide_resnet50_2, which is another network'),
+    ({'weights': 'timm:resnet34.ra4_e3600_r224_in1k'}, 'trained on images with a mean of 0.5'),
     ({'weights': 'timm:resnet18.tv_in1k'}, 'set --config.model.name=resnet18 --config.model.width=64 --config.model.stem=7x7'),
     ({'source_head': 'old'}, "source_head is 'old'; known: fresh, pretrained"),
     ({'source_head': 'pretrained'}, "source_head is 'pretrained' and model.weights is empty"),

@@ -102,7 +102,7 @@ def check_weights(config: ConfigDict) -> None:
   if (repo := hub.parse(config.weights)) is None:
     _check_path(config.weights)
   elif repo.name.startswith('timm/'):
-    _check_timm(repo.name.removeprefix('timm/').partition('.')[0], config)
+    _check_timm(*repo.name.removeprefix('timm/').split('.', 1), config=config)
 
 
 def _check_path(name: str) -> None:
@@ -113,10 +113,13 @@ def _check_path(name: str) -> None:
     raise ValueError(f'model.weights: {name} is no workdir of a run, which has a folder checkpoints/; give such a folder, or a file')
 
 
-def _check_timm(network: str, config: ConfigDict) -> None:
+def _check_timm(network: str, tag: str = '', *, config: ConfigDict) -> None:
   """Many networks of timm differ from torchvision's in stem, pooling or blocks, which their names say."""
   if network not in resnet.NETWORKS:
     raise ValueError(f'model.weights is {config.weights!r}, a {network}, which is another network than {", ".join(resnet.NETWORKS)}')
+  if tag.startswith('ra4_'):  # as timm 1.0 has it; all others of these networks have ImageNet's mean
+    raise ValueError(f'model.weights is {config.weights!r}, which was trained on images with a mean of 0.5; the networks here take out the '
+                     'mean of ImageNet')
   if (network, 64, '7x7') != (config.name, config.width, config.stem):
     raise ValueError(f'model.weights is {config.weights!r}; set --config.model.name={network} --config.model.width=64 '
                      '--config.model.stem=7x7')

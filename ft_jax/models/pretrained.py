@@ -86,7 +86,7 @@ def merge(variables: Mapping[str, Any], loaded: Mapping[str, Any]) -> dict[str, 
   given = flax.traverse_util.flatten_dict({key: loaded.get(key, {}) for key in ('params', 'batch_stats')}, sep='/')
   given = {key: value for key, value in given.items() if key in fresh or not key.startswith('params/heads/')}
   if problems := _problems({key: value for key, value in fresh.items() if key in given or not key.startswith('params/heads/')}, given):
-    raise ValueError(f'the weights do not fit the model (model.name, model.width, model.stem): {". ".join(problems)}. {_nearest(given)}')
+    raise ValueError(f'the weights do not fit the model (model.name, model.width, model.stem). {_nearest(given)}. {". ".join(problems)}')
   merged = {key: np.asarray(given[key], np.float32) if key in given else value for key, value in fresh.items()}
   return flax.traverse_util.unflatten_dict(merged, sep='/')
 
@@ -102,9 +102,9 @@ def _problems(expected: Mapping[str, Any], given: Mapping[str, Any]) -> list[str
   missing, extra = expected.keys() - given.keys(), given.keys() - expected.keys()
   shapes = [f'{key} {given[key].shape} in the weights, {expected[key].shape} in the model'
             for key in sorted(expected.keys() & given.keys(), key=_params_first) if given[key].shape != expected[key].shape]
-  return [*([f'missing in the weights: {listed(sorted(missing, key=_params_first))}'] if missing else []),
-          *([f'not in the model: {listed(sorted(extra, key=_params_first))}'] if extra else []),
-          *([f'other shapes: {"; ".join(shapes[:3])}' + (f' and {len(shapes) - 3} more' if len(shapes) > 3 else '')] if shapes else [])]
+  return [*([f'Missing in the weights: {listed(sorted(missing, key=_params_first))}'] if missing else []),
+          *([f'Not in the model: {listed(sorted(extra, key=_params_first))}'] if extra else []),
+          *([f'Other shapes: {"; ".join(shapes[:3])}' + (f' and {len(shapes) - 3} more' if len(shapes) > 3 else '')] if shapes else [])]
 
 
 def _nearest(given: Mapping[str, Any]) -> str:
