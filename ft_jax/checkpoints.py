@@ -6,6 +6,7 @@ from typing import Any
 from etils import epath
 import jax
 from orbax import checkpoint as ocp
+import tensorstore
 
 FORMAT_VERSION = 2
 
@@ -50,8 +51,9 @@ class Checkpoints:
     """The state saved at `step`, in the structure, shapes and types of `like`.
 
     Raises:
-      ValueError: it has another format version, or was made from something else, by name.
+      ValueError: it has another format version, or was made from something else, by name; or it cannot be read.
     """
+    _check_whole(epath.Path(self._manager.directory) / str(step))
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
     saved = self._manager.restore(step, args=ocp.args.Composite(
         state=ocp.args.StandardRestore(abstract), about=ocp.args.JsonRestore()))
@@ -95,13 +97,27 @@ def load_variables(workdir: epath.PathLike, step: int | None = None) -> dict[str
     step = checkpoints.best_step if checkpoints.best_step is not None else checkpoints.latest_step
   if step not in steps:
     raise ValueError(f'{folder} holds no checkpoint of step {step}; there are {", ".join(map(str, sorted(steps)))}')
-  try:
-    state = checkpoints._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore()))['state']
-  except Exception as error:  # what orbax and tensorstore raise for missing or damaged files has many types
-    raise ValueError(f'the checkpoint {folder / str(step)} cannot be read ({type(error).__name__}); is it whole?') from error
-  finally:
-    checkpoints.close()
+  _check_whole(folder / str(step))
+  state = checkpoints._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore()))['state']
+  checkpoints.close()
   return jax.device_get({'params': state['params'], 'batch_stats': state['batch_stats']})
+
+
+def _check_whole(folder: epath.Path) -> None:
+  """Reads all there is of a checkpoint's state, one after the other.
+
+  Orbax reads everything at once, and where files are missing or cut short, its threads print tracebacks beside the error.
+  """
+  state = folder / 'state'
+  try:
+    if not (state / '_METADATA').exists():
+      raise FileNotFoundError(state / '_METADATA')
+    base = epath.Path(state).as_posix()
+    store = tensorstore.KvStore.open({'driver': 'ocdbt', 'base': f'{base if "://" in base else f"file://{base}"}/'}).result()
+    for key in store.list().result():
+      store.read(key).result()
+  except (ValueError, OSError, RuntimeError) as error:
+    raise ValueError(f'the checkpoint {folder} cannot be read; it is not whole ({" ".join(str(error).split())[:300]})') from error
 
 
 def _rank(metrics: dict[str, float]) -> tuple[float, float]:

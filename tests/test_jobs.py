@@ -144,13 +144,17 @@ def test_interrupted_equals_uninterrupted(finished, weights, tmp_path, number):
 
 
 def test_a_mistake_behind_the_pre_training_does_not_cost_it(tmp_path):
-  """What is pre-trained within a run is there again when another setting had to be mended."""
-  flags = [*TINY, *FINETUNE, '--config.pretrain.epochs=0', '--config.pretrain.steps=8', '--config.pretrain.eval_every=8']
+  """What is pre-trained within a run is there again when another setting had to be mended; its head and statistics go on."""
+  flags = [*TINY, *FINETUNE, '--config.pretrain.epochs=0', '--config.pretrain.steps=8', '--config.pretrain.eval_every=8',
+           '--config.model.source_head=pretrained', '--config.model.batch_norm=frozen']
   first = main(tmp_path / 'run', *flags, '--config.selection.epsilon=0.0001')
   assert first.returncode == 1 and 'epsilon 0.0001 is too small' in first.stderr and 'training 8 steps' in first.stderr
   again = main(tmp_path / 'run', *flags)
   assert again.returncode == 0 and 'training 8 steps' not in again.stderr and 'training 24 steps' in again.stderr, again.stderr
   assert 'Pre-training on digits:pool' in (tmp_path / 'run' / 'pretrain' / 'report.html').read_text()
+  assert '102 tensors used; dropped: optimizer (of that training)\n' in again.stderr
+  norms = [json.loads((path / 'results.json').read_text())['batch_norm'] for path in (tmp_path / 'run' / 'pretrain', tmp_path / 'run')]
+  assert norms == ['statistics of each of 2 devices', 'frozen: statistics, scales and biases of the weights']
 
 
 def test_going_on_with_other_images_is_refused(photos, pool, tmp_path):

@@ -5,7 +5,6 @@ import re
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
 from safetensors import numpy as safetensors
@@ -113,7 +112,7 @@ def test_tensors_of_other_networks_are_named(tmp_path, change, words):
 
 def test_half_precision_and_wrapped_names(tmp_path):
   """bfloat16 of safetensors, names of DataParallel; numbers come as float32. Integers are no weights."""
-  plain, low = pretrained.load_torch(DATA / 'resnet18.pth'), ml_dtypes.bfloat16
+  plain, low = pretrained.load_torch(DATA / 'resnet18.pth'), jnp.bfloat16
   data = {f'module.{name}': value if value.dtype == np.int64 else value.astype(low) for name, value in state().items()}
   loaded, dropped = pretrained.read(save(tmp_path / 'low.safetensors', **data))
   jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b.astype(low).astype(np.float32)), loaded, plain)

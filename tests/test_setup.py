@@ -136,7 +136,7 @@ def test_weights_of_a_run(workdir):
 
 
 def test_a_checkpoint_cut_short_is_named(workdir, tmp_path):
-  """In a process of its own: the threads of tensorstore complain to whoever comes next."""
+  """In a process of its own, where the threads of tensorstore would print their tracebacks."""
   shutil.copytree(workdir, tmp_path / 'run')
   for path in (tmp_path / 'run' / 'checkpoints' / '1' / 'state' / 'd').iterdir():
     path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
@@ -145,7 +145,7 @@ def test_a_checkpoint_cut_short_is_named(workdir, tmp_path):
           'except ValueError as error: print(error)')
   run = subprocess.run([sys.executable, '-c', code, str(tmp_path / 'run')], capture_output=True, text=True, check=False,
                        env={**os.environ, 'JAX_PLATFORMS': 'cpu'}, cwd=DATA.parents[1])
-  assert re.search('the checkpoint .*run/checkpoints/1 cannot be read .* is it whole', run.stdout) and not run.stderr, run
+  assert re.search('the checkpoint .*run/checkpoints/1 cannot be read; it is not whole', run.stdout) and not run.stderr, run
 
 
 @pytest.mark.parametrize('name,wanted,words', [

@@ -9,7 +9,7 @@ import pickle
 from typing import Any, BinaryIO, NamedTuple
 import zipfile
 
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 
 # How torch.save begins a file of before torch 1.6, and the only protocol of such files that there was.
@@ -253,12 +253,12 @@ _ALLOWED: dict[tuple[str, str], Any] = {
 }
 
 _STORAGE_DTYPES: dict[str, Any] = {
-    'FloatStorage': np.float32, 'HalfStorage': np.float16, 'BFloat16Storage': ml_dtypes.bfloat16, 'DoubleStorage': np.float64,
+    'FloatStorage': np.float32, 'HalfStorage': np.float16, 'BFloat16Storage': jnp.bfloat16, 'DoubleStorage': np.float64,
     'LongStorage': np.int64, 'IntStorage': np.int32, 'ShortStorage': np.int16, 'CharStorage': np.int8, 'ByteStorage': np.uint8,
     'BoolStorage': np.bool_,
 }
 
 _SAFETENSORS_DTYPES: dict[str, Any] = {
-    'F32': np.float32, 'F16': np.float16, 'BF16': ml_dtypes.bfloat16, 'F64': np.float64, 'I64': np.int64, 'I32': np.int32, 'I16': np.int16,
+    'F32': np.float32, 'F16': np.float16, 'BF16': jnp.bfloat16, 'F64': np.float64, 'I64': np.int64, 'I32': np.int32, 'I16': np.int16,
     'I8': np.int8, 'U8': np.uint8, 'BOOL': np.bool_,
 }
