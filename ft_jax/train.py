@@ -7,6 +7,7 @@ the head of its own name; all streams go through the network in one forward pass
 
 from collections.abc import Callable, Iterator, Mapping
 import math
+import time
 from typing import Any, Protocol
 
 import flax
@@ -95,10 +96,12 @@ class Observer(Protocol):
 def run_steps(
     train_step: StepFn, state: TrainState, batches: Iterator[Mapping[str, Mapping[str, jax.Array]]], *, start: int, steps: int,
     log_every: int, eval_every: int, observer: Observer, stop: Callable[[], bool], progress: Callable[[int, float], None],
-) -> tuple[TrainState, int]:
+    clock: Callable[[], float] = time.perf_counter) -> tuple[TrainState, int]:
   """Runs steps `start` to `steps`; returns the state and the number of steps done, fewer than `steps` if `stop()` said so.
 
-  The loss of a step is read when the next one is under way, so the device does not wait for the host.
+  The loss of a step is read when the next one is under way, so the device does not wait for the host. Whether it waits for images is
+  measured: the metrics of a window have `waiting_share`, the part of its time (without evaluation) that went by until a batch was there,
+  counted where the device was through with everything before. It had been for a part of that wait at least, so this is an upper bound.
 
   Args:
     train_step: of `make_train_step`.
@@ -109,6 +112,7 @@ def run_steps(
     observer: gets metrics and evaluates.
     stop: asked after each step.
     progress: told (steps done, loss) after each step, one step late.
+    clock: gives seconds.
 
   Raises:
     Diverged: the loss is not finite; says at which step.
@@ -128,9 +132,16 @@ def run_steps(
     window.append(metrics)
     progress(step, metrics['loss'])
 
-  done = start
+  done, waited, began = start, 0.0, None
   while done < steps:
-    state, metrics = train_step(state, next(batches))
+    asked = clock()
+    batch = next(batches)
+    # The first batch of a run is not counted, nor is compiling the step: both come once.
+    if began is not None and (unread is None or all(value.is_ready() for value in unread.values())):
+      waited += clock() - asked
+    state, metrics = train_step(state, batch)
+    if began is None:
+      began = clock()
     read(done)
     unread = metrics
     done += 1
@@ -138,10 +149,13 @@ def run_steps(
     if last or done % eval_every == 0 or done % log_every == 0:
       read(done)
       means = {f'train/{key}': sum(m[key] for m in window) / len(window) for key in window[0]}
+      elapsed = clock() - began
+      means['waiting_share'] = waited / elapsed if elapsed > 0 else 0.0
       window.clear()
       if done == steps or done % eval_every == 0:
         means |= observer.evaluate(done, state)
       observer.wrote(done, means)
+      waited, began = 0.0, clock()
     if last:
       break
   return state, done

@@ -109,7 +109,7 @@ def comparable(workdir: pathlib.Path) -> tuple[dict, list[dict], dict]:
     last = manager.restore(24, args=ocp.args.Composite(state=ocp.args.StandardRestore()))['state']
   lines = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
   results = json.loads((workdir / 'results.json').read_text())
-  return (last, [{k: v for k, v in line.items() if k != 'images_per_second'} for line in lines],
+  return (last, [{k: v for k, v in line.items() if k not in ('images_per_second', 'waiting_share')} for line in lines],
           {k: v for k, v in results.items() if k != 'command'})
 
 
@@ -199,21 +199,45 @@ def test_finetune_and_compare_on_folders(photos, pool, tmp_path):
   assert len(chosen['classes']) == 2 and chosen['images'] == 20
 
 
-@pytest.mark.parametrize('by,size,extra', [
-    ('example', '0.25', ()), ('cluster', '3', ('--config.selection.clusters=6', '--config.selection.cost=bures'))])
-def test_single_images_and_clusters(photos, pool, tmp_path, by, size, extra):
-  """Selected by image or cluster: the network is fine-tuned with those images alone, and the report shows them."""
-  run = main(tmp_path / 'run', '--config=configs/miniature.py:finetune', f'--config.source.name=folder:{pool}',
+def fine_tune_by(photos, pool, workdir, by: str, *flags: str) -> tuple[dict, str]:
+  """Two steps with what is selected by image or cluster: the results, and what was printed."""
+  run = main(workdir, '--config=configs/miniature.py:finetune', f'--config.source.name=folder:{pool}',
              f'--config.target.name=folder:{photos}', '--config.model.weights=', '--config.model.width=4', '--config.image_size=32',
-             '--config.augment.short_side=36', f'--config.selection.by={by}', f'--config.selection.size={size}', *extra,
-             '--config.train.steps=2', '--config.train.batch_size=4')
+             '--config.augment.short_side=36', f'--config.selection.by={by}', '--config.train.steps=2', '--config.train.batch_size=4',
+             *flags)
   assert run.returncode == 0, run.stderr
-  used = json.loads((tmp_path / 'run' / 'results.json').read_text())['selection']
-  chosen = json.loads((tmp_path / 'run' / 'selection.json').read_text())
+  results = json.loads((workdir / 'results.json').read_text())
+  chosen, used = json.loads((workdir / 'selection.json').read_text()), results['selection']
   assert used['by'] == by and used['units'] == len(chosen['units']) and used['images'] == len(chosen['rows']) < 60
-  page = (tmp_path / 'run' / 'report.html').read_text()
-  assert f'The chosen {by}s, best first' in page
-  assert page.count('data:image/jpeg') >= used['units'] + 8
+  page = (workdir / 'report.html').read_text()
+  assert f'The chosen {by}s, best first' in page and page.count('data:image/jpeg') >= used['units'] + 8
+  return results, run.stderr
+
+
+def test_clusters(photos, pool, tmp_path):
+  """The network is fine-tuned with their images alone, and the report shows them."""
+  fine_tune_by(photos, pool, tmp_path / 'run', 'cluster', '--config.selection.size=3', '--config.selection.clusters=6',
+               '--config.selection.cost=bures')
+
+
+def test_single_images_of_sets_with_damaged_files(photos, pool, tmp_path):
+  """Selected one by one; the files that cannot be read are counted, and the others used and kept in memory as if these were not there."""
+  shutil.copytree(photos, tmp_path / 'photos')
+  shutil.copytree(pool, tmp_path / 'pool')
+  for name in ('photos/train/sky/2.jpg', 'photos/train/sky/7.jpg', 'photos/test/wall/1.jpg', 'pool/c/4.jpg'):
+    (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:300])
+  results, printed = fine_tune_by(tmp_path / 'photos', tmp_path / 'pool', tmp_path / 'run', 'example', '--config.selection.size=0.25',
+                                  '--config.data.on_error=skip', '--config.data.cache=true')
+  skipped = results['skipped']
+  # Which of train's were set aside for val is not known here.
+  assert sorted(skipped.pop('target train', {'first': []})['first'] + skipped.pop('target val', {'first': []})['first']) == [
+      'train/sky/2.jpg', 'train/sky/7.jpg']
+  assert skipped == {'source pool': {'images': 1, 'first': ['c/4.jpg']}, 'target test': {'images': 1, 'first': ['test/wall/1.jpg']}}
+  assert (results['test']['images'], results['target']['train'] + results['target']['val'], results['source']['images']) == (19, 46, 59)
+  assert 'source pool: 1 of 60 images cannot be read and are skipped: c/4.jpg' in printed
+  assert 'keeping 46 decoded images in memory (target train, target val): ' in printed
+  lines = [json.loads(line) for line in (tmp_path / 'run' / 'metrics.jsonl').read_text().splitlines()]
+  assert all(0 <= line['waiting_share'] <= 1 for line in lines)
 
 
 def test_same_images_on_both_sides_warns(photos, tmp_path):

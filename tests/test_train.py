@@ -136,7 +136,8 @@ def loop(steps=10, start=0, losses=None, stop=lambda: False, log_every=3, eval_e
     return state + 1, parallel.replicate({'loss': np.float32(state if losses is None else losses[state])})
 
   state, done = train.run_steps(step, start, iter(range(start, 1000)), start=start, steps=steps, log_every=log_every, eval_every=eval_every,
-                                observer=recorder, stop=stop, progress=lambda step, loss: seen.append((step, loss)))
+                                observer=recorder, stop=stop, progress=lambda step, loss: seen.append((step, loss)),
+                                clock=lambda: 0.0)
   return state, done, recorder, seen
 
 
@@ -169,3 +170,40 @@ def test_loop_stops_when_the_loss_is_not_finite(at):
   losses = [float('nan') if k == at else 1.0 for k in range(10)]
   with pytest.raises(train.Diverged, match=f'at step {at + 1};'):
     loop(losses=losses)
+
+
+class Metric(float):
+  """A loss that a device is through with, or not."""
+
+  def __new__(cls, ready):
+    return super().__new__(cls, 1.0)
+
+  def __init__(self, ready):
+    self.ready = ready
+
+  def is_ready(self):
+    return self.ready
+
+
+@pytest.mark.parametrize('ready,shares', [(True, [2 / 8, 3 / 12]), (False, [0, 1 / 12])])
+def test_share_of_time_waiting_for_images(ready, shares, monkeypatch):
+  """Seconds of a made clock: a batch takes one, a step three, evaluation a thousand. Counted is what a ready device waits.
+
+  The first batch of the run and the compilation do not count; after each window the device has nothing left to do, so the batch counts.
+  """
+  monkeypatch.setattr(parallel, 'unreplicate', lambda metrics: metrics)
+  now, recorder = [0.0], Recorder()
+  monkeypatch.setattr(recorder, 'evaluate', lambda step, state: now.__setitem__(0, now[0] + 1000) or {'val/loss': 0.5})
+
+  def batches():
+    while True:
+      now[0] += 1
+      yield None
+
+  def step(state, batch):
+    now[0] += 3
+    return state, {'loss': Metric(ready)}
+
+  train.run_steps(step, 0, batches(), start=0, steps=6, log_every=3, eval_every=3, observer=recorder, stop=lambda: False,
+                  progress=lambda step, loss: None, clock=lambda: now[0])
+  assert [metrics['waiting_share'] for _, metrics in recorder.lines] == pytest.approx(shares)

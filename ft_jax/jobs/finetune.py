@@ -37,11 +37,15 @@ def run(config: ConfigDict, workdir: epath.PathLike, embeddings: epath.PathLike 
   log.info('fine-tuning %s -> %s', config.model.name, work.path)
   splits = setup.open_splits(config.target, config.data_dir, config.seed)
   pool = open_source(config.source.name, config.source.train, config.data_dir) if config.source.name else None
+  needed = pool if config.selection.method != 'none' else None
+  splits, readable, skipped = setup.readable(splits, 'target', config.data.on_error, needed)
+  pool = pool if needed is None else readable
   if not work.results():
     _describe(splits, pool)
     _check_size(config, pool)
     folder = epath.Path(config.embeddings_dir or embeddings or work.embeddings)
-    write_results(work, _train(config, work, splits, pool, folder))
+    results = _train(config, work, setup.in_memory(splits, 'target', config.data.cache), pool, folder)
+    write_results(work, {**results, 'skipped': skipped})
   chosen = selection.Selection.load(work.selection_json, pool.fingerprint) if work.selection_json.exists() else None
   report.write(work, _selection_section(splits.train, pool, chosen) if chosen else None)
   log.info('report: %s', work.report_html)
@@ -87,6 +91,7 @@ def check(config: ConfigDict) -> None:
   if config.target.test == 'rest' and not per_class:
     raise ValueError("config.target.test is 'rest', what is not drawn for training, but config.target.train_per_class is 0; set either")
   _check_selection(config)
+  setup.check_data(config.data)
   setup.make_transform(config)
   setup.check_weights(config.model)
   # The numbers of classes are not known yet and do not matter for what is checked.
@@ -180,9 +185,10 @@ def _weights(config: ConfigDict, work: Workdir, pool: Source | None) -> setup.We
   # A run of its own beside the others, with its own checkpoints and report.
   # Only what it depends on: it is not lost where something else is changed.
   fields = config.to_dict()
-  own = ConfigDict({name: fields[name] for name in ('seed', 'data_dir', 'image_size', 'source', 'model', 'augment')})
+  own = ConfigDict({name: fields[name] for name in ('seed', 'data_dir', 'image_size', 'source', 'model', 'augment', 'data')})
   own.job, own.train, own.model.weights = 'pretrain', fields['pretrain'], ''
   own.model.source_head, own.model.batch_norm = 'fresh', 'train'
+  own.data.cache = False  # that is for the target: the pool is large
   pretrain.run(own, work.path / 'pretrain')
   return setup.load_weights(str(work.path / 'pretrain'), classes=classes)
 

@@ -12,12 +12,15 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from ft_jax.checkpoints import load_variables
+from ft_jax.data.cache import cached
+from ft_jax.data.damage import without_damaged
 from ft_jax.data.pipeline import Transform
 from ft_jax.data.sources import carve, class_difference, draw, open_source, Source
 from ft_jax.models import hub, pretrained, resnet
 from ft_jax.parallel import AXIS
 from ft_jax.progress import log
 
+ON_ERROR = ('raise', 'skip')
 DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
 
 
@@ -54,6 +57,43 @@ def open_splits(config: ConfigDict, data_dir: str, seed: int) -> Splits:
       raise ValueError(f'{one.name} and {other.name} share {len(shared):,d} images, such as {min(shared)}; what is measured on images '
                        'that were trained on means nothing. Give slices that do not overlap, such as train[:80%] and train[80%:]')
   return Splits(train, val, test)
+
+
+def check_data(config: ConfigDict) -> None:
+  """Raises ValueError where `config.data` says what is not known."""
+  if config.on_error not in ON_ERROR:
+    raise ValueError(f'config.data.on_error is {config.on_error!r}; known: {", ".join(ON_ERROR)}')
+
+
+def readable(splits: Splits, what: str, on_error: str, pool: Source | None = None) -> tuple[Splits, Source | None, dict[str, Any]]:
+  """The images that can be read, and what results.json says of those that cannot.
+
+  With `on_error` 'raise' nothing is tried: the first image that cannot be read ends the run when its turn comes.
+
+  Args:
+    splits: of `target` or `source`, which `what` says.
+    what: see `splits`.
+    on_error: `config.data.on_error`.
+    pool: the pre-training data that is chosen from, where it is.
+
+  Returns:
+    The splits, the pool, and for each of them that has such images `{'images': how many, 'first': ids of a hundred}`.
+  """
+  if on_error == 'raise':
+    return splits, pool, {}
+  named = {**{f'{what} {split}': source for split, source in splits._asdict().items()}, 'source pool': pool}
+  tried = {name: without_damaged(source, name, name.endswith(('train', 'pool'))) if source is not None else (None, [])
+           for name, source in named.items()}
+  *kept, pool = (source for source, _ in tried.values())
+  return Splits(*kept), pool, {name: {'images': len(ids), 'first': ids[:100]} for name, (_, ids) in tried.items() if ids}
+
+
+def in_memory(splits: Splits, what: str, wanted: bool) -> Splits:
+  """Where that is wanted, the splits with their decoded images kept in memory; test is read once and is not kept."""
+  if not wanted:
+    return splits
+  kept = cached({f'{what} train': splits.train, f'{what} val': splits.val})
+  return Splits(*kept.values(), splits.test)
 
 
 def make_transform(config: ConfigDict) -> Transform:
