@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from ft_jax import parallel
+from ft_jax.models import resnet
 from ft_jax.models.resnet import ResNet
 
 StepFn = Callable[['TrainState', Mapping[str, Mapping[str, jax.Array]]], tuple['TrainState', dict[str, jax.Array]]]
@@ -39,7 +40,8 @@ def make_train_step(model: ResNet, optimizer: optax.GradientTransformation, loss
   """The pmapped step: (state, {stream: batch}) -> (state, metrics), over all devices, with the state donated.
 
   Args:
-    model: with a head for each stream.
+    model: with a head for each stream; where its `batch_norm` is 'frozen', statistics, scales and biases of BatchNorm come out
+      as they went in, whatever the optimizer does.
     optimizer: of its parameters.
     loss_weights: the weight of each stream's loss, by name: {'target': 1, 'source': lambda}.
 
@@ -68,9 +70,11 @@ def make_train_step(model: ResNet, optimizer: optax.GradientTransformation, loss
     # Running statistics are averaged too, so that the state is the same on every device.
     gradients, batch_stats, metrics = jax.lax.pmean((gradients, batch_stats, metrics), parallel.AXIS)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-    state = TrainState(step=state.step + 1, params=optax.apply_updates(state.params, updates),
-                       batch_stats=batch_stats, opt_state=opt_state)
-    return state, metrics
+    params = optax.apply_updates(state.params, updates)
+    if model.batch_norm == 'frozen':  # the old arrays: a mean of equal numbers, or an update of zero, need not keep every bit
+      batch_stats = state.batch_stats
+      params = jax.tree.map(lambda frozen, old, new: old if frozen else new, resnet.normalisation(params), state.params, params)
+    return TrainState(step=state.step + 1, params=params, batch_stats=batch_stats, opt_state=opt_state), metrics
 
   return jax.pmap(step, axis_name=parallel.AXIS, donate_argnums=(0,))
 

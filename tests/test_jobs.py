@@ -67,6 +67,8 @@ def test_workdir_holds_what_the_readme_says(finished):
     assert {'top1', 'mean_per_class', 'loss'} <= set(results[split])
   assert results['best_step'] in (8, 16, 24) and results['seed'] == 0 and results['versions']['jax'] == jax.__version__
   assert results['batch_norm'] == 'statistics of each of 2 devices'
+  assert results['weights']['revision'] is None and len(results['weights']['fingerprint']) == 16
+  assert 'tensors used; dropped: optimizer (of that training); heads/source (old classifier)' in printed
   lines = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
   assert [line['step'] for line in lines] == [4, 8, 12, 16, 20, 24]
   assert [line['step'] for line in lines if 'val/top1' in line] == [8, 16, 24]
@@ -142,13 +144,17 @@ def test_interrupted_equals_uninterrupted(finished, weights, tmp_path, number):
 
 
 def test_a_mistake_behind_the_pre_training_does_not_cost_it(tmp_path):
-  """What is pre-trained within a run is there again when another setting had to be mended."""
-  flags = [*TINY, *FINETUNE, '--config.pretrain.epochs=0', '--config.pretrain.steps=8', '--config.pretrain.eval_every=8']
+  """What is pre-trained within a run is there again when another setting had to be mended; its head and statistics go on."""
+  flags = [*TINY, *FINETUNE, '--config.pretrain.epochs=0', '--config.pretrain.steps=8', '--config.pretrain.eval_every=8',
+           '--config.model.source_head=pretrained', '--config.model.batch_norm=frozen']
   first = main(tmp_path / 'run', *flags, '--config.selection.epsilon=0.0001')
   assert first.returncode == 1 and 'epsilon 0.0001 is too small' in first.stderr and 'training 8 steps' in first.stderr
   again = main(tmp_path / 'run', *flags)
   assert again.returncode == 0 and 'training 8 steps' not in again.stderr and 'training 24 steps' in again.stderr, again.stderr
   assert 'Pre-training on digits:pool' in (tmp_path / 'run' / 'pretrain' / 'report.html').read_text()
+  assert '102 tensors used; dropped: optimizer (of that training)\n' in again.stderr
+  norms = [json.loads((path / 'results.json').read_text())['batch_norm'] for path in (tmp_path / 'run' / 'pretrain', tmp_path / 'run')]
+  assert norms == ['statistics of each of 2 devices', 'frozen: statistics, scales and biases of the weights']
 
 
 def test_going_on_with_other_images_is_refused(photos, pool, tmp_path):

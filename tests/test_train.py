@@ -1,5 +1,6 @@
 """The pmapped joint step is the plain formula on the whole batch, and the loop reads, evaluates, stops and ends where it should."""
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 
 from ft_jax import parallel, train
 from ft_jax.models import resnet
+from ft_jax.optimizer import sgd
 
 LAMBDA = 0.3
 
@@ -51,6 +53,8 @@ def test_step_on_four_devices_is_the_formula_on_the_whole_batch(setting):
   np.testing.assert_allclose([metrics['loss_target'], metrics['loss_source']], losses, rtol=1e-5)
   np.testing.assert_allclose(metrics['top1_target'], np.mean(np.argmax(logits, -1) == batch['target']['label']))
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), state.batch_stats, batch_stats)
+  assert all((new != old).any() for new, old in zip(jax.tree.leaves([state.params, state.batch_stats]), jax.tree.leaves(
+      [variables['params'], variables['batch_stats']]))), 'BatchNorm is not frozen here'
   # The first Nesterov step is 1.9 times the gradient.
   jax.tree.map(lambda new, old, g: np.testing.assert_allclose((old - new) / 0.19, g, rtol=1e-3, atol=2e-4 * float(jnp.abs(g).max()) + 1e-6),
                state.params, variables['params'], gradients)
@@ -75,6 +79,39 @@ def test_state_may_be_built_from_arrays_that_are_used_again(setting):
   first = step_once(model, on_device, batch)[0]
   second = step_once(model, on_device, batch)[0]
   jax.tree.map(np.testing.assert_array_equal, first.params, second.params)
+
+
+def test_frozen_batch_norm_keeps_every_bit(setting):
+  """Statistics, scales and biases after steps of SGD with weight decay and momentum on four devices; all else moves."""
+  _, variables, batch = setting
+  rng = np.random.default_rng(1)
+  noisy = jax.tree.map(lambda x: (x + rng.uniform(0.1, 0.3, x.shape)).astype(x.dtype), variables)
+  noisy['params']['bn1']['bias'][0] = -0.0  # an update of zero would lose the sign
+  model = resnet.build('resnet18', {'target': 3, 'source': 5}, width=4, batch_norm='frozen')
+  optimizer = sgd(lambda step: 0.1, noisy['params'], momentum=0.9, nesterov=True, weight_decay=0.1,
+                  learning_rate_groups=(('heads/.*', 10.0), ('.*bn.*', 2.0), ('.*', 1.0)), weight_decay_groups=(('.*', 1.0),))
+  state = parallel.replicate(train.create_state(noisy, optimizer))
+  step = train.make_train_step(model, optimizer, {'target': 1.0, 'source': LAMBDA})
+  for _ in range(3):
+    state, _ = step(state, {name: parallel.shard(part) for name, part in batch.items()})
+  flat = lambda params, stats: flax.traverse_util.flatten_dict({'params': params, 'batch_stats': stats}, sep='/')
+  before, copies = flat(noisy['params'], noisy['batch_stats']), flat(state.params, state.batch_stats)
+  normalisation = {key for key in before
+                   if key.startswith('batch_stats') or not key.startswith('params/heads') and key.endswith(('scale', 'bias'))}
+  assert len(normalisation) == 20 * 4 and len(before) == 20 * 4 + 20 + 4
+  for key, copy in copies.items():
+    kept = all(np.asarray(shard.data).tobytes() == before[key].tobytes() for shard in copy.addressable_shards)
+    assert kept == (key in normalisation), key
+
+
+def test_frozen_batch_norm_normalises_with_running_statistics(setting):
+  """The output of a training step's forward pass is that of evaluation."""
+  _, variables, batch = setting
+  model = resnet.build('resnet18', {'target': 3, 'source': 5}, width=4, batch_norm='frozen')
+  images = batch['target']['image']
+  outputs, updates = jax.jit(lambda: model.apply(variables, images, train=True, mutable=['batch_stats']))()
+  np.testing.assert_array_equal(outputs.features, jax.jit(lambda: model.apply(variables, images).features)())
+  jax.tree.map(np.testing.assert_array_equal, updates['batch_stats'], variables['batch_stats'])
 
 
 class Recorder:

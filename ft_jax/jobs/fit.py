@@ -257,10 +257,16 @@ def _environment(model: ResNet) -> dict[str, Any]:
   packages = ('jax', 'flax', 'optax', 'orbax-checkpoint', 'ott-jax', 'tensorflow-datasets', 'grain', 'numpy')
   return {
       'devices': f'{len(devices)} x {devices[0].device_kind}',
-      'batch_norm': 'statistics of the whole batch' if model.axis_name else f'statistics of each of {len(devices)} devices',
+      'batch_norm': _batch_norm(model, len(devices)),
       'versions': {'python': platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}},
       'command': sys.argv,
   }
+
+
+def _batch_norm(model: ResNet, devices: int) -> str:
+  if model.batch_norm == 'frozen':
+    return 'frozen: statistics, scales and biases of the weights'
+  return 'statistics of the whole batch' if model.axis_name else f'statistics of each of {devices} devices'
 
 
 def _spoken(summary: Mapping[str, float]) -> str:
