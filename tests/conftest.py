@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import subprocess
 import sys
 
 import jax
@@ -59,3 +60,16 @@ def pool(tmp_path_factory) -> pathlib.Path:
   folder = tmp_path_factory.mktemp('pool')
   write_images(folder, dict.fromkeys(('a', 'b', 'c', 'd', 'e', 'f'), 10), seed=2)
   return folder
+
+
+@pytest.fixture(scope='session')
+def trained_run(photos, tmp_path_factory) -> pathlib.Path:
+  """The workdir of a short fine-tuning on `photos`."""
+  workdir = tmp_path_factory.mktemp('runs') / 'trained'
+  run = subprocess.run(
+      [sys.executable, 'main.py', '--config=configs/miniature.py:finetune', '--config.source.name=', '--config.selection.method=none',
+       f'--config.target.name=folder:{photos}', '--config.model.weights=', '--config.model.width=4', '--config.image_size=32',
+       '--config.augment.short_side=36', '--config.train.steps=30', '--config.train.batch_size=8', '--config.train.learning_rate=0.03',
+       f'--workdir={workdir}'], cwd=ROOT, capture_output=True, text=True, check=False)
+  assert run.returncode == 0, run.stderr
+  return workdir
