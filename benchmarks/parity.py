@@ -18,8 +18,8 @@ import statistics
 import sys
 import tempfile
 
-ROOT = pathlib.Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / 'tests' / 'data')]
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / 'tests' / 'data'))
 
 import jax
 import make_torch_resnet as peer
@@ -105,7 +105,8 @@ def rows(got: Arrays, want: Arrays) -> dict[str, float]:
     table |= {f'{kind}: taps': max(found[kind][f'layer{i}'] for i in range(1, 5)), f'{kind}: features': found[kind]['features'],
               f'{kind}: logits': found[kind]['logits']}
   return table | {'running statistics': max(found['statistics'].values()),
-                  'gradients, median': statistics.median(found['gradients'].values()), 'gradients, largest': max(found['gradients'].values()),
+                  'gradients, median': statistics.median(found['gradients'].values()),
+                  'gradients, largest': max(found['gradients'].values()),
                   'parameters after a step': max(found['after a step'].values())}
 
 

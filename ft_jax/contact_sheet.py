@@ -27,7 +27,7 @@ class Tile(NamedTuple):
 
 
 def draw(tiles: Sequence[Tile], title: str, subtitle: str) -> bytes:
-  """The sheet as a PNG file, under a title and lines of a subtitle: as many columns as make it about square, at most ten; at least one tile."""
+  """The sheet as a PNG file, under a title and lines of a subtitle: at least one tile, in as many columns as make it about square."""
   columns = min(_COLUMNS, max(3, math.ceil(math.sqrt(len(tiles) * (_SIDE + _TEXT) / _SIDE))))
   rows = math.ceil(len(tiles) / columns)
   width = 2 * _MARGIN + columns * (_SIDE + _GAP) - _GAP

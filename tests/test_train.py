@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-
 from torch_record import error, Record
 
 from ft_jax import optimizer, parallel, train

@@ -10,7 +10,6 @@ import jax
 from jax import export as jax_export
 import jax.numpy as jnp
 from ml_collections import ConfigDict
-import numpy as np
 
 from ft_jax.jobs import setup, trained
 from ft_jax.models import resnet, to_torch
@@ -97,7 +96,7 @@ def _say(run: trained.Trained, folder: epath.Path, sizes: dict[str, int]) -> Non
   notes = {
       'model.safetensors': [
           f'for torch: {network}', f'.load_state_dict(safetensors.torch.load_file({str(folder / "model.safetensors")!r})); strict'],
-      'model.stablehlo': [f'for jax on {", ".join(PLATFORMS)}: uint8 images [b, {size}, {size}, 3] to logits and probabilities [b, {classes}]',
+      'model.stablehlo': [f'for jax on {", ".join(PLATFORMS)}: uint8 [b, {size}, {size}, 3] to logits and probabilities [b, {classes}]',
                           f"jax.export.deserialize(open({str(folder / 'model.stablehlo')!r}, 'rb').read()).call(images)"],
       'classes.txt': ['the classes, one a line'],
       'model.json': ['the same and how images are prepared, the network, its accuracy'],

@@ -6,8 +6,8 @@ resnet18.pth, resnet50.safetensors: state dicts of narrow networks (width 4), ra
 resnet_outputs.npz: their features, taps and logits in eval mode.
 resnet_training.npz: narrower ones (width 2) of all four networks, the weights rounded to float16: outputs in eval and in training
 mode, running statistics after one forward pass, the gradient of the cross-entropy of every parameter, and for ResNet-18 all
-parameters after `STEPS` steps of torch.optim.SGD; computed in float64, written as float32. The tensors of a kind are one vector (see `flat`): a thousand small arrays would
-take more room for their headers than for themselves.
+parameters after `STEPS` steps of torch.optim.SGD; computed in float64, written as float32. The tensors of a kind are one vector
+(see `flat`): a thousand small arrays would take more room for their headers than for themselves.
 """
 
 import pathlib
