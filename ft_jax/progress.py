@@ -20,7 +20,7 @@ def bar(items: Iterable[T], what: str, total: int, unit: str = 'batch') -> Itera
       shown.update()
 
 
-def counter(what: str, total: int, unit: str = 'step', initial: int = 0) -> tqdm.tqdm:
+def counter(what: str, total: int | None, unit: str = 'step', initial: int = 0) -> tqdm.tqdm:
   """A progress bar that is moved by `update`; hidden without a terminal or notebook, or where log lines are."""
   seen = sys.stderr.isatty() or 'ipykernel' in sys.modules  # a terminal or a notebook
   hidden = not seen or not log.isEnabledFor(logging.INFO)

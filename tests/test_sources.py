@@ -14,8 +14,10 @@ import PIL.Image
 import pytest
 import tensorflow_datasets as tfds
 
+from configs import default
 from ft_jax.data import augment, prepare, sources
 from ft_jax.data.sources import carve, open_source
+from ft_jax.jobs import setup
 
 
 class TinyPhotos(tfds.core.GeneratorBasedBuilder):
@@ -159,6 +161,11 @@ def test_carve_leaves_every_class_an_image(tmp_path):
     ('folder:PHOTOS/train', 'test', 'has no splits .* use slices such as'),
     ('folder:PHOTOS', 'train[', 'expected a name, such as train, or a slice'),
     ('folder:PHOTOS', 'train[:0]', 'the slice is empty'),
+    ('folder:PHOTOS', '', "split '': expected a name"),
+    ('folder:PHOTOS', 'train+', "split 'train\\+': expected a name"),
+    ('tfds:tiny_photos', '', "split '' does not open; known: train, test"),
+    ('tfds:tiny_photos', 'train[99:]', r"split 'train\[99:\]' does not open"),
+    ('tfds:tiny_photos', 'train[:0]', 'the slice is empty'),
     ('folder:PHOTOS/train/sky', 'train', 'holds no class folders'),
     ('tfds:no_such_set', 'train', 'Dataset no_such_set not found'),
     ('tfds:oxford_iiit_pet', 'train', 'is not prepared in .*with: python -m ft_jax.data.prepare tfds:oxford_iiit_pet --data_dir'),
@@ -168,6 +175,28 @@ def test_carve_leaves_every_class_an_image(tmp_path):
 def test_errors(photos, tfds_dir, name, split, words):
   with pytest.raises(ValueError, match=words):
     open_source(name.replace('PHOTOS', str(photos)), split, tfds_dir)
+
+
+def test_validation_folders_have_two_names(tmp_path):
+  """`val` and `validation` are one split, whichever the folder is called; where both are there, each is itself."""
+  write_images(tmp_path / 'train', {'cat': 2, 'dog': 2})
+  write_images(tmp_path / 'val', {'cat': 1, 'dog': 1})
+  assert open_source(f'folder:{tmp_path}', 'validation').ids.tolist() == open_source(f'folder:{tmp_path}', 'val').ids.tolist()
+  write_images(tmp_path / 'validation', {'cat': 3, 'dog': 3})
+  assert [len(open_source(f'folder:{tmp_path}', split)) for split in ('val', 'validation')] == [2, 6]
+
+
+@pytest.mark.parametrize('more', ['train', 'test'])
+def test_classes_that_differ_are_named_with_their_split(more, tmp_path):
+  """A class that only one split has, whichever it is: in a sum of splits, and between train and test of a run."""
+  for split in ('train', 'test'):
+    write_images(tmp_path / split, {'cat': 2, 'dog': 2, **({'emu': 2} if split == more else {})})
+  with pytest.raises(ValueError, match=f'the classes of test and train differ: only in {more}: emu$'):
+    open_source(f'folder:{tmp_path}', 'train+test')
+  config = default.get_config().target
+  config.name = f'folder:{tmp_path}'
+  with pytest.raises(ValueError, match=f'have different classes: only in folder:.* {more}: emu$'):
+    setup.open_splits(config, '', seed=0)
 
 
 def test_an_empty_class_folder_is_named(tmp_path):

@@ -15,8 +15,11 @@ import zipfile
 import numpy as np
 
 from ft_jax import progress
-from ft_jax.data import digits
+from ft_jax.data import digits, imagenet
 
+ALSO_CALLED = {'val': 'validation', 'validation': 'val'}  # folders with the same meaning
+IMAGENET_VAL = ('. ImageNet\'s 50,000 validation images come without folders: sort them into those of their WordNet ids '
+                '(valprep.sh of github.com/soumith/imagenetloader.torch does), or prepare tfds:imagenet2012, which knows their classes')
 IMAGE_ENDINGS = ('.jpg', '.jpeg', '.png', '.webp', '.gif', '.bmp', '.tif', '.tiff', '.ppm')
 
 
@@ -200,7 +203,7 @@ def _open_folder(path: str, split: str, data_dir: str) -> Source:
   for part, files in zip(parts, found):
     if tuple(files) != class_names:
       raise ValueError(f'{name}: the classes of {part.name} and {parts[0].name} differ: '
-                       f'{sorted(set(files) ^ set(class_names))[:5]}')
+                       + class_difference(parts[0].name, class_names, part.name, tuple(files)))
   paths, labels = [], []
   for label, class_name in enumerate(class_names):
     for part, files in zip(parts, found):
@@ -214,14 +217,28 @@ def _open_folder(path: str, split: str, data_dir: str) -> Source:
   ids = [p.relative_to(root).as_posix() for p in paths]
   sizes = [str(p.stat().st_size) for p in paths]
 
+  # ImageNet's folders are sorted by WordNet id, as TFDS's labels are; the ids of the examples keep theirs.
+  class_names = imagenet.human_names(class_names)
   return Source(f'{name} {split}', class_names, np.asarray(labels, np.int32), np.asarray(ids), np.arange(len(paths)),
                 lambda row: paths[row].read_bytes(), digest(*ids, *sizes, *class_names))
+
+
+def class_difference(one: str, ones: Sequence[str], other: str, others: Sequence[str], most: int = 5) -> str:
+  """Which classes only one of two splits has, for messages: `only in train: cat, dog; only in test: emu`."""
+  parts = []
+  for name, alone in ((one, set(ones) - set(others)), (other, set(others) - set(ones))):
+    if alone:
+      more = f' and {len(alone) - most} others' if len(alone) > most else ''
+      parts.append(f'only in {name}: {", ".join(sorted(alone)[:most])}{more}')
+  return '; '.join(parts) or 'the same classes in another order'
 
 
 def _list_classes(root: pathlib.Path, part: SplitPart, name: str) -> dict[str, list[pathlib.Path]]:
   """The images of every class below `root/<split>`, or below `root` itself where no split folder is there."""
   has_splits = any((root / folder).is_dir() for folder in ('train', 'val', 'test', 'validation', part.name))
   base = root / part.name if has_splits else root
+  if has_splits and not base.is_dir() and part.name in ALSO_CALLED:
+    base = root / ALSO_CALLED[part.name]
   if not base.is_dir():
     raise ValueError(f'{name}: there is no split {part.name!r}; known: {", ".join(_folders(root))}')
   if not has_splits and part.name != 'train':
@@ -229,7 +246,9 @@ def _list_classes(root: pathlib.Path, part: SplitPart, name: str) -> dict[str, l
                      f'use slices such as train[:80%] and train[80%:] instead of {part.name!r}')
   classes = {folder: _images(base / folder) for folder in _folders(base)}
   if not classes:
-    raise ValueError(f'{name}: {base} holds no class folders; expected <class>/<image> in it')
+    flat = len(_images(base))
+    raise ValueError(f'{name}: {base} holds no class folders' + (f' but {flat:,d} images' if flat else '')
+                     + '; expected <class>/<image> in it' + (IMAGENET_VAL if flat and base.name in ALSO_CALLED else ''))
   empty = [folder for folder, files in classes.items() if not files]
   if empty:
     raise ValueError(f'{name}: no image in class folder {base / empty[0]}'
@@ -268,20 +287,44 @@ def _open_tfds(name: str, split: str, data_dir: str) -> Source:
   features = builder.info.features
   if not {'image', 'label'} <= set(features):
     raise ValueError(f'tfds:{name} has the features {", ".join(features)}; expected image and label')
-  # Masks and the like are skipped too: nothing but the image is decoded, and that later.
-  skip = {key: tfds.decode.SkipDecoding() for key, feature in features.items()
-          if isinstance(feature, tfds.features.Image)}
   try:
-    store = builder.as_data_source(split, decoders=skip)
-  except ValueError as error:
-    raise ValueError(f'tfds:{name}: split {split!r} does not open; known: {", ".join(builder.info.splits)}') from error
-  if not len(store):
+    part = builder.info.splits[split]
+  except (ValueError, KeyError) as error:  # TFDS's words for it run over several lines
+    raise ValueError(f'tfds:{name}: split {split!r} does not open; known: {", ".join(builder.info.splits)}, '
+                     'with slices such as train[:90%] and sums such as train+test') from error
+  if not part.num_examples:
     raise ValueError(f'tfds:{name}: split {split!r} holds no image; the slice is empty')
-  full_name, class_names = builder.info.full_name, tuple(features['label'].names)
-  labels, ids = _tfds_labels_and_ids(store, full_name, split, builder.info.splits[split].file_instructions)
+  store = builder.as_data_source(split, decoders=_undecoded(features))
+  full_name, class_names = builder.info.full_name, imagenet.human_names(_tfds_class_names(builder))
+  labels, ids = _tfds_labels_and_ids(store, full_name, split, part.file_instructions, class_names)
 
   return Source(f'tfds:{full_name} {split}', class_names, labels, ids, np.arange(len(store)),
                 lambda row: store[row]['image'], digest(full_name, '\n'.join(ids), labels.tobytes(), *class_names))
+
+
+def _undecoded(features: Any) -> dict[str, Any]:
+  """TFDS's decoders that leave images as they are, masks and the like too: only the image is decoded, and that later."""
+  import tensorflow_datasets as tfds
+
+  return {key: tfds.decode.SkipDecoding() for key, feature in features.items() if isinstance(feature, tfds.features.Image)}
+
+
+def _tfds_class_names(builder: Any) -> list[str]:
+  """The names of the labels; where they are bare numbers, as in CUB, those that the records give."""
+  features = builder.info.features
+  names = features['label'].names
+  if 'label_name' not in features or not all(name.isdigit() for name in names):
+    return names
+
+  def read() -> dict[str, np.ndarray]:
+    found = list(names)
+    for split in builder.info.splits:
+      store = builder.as_data_source(split, decoders=_undecoded(features))
+      for record in progress.bar(store, f'reading the class names of {split}', len(store), 'record'):
+        found[record['label']] = record['label_name'].decode()
+    return {'names': np.asarray(found if len(set(found)) == len(found) else names)}
+
+  return _kept([path for split in builder.info.splits.values() for path in split.filepaths], 'class names', read)['names'].tolist()
 
 
 def tfds_builder(name: str, data_dir: str) -> Any:
@@ -289,6 +332,9 @@ def tfds_builder(name: str, data_dir: str) -> Any:
   import tensorflow_datasets as tfds
 
   directory = os.path.expanduser(data_dir) or None
+  set_name = re.split('[/:]', name)[0]
+  if set_name in BUILDERS:
+    BUILDERS[set_name]()
   try:
     builder = tfds.builder(name, data_dir=directory)
     # A set that is there keeps its form, so that a wrong one can be named; a new one is written with random access.
@@ -303,45 +349,67 @@ def tfds_builder(name: str, data_dir: str) -> Any:
                      f'a set of your own must lie prepared in data_dir (now {data_dir or "~/tensorflow_datasets"})') from None
 
 
+def _import_fgvc_aircraft() -> None:
+  from ft_jax.data.builders import fgvc_aircraft  # noqa: F401, TFDS knows a set when its class is there
+
+
 def missing_package(error: ImportError) -> str:
   """The package that could not be imported; TFDS wraps the error that names it in another one."""
   return error.name or getattr(error.__cause__, 'name', None) or 'another package'
 
 
-def _tfds_labels_and_ids(store: Any, full_name: str, split: str, parts: Sequence[Any],
+def _tfds_labels_and_ids(store: Any, full_name: str, split: str, parts: Sequence[Any], class_names: Sequence[str],
                          chunk: int = 512) -> tuple[np.ndarray, np.ndarray]:
-  """One pass over the records without decoding an image, kept for the next time in the user's cache folder.
+  """One pass over the records without decoding an image.
 
   An id is the split that a record is stored in and its file name, or its place there: the same in every slice. `parts` are
   TFDS's file instructions of the split: which records of which files.
   """
-  files = [(os.fspath(part.filename), os.stat(part.filename)) for part in parts]
-  key = digest(full_name, split, *(f'{name} {stat.st_size} {stat.st_mtime_ns}' for name, stat in files))
+  def read() -> dict[str, np.ndarray]:
+    labels, names = np.zeros(len(store), np.int32), []
+    starts = range(0, len(store), chunk)
+    for start in progress.bar(starts, f'reading the labels of {split}', len(starts), f'x {chunk} records'):
+      rows = range(start, min(start + chunk, len(store)))
+      for row, record in zip(rows, store.__getitems__(list(rows))):
+        labels[row] = record['label']
+        names.append(_file_name(record, class_names))
+    splits, places = zip(*_tfds_places(parts))
+    named = [f'{stored_in}/{name}' for stored_in, name in zip(splits, names)]
+    return {'labels': labels, 'ids': np.asarray(named if all(names) and len(set(named)) == len(named) else places)}
+
+  kept = _kept([part.filename for part in parts], f'{full_name} {split}', read)
+  return kept['labels'], kept['ids']
+
+
+def _file_name(record: dict[str, Any], class_names: Sequence[str]) -> str:
+  """The name of an image in its set, '' where a record has none."""
+  for feature, needs_class in FILE_NAME_FEATURES.items():
+    if record.get(feature) and isinstance(record[feature], bytes):
+      name = record[feature].decode()
+      return f'{class_names[record["label"]]}/{name}' if needs_class else name
+  return ''
+
+
+def _kept(files: Sequence[str | os.PathLike[str]], what: str, read: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+  """What `read` makes of files, kept for the next time in the user's cache folder as long as the files are the same."""
+  stats = [(os.fspath(file), os.stat(file)) for file in files]
+  key = digest('2', what, *(f'{name} {stat.st_size} {stat.st_mtime_ns}' for name, stat in stats))
   folder = pathlib.Path(os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache') / 'ft_jax' / 'labels'
   path = folder / f'{key}.npz'
   try:
     with open(path, 'rb') as stream, np.load(stream) as saved:
-      return saved['labels'], saved['ids']
+      return dict(saved)
   except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile):
     pass  # not there, or damaged: made again
-  labels, names = np.zeros(len(store), np.int32), []
-  starts = range(0, len(store), chunk)
-  for start in progress.bar(starts, f'reading the labels of {split}', len(starts), f'x {chunk} records'):
-    rows = range(start, min(start + chunk, len(store)))
-    for row, record in zip(rows, store.__getitems__(list(rows))):
-      labels[row] = record['label']
-      names.append(record['file_name'].decode() if record.get('file_name') else '')
-  splits, places = zip(*_tfds_places(parts))
-  named = [f'{stored_in}/{name}' for stored_in, name in zip(splits, names)]
-  ids = named if all(names) and len(set(named)) == len(named) else places
+  made = read()
   try:
     folder.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f'.{path.stem}.{os.getpid()}.npz')
-    np.savez(temporary, labels=labels, ids=np.asarray(ids))
+    np.savez(temporary, **made)
     os.replace(temporary, path)
   except OSError:
     pass  # a cache that cannot be written costs time, nothing else
-  return labels, np.asarray(ids)
+  return made
 
 
 def _tfds_places(parts: Sequence[Any]) -> Iterator[tuple[str, str]]:
@@ -373,6 +441,14 @@ def digest(*parts: str | bytes) -> str:
     state.update(len(data).to_bytes(8, 'big') + data)
   return state.hexdigest()[:16]
 
+
+# Where TFDS's builders put the file name of an image, and whether it needs the class in front (Caltech-101: image_0001.jpg).
+FILE_NAME_FEATURES: dict[str, bool] = {'file_name': False, 'image/filename': False, 'image/file_name': True, 'id': False}
+
+# Builders of ours, for sets that TFDS lacks.
+BUILDERS: dict[str, Callable[[], None]] = {
+    'fgvc_aircraft': _import_fgvc_aircraft,
+}
 
 SOURCES: dict[str, Callable[[str, str, str], Source]] = {
     'tfds': _open_tfds,

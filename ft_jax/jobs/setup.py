@@ -13,7 +13,7 @@ import numpy as np
 
 from ft_jax.checkpoints import load_variables
 from ft_jax.data.pipeline import Transform
-from ft_jax.data.sources import carve, draw, open_source, Source
+from ft_jax.data.sources import carve, class_difference, draw, open_source, Source
 from ft_jax.models import pretrained, resnet
 from ft_jax.parallel import AXIS
 
@@ -46,8 +46,8 @@ def open_splits(config: ConfigDict, data_dir: str, seed: int) -> Splits:
     raise ValueError(f'{train.name}: train_per_class {per_class} leaves no image for test')
   for other in (val, test):
     if other is not None and other.class_names != train.class_names:
-      differing = sorted(set(other.class_names) ^ set(train.class_names))
-      raise ValueError(f'{train.name} and {other.name} have different classes: {", ".join(differing[:5])}')
+      raise ValueError(f'{train.name} and {other.name} have different classes: '
+                       + class_difference(train.name, train.class_names, other.name, other.class_names))
   for one, other in ((train, val), (train, test), (val, test)):
     if other is not None and (shared := set(one.ids.tolist()) & set(other.ids.tolist())):
       raise ValueError(f'{one.name} and {other.name} share {len(shared):,d} images, such as {min(shared)}; what is measured on images '

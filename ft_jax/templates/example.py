@@ -16,11 +16,12 @@ model = export.deserialize((HERE / 'model.stablehlo').read_bytes())
 def prepare(path: str) -> np.ndarray:
   """The middle of an image, uint8 [size, size, 3]."""
   size, short_side = about['preprocessing']['image_size'], about['preprocessing']['short_side']
-  image = ImageOps.exif_transpose(Image.open(path)).convert('RGB')
-  ratio = short_side / min(image.size)
-  width, height = (max(size, int(side * ratio)) for side in image.size)
+  image = ImageOps.exif_transpose(Image.open(path))
+  if image.has_transparency_data:
+    image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image.convert('RGBA'))
+  width, height = (int(short_side * side / min(image.size)) for side in image.size)
   x, y = round((width - size) / 2), round((height - size) / 2)
-  return np.asarray(image.resize((width, height), Image.Resampling.BILINEAR).crop((x, y, x + size, y + size)))
+  return np.asarray(image.convert('RGB').resize((width, height), Image.Resampling.BILINEAR).crop((x, y, x + size, y + size)))
 
 
 if __name__ == '__main__':
