@@ -3,10 +3,12 @@
 import json
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
 
+from conftest import quick_main
 import jax
 from jax import export as jax_export
 import numpy as np
@@ -20,7 +22,6 @@ from ft_jax.data.sources import Example
 from ft_jax.jobs import export, trained
 from ft_jax.models import pretrained, resnet, to_torch
 
-ROOT = pathlib.Path(__file__).parents[1]
 DATA = pathlib.Path(__file__).parent / 'data'
 
 
@@ -40,8 +41,7 @@ def test_state_dict_is_torchs_bit_for_bit(tmp_path):
 @pytest.fixture(scope='module')
 def exported(trained_run) -> tuple[pathlib.Path, str]:
   """The folder that the command writes by itself, and what it prints."""
-  run = subprocess.run([sys.executable, 'main.py', '--config=configs/export.py', f'--config.workdir={trained_run}'],
-                       cwd=ROOT, capture_output=True, text=True, check=False)
+  run = quick_main('--config=configs/export.py', f'--config.workdir={trained_run}')
   assert run.returncode == 0, run.stderr
   return trained_run / 'export', run.stderr
 
@@ -62,18 +62,24 @@ def test_safetensors_is_the_best_checkpoint(exported, trained_run):
   assert all(path.name in printed for path in folder.iterdir())
 
 
+def apply(run):
+  """The run's own network, compiled with little effort: that is what takes the time."""
+  return jax.jit(run.model.apply, compiler_options={'xla_backend_optimization_level': 0})
+
+
 def test_stablehlo_gives_the_models_own_outputs(exported, trained_run):
   """For any batch, with XLA's own convolutions only: the forms for the CPU would be slow, or worse, elsewhere."""
   folder, _ = exported
   function = jax_export.deserialize((folder / 'model.stablehlo').read_bytes())
   assert set(function.platforms) == {'cpu', 'cuda', 'rocm', 'tpu'}
   module = function.mlir_module()
-  assert 'stablehlo.convolution' in module and 'stablehlo.reduce_window' in module
-  assert module.count('stablehlo.dot_general') == 1  # the head; im2col has one for every convolution
+  assert {'stablehlo.convolution', 'stablehlo.reduce_window'} <= set(re.findall(r'stablehlo\.\w+', module))
+  # The head, once for each platform; im2col would have one for every convolution.
+  assert module.count('stablehlo.dot_general') <= len(function.platforms)
   run = trained.load(str(trained_run))
   images = np.random.default_rng(0).integers(0, 256, (9, 32, 32, 3), np.uint8)
-  expected = jax.jit(run.model.apply)(run.variables, images).logits['target']
-  for size in (1, 2, 9):
+  expected = apply(run)(run.variables, images).logits['target']
+  for size in (1, 9):
     outputs = function.call(images[:size])
     np.testing.assert_allclose(outputs['logits'], expected[:size], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(outputs['probabilities'], jax.nn.softmax(expected[:size]), rtol=1e-4, atol=1e-6)
@@ -93,7 +99,7 @@ def test_the_example_runs(exported, photos, tmp_path):
   assert (folder / 'classes.txt').read_text().split('\n')[:-1] == about['classes']
   loaded = trained.load(str(folder.parent))
   image = loaded.transform.evaluate(Example(path.read_bytes(), 0, ''))
-  probabilities = jax.nn.softmax(jax.jit(loaded.model.apply)(loaded.variables, image[None]).logits['target'])[0]
+  probabilities = jax.nn.softmax(apply(loaded)(loaded.variables, image[None]).logits['target'])[0]
   first, second = np.argsort(-probabilities)[:2]
   assert run.stdout.startswith(f'{path}: {about["classes"][first]} {probabilities[first]:.1%}, {about["classes"][second]} ')
 
