@@ -6,6 +6,7 @@ from typing import Any
 from etils import epath
 import jax
 from orbax import checkpoint as ocp
+import tensorstore
 
 FORMAT_VERSION = 2
 
@@ -50,8 +51,9 @@ class Checkpoints:
     """The state saved at `step`, in the structure, shapes and types of `like`.
 
     Raises:
-      ValueError: it has another format version, or was made from something else, by name.
+      ValueError: it has another format version, or was made from something else, by name; or it cannot be read.
     """
+    _check_whole(epath.Path(self._manager.directory) / str(step))
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
     saved = self._manager.restore(step, args=ocp.args.Composite(
         state=ocp.args.StandardRestore(abstract), about=ocp.args.JsonRestore()))
@@ -74,22 +76,48 @@ class Checkpoints:
     self._manager.close()
 
 
-def load_variables(workdir: epath.PathLike) -> dict[str, Any]:
-  """`{'params', 'batch_stats'}` of the best checkpoint of a run (the newest where none was evaluated), as numpy arrays.
+def load_variables(workdir: epath.PathLike, step: int | None = None) -> dict[str, Any]:
+  """`{'params', 'batch_stats'}` of a checkpoint of a run, as numpy arrays.
+
+  Args:
+    workdir: the run's.
+    step: None is the best checkpoint, or the newest where none was evaluated.
 
   Raises:
-    ValueError: a folder without checkpoints.
+    ValueError: a folder without checkpoints or without that one, or a checkpoint that cannot be read.
   """
   folder = epath.Path(workdir) / 'checkpoints'
   if not folder.exists():
     raise ValueError(f'{workdir} holds no checkpoints; give the workdir of a finished run, such as runs/pretrain')
   checkpoints = Checkpoints(workdir, read_only=True)
-  step = checkpoints.best_step if checkpoints.best_step is not None else checkpoints.latest_step
-  if step is None:
+  steps = checkpoints._manager.all_steps()
+  if not steps:
     raise ValueError(f'{folder} holds no finished checkpoint; let the run go on to its first evaluation')
+  if step is None:
+    step = checkpoints.best_step if checkpoints.best_step is not None else checkpoints.latest_step
+  if step not in steps:
+    raise ValueError(f'{folder} holds no checkpoint of step {step}; there are {", ".join(map(str, sorted(steps)))}')
+  _check_whole(folder / str(step))
   state = checkpoints._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore()))['state']
   checkpoints.close()
   return jax.device_get({'params': state['params'], 'batch_stats': state['batch_stats']})
+
+
+def _check_whole(folder: epath.Path) -> None:
+  """Reads all there is of a checkpoint's state, one after the other.
+
+  Orbax reads everything at once, and where files are missing or cut short, its threads print tracebacks beside the error.
+  """
+  state = folder / 'state'
+  try:
+    if not (state / '_METADATA').exists():
+      raise FileNotFoundError(state / '_METADATA')
+    base = epath.Path(state).as_posix()
+    store = tensorstore.KvStore.open({'driver': 'ocdbt', 'base': f'{base if "://" in base else f"file://{base}"}/'}).result()
+    for key in store.list().result():
+      store.read(key).result()
+  except (ValueError, OSError, RuntimeError) as error:
+    raise ValueError(f'the checkpoint {folder} cannot be read; it is not whole ({" ".join(str(error).split())[:300]})') from error
 
 
 def _rank(metrics: dict[str, float]) -> tuple[float, float]:

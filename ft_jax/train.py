@@ -7,6 +7,7 @@ the head of its own name; all streams go through the network in one forward pass
 
 from collections.abc import Callable, Iterator, Mapping
 import math
+import time
 from typing import Any, Protocol
 
 import flax
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from ft_jax import parallel
+from ft_jax.models import resnet
 from ft_jax.models.resnet import ResNet
 
 StepFn = Callable[['TrainState', Mapping[str, Mapping[str, jax.Array]]], tuple['TrainState', dict[str, jax.Array]]]
@@ -38,7 +40,8 @@ def make_train_step(model: ResNet, optimizer: optax.GradientTransformation, loss
   """The pmapped step: (state, {stream: batch}) -> (state, metrics), over all devices, with the state donated.
 
   Args:
-    model: with a head for each stream.
+    model: with a head for each stream; where its `batch_norm` is 'frozen', statistics, scales and biases of BatchNorm come out
+      as they went in, whatever the optimizer does.
     optimizer: of its parameters.
     loss_weights: the weight of each stream's loss, by name: {'target': 1, 'source': lambda}.
 
@@ -67,9 +70,11 @@ def make_train_step(model: ResNet, optimizer: optax.GradientTransformation, loss
     # Running statistics are averaged too, so that the state is the same on every device.
     gradients, batch_stats, metrics = jax.lax.pmean((gradients, batch_stats, metrics), parallel.AXIS)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-    state = TrainState(step=state.step + 1, params=optax.apply_updates(state.params, updates),
-                       batch_stats=batch_stats, opt_state=opt_state)
-    return state, metrics
+    params = optax.apply_updates(state.params, updates)
+    if model.batch_norm == 'frozen':  # the old arrays: a mean of equal numbers, or an update of zero, need not keep every bit
+      batch_stats = state.batch_stats
+      params = jax.tree.map(lambda frozen, old, new: old if frozen else new, resnet.normalisation(params), state.params, params)
+    return TrainState(step=state.step + 1, params=params, batch_stats=batch_stats, opt_state=opt_state), metrics
 
   return jax.pmap(step, axis_name=parallel.AXIS, donate_argnums=(0,))
 
@@ -91,10 +96,12 @@ class Observer(Protocol):
 def run_steps(
     train_step: StepFn, state: TrainState, batches: Iterator[Mapping[str, Mapping[str, jax.Array]]], *, start: int, steps: int,
     log_every: int, eval_every: int, observer: Observer, stop: Callable[[], bool], progress: Callable[[int, float], None],
-) -> tuple[TrainState, int]:
+    clock: Callable[[], float] = time.perf_counter) -> tuple[TrainState, int]:
   """Runs steps `start` to `steps`; returns the state and the number of steps done, fewer than `steps` if `stop()` said so.
 
-  The loss of a step is read when the next one is under way, so the device does not wait for the host.
+  The loss of a step is read when the next one is under way, so the device does not wait for the host. Whether it waits for images is
+  measured: the metrics of a window have `waiting_share`, the part of its time (without evaluation) that went by until a batch was there,
+  counted where the device was through with everything before. It had been for a part of that wait at least, so this is an upper bound.
 
   Args:
     train_step: of `make_train_step`.
@@ -105,6 +112,7 @@ def run_steps(
     observer: gets metrics and evaluates.
     stop: asked after each step.
     progress: told (steps done, loss) after each step, one step late.
+    clock: gives seconds.
 
   Raises:
     Diverged: the loss is not finite; says at which step.
@@ -124,9 +132,16 @@ def run_steps(
     window.append(metrics)
     progress(step, metrics['loss'])
 
-  done = start
+  done, waited, began = start, 0.0, None
   while done < steps:
-    state, metrics = train_step(state, next(batches))
+    asked = clock()
+    batch = next(batches)
+    # The first batch of a run is not counted, nor is compiling the step: both come once.
+    if began is not None and (unread is None or all(value.is_ready() for value in unread.values())):
+      waited += clock() - asked
+    state, metrics = train_step(state, batch)
+    if began is None:
+      began = clock()
     read(done)
     unread = metrics
     done += 1
@@ -134,10 +149,13 @@ def run_steps(
     if last or done % eval_every == 0 or done % log_every == 0:
       read(done)
       means = {f'train/{key}': sum(m[key] for m in window) / len(window) for key in window[0]}
+      elapsed = clock() - began
+      means['waiting_share'] = waited / elapsed if elapsed > 0 else 0.0
       window.clear()
       if done == steps or done % eval_every == 0:
         means |= observer.evaluate(done, state)
       observer.wrote(done, means)
+      waited, began = 0.0, clock()
     if last:
       break
   return state, done

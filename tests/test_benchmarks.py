@@ -15,3 +15,11 @@ def test_benchmark_of_selection():
   assert run.returncode == 0, run.stderr
   difference = next(line.split()[-1] for line in run.stdout.splitlines() if 'relative difference of the shares' in line)
   assert float(difference) < 1e-4 and 'not stored' in run.stdout
+
+
+def test_benchmark_of_the_pipeline():
+  """One short round, whose numbers say nothing."""
+  run = subprocess.run([sys.executable, '-W', 'error', 'benchmarks/pipeline.py', '--rounds=1', '--files=512', '--only-ours'],
+                       cwd=ROOT, capture_output=True, text=True, check=False)
+  assert run.returncode == 0, run.stderr
+  assert 'ours ' in run.stdout and 'with config.data.cache: ' in run.stdout

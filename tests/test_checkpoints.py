@@ -100,6 +100,9 @@ def test_load_variables_takes_the_best(tmp_path):
   variables = load_variables(tmp_path)
   assert set(variables) == {'params', 'batch_stats'}
   np.testing.assert_array_equal(variables['params']['a']['kernel'], np.ones((2, 3)))
+  np.testing.assert_array_equal(load_variables(tmp_path, 2)['params']['a']['kernel'], np.full((2, 3), 2))
+  with pytest.raises(ValueError, match='holds no checkpoint of step 3; there are 1, 2'):
+    load_variables(tmp_path, 3)
 
 
 def test_folders_without_checkpoints(tmp_path):

@@ -1,5 +1,6 @@
-"""A selection made elsewhere is used as it is, only chosen images are read, and what does not fit is refused."""
+"""A selection made elsewhere is used as it is, only chosen images are read, what does not fit is refused; features to compare by."""
 
+import pathlib
 import shutil
 
 import numpy as np
@@ -7,8 +8,10 @@ import pytest
 
 from configs import miniature
 from ft_jax.data.sources import open_source
-from ft_jax.jobs import finetune
+from ft_jax.jobs import finetune, setup
 import selection
+
+MOCO = pathlib.Path(__file__).parent / 'data' / 'moco.pth.tar'
 
 
 def config(photos, pool, **fields):
@@ -86,3 +89,30 @@ def test_a_selection_that_does_not_fit_is_refused(photos, pool, tmp_path):
 def test_what_is_checked_first(photos, pool, fields, words):
   with pytest.raises(ValueError, match=words):
     finetune.check(config(photos, pool, **fields))
+
+
+def test_projection_features_are_the_mlp_of_the_pooled_ones(photos, tmp_path):
+  """The output of MoCo-v2's projection head, per image and not normalised, in a file of its own."""
+  weights = setup.load_weights(str(MOCO), projection=True)
+  source, features = open_source(f'folder:{photos}', 'train'), {}
+  for name in finetune.FEATURES:
+    settings = config(photos, photos, **{
+        'model.weights': str(MOCO), 'model.width': 1, 'selection.by': 'example', 'selection.features': name})
+    finetune.check(settings)
+    embedded = finetune._embedded(settings, tmp_path, weights, source, setup.make_transform(settings), 'source')
+    features[name] = embedded.features.astype(np.float64), embedded.fingerprint
+  (pooled, encoder), (projected, with_head) = features['pooled'], features['projection']
+  w0, b0, w2, b2 = (np.arange(n, dtype=np.float64) for n in (64, 8, 32, 4))  # tests/data/make_torch_files.py
+  hidden = np.maximum(pooled @ (w0.reshape(8, 8) / 64 - 0.5).T + b0 / 8 - 0.4, 0)
+  np.testing.assert_allclose(projected, hidden @ (w2.reshape(4, 8) / 32 - 0.5).T + b2, rtol=1e-4, atol=1e-4)
+  assert pooled.shape == (48, 8) and projected.shape == (48, 4) and np.ptp(projected, axis=0).min() > 1e-3
+  assert encoder != with_head and len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize('weights,features,words', [
+    ('', 'projection', r"features is 'projection', which config.model.weights '' do not have; give MoCo-v2's .pth.tar"),
+    ('timm:resnet18.tv_in1k', 'projection', 'do not have'), ('pretrain', 'projection', 'do not have'),
+    (str(MOCO), '128', "features is '128'; known: pooled, projection")])
+def test_features_that_cannot_be(photos, weights, features, words):
+  with pytest.raises(ValueError, match=words):
+    finetune.check(config(photos, photos, **{'model.weights': weights, 'selection.features': features}))

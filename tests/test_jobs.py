@@ -67,6 +67,8 @@ def test_workdir_holds_what_the_readme_says(finished):
     assert {'top1', 'mean_per_class', 'loss'} <= set(results[split])
   assert results['best_step'] in (8, 16, 24) and results['seed'] == 0 and results['versions']['jax'] == jax.__version__
   assert results['batch_norm'] == 'statistics of each of 2 devices'
+  assert results['weights']['revision'] is None and len(results['weights']['fingerprint']) == 16
+  assert 'tensors used; dropped: optimizer (of that training); heads/source (old classifier)' in printed
   lines = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
   assert [line['step'] for line in lines] == [4, 8, 12, 16, 20, 24]
   assert [line['step'] for line in lines if 'val/top1' in line] == [8, 16, 24]
@@ -107,7 +109,7 @@ def comparable(workdir: pathlib.Path) -> tuple[dict, list[dict], dict]:
     last = manager.restore(24, args=ocp.args.Composite(state=ocp.args.StandardRestore()))['state']
   lines = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
   results = json.loads((workdir / 'results.json').read_text())
-  return (last, [{k: v for k, v in line.items() if k != 'images_per_second'} for line in lines],
+  return (last, [{k: v for k, v in line.items() if k not in ('images_per_second', 'waiting_share')} for line in lines],
           {k: v for k, v in results.items() if k != 'command'})
 
 
@@ -142,13 +144,17 @@ def test_interrupted_equals_uninterrupted(finished, weights, tmp_path, number):
 
 
 def test_a_mistake_behind_the_pre_training_does_not_cost_it(tmp_path):
-  """What is pre-trained within a run is there again when another setting had to be mended."""
-  flags = [*TINY, *FINETUNE, '--config.pretrain.epochs=0', '--config.pretrain.steps=8', '--config.pretrain.eval_every=8']
+  """What is pre-trained within a run is there again when another setting had to be mended; its head and statistics go on."""
+  flags = [*TINY, *FINETUNE, '--config.pretrain.epochs=0', '--config.pretrain.steps=8', '--config.pretrain.eval_every=8',
+           '--config.model.source_head=pretrained', '--config.model.batch_norm=frozen']
   first = main(tmp_path / 'run', *flags, '--config.selection.epsilon=0.0001')
   assert first.returncode == 1 and 'epsilon 0.0001 is too small' in first.stderr and 'training 8 steps' in first.stderr
   again = main(tmp_path / 'run', *flags)
   assert again.returncode == 0 and 'training 8 steps' not in again.stderr and 'training 24 steps' in again.stderr, again.stderr
   assert 'Pre-training on digits:pool' in (tmp_path / 'run' / 'pretrain' / 'report.html').read_text()
+  assert '102 tensors used; dropped: optimizer (of that training)\n' in again.stderr
+  norms = [json.loads((path / 'results.json').read_text())['batch_norm'] for path in (tmp_path / 'run' / 'pretrain', tmp_path / 'run')]
+  assert norms == ['statistics of each of 2 devices', 'frozen: statistics, scales and biases of the weights']
 
 
 def test_going_on_with_other_images_is_refused(photos, pool, tmp_path):
@@ -193,21 +199,45 @@ def test_finetune_and_compare_on_folders(photos, pool, tmp_path):
   assert len(chosen['classes']) == 2 and chosen['images'] == 20
 
 
-@pytest.mark.parametrize('by,size,extra', [
-    ('example', '0.25', ()), ('cluster', '3', ('--config.selection.clusters=6', '--config.selection.cost=bures'))])
-def test_single_images_and_clusters(photos, pool, tmp_path, by, size, extra):
-  """Selected by image or cluster: the network is fine-tuned with those images alone, and the report shows them."""
-  run = main(tmp_path / 'run', '--config=configs/miniature.py:finetune', f'--config.source.name=folder:{pool}',
+def fine_tune_by(photos, pool, workdir, by: str, *flags: str) -> tuple[dict, str]:
+  """Two steps with what is selected by image or cluster: the results, and what was printed."""
+  run = main(workdir, '--config=configs/miniature.py:finetune', f'--config.source.name=folder:{pool}',
              f'--config.target.name=folder:{photos}', '--config.model.weights=', '--config.model.width=4', '--config.image_size=32',
-             '--config.augment.short_side=36', f'--config.selection.by={by}', f'--config.selection.size={size}', *extra,
-             '--config.train.steps=2', '--config.train.batch_size=4')
+             '--config.augment.short_side=36', f'--config.selection.by={by}', '--config.train.steps=2', '--config.train.batch_size=4',
+             *flags)
   assert run.returncode == 0, run.stderr
-  used = json.loads((tmp_path / 'run' / 'results.json').read_text())['selection']
-  chosen = json.loads((tmp_path / 'run' / 'selection.json').read_text())
+  results = json.loads((workdir / 'results.json').read_text())
+  chosen, used = json.loads((workdir / 'selection.json').read_text()), results['selection']
   assert used['by'] == by and used['units'] == len(chosen['units']) and used['images'] == len(chosen['rows']) < 60
-  page = (tmp_path / 'run' / 'report.html').read_text()
-  assert f'The chosen {by}s, best first' in page
-  assert page.count('data:image/jpeg') >= used['units'] + 8
+  page = (workdir / 'report.html').read_text()
+  assert f'The chosen {by}s, best first' in page and page.count('data:image/jpeg') >= used['units'] + 8
+  return results, run.stderr
+
+
+def test_clusters(photos, pool, tmp_path):
+  """The network is fine-tuned with their images alone, and the report shows them."""
+  fine_tune_by(photos, pool, tmp_path / 'run', 'cluster', '--config.selection.size=3', '--config.selection.clusters=6',
+               '--config.selection.cost=bures')
+
+
+def test_single_images_of_sets_with_damaged_files(photos, pool, tmp_path):
+  """Selected one by one; the files that cannot be read are counted, and the others used and kept in memory as if these were not there."""
+  shutil.copytree(photos, tmp_path / 'photos')
+  shutil.copytree(pool, tmp_path / 'pool')
+  for name in ('photos/train/sky/2.jpg', 'photos/train/sky/7.jpg', 'photos/test/wall/1.jpg', 'pool/c/4.jpg'):
+    (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:300])
+  results, printed = fine_tune_by(tmp_path / 'photos', tmp_path / 'pool', tmp_path / 'run', 'example', '--config.selection.size=0.25',
+                                  '--config.data.on_error=skip', '--config.data.cache=true')
+  skipped = results['skipped']
+  # Which of train's were set aside for val is not known here.
+  assert sorted(skipped.pop('target train', {'first': []})['first'] + skipped.pop('target val', {'first': []})['first']) == [
+      'train/sky/2.jpg', 'train/sky/7.jpg']
+  assert skipped == {'source pool': {'images': 1, 'first': ['c/4.jpg']}, 'target test': {'images': 1, 'first': ['test/wall/1.jpg']}}
+  assert (results['test']['images'], results['target']['train'] + results['target']['val'], results['source']['images']) == (19, 46, 59)
+  assert 'source pool: 1 of 60 images cannot be read and are skipped: c/4.jpg' in printed
+  assert 'keeping 46 decoded images in memory (target train, target val): ' in printed
+  lines = [json.loads(line) for line in (tmp_path / 'run' / 'metrics.jsonl').read_text().splitlines()]
+  assert all(0 <= line['waiting_share'] <= 1 for line in lines)
 
 
 def test_same_images_on_both_sides_warns(photos, tmp_path):

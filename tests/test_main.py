@@ -24,6 +24,7 @@ def main(*flags: str) -> subprocess.CompletedProcess:
     (['--config=configs/pets.py:moco'], "error: the recipe 'moco' is not known; write :supervised or :mocov2"),
     (['--config=configs/digits.py:mocov2'], 'error: that config takes no argument behind a colon'),
     (['--config=configs/nothing.py'], 'configs/nothing.py'),
+    (['--config=configs/digits.py', '--config.data.on_error=ignore'], "error: config.data.on_error is 'ignore'; known: raise, skip"),
     (['--config=configs/digits.py', '--config.sed=1'], "no field 'sed'; config has augment, compare, data, data_dir"),
     (['--config=configs/digits.py', '--config.train.lr=1'], "no field 'train.lr'; config.train has batch_size, decay, epochs"),
     (['--config=configs/digits.py', '--config.seed.x=1'], "no field 'seed.x'; config.seed is one value"),

@@ -1,13 +1,16 @@
 """Order is a function of (seed, step); every example comes once a pass; evaluation misses and doubles nothing."""
 
 import collections
+import dataclasses
 import itertools
+import shutil
 
 import jax
 import numpy as np
+import psutil
 import pytest
 
-from ft_jax.data import augment, pipeline
+from ft_jax.data import augment, cache, damage, pipeline
 from ft_jax.data.pipeline import EvalBatches, train_batches, Transform
 from ft_jax.data.sources import open_source
 
@@ -119,3 +122,72 @@ def test_a_damaged_file_is_named(photos, tmp_path):
     list(EvalBatches(source, TRANSFORM, 4))
   with pytest.raises(ValueError, match='b/bad.jpg is no image that can be read'):
     first(source, 2, batch_size=4)
+
+
+def test_a_cache_changes_no_bit(source):
+  """Training and evaluation; each image is decoded once, in the first pass, and the crops are drawn from it again and again."""
+  reads = collections.Counter()
+
+  def read(row):
+    reads[row] += 1
+    return source.read(row)
+
+  kept = cache.cached({'target train': dataclasses.replace(source, read=read)})['target train']
+  reads.clear()  # of the sizes
+  assert all(same(a, b) for a, b in zip(first(source, 12), first(kept, 12)))
+  assert all(same(a, b) for a, b in zip(EvalBatches(source, TRANSFORM, 7), EvalBatches(kept, TRANSFORM, 7)))
+  # Threads that meet at one image may both read it.
+  assert set(reads) == set(range(48)) and sum(reads.values()) < 60
+  before = sum(reads.values())
+  first(kept, 10)
+  assert sum(reads.values()) == before and kept.fingerprint == source.fingerprint
+  with pytest.raises(ValueError, match='read-only'):
+    kept[0].image[:] = 0
+
+
+def test_a_cache_says_its_size_first_and_refuses_what_does_not_fit(source, monkeypatch, caplog):
+  """Before an image is decoded."""
+  size = sum(augment.decode(example.image, '').nbytes for example in (source[i] for i in range(len(source))))
+  monkeypatch.setattr(augment, 'decode', lambda *args: pytest.fail('decoded'))
+  monkeypatch.setattr(cache, 'free_memory', lambda: size)
+  with caplog.at_level('INFO', 'ft_jax'):
+    cache.cached({'target train': source})
+  assert f'keeping 48 decoded images in memory (target train): {size / 1e6:.2f} MB of the' in caplog.text
+  monkeypatch.setattr(cache, 'free_memory', lambda: size - 1)
+  with pytest.raises(ValueError, match='config.data.cache=true: 48 images .* of memory are free; use --config.data.cache=false'):
+    cache.cached({'target train': source})
+
+
+def test_free_memory_is_that_of_this_machine():
+  assert 1e6 < cache.free_memory() < psutil.virtual_memory().total
+
+
+@pytest.fixture
+def damaged_source(photos, tmp_path):
+  """The photographs, three of which cannot be read: two of one class, one of another."""
+  shutil.copytree(photos / 'train', tmp_path / 'damaged')
+  for name, data in (('roof/3.jpg', b''), ('roof/11.jpg', b'no image'), ('sky/0.jpg', None)):
+    path = tmp_path / 'damaged' / name
+    path.write_bytes(path.read_bytes()[:500] if data is None else data)
+  return open_source(f'folder:{tmp_path / "damaged"}', 'train')
+
+
+def test_damaged_images_are_found_once_and_left_out(damaged_source, caplog, monkeypatch):
+  rest, ids = damage.without_damaged(damaged_source, 'target train', True)
+  assert ids == ['roof/11.jpg', 'roof/3.jpg', 'sky/0.jpg'] and len(rest) == 45 and not set(ids) & set(rest.ids.tolist())
+  assert 'target train: 3 of 48 images cannot be read and are skipped: roof/11.jpg, roof/3.jpg, sky/0.jpg' in caplog.text
+  assert len(np.unique(np.concatenate([batch['index'] for batch in first(rest, 9, batch_size=5)]))) == 45
+  # The next time nothing is read.
+  monkeypatch.setattr(augment, 'decode', lambda *args, **kwargs: pytest.fail('decoded'))
+  again, ids_again = damage.without_damaged(damaged_source, 'target train', True)
+  assert ids_again == ids and again.fingerprint == rest.fingerprint != damaged_source.fingerprint
+
+
+def test_a_class_without_a_readable_image_is_named(damaged_source):
+  roof = damaged_source.subset([i for i, name in enumerate(damaged_source.ids) if name in ('roof/3.jpg', 'roof/11.jpg', 'sky/1.jpg')])
+  with pytest.raises(ValueError, match='target train: no image of class roof can be read, such as roof/11.jpg'):
+    damage.without_damaged(roof, 'target train', True)
+  # To evaluate on, the other classes are enough; on nothing nobody can.
+  assert len(damage.without_damaged(roof, 'target val', False)[0]) == 1
+  with pytest.raises(ValueError, match='target val: no image of class roof'):
+    damage.without_damaged(roof.of_classes([roof.class_names.index('roof')]), 'target val', False)

@@ -97,7 +97,8 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32():
 
 @pytest.mark.parametrize('kwargs,words', [
     ({'name': 'resnet19'}, 'resnet18, resnet34'), ({'name': 'resnet18', 'stem': '5x5'}, '7x7, 3x3'),
-    ({'name': 'resnet18', 'width': 0}, '1 or more')])
+    ({'name': 'resnet18', 'width': 0}, '1 or more'),
+    ({'name': 'resnet18', 'batch_norm': 'eval'}, "batch_norm is 'eval'; known: train, frozen")])
 def test_errors(kwargs, words):
   with pytest.raises(ValueError, match=words):
     resnet.build(heads={}, **kwargs)

@@ -1,15 +1,26 @@
-"""Splits of a data set have the same classes and no image in common."""
+"""Splits of a data set have the same classes and no image in common; weights of every form come as they are, or are refused by name."""
 
+import logging
+import os
+import pathlib
+import re
 import shutil
+import subprocess
+import sys
 from typing import Any
 
 from conftest import write_images
+import jax
 from ml_collections import ConfigDict
 import numpy as np
 import pytest
 
 from configs import default
+from ft_jax.checkpoints import Checkpoints
 from ft_jax.jobs import setup
+from ft_jax.models import pretrained
+
+DATA = pathlib.Path(__file__).parent / 'data'
 
 
 def target(**fields: Any) -> ConfigDict:
@@ -80,3 +91,93 @@ def test_classes_are_left_out(pool):
     setup.open_splits(target(name=f'folder:{pool}', without=('z',)), '', seed=0)
   with pytest.raises(ValueError, match='all of its classes are to be left out'):
     setup.open_splits(target(name=f'folder:{pool}', without=tuple('abcdef')), '', seed=0)
+
+
+@pytest.fixture(scope='module')
+def workdir(tmp_path_factory):
+  """Checkpoints of a run with a source and a target head: step 1 is the best, step 2 the newest, and all ones."""
+  folder = tmp_path_factory.mktemp('runs') / 'pretrain'
+  state = pretrained.load_torch(DATA / 'resnet18.pth')
+  state['params']['heads']['target'] = {'kernel': np.ones((32, 3), np.float32), 'bias': np.zeros(3, np.float32)}
+  checkpoints = Checkpoints(folder)
+  checkpoints.save(1, {**state, 'opt_state': np.zeros(3)}, {'score': 0.9, 'loss': 1.0})
+  checkpoints.save(2, {**jax.tree.map(np.ones_like, state), 'opt_state': np.zeros(3)}, {'score': 0.1, 'loss': 1.0})
+  checkpoints.close()
+  return folder
+
+
+def test_weights_of_a_file(caplog):
+  """What is used, what is dropped and why is said in one line, and what results.json holds."""
+  caplog.set_level(logging.INFO, 'ft_jax')
+  weights = setup.load_weights(str(DATA / 'resnet18.pth'))
+  assert weights.variables.keys() == {'params', 'batch_stats'} and 'heads' not in weights.variables['params']
+  assert weights.about == {
+      'name': str(DATA / 'resnet18.pth'), 'revision': None, 'fingerprint': setup.weights_fingerprint(weights.variables)}
+  assert ("resnet18.pth: 100 tensors used; dropped: bn1.num_batches_tracked, layer1.0.bn1.num_batches_tracked, "
+          "layer1.0.bn2.num_batches_tracked, layer1.1.bn1.num_batches_tracked and 16 more (BatchNorm's counters); "
+          'fc.weight, fc.bias (old classifier)') in caplog.text
+  kept = setup.load_weights(str(DATA / 'resnet18.pth'), classes=7)
+  assert kept.variables['params']['heads'].keys() == {'source'} and kept.about == weights.about
+  assert '102 tensors used' in caplog.text
+  moco = setup.load_weights(str(DATA / 'moco.pth.tar'), projection=True)
+  assert moco.variables.keys() == {'params', 'batch_stats', 'projection'}
+  assert 'projection' not in setup.load_weights(str(DATA / 'moco.pth.tar')).variables
+  assert 'fc.0, fc.2 (projection head)' in caplog.text and 'epoch, arch, optimizer (beside the network)' in caplog.text
+
+
+def test_weights_of_a_run(workdir):
+  """A workdir gives its best checkpoint, a checkpoint itself; the head of the source classes comes where it is wanted."""
+  best = setup.load_weights(str(workdir), classes=7).variables
+  jax.tree.map(np.testing.assert_array_equal, best, pretrained.load_torch(DATA / 'resnet18.pth'))
+  newest = setup.load_weights(str(workdir / 'checkpoints' / '2')).variables
+  assert 'heads' not in newest['params'] and all((x == 1).all() for x in jax.tree.leaves(newest))
+  with pytest.raises(ValueError, match='no file or folder .*checkpoints/7'):
+    setup.load_weights(str(workdir / 'checkpoints' / '7'))
+
+
+def test_a_checkpoint_cut_short_is_named(workdir, tmp_path):
+  """In a process of its own, where the threads of tensorstore would print their tracebacks."""
+  shutil.copytree(workdir, tmp_path / 'run')
+  for path in (tmp_path / 'run' / 'checkpoints' / '1' / 'state' / 'd').iterdir():
+    path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
+  code = ('import sys; from ft_jax.jobs import setup\n'
+          'try: setup.load_weights(sys.argv[1])\n'
+          'except ValueError as error: print(error)')
+  run = subprocess.run([sys.executable, '-c', code, str(tmp_path / 'run')], capture_output=True, text=True, check=False,
+                       env={**os.environ, 'JAX_PLATFORMS': 'cpu'}, cwd=DATA.parents[1])
+  assert re.search('the checkpoint .*run/checkpoints/1 cannot be read; it is not whole', run.stdout) and not run.stderr, run
+
+
+@pytest.mark.parametrize('name,wanted,words', [
+    ('resnet18.pth', {'classes': 1000}, 'the classifier of .* has 7 classes and the source data 1000; use --config.model'),
+    ('moco.pth.tar', {'classes': 7}, 'has no classifier; use --config.model.source_head=fresh'),
+    ('resnet18.pth', {'projection': True}, "has no projection head .* use --config.selection.features=pooled")])
+def test_weights_without_what_is_asked_for(name, wanted, words):
+  with pytest.raises(ValueError, match=words):
+    setup.load_weights(str(DATA / name), **wanted)
+
+
+@pytest.mark.parametrize('fields,words', [
+    ({'weights': 'no.pth'}, 'there is no file or folder no.pth; expected one, or timm:<name>, or hf:<owner>/<name>'),
+    ({'weights': 'torchvision:resnet50'}, 'there is no file or folder torchvision:resnet50'),
+    ({'weights': 'tests'}, 'tests is no workdir of a run'), ({'weights': 'hf:resnet50'}, 'expected hf:<owner>/<name>'),
+    ({'weights': 'timm:resnet50d.ra2_in1k'}, 'a resnet50d, which is another network than resnet18, resnet34, resnet50, resnet101'),
+    ({'weights': 'timm:wide_resnet50_2.tv_in1k'}, 'a wide_resnet50_2, which is another network'),
+    ({'weights': 'timm:resnet34.ra4_e3600_r224_in1k'}, 'trained on images with a mean of 0.5'),
+    ({'weights': 'timm:resnet18.tv_in1k'}, 'set --config.model.name=resnet18 --config.model.width=64 --config.model.stem=7x7'),
+    ({'source_head': 'old'}, "source_head is 'old'; known: fresh, pretrained"),
+    ({'source_head': 'pretrained'}, "source_head is 'pretrained' and model.weights is empty"),
+    ({'batch_norm': 'frozen'}, "batch_norm is 'frozen' and model.weights is empty")])
+def test_fields_of_the_model_that_cannot_be_right(fields, words):
+  """Before anything is loaded."""
+  config = default.get_config().model
+  setup.check_weights(config)
+  config.update(fields)
+  with pytest.raises(ValueError, match=words):
+    setup.check_weights(config)
+
+
+def test_names_of_timm_that_are_torchvisions_networks():
+  config = default.get_config().model
+  config.weights = 'timm:resnet50.a1_in1k@abc123'
+  setup.check_weights(config)

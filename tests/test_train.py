@@ -1,5 +1,6 @@
 """The pmapped joint step is the plain formula on the whole batch, and the loop reads, evaluates, stops and ends where it should."""
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,8 +8,9 @@ import optax
 import pytest
 from torch_record import error, Record
 
-from ft_jax import optimizer, parallel, train
+from ft_jax import parallel, train
 from ft_jax.models import resnet, to_torch
+from ft_jax.optimizer import sgd
 
 LAMBDA = 0.3
 
@@ -52,6 +54,8 @@ def test_step_on_four_devices_is_the_formula_on_the_whole_batch(setting):
   np.testing.assert_allclose([metrics['loss_target'], metrics['loss_source']], losses, rtol=1e-5)
   np.testing.assert_allclose(metrics['top1_target'], np.mean(np.argmax(logits, -1) == batch['target']['label']))
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), state.batch_stats, batch_stats)
+  assert all((new != old).any() for new, old in zip(jax.tree.leaves([state.params, state.batch_stats]), jax.tree.leaves(
+      [variables['params'], variables['batch_stats']]))), 'BatchNorm is not frozen here'
   # The first Nesterov step is 1.9 times the gradient.
   jax.tree.map(lambda new, old, g: np.testing.assert_allclose((old - new) / 0.19, g, rtol=1e-3, atol=2e-4 * float(jnp.abs(g).max()) + 1e-6),
                state.params, variables['params'], gradients)
@@ -86,8 +90,8 @@ def test_steps_equal_torchs(tmp_path):
   everything = (('.*', 1.0),)
   # Keeps the gradients of a step beside what the optimiser keeps.
   keep = optax.GradientTransformation(lambda params: params, lambda gradients, state, params=None: (gradients, gradients))
-  tx = optax.chain(keep, optimizer.sgd(optax.constant_schedule(0.05), variables['params'], momentum=0.9, nesterov=True,
-                                       weight_decay=0.02, learning_rate_groups=everything, weight_decay_groups=everything))
+  tx = optax.chain(keep, sgd(optax.constant_schedule(0.05), variables['params'], momentum=0.9, nesterov=True, weight_decay=0.02,
+                             learning_rate_groups=everything, weight_decay_groups=everything))
   step = train.make_train_step(model, tx, {'source': 1.0})
   state = parallel.replicate(train.create_state(variables, tx))
   batch = {'source': parallel.shard({'image': record.images, 'label': record.labels})}
@@ -100,6 +104,39 @@ def test_steps_equal_torchs(tmp_path):
     values = to_torch.state_dict(values, 'source')
     errors = {key: error(values[key], expected) for key, expected in record.tensors(kind).items()}
     assert max(errors.values()) < 1e-4, (kind, errors)
+
+
+def test_frozen_batch_norm_keeps_every_bit(setting):
+  """Statistics, scales and biases after steps of SGD with weight decay and momentum on four devices; all else moves."""
+  _, variables, batch = setting
+  rng = np.random.default_rng(1)
+  noisy = jax.tree.map(lambda x: (x + rng.uniform(0.1, 0.3, x.shape)).astype(x.dtype), variables)
+  noisy['params']['bn1']['bias'][0] = -0.0  # an update of zero would lose the sign
+  model = resnet.build('resnet18', {'target': 3, 'source': 5}, width=4, batch_norm='frozen')
+  optimizer = sgd(lambda step: 0.1, noisy['params'], momentum=0.9, nesterov=True, weight_decay=0.1,
+                  learning_rate_groups=(('heads/.*', 10.0), ('.*bn.*', 2.0), ('.*', 1.0)), weight_decay_groups=(('.*', 1.0),))
+  state = parallel.replicate(train.create_state(noisy, optimizer))
+  step = train.make_train_step(model, optimizer, {'target': 1.0, 'source': LAMBDA})
+  for _ in range(3):
+    state, _ = step(state, {name: parallel.shard(part) for name, part in batch.items()})
+  flat = lambda params, stats: flax.traverse_util.flatten_dict({'params': params, 'batch_stats': stats}, sep='/')
+  before, copies = flat(noisy['params'], noisy['batch_stats']), flat(state.params, state.batch_stats)
+  normalisation = {key for key in before
+                   if key.startswith('batch_stats') or not key.startswith('params/heads') and key.endswith(('scale', 'bias'))}
+  assert len(normalisation) == 20 * 4 and len(before) == 20 * 4 + 20 + 4
+  for key, copy in copies.items():
+    kept = all(np.asarray(shard.data).tobytes() == before[key].tobytes() for shard in copy.addressable_shards)
+    assert kept == (key in normalisation), key
+
+
+def test_frozen_batch_norm_normalises_with_running_statistics(setting):
+  """The output of a training step's forward pass is that of evaluation."""
+  _, variables, batch = setting
+  model = resnet.build('resnet18', {'target': 3, 'source': 5}, width=4, batch_norm='frozen')
+  images = batch['target']['image']
+  outputs, updates = jax.jit(lambda: model.apply(variables, images, train=True, mutable=['batch_stats']))()
+  np.testing.assert_array_equal(outputs.features, jax.jit(lambda: model.apply(variables, images).features)())
+  jax.tree.map(np.testing.assert_array_equal, updates['batch_stats'], variables['batch_stats'])
 
 
 class Recorder:
@@ -124,7 +161,8 @@ def loop(steps=10, start=0, losses=None, stop=lambda: False, log_every=3, eval_e
     return state + 1, parallel.replicate({'loss': np.float32(state if losses is None else losses[state])})
 
   state, done = train.run_steps(step, start, iter(range(start, 1000)), start=start, steps=steps, log_every=log_every, eval_every=eval_every,
-                                observer=recorder, stop=stop, progress=lambda step, loss: seen.append((step, loss)))
+                                observer=recorder, stop=stop, progress=lambda step, loss: seen.append((step, loss)),
+                                clock=lambda: 0.0)
   return state, done, recorder, seen
 
 
@@ -157,3 +195,40 @@ def test_loop_stops_when_the_loss_is_not_finite(at):
   losses = [float('nan') if k == at else 1.0 for k in range(10)]
   with pytest.raises(train.Diverged, match=f'at step {at + 1};'):
     loop(losses=losses)
+
+
+class Metric(float):
+  """A loss that a device is through with, or not."""
+
+  def __new__(cls, ready):
+    return super().__new__(cls, 1.0)
+
+  def __init__(self, ready):
+    self.ready = ready
+
+  def is_ready(self):
+    return self.ready
+
+
+@pytest.mark.parametrize('ready,shares', [(True, [2 / 8, 3 / 12]), (False, [0, 1 / 12])])
+def test_share_of_time_waiting_for_images(ready, shares, monkeypatch):
+  """Seconds of a made clock: a batch takes one, a step three, evaluation a thousand. Counted is what a ready device waits.
+
+  The first batch of the run and the compilation do not count; after each window the device has nothing left to do, so the batch counts.
+  """
+  monkeypatch.setattr(parallel, 'unreplicate', lambda metrics: metrics)
+  now, recorder = [0.0], Recorder()
+  monkeypatch.setattr(recorder, 'evaluate', lambda step, state: now.__setitem__(0, now[0] + 1000) or {'val/loss': 0.5})
+
+  def batches():
+    while True:
+      now[0] += 1
+      yield None
+
+  def step(state, batch):
+    now[0] += 3
+    return state, {'loss': Metric(ready)}
+
+  train.run_steps(step, 0, batches(), start=0, steps=6, log_every=3, eval_every=3, observer=recorder, stop=lambda: False,
+                  progress=lambda step, loss: None, clock=lambda: now[0])
+  assert [metrics['waiting_share'] for _, metrics in recorder.lines] == pytest.approx(shares)

@@ -15,6 +15,7 @@ from ft_jax.data import augment
 from ft_jax.data.pipeline import EvalBatches, Transform
 from ft_jax.data.sources import digest, open_source, Source
 from ft_jax.jobs import fit, pretrain, setup
+from ft_jax.models import pretrained
 from ft_jax.progress import log
 from ft_jax.workdir import Workdir, write_results
 import selection
@@ -36,11 +37,15 @@ def run(config: ConfigDict, workdir: epath.PathLike, embeddings: epath.PathLike 
   log.info('fine-tuning %s -> %s', config.model.name, work.path)
   splits = setup.open_splits(config.target, config.data_dir, config.seed)
   pool = open_source(config.source.name, config.source.train, config.data_dir) if config.source.name else None
+  needed = pool if config.selection.method != 'none' else None
+  splits, readable, skipped = setup.readable(splits, 'target', config.data.on_error, needed)
+  pool = pool if needed is None else readable
   if not work.results():
     _describe(splits, pool)
     _check_size(config, pool)
     folder = epath.Path(config.embeddings_dir or embeddings or work.embeddings)
-    write_results(work, _train(config, work, splits, pool, folder))
+    results = _train(config, work, setup.in_memory(splits, 'target', config.data.cache), pool, folder)
+    write_results(work, {**results, 'skipped': skipped})
   chosen = selection.Selection.load(work.selection_json, pool.fingerprint) if work.selection_json.exists() else None
   report.write(work, _selection_section(splits.train, pool, chosen) if chosen else None)
   log.info('report: %s', work.report_html)
@@ -49,7 +54,7 @@ def run(config: ConfigDict, workdir: epath.PathLike, embeddings: epath.PathLike 
 
 def _train(config: ConfigDict, work: Workdir, splits: setup.Splits, pool: Source | None, embeddings: epath.Path) -> dict[str, Any]:
   """Weights, selection, joint fine-tuning, evaluation: the results."""
-  weights = _weights(config, work)
+  weights = _weights(config, work, pool)
   transform = setup.make_transform(config)
   chosen = _select(config, work, weights, splits.train, pool, transform, embeddings)
   streams = {'target': fit.Stream(splits.train, config.train.batch_size, 1.0)}
@@ -61,7 +66,7 @@ def _train(config: ConfigDict, work: Workdir, splits: setup.Splits, pool: Source
     streams['source'] = fit.Stream(helping, _source_batch(config), config.source_weight)
 
   model = setup.build_model(config.model, heads)
-  variables = setup.init_variables(model, config.image_size, config.seed, weights)
+  variables = setup.init_variables(model, config.image_size, config.seed, weights.variables if weights else None)
   results = fit.fit(config.train, work, model=model, variables=variables, streams=streams, splits=splits, transform=transform,
                     metric=config.target.metric, seed=config.seed)
   return {
@@ -73,7 +78,7 @@ def _train(config: ConfigDict, work: Workdir, splits: setup.Splits, pool: Source
       'selection': None if chosen is None else {
           'method': chosen.method, 'by': chosen.by, 'noun': NOUNS[chosen.by], 'units': len(chosen.units),
           'classes': list(chosen.class_names), 'images': len(streams['source'].source)},
-      'weights_fingerprint': setup.weights_fingerprint(weights) if weights else ''}
+      'weights': weights.about if weights else None}
 
 
 def check(config: ConfigDict) -> None:
@@ -86,7 +91,9 @@ def check(config: ConfigDict) -> None:
   if config.target.test == 'rest' and not per_class:
     raise ValueError("config.target.test is 'rest', what is not drawn for training, but config.target.train_per_class is 0; set either")
   _check_selection(config)
+  setup.check_data(config.data)
   setup.make_transform(config)
+  setup.check_weights(config.model)
   # The numbers of classes are not known yet and do not matter for what is checked.
   heads = ('target',) if config.selection.method == 'none' else ('target', 'source')
   fit.check(config.train, config.target.metric, setup.build_model(config.model, dict.fromkeys(heads, 2)), config.image_size)
@@ -94,8 +101,6 @@ def check(config: ConfigDict) -> None:
     parallel.check_batch(_source_batch(config), 'config.source_ratio * config.train.batch_size')
   if config.model.weights == 'pretrain':
     fit.check(config.pretrain, 'top1', setup.build_model(config.model, {'source': 2}), config.image_size)
-  elif config.model.weights:
-    setup.check_weights(config.model.weights)
 
 
 def _check_selection(config: ConfigDict) -> None:
@@ -111,6 +116,11 @@ def _check_selection(config: ConfigDict) -> None:
     raise ValueError(f'config.selection.file: there is no file {settings.file}; expected a selection.json, or ids as text, one a line')
   if settings.by not in selection.UNITS:
     raise ValueError(f'config.selection.by is {settings.by!r}; known: {", ".join(selection.UNITS)}')
+  if settings.features not in FEATURES:
+    raise ValueError(f'config.selection.features is {settings.features!r}; known: {", ".join(FEATURES)}')
+  if _projects(config) and (config.model.weights in ('', 'pretrain') or config.model.weights.startswith('timm:')):
+    raise ValueError(f"config.selection.features is 'projection', which config.model.weights {config.model.weights!r} do not have; give "
+                     "MoCo-v2's .pth.tar, or use --config.selection.features=pooled")
   for name, value in _parameters(config).items():
     if name == 'cost' and value not in strategies.COSTS:
       raise ValueError(f'config.selection.cost is {value!r}; known: {", ".join(strategies.COSTS)}')
@@ -158,23 +168,32 @@ def _describe(splits: setup.Splits, pool: Source | None) -> None:
       log.warning('warning: target and source have the same classes; is %s the pre-training data?', pool.name)
 
 
-def _weights(config: ConfigDict, work: Workdir) -> dict[str, Any] | None:
-  """The pre-trained variables; pre-trains first where the config says so."""
+def _projects(config: ConfigDict) -> bool:
+  """Whether images are compared by the output of the projection head."""
+  return config.selection.features == 'projection' and config.selection.method != 'none' and not config.selection.file
+
+
+def _weights(config: ConfigDict, work: Workdir, pool: Source | None) -> setup.Weights | None:
+  """The pre-trained variables, with the source head where it is to come from them; pre-trains first where the config says so."""
   if not config.model.weights:
     log.warning('warning: config.model.weights is empty, so the network starts from random weights')
     return None
+  has_head = config.model.source_head == 'pretrained' and config.selection.method != 'none'
+  classes = len(pool.class_names) if has_head else None
   if config.model.weights != 'pretrain':
-    return setup.load_weights(config.model.weights)
+    return setup.load_weights(config.model.weights, classes=classes, projection=_projects(config))
   # A run of its own beside the others, with its own checkpoints and report.
   # Only what it depends on: it is not lost where something else is changed.
   fields = config.to_dict()
-  own = ConfigDict({name: fields[name] for name in ('seed', 'data_dir', 'image_size', 'source', 'model', 'augment')})
+  own = ConfigDict({name: fields[name] for name in ('seed', 'data_dir', 'image_size', 'source', 'model', 'augment', 'data')})
   own.job, own.train, own.model.weights = 'pretrain', fields['pretrain'], ''
+  own.model.source_head, own.model.batch_norm = 'fresh', 'train'
+  own.data.cache = False  # that is for the target: the pool is large
   pretrain.run(own, work.path / 'pretrain')
-  return setup.load_weights(str(work.path / 'pretrain'))
+  return setup.load_weights(str(work.path / 'pretrain'), classes=classes)
 
 
-def _select(config: ConfigDict, work: Workdir, weights: dict[str, Any] | None, target: Source, pool: Source | None,
+def _select(config: ConfigDict, work: Workdir, weights: setup.Weights | None, target: Source, pool: Source | None,
             transform: Transform, folder: epath.Path) -> selection.Selection | None:
   """The selection of this run, None for plain fine-tuning; a run that goes on from a checkpoint keeps the one it began with."""
   settings = config.selection
@@ -220,21 +239,30 @@ def _given(path: str, pool: Source) -> selection.Selection:
   return selection.Selection.of_rows(pool.at_ids([str(i) for i in chosen.ids]), pool.ids)
 
 
-def _embedded(config: ConfigDict, folder: epath.Path, weights: dict[str, Any] | None, source: Source, transform: Transform,
+def _embedded(config: ConfigDict, folder: epath.Path, weights: setup.Weights | None, source: Source, transform: Transform,
               what: str) -> selection.Embeddings:
-  """Features of a source, as means of its classes where those are enough; made once for these weights, images and preprocessing."""
+  """Features of a source, as means of its classes where those are enough; made once for these weights, images and preprocessing.
+
+  `selection.features` of 'projection' are the 128 numbers behind MoCo-v2's projection head (Liu et al., NeurIPS 2022).
+  """
   means = config.selection.by == 'class' and _parameters(config).get('cost') != 'bures'
   model = setup.build_model(config.model, {})
-  variables = setup.init_variables(model, config.image_size, config.seed, weights)
+  variables = setup.init_variables(model, config.image_size, config.seed, weights.variables if weights else None)
+  if _projects(config):
+    variables['projection'] = weights.variables['projection']
   encoder = digest(setup.weights_fingerprint(variables), config.model.name, config.model.dtype, f'{transform.size}/{transform.short_side}')
   path = folder / f'{"class_means" if means else "features"}-{digest(encoder, source.fingerprint)}.npz'
   if path.exists():
     return selection.Embeddings.load(path)
   batches = EvalBatches(source, transform, -(-config.train.batch_size // jax.device_count()) * jax.device_count())
   log.info('embedding %s: %s images', what, f'{len(source):,d}')
+
+  def encode(variables: dict[str, Any], images: jax.Array) -> jax.Array:
+    features = model.apply(variables, images, train=False).features
+    return pretrained.project(variables['projection'], features) if 'projection' in variables else features
+
   embeddings = (selection.embed_class_means if means else selection.embed)(
-      lambda variables, images: model.apply(variables, images, train=False).features, variables,
-      progress.bar(batches, f'embedding {what}', len(batches)), class_names=source.class_names, fingerprint=encoder)
+      encode, variables, progress.bar(batches, f'embedding {what}', len(batches)), class_names=source.class_names, fingerprint=encoder)
   embeddings.save(path)
   return embeddings
 
@@ -264,3 +292,6 @@ def _selection_section(target: Source, pool: Source, chosen: selection.Selection
 def _examples(source: Source, rows: np.ndarray, most: int) -> list[bytes]:
   rows = rows[np.linspace(0, len(rows) - 1, min(most, len(rows))).round().astype(int)]
   return [augment.thumbnail(example.image, example.id, 64) for example in (source[int(row)] for row in rows)]
+
+
+FEATURES = ('pooled', 'projection')

@@ -28,6 +28,8 @@ from ft_jax.train import create_state, make_train_step, run_steps, TrainState
 from ft_jax.workdir import MetricsWriter, Workdir
 
 METRICS = ('top1', 'mean_per_class')
+# A waiting device is worth a line from this share of the time on, and from so many steps on.
+WAITING, WAITING_STEPS = 0.2, 20
 
 
 class Stream(NamedTuple):
@@ -183,6 +185,7 @@ class _Observer:
     self._plan, self._checkpoints, self._metric, self._images = plan, checkpoints, metric, images_per_step
     self._evaluate, self._schedule = evaluate_val, schedule
     self._last, self._time = start, time.perf_counter()
+    self._start, self._waited, self._told = start, 0.0, False
 
   def evaluate(self, step: int, state: TrainState) -> dict[str, float]:
     spent = time.perf_counter()
@@ -194,12 +197,22 @@ class _Observer:
   def wrote(self, step: int, metrics: dict[str, float]) -> None:
     now = time.perf_counter()
     rate = (step - self._last) * self._images / max(now - self._time, 1e-9)
-    self._last, self._time = step, now
+    steps, self._last, self._time = step - self._last, step, now
     self.writer.write(step, {**metrics, 'learning_rate': float(self._schedule(step - 1)), 'images_per_second': rate})
+    self._tell_waiting(step, steps * metrics['waiting_share'])
     if 'val/loss' in metrics:
       val = {key.removeprefix('val/'): value for key, value in metrics.items() if key.startswith('val/')}
       log.info('  step %*d/%d   training loss %.3f   val %s   %s images/s', len(str(self._plan.steps)), step, self._plan.steps,
                metrics['train/loss'], _spoken(val), f'{rate:,.0f}')
+
+  def _tell_waiting(self, step: int, waited: float) -> None:
+    """Says once that the images hold the training up; `waited` is in steps."""
+    self._waited += waited
+    share = self._waited / (step - self._start)
+    if not self._told and share > WAITING and step - self._start >= WAITING_STEPS:
+      self._told = True
+      log.info('  the device waits for images %.0f %% of the time: more CPU cores help, and for small targets --config.data.cache=true',
+               100 * share)
 
 
 def _device_batches(streams: Mapping[str, Stream], transform: Transform, seed: int, start: int) -> Iterator[Any]:
@@ -244,10 +257,16 @@ def _environment(model: ResNet) -> dict[str, Any]:
   packages = ('jax', 'flax', 'optax', 'orbax-checkpoint', 'ott-jax', 'tensorflow-datasets', 'grain', 'numpy')
   return {
       'devices': f'{len(devices)} x {devices[0].device_kind}',
-      'batch_norm': 'statistics of the whole batch' if model.axis_name else f'statistics of each of {len(devices)} devices',
+      'batch_norm': _batch_norm(model, len(devices)),
       'versions': {'python': platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}},
       'command': sys.argv,
   }
+
+
+def _batch_norm(model: ResNet, devices: int) -> str:
+  if model.batch_norm == 'frozen':
+    return 'frozen: statistics, scales and biases of the weights'
+  return 'statistics of the whole batch' if model.axis_name else f'statistics of each of {devices} devices'
 
 
 def _spoken(summary: Mapping[str, float]) -> str:

@@ -16,7 +16,7 @@ from ft_jax.data.files import open_files
 from ft_jax.data.pipeline import EvalBatches, Transform
 from ft_jax.data.sources import Example, Source
 from ft_jax.evaluate import make_rank
-from ft_jax.jobs import trained
+from ft_jax.jobs import setup, trained
 from ft_jax.progress import log
 from ft_jax.workdir import write_bytes
 
@@ -33,8 +33,8 @@ class Predictions(NamedTuple):
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
   """Writes predictions.csv and contact_sheet.png; returns the numbers of images and, where folders name classes, the accuracy."""
-  if config.data.on_error not in ON_ERROR:
-    raise ValueError(f'config.data.on_error is {config.data.on_error!r}; known: {", ".join(ON_ERROR)}')
+  if config.data.on_error not in setup.ON_ERROR:
+    raise ValueError(f'config.data.on_error is {config.data.on_error!r}; known: {", ".join(setup.ON_ERROR)}')
   if jax.process_count() > 1:
     raise ValueError('job predict runs on one host; start it on one alone')
   names, source, problems = open_files(config.predict.images)
@@ -159,6 +159,3 @@ def _summary(found: Predictions, truth: list[int] | None, problems: dict[str, st
   if truth:
     log.info('top-1 %.1f%% of the %s images, whose folders name their classes', 100 * _accuracy(found, truth), f'{len(found.ids):,d}')
   return {'images': len(found.ids), 'unreadable': len(problems), 'top1': _accuracy(found, truth) if truth else None}
-
-
-ON_ERROR = ('raise', 'skip')

@@ -17,8 +17,8 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
     raise ValueError('config.source.name is empty; name the data to pre-train on')
   if config.model.weights == 'pretrain':
     raise ValueError("config.model.weights is 'pretrain', which is what this job does; use --config.model.weights= for a fresh network")
-  if config.model.weights:
-    setup.check_weights(config.model.weights)
+  setup.check_data(config.data)
+  setup.check_weights(config.model)
   setup.make_transform(config)
   # The number of classes is not known yet and does not matter for what is checked.
   fit.check(config.train, 'top1', setup.build_model(config.model, {'source': 2}), config.image_size)
@@ -36,9 +36,15 @@ def _train(config: ConfigDict, work: Workdir) -> dict[str, Any]:
   splits = setup.open_splits(config.source, config.data_dir, config.seed)
   log.info('data: %s: %s train, %s val images of %d classes', splits.train.name, f'{len(splits.train):,d}', f'{len(splits.val):,d}',
            len(splits.train.class_names))
-  weights = setup.load_weights(config.model.weights) if config.model.weights else None
-  model = setup.build_model(config.model, {'source': len(splits.train.class_names)})
-  variables = setup.init_variables(model, config.image_size, config.seed, weights)
+  splits, _, skipped = setup.readable(splits, 'source', config.data.on_error)
+  splits = setup.in_memory(splits, 'source', config.data.cache)
+  classes = len(splits.train.class_names)
+  weights = None
+  if config.model.weights:
+    weights = setup.load_weights(config.model.weights, classes=classes if config.model.source_head == 'pretrained' else None)
+  model = setup.build_model(config.model, {'source': classes})
+  variables = setup.init_variables(model, config.image_size, config.seed, weights.variables if weights else None)
   stream = fit.Stream(splits.train, config.train.batch_size, 1.0)
-  return {'job': 'pretrain', **fit.fit(config.train, work, model=model, variables=variables, streams={'source': stream}, splits=splits,
-                                       transform=setup.make_transform(config), metric='top1', seed=config.seed)}
+  results = fit.fit(config.train, work, model=model, variables=variables, streams={'source': stream}, splits=splits,
+                    transform=setup.make_transform(config), metric='top1', seed=config.seed)
+  return {'job': 'pretrain', **results, 'skipped': skipped, 'weights': weights.about if weights else None}

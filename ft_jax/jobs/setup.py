@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping
 import hashlib
-import os
 from typing import Any, NamedTuple
 
+from etils import epath
 import flax
 import jax
 import jax.numpy as jnp
@@ -12,11 +12,15 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from ft_jax.checkpoints import load_variables
+from ft_jax.data.cache import cached
+from ft_jax.data.damage import without_damaged
 from ft_jax.data.pipeline import Transform
 from ft_jax.data.sources import carve, class_difference, draw, open_source, Source
-from ft_jax.models import pretrained, resnet
+from ft_jax.models import hub, pretrained, resnet
 from ft_jax.parallel import AXIS
+from ft_jax.progress import log
 
+ON_ERROR = ('raise', 'skip')
 DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
 
 
@@ -55,6 +59,43 @@ def open_splits(config: ConfigDict, data_dir: str, seed: int) -> Splits:
   return Splits(train, val, test)
 
 
+def check_data(config: ConfigDict) -> None:
+  """Raises ValueError where `config.data` says what is not known."""
+  if config.on_error not in ON_ERROR:
+    raise ValueError(f'config.data.on_error is {config.on_error!r}; known: {", ".join(ON_ERROR)}')
+
+
+def readable(splits: Splits, what: str, on_error: str, pool: Source | None = None) -> tuple[Splits, Source | None, dict[str, Any]]:
+  """The images that can be read, and what results.json says of those that cannot.
+
+  With `on_error` 'raise' nothing is tried: the first image that cannot be read ends the run when its turn comes.
+
+  Args:
+    splits: of `target` or `source`, which `what` says.
+    what: see `splits`.
+    on_error: `config.data.on_error`.
+    pool: the pre-training data that is chosen from, where it is.
+
+  Returns:
+    The splits, the pool, and for each of them that has such images `{'images': how many, 'first': ids of a hundred}`.
+  """
+  if on_error == 'raise':
+    return splits, pool, {}
+  named = {**{f'{what} {split}': source for split, source in splits._asdict().items()}, 'source pool': pool}
+  tried = {name: without_damaged(source, name, name.endswith(('train', 'pool'))) if source is not None else (None, [])
+           for name, source in named.items()}
+  *kept, pool = (source for source, _ in tried.values())
+  return Splits(*kept), pool, {name: {'images': len(ids), 'first': ids[:100]} for name, (_, ids) in tried.items() if ids}
+
+
+def in_memory(splits: Splits, what: str, wanted: bool) -> Splits:
+  """Where that is wanted, the splits with their decoded images kept in memory; test is read once and is not kept."""
+  if not wanted:
+    return splits
+  kept = cached({f'{what} train': splits.train, f'{what} val': splits.val})
+  return Splits(*kept.values(), splits.test)
+
+
 def make_transform(config: ConfigDict) -> Transform:
   """What images go through."""
   if config.image_size < 8:
@@ -75,11 +116,11 @@ def build_model(config: ConfigDict, heads: Mapping[str, int]) -> resnet.ResNet:
   if config.dtype not in DTYPES:
     raise ValueError(f'model.dtype is {config.dtype!r}; known: {", ".join(DTYPES)}')
   return resnet.build(config.name, heads, width=config.width, stem=config.stem, dtype=DTYPES[config.dtype],
-                      axis_name=AXIS if config.sync_batch_norm else None)
+                      axis_name=AXIS if config.sync_batch_norm else None, batch_norm=config.batch_norm)
 
 
 def init_variables(model: resnet.ResNet, image_size: int, seed: int, weights: Mapping[str, Any] | None) -> dict[str, Any]:
-  """Fresh variables of a model, with the backbone of `weights` where there are any."""
+  """Fresh variables of a model, with the backbone of `weights`, and the heads that they have too, where there are any."""
   images = jnp.zeros((1, image_size, image_size, 3), jnp.uint8)
   if weights is not None and not model.heads:  # nothing is fresh, so shapes are enough; compiling init takes many seconds
     return pretrained.merge(jax.eval_shape(model.init, jax.random.key(seed), images), weights)
@@ -87,17 +128,89 @@ def init_variables(model: resnet.ResNet, image_size: int, seed: int, weights: Ma
   return variables if weights is None else pretrained.merge(variables, weights)
 
 
-def check_weights(path: str) -> None:
-  """Raises ValueError where there is neither a file nor a folder."""
-  if not os.path.exists(os.path.expanduser(path)):
-    raise ValueError(f'model.weights: there is no file or folder {path}')
+class Weights(NamedTuple):
+  """Pre-trained variables, with the heads and the projection that were asked for; what results.json says of them."""
+  variables: dict[str, Any]
+  about: dict[str, str | None]
 
 
-def load_weights(path: str) -> dict[str, Any]:
-  """Pre-trained variables from a workdir or a file."""
-  check_weights(path)
-  expanded = os.path.expanduser(path)
-  return load_variables(expanded) if os.path.isdir(expanded) else pretrained.load_torch(expanded)
+def check_weights(config: ConfigDict) -> None:
+  """Raises ValueError for fields of `config.model` that cannot be right, before anything is loaded or downloaded."""
+  if config.source_head not in SOURCE_HEADS:
+    raise ValueError(f'model.source_head is {config.source_head!r}; known: {", ".join(SOURCE_HEADS)}')
+  for field in ('source_head', 'batch_norm'):
+    if config[field] in ('pretrained', 'frozen') and not config.weights:
+      raise ValueError(f'model.{field} is {config[field]!r} and model.weights is empty; give the weights that it is to come from')
+  if not config.weights or config.weights == 'pretrain':
+    return
+  if (repo := hub.parse(config.weights)) is None:
+    _check_path(config.weights)
+  elif repo.name.startswith('timm/'):
+    _check_timm(*repo.name.removeprefix('timm/').split('.', 1), config=config)
+
+
+def _check_path(name: str) -> None:
+  path = epath.Path(name).expanduser()
+  if not path.exists():
+    raise ValueError(f'model.weights: there is no file or folder {name}; expected one, or timm:<name>, or hf:<owner>/<name>')
+  if path.is_dir() and not (path / 'checkpoints').is_dir() and path.parent.name != 'checkpoints':
+    raise ValueError(f'model.weights: {name} is no workdir of a run, which has a folder checkpoints/; give such a folder, or a file')
+
+
+def _check_timm(network: str, tag: str = '', *, config: ConfigDict) -> None:
+  """Many networks of timm differ from torchvision's in stem, pooling or blocks, which their names say."""
+  if network not in resnet.NETWORKS:
+    raise ValueError(f'model.weights is {config.weights!r}, a {network}, which is another network than {", ".join(resnet.NETWORKS)}')
+  if tag.startswith('ra4_'):  # as timm 1.0 has it; all others of these networks have ImageNet's mean
+    raise ValueError(f'model.weights is {config.weights!r}, which was trained on images with a mean of 0.5; the networks here take out the '
+                     'mean of ImageNet')
+  if (network, 64, '7x7') != (config.name, config.width, config.stem):
+    raise ValueError(f'model.weights is {config.weights!r}; set --config.model.name={network} --config.model.width=64 '
+                     '--config.model.stem=7x7')
+
+
+def load_weights(name: str, *, classes: int | None = None, projection: bool = False) -> Weights:
+  """Reads pre-trained variables; says what was used and what was dropped.
+
+  Args:
+    name: as `config.model.weights`: a name of the Hugging Face Hub, a file, a workdir or a checkpoint in one.
+    classes: how many the classifier must have, which then is head 'source'; None drops every head.
+    projection: whether MoCo-v2's projection head is wanted too.
+
+  Raises:
+    ValueError: no such weights, weights that cannot be read, or without what is asked for.
+  """
+  repo = hub.parse(name)
+  if repo is None:
+    _check_path(name)
+  path, commit = hub.fetch(repo) if repo else (epath.Path(name).expanduser(), None)
+  variables, dropped = _read_run(path) if path.is_dir() else pretrained.read(path)
+  heads = variables['params'].pop('heads', {})
+  if classes is not None:
+    if 'source' not in heads:
+      raise ValueError(f"model.source_head is 'pretrained', but {name} has no classifier; use --config.model.source_head=fresh")
+    if (found := len(heads['source']['bias'])) != classes:
+      raise ValueError(f"model.source_head is 'pretrained', but the classifier of {name} has {found} classes and the source data "
+                       f'{classes}; use --config.model.source_head=fresh')
+    variables['params']['heads'] = {'source': heads.pop('source')}
+  if projection and 'projection' not in variables:
+    raise ValueError(f"selection.features is 'projection', but {name} has no projection head (MoCo-v2's file has one); "
+                     'use --config.selection.features=pooled')
+  if heads:
+    dropped['old classifier'] = [f'heads/{head}' for head in sorted(heads)] if path.is_dir() else ['fc.weight', 'fc.bias']
+  if not projection and variables.pop('projection', None):
+    dropped['projection head'] = ['fc.0', 'fc.2']
+  says = '; '.join(f'{pretrained.listed(names)} ({why})' for why, names in dropped.items())
+  log.info('weights: %s%s: %d tensors used%s', name, f' at {commit}' if commit else '', len(jax.tree.leaves(variables)),
+           f'; dropped: {says}' if says else '')
+  return Weights(variables, {'name': name, 'revision': commit, 'fingerprint': weights_fingerprint(
+      {key: variables[key] for key in ('params', 'batch_stats')})})
+
+
+def _read_run(folder: epath.Path) -> pretrained.Loaded:
+  """A workdir, or one of its checkpoints."""
+  step = int(folder.name) if folder.parent.name == 'checkpoints' and folder.name.isdigit() else None
+  return pretrained.Loaded(load_variables(folder if step is None else folder.parent.parent, step), {'of that training': ['optimizer']})
 
 
 def weights_fingerprint(variables: Mapping[str, Any]) -> str:
@@ -107,3 +220,6 @@ def weights_fingerprint(variables: Mapping[str, Any]) -> str:
     if not path.startswith('params/heads/'):
       state.update(path.encode() + np.ascontiguousarray(value).tobytes())
   return state.hexdigest()[:16]
+
+
+SOURCE_HEADS = ('fresh', 'pretrained')

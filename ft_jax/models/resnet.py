@@ -6,8 +6,9 @@ Layers carry torchvision's names and numbers: the parameter `layer1/0/conv1/kern
 
 from collections.abc import Callable, Mapping, Sequence
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import flax
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
@@ -159,6 +160,7 @@ class ResNet(nn.Module):
     axis_name: the pmapped axis over which BatchNorm averages; None keeps statistics of each device apart.
     dtype: precision of the computation; parameters and statistics are float32.
     norm: the normalisation layer, with the arguments of `BatchNorm`.
+    batch_norm: 'train', or 'frozen': running statistics normalise in training too and stay as they are.
     portable: XLA's own convolution and pooling, and not what is fastest on the machine at hand: for an export to others.
   """
   depths: Sequence[int]
@@ -169,6 +171,7 @@ class ResNet(nn.Module):
   axis_name: str | None = None
   dtype: jnp.dtype = jnp.float32
   norm: ModuleDef = BatchNorm
+  batch_norm: str = 'train'
   portable: bool = False
 
   @nn.compact
@@ -181,7 +184,7 @@ class ResNet(nn.Module):
     """
     conv = functools.partial(Conv, dtype=self.dtype, portable=self.portable)
     # 0.9 here is torch's momentum of 0.1.
-    norm = functools.partial(self.norm, use_running_average=not train, momentum=0.9, epsilon=1e-5,
+    norm = functools.partial(self.norm, use_running_average=not train or self.batch_norm == 'frozen', momentum=0.9, epsilon=1e-5,
                              axis_name=self.axis_name, dtype=self.dtype)
     x = normalize(images) if images.dtype == jnp.uint8 else images
     if self.stem == '7x7':
@@ -203,20 +206,29 @@ def normalize(images: jax.Array) -> jax.Array:
   return (images.astype(jnp.float32) / 255.0 - mean) / std
 
 
+def normalisation(params: Any) -> Any:
+  """A tree of bools in the shape of a ResNet's parameters: which are scales and biases of its normalisation layers."""
+  return flax.traverse_util.path_aware_map(lambda path, _: path[0] != 'heads' and path[-1] in ('scale', 'bias'), params)
+
+
 def build(name: str, heads: Mapping[str, int], *, width: int = 64, stem: str = '7x7', axis_name: str | None = None,
-          dtype: jnp.dtype = jnp.float32) -> ResNet:
-  """A network of the table below; raises ValueError for a name, stem or width that is not there."""
+          dtype: jnp.dtype = jnp.float32, batch_norm: str = 'train') -> ResNet:
+  """A network of the table below; raises ValueError for a name, stem, width or batch_norm that is not there."""
   if name not in NETWORKS:
     raise ValueError(f'model.name is {name!r}; known: {", ".join(NETWORKS)}')
   if stem not in STEMS:
     raise ValueError(f'model.stem is {stem!r}; known: {", ".join(STEMS)}')
   if width < 1:
     raise ValueError(f'model.width is {width}; expected 1 or more (64 is the published network)')
+  if batch_norm not in BATCH_NORMS:
+    raise ValueError(f'model.batch_norm is {batch_norm!r}; known: {", ".join(BATCH_NORMS)}')
   block, depths = NETWORKS[name]
-  return ResNet(depths, block, dict(heads), width, stem, axis_name, dtype)
+  return ResNet(depths, block, dict(heads), width, stem, axis_name, dtype, batch_norm=batch_norm)
 
 
 STEMS = ('7x7', '3x3')
+
+BATCH_NORMS = ('train', 'frozen')
 
 NETWORKS: dict[str, tuple[type[nn.Module], tuple[int, ...]]] = {
     'resnet18': (BasicBlock, (2, 2, 2, 2)),
