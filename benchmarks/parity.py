@@ -21,12 +21,15 @@ import tempfile
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / 'tests' / 'data'))
 
+try:
+  import torch
+except ImportError:
+  sys.exit('this benchmark compares with torch: pip install torch')
 import jax
 import make_torch_resnet as peer
 import numpy as np
 import optax
 from safetensors.numpy import load_file, save_file
-import torch
 
 from ft_jax import optimizer, train
 from ft_jax.models import pretrained, resnet, to_torch
