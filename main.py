@@ -12,7 +12,8 @@ from ml_collections import config_flags, ConfigDict
 _CONFIG = config_flags.DEFINE_config_file(
     'config', help_string='a file of configs/, with the job and all its settings; any field is set as --config.field=value')
 _WORKDIR = flags.DEFINE_string(
-    'workdir', None, 'where everything is written, and where a stopped run goes on (default: runs/<name of the config>)')
+    'workdir', None, 'where everything is written, and where a stopped run goes on (default: runs/<name of the config>; of jobs that '
+    'use a run <config.workdir>/<name of the config>)')
 _TRACEBACK = flags.DEFINE_bool('traceback', False, 'show where in the program an error came from')
 flags.mark_flag_as_required('config')
 
@@ -25,16 +26,16 @@ def main(argv: list[str]) -> None:
   # A checkpoint between two evaluations has no metrics, and is meant so.
   logging.get_absl_logger().addFilter(lambda record: 'tracked_metric' not in record.getMessage())
   from ft_jax import progress
-  from ft_jax.jobs import compare, finetune, fit, pretrain  # after the flags, so that --help answers at once
+  from ft_jax.jobs import compare, export, finetune, fit, predict, pretrain  # after the flags, so that --help answers at once
 
-  jobs = {'finetune': finetune.run, 'pretrain': pretrain.run, 'compare': compare.run}
+  jobs = {'finetune': finetune.run, 'pretrain': pretrain.run, 'compare': compare.run, 'export': export.run, 'predict': predict.run}
   file_name = config_flags.get_config_filename(flags.FLAGS['config'])
   progress.show_log()
   try:
     config = _CONFIG.value
     if config.job not in jobs:
       raise ValueError(f'config.job is {config.job!r}; known: {", ".join(jobs)}')
-    jobs[config.job](config, _WORKDIR.value or default_workdir(file_name))
+    jobs[config.job](config, _WORKDIR.value or default_workdir(file_name, config.workdir))
   except fit.Interrupted as stopped:
     progress.log.info('%s', stopped.message)
     raise
@@ -49,10 +50,10 @@ def main(argv: list[str]) -> None:
     os._exit(128 + signal.SIGINT)
 
 
-def default_workdir(file_name: str) -> str:
-  """`runs/pets` for configs/pets.py, `runs/pets-mocov2` for configs/pets.py:mocov2."""
+def default_workdir(file_name: str, used: str = '') -> str:
+  """`runs/pets` for configs/pets.py, `runs/pets-mocov2` for configs/pets.py:mocov2; `<used>/export` for a job that uses a run."""
   path, _, argument = file_name.partition(':')
-  return os.path.join('runs', pathlib.Path(path).stem + (f'-{argument}' if argument else ''))
+  return os.path.join(used or 'runs', pathlib.Path(path).stem + (f'-{argument}' if argument else ''))
 
 
 def parse(argv: list[str]) -> list[str]:

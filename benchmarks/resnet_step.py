@@ -64,9 +64,7 @@ def torch_step(name: str, width: int, size: int, batch: int):
   sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / 'tests' / 'data'))
   import make_torch_resnet as peer
 
-  peer.WIDTH, peer.CLASSES = width, 200
-  blocks = {'resnet18': (peer.Basic, (2, 2, 2, 2)), 'resnet34': (peer.Basic, (3, 4, 6, 3)), 'resnet50': (peer.Bottleneck, (3, 4, 6, 3))}
-  model = peer.ResNet(*blocks[name]).to(memory_format=torch.channels_last).train()
+  model = peer.ResNet(name, width, 200).to(memory_format=torch.channels_last).train()
   optimizer = torch.optim.SGD(model.parameters(), 0.01, 0.9, nesterov=True)
   images = torch.randn(batch, 3, size, size).to(memory_format=torch.channels_last)
   labels = torch.zeros(batch, dtype=torch.long)

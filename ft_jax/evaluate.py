@@ -59,6 +59,25 @@ def make_predict(model: ResNet, head: str) -> PredictFn:
   return jax.pmap(predict, axis_name=parallel.AXIS)
 
 
+def make_rank(model: ResNet, head: str, most: int) -> PredictFn:
+  """The pmapped forward pass to the likeliest classes of each image, on every host for all.
+
+  Returns:
+    A function of replicated variables and a sharded batch, whose results (replicated) are `classes` int32 `[b, most]`, the likeliest
+    first, their `probabilities` float32 `[b, most]`, and the batch's `index` and `mask`.
+  """
+
+  def rank(variables: Any, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    logits = model.apply(variables, batch['image'], train=False).logits[head]
+    # By logits: two probabilities may round to the same number. Of equals, the first one wins, as in `argmax`.
+    _, classes = jax.lax.top_k(logits, most)
+    probabilities = jnp.take_along_axis(jax.nn.softmax(logits), classes, axis=-1)
+    return jax.lax.all_gather({'classes': classes, 'probabilities': probabilities, 'index': batch['index'], 'mask': batch['mask']},
+                              parallel.AXIS, tiled=True)
+
+  return jax.pmap(rank, axis_name=parallel.AXIS)
+
+
 def evaluate(predict: PredictFn, variables: Any, batches: Iterable[Mapping[str, np.ndarray]], num_classes: int) -> Evaluation:
   """Evaluates replicated variables on the batches of a split.
 

@@ -23,7 +23,7 @@ class Workdir:
     """
     self.path = epath.Path(path)
     wanted = json.loads(json.dumps(config))
-    before = self._config()
+    before = read_config(self.path)
     if before is None:
       if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
         raise ValueError(f'workdir {self.path} is not empty and holds no run (no config.json of one); give another --workdir')
@@ -50,14 +50,6 @@ class Workdir:
     folder = self.path / 'checkpoints'
     return folder.exists() and any(step.name.isdigit() for step in folder.iterdir())
 
-  def _config(self) -> dict[str, Any] | None:
-    """The config of the run that is there, or None; other programs have files of that name too."""
-    try:
-      config = json.loads(self.config_json.read_text())
-    except (FileNotFoundError, NotADirectoryError, ValueError):
-      return None
-    return config if isinstance(config, dict) and {'job', 'seed', 'train'} <= set(config) else None
-
   def results(self) -> dict[str, Any] | None:
     """What results.json holds, or None where the run has not come to its end."""
     return json.loads(self.results_json.read_text()) if self.results_json.exists() else None
@@ -67,6 +59,15 @@ class Workdir:
     if not self.metrics_jsonl.exists():
       return []
     return [json.loads(line) for line in self.metrics_jsonl.read_text().splitlines()]
+
+
+def read_config(path: epath.PathLike) -> dict[str, Any] | None:
+  """The config of the run in a folder, or None where there is no run; other programs have files of that name too."""
+  try:
+    config = json.loads((epath.Path(path) / 'config.json').read_text())
+  except (FileNotFoundError, NotADirectoryError, ValueError):
+    return None
+  return config if isinstance(config, dict) and {'job', 'seed', 'train'} <= set(config) else None
 
 
 class MetricsWriter:
@@ -106,9 +107,14 @@ def write_results(workdir: Workdir, results: Mapping[str, Any]) -> None:
 
 def write_text(path: epath.Path, text: str) -> None:
   """Writes a file whole or not at all; of several processes, the first one writes."""
+  write_bytes(path, text.encode())
+
+
+def write_bytes(path: epath.Path, data: bytes) -> None:
+  """Likewise."""
   if parallel.is_main():
     temporary = path.parent / f'.{path.name}.tmp'
-    temporary.write_text(text)
+    temporary.write_bytes(data)
     temporary.replace(path)
 
 

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import subprocess
 import sys
 
 import jax
@@ -59,3 +60,24 @@ def pool(tmp_path_factory) -> pathlib.Path:
   folder = tmp_path_factory.mktemp('pool')
   write_images(folder, dict.fromkeys(('a', 'b', 'c', 'd', 'e', 'f'), 10), seed=2)
   return folder
+
+
+def quick_main(*flags: str) -> subprocess.CompletedProcess:
+  """main.py on one device, with warnings as errors, compiled with little effort: of a short run most of the time is the compiler's."""
+  # The exception is ml_collections' own, when it reads a config on Python 3.11.
+  env = {**os.environ, 'XLA_FLAGS': '--xla_backend_optimization_level=0', 'JAX_PLATFORMS': 'cpu',
+         'PYTHONWARNINGS': 'error,ignore:the load_module() method is deprecated:DeprecationWarning'}
+  return subprocess.run([sys.executable, 'main.py', *flags], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope='session')
+def trained_run(photos, tmp_path_factory) -> pathlib.Path:
+  """The workdir of a short fine-tuning on `photos`."""
+  workdir = tmp_path_factory.mktemp('runs') / 'trained'
+  run = quick_main(
+      '--config=configs/miniature.py:finetune', '--config.source.name=', '--config.selection.method=none',
+      f'--config.target.name=folder:{photos}', '--config.model.weights=', '--config.model.width=4', '--config.image_size=32',
+      '--config.augment.short_side=36', '--config.train.steps=30', '--config.train.batch_size=8', '--config.train.learning_rate=0.03',
+      '--config.train.eval_every=15', f'--workdir={workdir}')
+  assert run.returncode == 0, run.stderr
+  return workdir

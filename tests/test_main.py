@@ -8,7 +8,7 @@ import sys
 from ml_collections import config_flags, ConfigDict
 import pytest
 
-from configs import aircraft, caltech101, cars, cub, default, digits, dogs, dtd, miniature, pets, pretrain, sun397
+from configs import aircraft, caltech101, cars, cub, default, digits, dogs, dtd, export, miniature, pets, predict, pretrain, sun397
 from main import default_workdir
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -58,6 +58,10 @@ def main(*flags: str) -> subprocess.CompletedProcess:
     (['--config=configs/digits.py', '--config.target.metric=f1'], "metric is 'f1'; known: top1, mean_per_class"),
     (['--config=configs/pets.py', '--config.data_dir=/tmp', '--config.model.weights='],
      'prepare it with: python -m ft_jax.data.prepare tfds:oxford_iiit_pet --data_dir=/tmp'),
+    (['--config=configs/export.py'], 'config.workdir is empty; give the workdir of a finished run'),
+    (['--config=configs/predict.py', '--config.workdir=/no/such', '--config.predict.images=tests'], 'no image in tests and its subfolders'),
+    (['--config=configs/predict.py', '--config.workdir=/no/such', '--config.predict.images=docs'],
+     'config.workdir: /no/such holds no run'),
     (['--config=configs/miniature.py:pets'], "config.job is 'pets'; known: finetune, pretrain, compare"),
 ])
 def test_wrong_input_is_one_clear_line(tmp_path, flags, words):
@@ -71,6 +75,10 @@ def test_wrong_input_is_one_clear_line(tmp_path, flags, words):
 def test_default_workdir(file_name, workdir):
   """Two recipes of one config do not meet in one folder."""
   assert default_workdir(file_name) == workdir
+
+
+def test_default_workdir_of_a_job_that_uses_a_run():
+  assert default_workdir('configs/export.py', 'runs/pets') == 'runs/pets/export'
 
 
 def test_a_config_file_cannot_add_a_field(tmp_path):
@@ -113,7 +121,8 @@ TARGETS = {'pets': pets, 'cub': cub, 'cars': cars, 'aircraft': aircraft, 'dogs':
 
 
 @pytest.mark.parametrize('config', [
-    digits.get_config(), pretrain.get_config(), miniature.get_config(), miniature.get_config('pretrain'),
+    digits.get_config(), pretrain.get_config(), export.get_config(), predict.get_config(),
+    miniature.get_config(), miniature.get_config('pretrain'),
     *(target.get_config(recipe) for target in TARGETS.values() for recipe in ('supervised', 'mocov2'))])
 def test_configs_are_the_default_with_other_values(config):
   """No config adds a field or changes the type of one, so that default.py documents every field there is."""

@@ -5,9 +5,11 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from torch_record import error, Record
 
-from ft_jax.models import pretrained, resnet
+from ft_jax.models import pretrained, resnet, to_torch
 
 DATA = pathlib.Path(__file__).parent / 'data'
 
@@ -30,6 +32,45 @@ def test_equals_torch(name, file_name):
     for key, value in {'features': outputs.features, 'logits': outputs.logits['source'], **outputs.taps}.items():
       expected = recorded[f'{name}/{key}']
       np.testing.assert_allclose(value, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize('name', list(resnet.NETWORKS))
+def test_equals_torch_in_eval_and_training_mode(name, tmp_path):
+  """Features, taps and logits; outputs with the batch's own statistics, the running statistics after it, and all gradients."""
+  record = Record(name)
+  variables = record.variables(tmp_path)
+  model = resnet.build(name, {'source': 7}, width=2)
+
+  def loss_fn(params):
+    outputs, updates = model.apply({**variables, 'params': params}, record.images, train=True, mutable=['batch_stats'])
+    return optax.softmax_cross_entropy_with_integer_labels(outputs.logits['source'], record.labels).mean(), (outputs, updates)
+
+  # Compiled at once, with less effort: the time of this test is the compiler's.
+  compute = jax.jit(lambda: (model.apply(variables, record.images[:2]), jax.grad(loss_fn, has_aux=True)(variables['params'])),
+                    compiler_options={'xla_backend_optimization_level': 0})
+  evaluated, (gradients, (trained, updates)) = compute()
+  for mode, outputs in (('eval', evaluated), ('train', trained)):
+    values = {'features': outputs.features, 'logits': outputs.logits['source'], **outputs.taps}
+    errors = {key: error(values[key], expected) for key, expected in record.outputs(mode).items()}
+    assert {'features', 'logits'} <= set(errors) and max(errors.values()) < 1e-4, errors
+  for kind, values in (('statistics', updates), ('gradients', {'params': gradients})):
+    values = to_torch.state_dict(values, 'source')
+    errors = {key: error(values[key], expected) for key, expected in record.tensors(kind).items()}
+    assert len(errors) == sum('num_batches' not in key for key in values) and max(errors.values()) < 1e-4, errors
+
+
+def test_running_variance_is_torchs():
+  """Times n / (n - 1), with n the pixels of all devices that share statistics; normalised with the variance itself."""
+  x = np.random.default_rng(0).normal(3, 2, (4, 2, 2, 2, 5)).astype(np.float32)
+  flat = x.reshape(-1, 5)
+  for norm, images, n in ((resnet.BatchNorm(use_running_average=False, momentum=0.9, axis_name='d'), x, 32),
+                          (resnet.BatchNorm(use_running_average=False, momentum=0.9), x.reshape(1, 8, 2, 2, 5), 32)):
+    variables = norm.init(jax.random.key(0), images[0])
+    apply = lambda images, norm=norm, variables=variables: norm.apply(variables, images, mutable=['batch_stats'])
+    y, updates = jax.jit(jax.vmap(apply, axis_name='d'))(images)
+    np.testing.assert_allclose(updates['batch_stats']['var'][0], 0.9 + 0.1 * flat.var(0) * n / (n - 1), rtol=1e-5)
+    np.testing.assert_allclose(updates['batch_stats']['mean'][0], 0.1 * flat.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(np.asarray(y).reshape(-1, 5), (flat - flat.mean(0)) / np.sqrt(flat.var(0) + 1e-5), rtol=1e-3, atol=1e-4)
 
 
 def test_heads_and_stem():

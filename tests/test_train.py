@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from torch_record import error, Record
 
 from ft_jax import parallel, train
 from ft_jax.jobs import fit
-from ft_jax.models import resnet
+from ft_jax.models import resnet, to_torch
 from ft_jax.optimizer import sgd
 
 LAMBDA = 0.3
@@ -82,6 +83,30 @@ def test_state_may_be_built_from_arrays_that_are_used_again(setting):
   first = step_once(model, on_device, batch)[0]
   second = step_once(model, on_device, batch)[0]
   jax.tree.map(np.testing.assert_array_equal, first.params, second.params)
+
+
+def test_steps_equal_torchs(tmp_path):
+  """Two Nesterov steps of torch.optim.SGD with weight decay on one device: gradients, statistics and parameters on four here."""
+  record = Record('resnet18')
+  variables = record.variables(tmp_path)
+  model = resnet.build('resnet18', {'source': 7}, width=2, axis_name=parallel.AXIS)
+  everything = (('.*', 1.0),)
+  # Keeps the gradients of a step beside what the optimiser keeps.
+  keep = optax.GradientTransformation(lambda params: params, lambda gradients, state, params=None: (gradients, gradients))
+  tx = optax.chain(keep, sgd(optax.constant_schedule(0.05), variables['params'], momentum=0.9, nesterov=True, weight_decay=0.02,
+                             learning_rate_groups=everything, weight_decay_groups=everything))
+  step = train.make_train_step(model, tx, {'source': 1.0})
+  state = parallel.replicate(train.create_state(variables, tx))
+  batch = {'source': parallel.shard({'image': record.images, 'label': record.labels})}
+  state, _ = step(state, batch)
+  first = parallel.unreplicate(state)
+  state, _ = step(state, batch)
+  second = parallel.unreplicate(state)
+  for kind, values in (('gradients', {'params': first.opt_state[0]}), ('statistics', {'batch_stats': first.batch_stats}),
+                       ('after', {'params': second.params})):
+    values = to_torch.state_dict(values, 'source')
+    errors = {key: error(values[key], expected) for key, expected in record.tensors(kind).items()}
+    assert max(errors.values()) < 1e-4, (kind, errors)
 
 
 def test_frozen_batch_norm_keeps_every_bit(setting):

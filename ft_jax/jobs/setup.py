@@ -101,10 +101,14 @@ def make_transform(config: ConfigDict) -> Transform:
   if config.image_size < 8:
     raise ValueError(f'image_size is {config.image_size}; expected 8 or more')
   augment = config.augment
-  short_side = augment.short_side or round(config.image_size * 256 / 224)
-  if short_side < config.image_size:
-    raise ValueError(f'augment.short_side is {short_side}, less than image_size {config.image_size}')
-  return Transform(config.image_size, tuple(augment.scale), tuple(augment.ratio), augment.flip, augment.antialias, short_side)
+  if short_side(config) < config.image_size:
+    raise ValueError(f'augment.short_side is {short_side(config)}, less than image_size {config.image_size}')
+  return Transform(config.image_size, tuple(augment.scale), tuple(augment.ratio), augment.flip, augment.antialias, short_side(config))
+
+
+def short_side(config: ConfigDict) -> int:
+  """Pixels of an image's short side before the middle is cut out for evaluation."""
+  return config.augment.short_side or round(config.image_size * 256 / 224)
 
 
 def build_model(config: ConfigDict, heads: Mapping[str, int]) -> resnet.ResNet:

@@ -13,7 +13,7 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from ft_jax.models.conv import conv2d, max_pool
+from ft_jax.models.conv import conv2d, conv2d_xla, max_pool, max_pool_xla
 
 # Per-channel mean and standard deviation of ImageNet in [0, 1]: what torchvision's weights were trained on.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -35,13 +35,35 @@ class Conv(nn.Module):
   size: int
   stride: int = 1
   dtype: jnp.dtype = jnp.float32
+  portable: bool = False
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     """`[b, h, w, c]` to `[b, h / stride, w / stride, features]`."""
     kernel = self.param('kernel', nn.initializers.variance_scaling(2.0, 'fan_out', 'normal'),
                         (self.size, self.size, x.shape[-1], self.features))
-    return conv2d(x.astype(self.dtype), kernel.astype(self.dtype), self.stride)
+    convolve = conv2d_xla if self.portable else conv2d
+    return convolve(x.astype(self.dtype), kernel.astype(self.dtype), self.stride)
+
+
+class BatchNorm(nn.BatchNorm):
+  """flax's, with torch's running variance: that of the batch times n / (n - 1), where n is its number of pixels (of all devices
+  where they share statistics). A batch is normalised with the variance itself in both.
+
+  It matters where n is small: at 2x2 pixels and 8 images, a thirty-second part of every update.
+  """
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """`[b, h, w, c]` to the same."""
+    before = self.get_variable('batch_stats', 'var')
+    y = super().__call__(x)
+    if not self.use_running_average and not self.is_initializing():
+      n = x.size // x.shape[-1] * (jax.lax.axis_size(self.axis_name) if self.axis_name else 1)
+      after = self.get_variable('batch_stats', 'var')
+      # What was added is (1 - momentum) times the variance.
+      self.put_variable('batch_stats', 'var', after + (after - self.momentum * before) / max(n - 1, 1))
+    return y
 
 
 class Downsample(nn.Module):
@@ -137,8 +159,9 @@ class ResNet(nn.Module):
     stem: '7x7' (stride 2 and a max-pool of stride 2, for photographs) or '3x3' (full resolution, for tiny images).
     axis_name: the pmapped axis over which BatchNorm averages; None keeps statistics of each device apart.
     dtype: precision of the computation; parameters and statistics are float32.
-    norm: the normalisation layer, with the arguments of `flax.linen.BatchNorm`.
+    norm: the normalisation layer, with the arguments of `BatchNorm`.
     batch_norm: 'train', or 'frozen': running statistics normalise in training too and stay as they are.
+    portable: XLA's own convolution and pooling, and not what is fastest on the machine at hand: for an export to others.
   """
   depths: Sequence[int]
   block: type[nn.Module]
@@ -147,8 +170,9 @@ class ResNet(nn.Module):
   stem: str = '7x7'
   axis_name: str | None = None
   dtype: jnp.dtype = jnp.float32
-  norm: ModuleDef = nn.BatchNorm
+  norm: ModuleDef = BatchNorm
   batch_norm: str = 'train'
+  portable: bool = False
 
   @nn.compact
   def __call__(self, images: jax.Array, train: bool = False) -> Outputs:
@@ -158,14 +182,14 @@ class ResNet(nn.Module):
       images: uint8 `[b, h, w, 3]`, normalised here, or float `[b, h, w, 3]`, taken as normalised.
       train: whether BatchNorm uses the batch and updates its running statistics.
     """
-    conv = functools.partial(Conv, dtype=self.dtype)
+    conv = functools.partial(Conv, dtype=self.dtype, portable=self.portable)
     # 0.9 here is torch's momentum of 0.1.
     norm = functools.partial(self.norm, use_running_average=not train or self.batch_norm == 'frozen', momentum=0.9, epsilon=1e-5,
                              axis_name=self.axis_name, dtype=self.dtype)
     x = normalize(images) if images.dtype == jnp.uint8 else images
     if self.stem == '7x7':
       x = nn.relu(norm(name='bn1')(conv(self.width, 7, 2, name='conv1')(x)))
-      x = max_pool(x)
+      x = (max_pool_xla if self.portable else max_pool)(x)
     else:
       x = nn.relu(norm(name='bn1')(conv(self.width, 3, name='conv1')(x)))
     taps = {}

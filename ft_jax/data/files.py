@@ -1,0 +1,84 @@
+"""Images without classes as a source: a folder with all that is below it, one image, or a list of paths."""
+
+from collections.abc import Iterator
+import os
+import pathlib
+from typing import NamedTuple
+
+import numpy as np
+
+from ft_jax.data.sources import digest, IMAGE_ENDINGS, Source
+
+
+class Files(NamedTuple):
+  """Images by their paths.
+
+  Attributes:
+    names: all of them in order: paths below the folder, the image as it was given, or the lines of the list.
+    source: those that are files, all of class 0, with the names as ids.
+    problems: what is wrong with the others, by name.
+  """
+  names: list[str]
+  source: Source
+  problems: dict[str, str]
+
+
+def open_files(images: str) -> Files:
+  """Opens images by their paths, in a stable order: a folder's by name, a list's as it says.
+
+  Args:
+    images: a folder, an image, or a text file of paths, one a line; relative ones start at the folder of the text file.
+
+  Raises:
+    ValueError: a path that is not there or holds no image, or a list that is no text.
+  """
+  if not images:
+    raise ValueError('config.predict.images is empty; give a folder, an image, or a text file of paths, one a line')
+  path = pathlib.Path(os.path.expanduser(images))
+  if path.is_dir():
+    found = {file.relative_to(path).as_posix(): file for file in _below(path)}
+    if not found:
+      raise ValueError(f'config.predict.images: no image in {images} and its subfolders; an image ends in {", ".join(IMAGE_ENDINGS)}')
+  elif path.name.lower().endswith(IMAGE_ENDINGS):
+    found = {images: path}
+  elif path.is_file():
+    found = _listed(path, images)
+  else:
+    raise ValueError(f'config.predict.images: there is no file or folder {images}')
+  problems = {name: problem for name, file in found.items() if (problem := _problem(file))}
+  if path.name.lower().endswith(IMAGE_ENDINGS) and problems:
+    raise ValueError(f'config.predict.images: {images}: {problems[images]}')
+  files = [file for name, file in found.items() if name not in problems]
+  ids = [name for name in found if name not in problems]
+  source = Source(images, ('',), np.zeros(len(files), np.int32), np.asarray(ids, dtype=str), np.arange(len(files)),
+                  lambda row: files[row].read_bytes(), digest(*ids, *(str(file.stat().st_size) for file in files)))
+  return Files(list(found), source, problems)
+
+
+def _below(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+  """Images in a folder and its subfolders, by name; hidden ones are left out."""
+  entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+  for entry in entries:
+    if entry.name.startswith('.'):
+      continue
+    if entry.is_dir():
+      yield from _below(folder / entry.name)
+    elif entry.name.lower().endswith(IMAGE_ENDINGS):
+      yield folder / entry.name
+
+
+def _listed(path: pathlib.Path, name: str) -> dict[str, pathlib.Path]:
+  try:
+    lines = dict.fromkeys(line.strip() for line in path.read_text(encoding='utf-8').splitlines() if line.strip())
+  except UnicodeDecodeError as error:
+    raise ValueError(f'config.predict.images: {name} is neither text, one path a line, nor does its name end as that of an image: '
+                     f'{", ".join(IMAGE_ENDINGS)}') from error
+  if not lines:
+    raise ValueError(f'config.predict.images: the list {name} is empty; expected paths of images, one a line')
+  return {line: path.parent / os.path.expanduser(line) for line in lines}
+
+
+def _problem(path: pathlib.Path) -> str:
+  if not path.is_file():
+    return f'there is no file {path}'
+  return '' if os.access(path, os.R_OK) else f'{path} may not be read (permissions)'
