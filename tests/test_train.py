@@ -1,5 +1,7 @@
 """The pmapped joint step is the plain formula on the whole batch, and the loop reads, evaluates, stops and ends where it should."""
 
+import types
+
 import flax
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,7 @@ import pytest
 from torch_record import error, Record
 
 from ft_jax import parallel, train
+from ft_jax.jobs import fit
 from ft_jax.models import resnet, to_torch
 from ft_jax.optimizer import sgd
 
@@ -232,3 +235,18 @@ def test_share_of_time_waiting_for_images(ready, shares, monkeypatch):
   train.run_steps(step, 0, batches(), start=0, steps=6, log_every=3, eval_every=3, observer=recorder, stop=lambda: False,
                   progress=lambda step, loss: None, clock=lambda: now[0])
   assert [metrics['waiting_share'] for _, metrics in recorder.lines] == pytest.approx(shares)
+
+
+@pytest.mark.parametrize('share,told', [(0.43, True), (0.05, False)])
+def test_a_device_that_waits_for_images_is_told_of_once(share, told, caplog):
+  """After twenty steps, over all of them; a metrics line has the share of its own window."""
+  lines = []
+  writer = types.SimpleNamespace(write=lambda step, metrics: lines.append(metrics))
+  observer = fit._Observer(fit.Plan(100, 100, 10), writer, None, 'top1', 0, 8, None, lambda step: 0.1)
+  with caplog.at_level('INFO', 'ft_jax'):
+    observer.wrote(10, {'train/loss': 1.0, 'waiting_share': 2 * share})
+    assert not caplog.text
+    for step in (20, 30, 40):
+      observer.wrote(step, {'train/loss': 1.0, 'waiting_share': 0.0 if step == 20 else share})
+  assert caplog.text.count(f'the device waits for images {share:.0%}'.replace('%', ' %')) == told
+  assert [line['waiting_share'] for line in lines] == [2 * share, 0.0, share, share]

@@ -176,7 +176,7 @@ def _upright(image: np.ndarray, orientation: int) -> np.ndarray:
 
 def random_resized_crop(
     image: np.ndarray, size: int, scale: tuple[float, float], ratio: tuple[float, float],
-    rng: np.random.Generator, antialias: bool = False) -> np.ndarray:
+    rng: np.random.Generator, antialias: bool = False, out: np.ndarray | None = None) -> np.ndarray:
   """A random part of the image at `size` x `size`, as torchvision's RandomResizedCrop draws it.
 
   Args:
@@ -186,25 +186,28 @@ def random_resized_crop(
     ratio: bounds of width over height, drawn log-uniformly.
     rng: where the randomness comes from.
     antialias: average all pixels wherever the part shrinks; else only where it shrinks by more than two.
+    out: where the result goes, uint8 `[size, size, 3]`; new memory where it is not given.
   """
   height, width = image.shape[:2]
   for _ in range(10):
-    area = height * width * rng.uniform(*scale)
-    aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+    # One call for four numbers: each costs as much as a hundred rows of pixels.
+    of_scale, of_ratio, of_y, of_x = rng.random(4).tolist()
+    area = height * width * (scale[0] + of_scale * (scale[1] - scale[0]))
+    aspect = ratio[0] * (ratio[1] / ratio[0]) ** of_ratio
     w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
     if 0 < w <= width and 0 < h <= height:
-      y, x = int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1))
-      return _resize(image[y:y + h, x:x + w], size, antialias)
+      y, x = int(of_y * (height - h + 1)), int(of_x * (width - w + 1))
+      return _resize(image[y:y + h, x:x + w], size, antialias, out)
   # No part of that shape fits: the largest one in the middle whose shape is allowed.
   w = max(1, min(width, round(height * ratio[1])))
   h = max(1, min(height, round(width / ratio[0])))
   y, x = (height - h) // 2, (width - w) // 2
-  return _resize(image[y:y + h, x:x + w], size, antialias)
+  return _resize(image[y:y + h, x:x + w], size, antialias, out)
 
 
 def mirror(image: np.ndarray) -> np.ndarray:
-  """Left and right exchanged; a copy of numpy's reversed view takes thirty times as long, and holds the other threads up."""
-  return cv2.flip(image, 1)
+  """Exchanges left and right in place; a copy of numpy's reversed view takes thirty times as long, and holds the other threads up."""
+  return cv2.flip(image, 1, dst=image)
 
 
 def center_crop(image: np.ndarray, size: int, short_side: int) -> np.ndarray:
@@ -243,13 +246,14 @@ def thumbnail(image: bytes | np.ndarray, example_id: str, size: int) -> bytes:
   return simplejpeg.encode_jpeg(np.ascontiguousarray(center_crop(decode(image, example_id), size, size)), 85, 'RGB')
 
 
-def _resize(image: np.ndarray, size: int, antialias: bool) -> np.ndarray:
+def _resize(image: np.ndarray, size: int, antialias: bool, out: np.ndarray | None) -> np.ndarray:
   """To `size` x `size`: averaging where both sides shrink enough, bilinear otherwise.
 
   Bilinear interpolation looks at two pixels a side, so up to a factor of two hardly any is left out; it takes a quarter of the time.
   """
   factor = min(image.shape[:2]) / size
-  return cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA if factor > (1 if antialias else 2) else cv2.INTER_LINEAR)
+  method = cv2.INTER_AREA if factor > (1 if antialias else 2) else cv2.INTER_LINEAR
+  return cv2.resize(image, (size, size), dst=out, interpolation=method)
 
 
 # What makes an image upright, by the Exif orientation.

@@ -39,11 +39,11 @@ class Transform:
   antialias: bool = False
   short_side: int = 256
 
-  def train(self, example: Example, rng: np.random.Generator) -> np.ndarray:
-    """A random crop, mirrored half of the time; uint8 `[size, size, 3]`."""
+  def train(self, example: Example, rng: np.random.Generator, out: np.ndarray | None = None) -> np.ndarray:
+    """A random crop, mirrored half of the time; uint8 `[size, size, 3]`, in `out` where that is given."""
     # The crop is a copy, so the whole image may lie where the next one will.
     image = augment.decode(example.image, example.id, scratch=True)
-    image = augment.random_resized_crop(image, self.size, self.scale, self.ratio, rng, self.antialias)
+    image = augment.random_resized_crop(image, self.size, self.scale, self.ratio, rng, self.antialias, out)
     return augment.mirror(image) if self.flip and rng.random() < 0.5 else image
 
   def evaluate(self, example: Example) -> np.ndarray:
@@ -77,8 +77,15 @@ def train_batches(source: Source, transform: Transform, batch_size: int, *, stre
     # The random numbers of an example follow from its place in the global order, not from the host that reads it.
     places = range(step * batch_size + host, (step + 1) * batch_size, hosts)
     rows = [int(order(place // len(source))[place % len(source)]) for place in places]
-    rngs = (np.random.Generator(np.random.Philox(key=key, counter=(0, 0, 0, place))) for place in places)
-    return _batch(source, rows, lambda example: transform.train(example, next(rngs)), transform.size)
+    bits = np.random.Philox(key=key)
+    rng, state = np.random.Generator(bits), bits.state
+
+    def load(i: int, example: Example, out: np.ndarray) -> None:
+      state['state']['counter'][3] = places[i]
+      bits.state = state  # a third of the time that a new generator takes
+      transform.train(example, rng, out)
+
+    return _batch(source, rows, load, transform.size)
 
   return _prefetched(grain.MapDataset.range(sys.maxsize).map(make), start)
 
@@ -98,23 +105,27 @@ class EvalBatches:
   def __iter__(self) -> Iterator[Batch]:
     hosts, host = jax.process_count(), jax.process_index()
 
+    def load(i: int, example: Example, out: np.ndarray) -> None:
+      out[:] = self._transform.evaluate(example)
+
     def make(step: int) -> Batch:
       first = step * self._batch_size * hosts + host
       rows = np.arange(first, min(first + self._batch_size * hosts, len(self._source)), hosts)
-      batch = _batch(self._source, rows, self._transform.evaluate, self._transform.size)
+      batch = _batch(self._source, rows, load, self._transform.size)
       missing = self._batch_size - len(rows)
       return {key: np.pad(value, [(0, missing)] + [(0, 0)] * (value.ndim - 1)) if missing else value for key, value in batch.items()}
 
     return _prefetched(grain.MapDataset.range(self._steps).map(make), 0)
 
 
-def _batch(source: Source, rows: Sequence[int], load: Callable[[Example], np.ndarray], size: int) -> Batch:
-  """The examples of some rows, each straight to its place in the batch."""
+def _batch(source: Source, rows: Sequence[int], load: Callable[[int, Example, np.ndarray], None], size: int) -> Batch:
+  """The examples of some rows; `load` gets each one's place in the batch, the example, and where its image goes."""
   images = np.empty((len(rows), size, size, 3), np.uint8)
   labels = np.empty(len(rows), np.int32)
   for i, row in enumerate(rows):
     example = source[row]
-    images[i], labels[i] = load(example), example.label
+    load(i, example, images[i])
+    labels[i] = example.label
   return {'image': images, 'label': labels, 'index': np.asarray(rows, np.int32), 'mask': np.ones(len(rows), bool)}
 
 
