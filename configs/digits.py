@@ -27,7 +27,7 @@ def get_config() -> ConfigDict:
   config.selection.size = 10
 
   config.pretrain.batch_size = 32
-  config.pretrain.epochs = 16.0
+  config.pretrain.epochs = 24.0
   config.pretrain.learning_rate = 0.05
   config.pretrain.learning_rate_groups = (('.*', 1.0),)
   config.pretrain.schedule = 'cosine'

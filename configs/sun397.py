@@ -1,6 +1,6 @@
 """SUN397: 397 scenes, the first official partition: 50 training and 50 test images of each.
 
-    python -m ft_jax.data.prepare tfds:sun397/standard-part1-120k --data_dir=DATA
+    python -m ft_jax.data.prepare tfds:sun397/standard-part1-120k --data_dir=DATA --from=FOLDER   # its public link is dead
     python -m ft_jax.data.prepare tfds:imagenet2012 --data_dir=DATA
     python main.py --config=configs/sun397.py --config.data_dir=DATA             # ResNet-18, supervised weights
     python main.py --config=configs/sun397.py:mocov2 --config.data_dir=DATA      # ResNet-50, MoCo-v2 weights
