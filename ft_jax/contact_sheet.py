@@ -1,12 +1,14 @@
 """One picture of many images with a class and a probability under each."""
 
 from collections.abc import Sequence
+import functools
 import io
 import math
 import pathlib
 from typing import NamedTuple
 
 import matplotlib
+from matplotlib import ft2font
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
@@ -76,8 +78,9 @@ def _fitted(image: np.ndarray) -> Image.Image:
 
 
 def _short(text: str, font: ImageFont.FreeTypeFont, room: float, keep_end: bool = False) -> str:
-  """As much of a line as there is room for, with dots for the rest."""
-  text = ' '.join(text.split())
+  """As much of a line as there is room for, with dots for the rest; what the font has no picture of is a question mark."""
+  known = _characters(font.path)
+  text = ''.join(character if ord(character) in known else '?' for character in ' '.join(text.split()))
   if font.getlength(text) <= room:
     return text
   for n in range(len(text) - 1, 0, -1):
@@ -100,5 +103,10 @@ def _wrapped(text: str, font: ImageFont.FreeTypeFont, room: float) -> list[str]:
 
 
 def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
-  # The fonts that matplotlib brings know most alphabets.
-  return ImageFont.truetype(pathlib.Path(matplotlib.get_data_path()) / 'fonts' / 'ttf' / name, size)
+  # The fonts that matplotlib brings know most alphabets, but no Chinese, Japanese or Korean.
+  return ImageFont.truetype(str(pathlib.Path(matplotlib.get_data_path()) / 'fonts' / 'ttf' / name), size)
+
+
+@functools.cache
+def _characters(path: str) -> frozenset[int]:
+  return frozenset(ft2font.FT2Font(path).get_charmap())

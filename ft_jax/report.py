@@ -170,8 +170,8 @@ def most_confused(evaluation: Mapping[str, Any], most: int = 8) -> list[tuple[st
 
 
 def _label(name: str, length: int) -> str:
-  """A class name for an axis: short, and no formula even where it has dollar signs."""
-  return name[:length].replace('$', r'\$')
+  """A class name for an axis: short, of characters that are UTF-8, and no formula even where it has dollar signs."""
+  return name[:length].encode(errors='replace').decode().replace('$', r'\$')
 
 
 def _title(config: Mapping[str, Any]) -> str:

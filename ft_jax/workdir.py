@@ -106,8 +106,11 @@ def write_results(workdir: Workdir, results: Mapping[str, Any]) -> None:
 
 
 def write_text(path: epath.Path, text: str) -> None:
-  """Writes a file whole or not at all; of several processes, the first one writes."""
-  write_bytes(path, text.encode())
+  """Writes a file whole or not at all; of several processes, the first one writes.
+
+  Bytes of a file name that are no UTF-8 are spelt out, as `caf\\udce9.jpg`: pages and JSON files have to be UTF-8.
+  """
+  write_bytes(path, text.encode(errors='backslashreplace'))
 
 
 def write_bytes(path: epath.Path, data: bytes) -> None:

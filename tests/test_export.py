@@ -12,6 +12,7 @@ from conftest import quick_main
 import jax
 from jax import export as jax_export
 import numpy as np
+import PIL.Image
 import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
@@ -87,21 +88,28 @@ def test_stablehlo_gives_the_models_own_outputs(exported, trained_run):
     function.call(np.zeros((2, 24, 32, 3), np.uint8))
 
 
-def test_the_example_runs(exported, photos, tmp_path):
-  """Alone, in another folder, without this project: it prepares images as the project does."""
+@pytest.mark.parametrize('bits', [8, 16])
+def test_the_example_runs(exported, photos, tmp_path, bits):
+  """Alone, in another folder, without this project: it prepares images as the project does, also those of 16 bits and any name."""
   folder, _ = exported
   shutil.copytree(folder, tmp_path / 'elsewhere')
   path = photos / 'test' / 'sky' / '0.jpg'
+  if bits == 16:
+    with PIL.Image.open(path) as photo:
+      grey = np.asarray(photo.convert('L')).astype(np.uint16) * 257
+    path = tmp_path / os.fsdecode(b'deep\xe9.png')
+    PIL.Image.fromarray(grey).save(path)
   run = subprocess.run([sys.executable, str(tmp_path / 'elsewhere' / 'example.py'), str(path)], cwd=tmp_path, capture_output=True,
                        text=True, check=False, env={**os.environ, 'PYTHONPATH': ''})
   assert run.returncode == 0, run.stderr
+  shown = str(path).encode(errors='backslashreplace').decode()
   about = json.loads((folder / 'model.json').read_text())
   assert (folder / 'classes.txt').read_text().split('\n')[:-1] == about['classes']
   loaded = trained.load(str(folder.parent))
   image = loaded.transform.evaluate(Example(path.read_bytes(), 0, ''))
   probabilities = jax.nn.softmax(apply(loaded)(loaded.variables, image[None]).logits['target'])[0]
-  printed = {name: float(percent) / 100 for name, percent in re.findall(r'(\w+) ([\d.]+)%', run.stdout.removeprefix(f'{path}: '))}
-  assert run.stdout.startswith(f'{path}: ') and len(printed) == 3 and max(printed, key=printed.get) == next(iter(printed))
+  printed = {name: float(percent) / 100 for name, percent in re.findall(r'(\w+) ([\d.]+)%', run.stdout.removeprefix(f'{shown}: '))}
+  assert run.stdout.startswith(f'{shown}: ') and len(printed) == 3 and max(printed, key=printed.get) == next(iter(printed))
   # Scaled whole and then cut, as torchvision does it: a pixel may be rounded the other way than here.
   for name, probability in printed.items():
     assert abs(probability - probabilities[about['classes'].index(name)]) < 0.005

@@ -3,19 +3,21 @@
 import csv
 import io
 import json
+import os
 import pathlib
 import shutil
 
 from conftest import quick_main
+from etils import epath
 import jax
 import numpy as np
 import PIL.Image
 import pytest
 
 from configs import predict as predict_config
-from ft_jax import contact_sheet
+from ft_jax import contact_sheet, report, workdir
 from ft_jax.data.files import open_files
-from ft_jax.data.sources import Example
+from ft_jax.data.sources import carve, Example, open_source
 from ft_jax.jobs import predict, trained
 
 
@@ -104,6 +106,77 @@ def test_unreadable_images(trained_run, mixed, tmp_path):
   assert not (out / 'contact_sheet.png').exists()
 
 
+@pytest.fixture
+def photo(photos) -> bytes:
+  return (photos / 'test' / 'sky' / '0.jpg').read_bytes()
+
+
+def test_a_name_that_is_not_utf8(trained_run, photo, tmp_path):
+  """The table has the bytes of the name, so that the file can be found; a picture is drawn all the same."""
+  (tmp_path / 'images').mkdir()
+  (tmp_path / 'images' / os.fsdecode(b'caf\xe9.jpg')).write_bytes(photo)
+  predict.run(config_of(trained_run, tmp_path / 'images'), tmp_path)
+  assert (tmp_path / 'predictions.csv').read_bytes().split(b'\n')[1].startswith(b'caf\xe9.jpg,')
+  with PIL.Image.open(tmp_path / 'contact_sheet.png') as sheet:
+    sheet.load()
+
+
+def test_training_images_whose_names_are_not_utf8(photo, tmp_path):
+  """They open, their fingerprint tells names apart, and what is written of them is UTF-8."""
+  fingerprints = set()
+  for name in (b'caf\xe9', b'caf\xe8'):
+    folder = tmp_path / name.hex() / os.fsdecode(name)
+    folder.mkdir(parents=True)
+    for k in range(2):
+      (folder / os.fsdecode(name + b'%d.jpg' % k)).write_bytes(photo)
+    source = open_source(f'folder:{folder.parent}', 'train')
+    assert os.fsencode(source[0].id) == name + b'/' + name + b'0.jpg' and source[0].image == photo
+    fingerprints |= {source.fingerprint, *(part.fingerprint for part in carve(source, 0.5, 0))}
+  assert len(fingerprints) == 6
+  workdir.write_text(epath.Path(tmp_path / 'page.html'), f'<p>{source.ids[0]}</p>')
+  assert (tmp_path / 'page.html').read_text(encoding='utf-8') == r'<p>caf\udce8/caf\udce80.jpg</p>'
+  assert '<svg' in report._svg(report.per_class([{'name': source.class_names[0], 'images': 2, 'right': 1}]))
+
+
+def test_a_list_with_a_mark_and_an_image_twice(trained_run, photo, tmp_path, caplog):
+  """Windows' editors begin a file with a mark; each line has its row, in the order of the list; an image is predicted once."""
+  for name in ('a.jpg', 'b.jpg'):
+    (tmp_path / name).write_bytes(photo)
+  (tmp_path / 'list.txt').write_bytes(b'\xef\xbb\xbfb.jpg\r\na.jpg\r\nb.jpg\r\n')
+  files = open_files(str(tmp_path / 'list.txt'))
+  assert files.names == ['b.jpg', 'a.jpg', 'b.jpg'] and files.source.ids.tolist() == ['b.jpg', 'a.jpg'] and not files.problems
+  predict.run(config_of(trained_run, tmp_path / 'list.txt'), tmp_path / 'out')
+  table = rows(tmp_path / 'out' / 'predictions.csv')
+  assert [row['file'] for row in table] == files.names and table[0] == table[2] and table[0]['class_1']
+  with caplog.at_level('INFO', 'ft_jax'):
+    (tmp_path / 'list.txt').write_text('a.jpg')
+    predict.run(config_of(trained_run, tmp_path / 'list.txt'), tmp_path / 'out')
+  assert 'predicting 1 image of' in caplog.text and '1 images' not in caplog.text
+
+
+def test_links_in_a_folder(trained_run, photo, tmp_path):
+  """Linked folders are gone through, but not in circles; a link to nothing is no matter of a list."""
+  for name in ('images/a', 'elsewhere'):
+    (tmp_path / name).mkdir(parents=True)
+    (tmp_path / name / '1.jpg').write_bytes(photo)
+  for link, to in (('a/up', '..'), ('a/self', 'self'), ('b', '../elsewhere'), ('c', 'a')):
+    (tmp_path / 'images' / link).symlink_to(to)
+  assert open_files(str(tmp_path / 'images')).names == ['a/1.jpg', 'b/1.jpg', 'c/1.jpg']
+  (tmp_path / 'images' / 'gone.jpg').symlink_to('nothing.jpg')
+  with pytest.raises(ValueError, match='gone.jpg is a link to a file that is not there; mend or remove it, or leave') as raised:
+    predict.run(config_of(trained_run, tmp_path / 'images'), tmp_path / 'out')
+  assert 'list' not in str(raised.value)
+
+
+def test_folders_that_name_classes():
+  """Also by the WordNet ids of ImageNet, where the network knows them under their names; and all of them or none."""
+  names = ('tench', 'goldfish', 'n01440764')
+  assert predict._true_classes(['x/goldfish/1.jpg', 'tench/2.jpg'], names) == [1, 0]
+  assert predict._true_classes(['n01443537/a.JPEG', 'goldfish/1.jpg', 'n01440764/a.JPEG'], names[:2]) == [1, 1, 0]
+  assert predict._true_classes(['n01440764/a.JPEG'], names) == [2]  # a class of that very name
+  assert predict._true_classes(['n01443537/a.JPEG', 'n01484850/a.JPEG'], names) is None
+
+
 @pytest.mark.parametrize('images,words', [
     ('', 'config.predict.images is empty'), ('no/such', 'there is no file or folder'), ('no/such.jpg', 'there is no file'),
     ('{folder}/empty', 'no image in'), ('{folder}/empty.txt', 'is empty'), ('{folder}/binary', 'neither text, one path a line, nor')])
@@ -120,6 +193,12 @@ def test_wrong_settings(trained_run, mixed, tmp_path):
     with pytest.raises(ValueError, match=words):
       predict.run(config_of(trained_run, mixed, **fields), tmp_path / 'out')
   assert not (tmp_path / 'out').exists()
+
+
+def test_what_the_font_lacks_is_a_question_mark():
+  tile = contact_sheet.Tile(np.zeros((8, 8, 3), np.uint8), 'a', 0.5, '')
+  draw = [contact_sheet.draw([tile._replace(name=name)], 'x', 'y') for name in ('字\udce9 Ж.jpg', '?? Ж.jpg', '?? ?.jpg')]
+  assert draw[0] == draw[1] != draw[2]
 
 
 def test_contact_sheet_takes_any_shape_and_name():

@@ -488,6 +488,30 @@ FgvcAircraft._generate_examples = part
   assert 'is there already' in once_more.stderr and once_more.returncode == 0
 
 
+@pytest.mark.parametrize('name,words', [
+    ('folder:pets', 'folder:pets needs no preparation: .*target.name=folder:pets'),
+    ('tfds:', 'the name of the set is empty; expected tfds:'),
+    ('tfds:a/b/c', 'tfds:a/b/c: expected tfds:<name>.*, such as'),
+    ('oxford_iiit_pet/foo', "the set has no config 'foo'; it has none: use tfds:oxford_iiit_pet[.] The sets"),
+    ('sun397/foo:4.0.0', "the set has no config 'foo'; known: tfds, standard-part1-120k, .*standard-part10-120k[.] The sets"),
+    ('dtd:9.9.9', 'tfds:dtd:9.9.9: Dataset dtd cannot be loaded at version 9.9.9')])
+def test_a_wrong_name_is_one_whole_sentence(name, words, tmp_path):
+  with pytest.raises(ValueError, match=words) as raised:
+    prepare.prepare(name, str(tmp_path))
+  assert '\n' not in str(raised.value) and 'builder_kwargs' not in str(raised.value)
+
+
+@pytest.mark.parametrize('data,words', [
+    (b'', 'is empty .0 bytes.: get it again'), (b'<html>moved</html>', 'damaged or cut short .*; 18 bytes')])
+def test_what_is_no_archive_is_one_line(data, words, tmp_path):
+  """tarfile itself says a line for every way of packing."""
+  for archive in ('images.tar.gz', 'annotations.tar.gz'):
+    (tmp_path / archive).write_bytes(data)
+  with pytest.raises(ValueError, match=words) as raised:
+    prepare.prepare('oxford_iiit_pet', str(tmp_path / 'data'), str(tmp_path))
+  assert '\n' not in str(raised.value)
+
+
 def test_two_at_a_time_are_refused(tmp_path):
   write_aircraft(tmp_path / 'given')
   builder = tfds.builder_cls('dtd')(data_dir=tmp_path / 'data')

@@ -14,13 +14,15 @@ class Files(NamedTuple):
   """Images by their paths.
 
   Attributes:
-    names: all of them in order: paths below the folder, the image as it was given, or the lines of the list.
+    names: all of them in order: paths below the folder, the image as it was given, or the lines of the list, each as often as it is there.
     source: those that are files, all of class 0, with the names as ids.
     problems: what is wrong with the others, by name.
+    listed: whether they come from a list.
   """
   names: list[str]
   source: Source
   problems: dict[str, str]
+  listed: bool
 
 
 def open_files(images: str) -> Files:
@@ -34,7 +36,7 @@ def open_files(images: str) -> Files:
   """
   if not images:
     raise ValueError('config.predict.images is empty; give a folder, an image, or a text file of paths, one a line')
-  path = pathlib.Path(os.path.expanduser(images))
+  path, lines = pathlib.Path(os.path.expanduser(images)), []
   if path.is_dir():
     found = {file.relative_to(path).as_posix(): file for file in _below(path)}
     if not found:
@@ -42,7 +44,8 @@ def open_files(images: str) -> Files:
   elif path.name.lower().endswith(IMAGE_ENDINGS):
     found = {images: path}
   elif path.is_file():
-    found = _listed(path, images)
+    lines = _listed(path, images)
+    found = {line: path.parent / os.path.expanduser(line) for line in lines}
   else:
     raise ValueError(f'config.predict.images: there is no file or folder {images}')
   problems = {name: problem for name, file in found.items() if (problem := _problem(file))}
@@ -52,33 +55,36 @@ def open_files(images: str) -> Files:
   ids = [name for name in found if name not in problems]
   source = Source(images, ('',), np.zeros(len(files), np.int32), np.asarray(ids, dtype=str), np.arange(len(files)),
                   lambda row: files[row].read_bytes(), digest(*ids, *(str(file.stat().st_size) for file in files)))
-  return Files(list(found), source, problems)
+  return Files(lines or list(found), source, problems, bool(lines))
 
 
-def _below(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-  """Images in a folder and its subfolders, by name; hidden ones are left out."""
-  entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-  for entry in entries:
+def _below(folder: pathlib.Path, above: tuple[tuple[int, int], ...] = ()) -> Iterator[pathlib.Path]:
+  """Images in a folder and its subfolders, by name; hidden ones are left out, and links to the folders `above` not followed."""
+  stat = os.stat(folder)
+  if (stat.st_dev, stat.st_ino) in above:
+    return
+  for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
     if entry.name.startswith('.'):
       continue
-    if entry.is_dir():
-      yield from _below(folder / entry.name)
+    if os.path.isdir(entry.path):  # unlike the entry's own method, False for a link to itself
+      yield from _below(folder / entry.name, (*above, (stat.st_dev, stat.st_ino)))
     elif entry.name.lower().endswith(IMAGE_ENDINGS):
       yield folder / entry.name
 
 
-def _listed(path: pathlib.Path, name: str) -> dict[str, pathlib.Path]:
+def _listed(path: pathlib.Path, name: str) -> list[str]:
   try:
-    lines = dict.fromkeys(line.strip() for line in path.read_text(encoding='utf-8').splitlines() if line.strip())
+    # Editors on Windows begin a file with a mark.
+    lines = [line.strip() for line in path.read_text(encoding='utf-8-sig').splitlines() if line.strip()]
   except UnicodeDecodeError as error:
     raise ValueError(f'config.predict.images: {name} is neither text, one path a line, nor does its name end as that of an image: '
                      f'{", ".join(IMAGE_ENDINGS)}') from error
   if not lines:
     raise ValueError(f'config.predict.images: the list {name} is empty; expected paths of images, one a line')
-  return {line: path.parent / os.path.expanduser(line) for line in lines}
+  return lines
 
 
 def _problem(path: pathlib.Path) -> str:
   if not path.is_file():
-    return f'there is no file {path}'
+    return f'{path} is a link to a file that is not there' if path.is_symlink() else f'there is no file {path}'
   return '' if os.access(path, os.R_OK) else f'{path} may not be read (permissions)'

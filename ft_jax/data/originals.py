@@ -237,13 +237,17 @@ def _damage_named(archive: pathlib.Path) -> Iterator[None]:
   except (*DAMAGED, OSError) as error:
     if isinstance(error, OSError) and error.errno is not None:
       raise  # of the disk, not of the archive
-    raise ValueError(f'{archive} is damaged or cut short ({str(error) or type(error).__name__}; '
+    # tarfile goes on with a line for every way of packing.
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(':')
+    raise ValueError(f'{archive} is damaged or cut short ({reason}; '
                      f'{archive.stat().st_size:,d} bytes): get it again') from error
 
 
 def check_archive(archive: pathlib.Path, published: int | None) -> None:
   """Says what was found; a plain tar that is cut short raises, which Python may read to its end without a word."""
   size = archive.stat().st_size
+  if not size:
+    raise ValueError(f'{archive} is empty (0 bytes): get it again')
   progress.log.info('found: %s (%s)', archive, in_bytes(size))
   if published and size != published:
     progress.log.warning('its %s bytes are not the %s of the published file; it is used as it is', f'{size:,d}', f'{published:,d}')

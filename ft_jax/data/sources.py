@@ -343,10 +343,22 @@ def tfds_builder(name: str, data_dir: str) -> Any:
     package = missing_package(error)
     raise ValueError(f'TFDS needs {package} for tfds:{name}: pip install {package}') from error
   except (tfds.core.registered.DatasetNotFoundError, AssertionError, ValueError) as error:
-    # TFDS's own message lists several hundred names, or is empty.
-    reason = (str(error).strip() or 'there is no such set, config or version.').splitlines()[0]
-    raise ValueError(f'tfds:{name}: {reason} The sets are listed at https://www.tensorflow.org/datasets/catalog; '
+    raise ValueError(f'tfds:{name}: {_why_not(name, error)} The sets are listed at https://www.tensorflow.org/datasets/catalog; '
                      f'a set of your own must lie prepared in data_dir (now {data_dir or "~/tensorflow_datasets"})') from None
+
+
+def _why_not(name: str, error: Exception) -> str:
+  """One sentence of what TFDS says of a name; its own message lists several hundred names, ends in the middle, or is empty."""
+  import tensorflow_datasets as tfds
+
+  reason = (str(error).strip() or 'there is no such set, config or version.').splitlines()[0]
+  if reason.startswith('Parsing builder name string'):
+    return 'expected tfds:<name>[/config][:version], such as tfds:oxford_iiit_pet or tfds:sun397/standard-part1-120k:4.0.0.'
+  if re.search(r'BuilderConfig .* not found', reason):
+    set_name, config = re.split('[/:]', name)[:2]
+    known = [known.name for known in tfds.builder_cls(set_name).BUILDER_CONFIGS]
+    return f'the set has no config {config!r}; ' + (f'known: {", ".join(known)}.' if known else f'it has none: use tfds:{set_name}.')
+  return re.sub(r'^Failed to construct dataset .*?}": ', '', reason)
 
 
 def _import_fgvc_aircraft() -> None:
@@ -437,7 +449,8 @@ def digest(*parts: str | bytes) -> str:
   """Sixteen hexadecimal digits that depend on every part and on where one ends."""
   state = hashlib.sha256()
   for part in parts:
-    data = part.encode() if isinstance(part, str) else part
+    # File names may be of any bytes.
+    data = part.encode('utf-8', 'surrogateescape') if isinstance(part, str) else part
     state.update(len(data).to_bytes(8, 'big') + data)
   return state.hexdigest()[:16]
 

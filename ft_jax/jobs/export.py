@@ -28,8 +28,8 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
   files = {
       'model.safetensors': safetensors_file(run, about),
       'model.stablehlo': stablehlo_file(run),
-      'classes.txt': ''.join(f'{" ".join(name.split())}\n' for name in run.class_names).encode(),
-      'model.json': (json.dumps(about, indent=1, ensure_ascii=False) + '\n').encode(),
+      'classes.txt': ''.join(f'{" ".join(name.split())}\n' for name in run.class_names).encode(errors='backslashreplace'),
+      'model.json': (json.dumps(about, indent=1, ensure_ascii=False) + '\n').encode(errors='backslashreplace'),
       'example.py': (_TEMPLATES / 'example.py').read_bytes(),
   }
   folder = trained.output_folder(workdir)

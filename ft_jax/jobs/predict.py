@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from ft_jax import contact_sheet, parallel, progress
-from ft_jax.data import augment
+from ft_jax.data import augment, imagenet
 from ft_jax.data.files import open_files
 from ft_jax.data.pipeline import EvalBatches, Transform
 from ft_jax.data.sources import Example, Source
@@ -37,27 +37,28 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
     raise ValueError(f'config.data.on_error is {config.data.on_error!r}; known: {", ".join(setup.ON_ERROR)}')
   if jax.process_count() > 1:
     raise ValueError('job predict runs on one host; start it on one alone')
-  names, source, problems = open_files(config.predict.images)
+  names, source, problems, listed = open_files(config.predict.images)
   skip = config.data.on_error == 'skip'
   if problems and not skip:
     raise ValueError(f'config.predict.images: {next(iter(problems.values()))}' +
-                     (f', and {len(problems) - 1} more of the list cannot be read' if len(problems) > 1 else '') +
-                     '; mend the list (relative paths start at its folder), or leave such images out with --config.data.on_error=skip')
+                     (f', and {len(problems) - 1} more cannot be read' if len(problems) > 1 else '') +
+                     ('; mend the list (relative paths start at its folder)' if listed else '; mend or remove it') +
+                     ', or leave such images out with --config.data.on_error=skip')
   run = trained.load(config.workdir)
   top = config.predict.top
   if not 1 <= top <= len(run.class_names):
     raise ValueError(f'config.predict.top is {top}; expected 1 to {len(run.class_names)}, the classes of {run.path}')
   folder = trained.output_folder(workdir)
-  log.info('predicting %s images of %s with %s -> %s', f'{len(source):,d}', config.predict.images, run.described(), folder)
+  log.info('predicting %s of %s with %s -> %s', _counted(len(source)), config.predict.images, run.described(), folder)
   found, unreadable = predict(run, source, top, skip)
   problems |= unreadable
   truth = _true_classes(found.ids, run.class_names)
   text = table(names, found, problems if skip else None, run.class_names, truth)
-  write_bytes(folder / 'predictions.csv', text.encode(errors='surrogateescape'))
+  write_bytes(folder / 'predictions.csv', text.encode(errors='surrogateescape'))  # file names as the file system has them
   (folder / 'contact_sheet.png').unlink(missing_ok=True)  # of the last time: it would not belong to the table
   if found.ids:
     write_bytes(folder / 'contact_sheet.png', _sheet(run, source, found, truth, len(problems)))
-  return _summary(found, truth, problems, folder)
+  return _summary(names, found, truth, problems, folder)
 
 
 def predict(run: trained.Trained, source: Source, top: int, skip: bool) -> tuple[Predictions, dict[str, str]]:
@@ -102,7 +103,7 @@ class _Tolerant(Transform):
 
 def table(names: list[str], found: Predictions, problems: dict[str, str] | None, class_names: tuple[str, ...],
           truth: list[int] | None) -> str:
-  """CSV text, one row an image: file, class_1, probability_1, ..., true_class (where known), problem (where images may be left out)."""
+  """CSV text, one row a name: file, class_1, probability_1, ..., true_class (where known), problem (where images may be left out)."""
   top = found.classes.shape[1]
   rows = {name: (classes, probabilities) for name, classes, probabilities in zip(found.ids, found.classes, found.probabilities)}
   true = dict(zip(found.ids, truth)) if truth else {}
@@ -120,8 +121,9 @@ def table(names: list[str], found: Predictions, problems: dict[str, str] | None,
 
 
 def _true_classes(ids: list[str], class_names: tuple[str, ...]) -> list[int] | None:
-  """The classes that the folders of all images name; None where any of them is in another folder."""
+  """The classes that the folders of all images name, those of ImageNet also by WordNet ids; None where any is in another folder."""
   numbers = {name: k for k, name in enumerate(class_names)}
+  numbers = {wnid: numbers[name] for wnid, name in imagenet.names().items() if name in numbers} | numbers
   parents = [name.rpartition('/')[0].rpartition('/')[2] for name in ids]
   return [numbers[parent] for parent in parents] if ids and all(parent in numbers for parent in parents) else None
 
@@ -139,7 +141,7 @@ def _sheet(run: trained.Trained, source: Source, found: Predictions, truth: list
         found.ids[k].rpartition('/')[2],
         run.class_names[truth[k]] if wrong else ''))
   total = len(found.ids)
-  count = f'{total:,d} image{"s" if total != 1 else ""}, the least sure first' if total <= SHOWN else \
+  count = f'{_counted(total)}, the least sure first' if total <= SHOWN else \
       f'the {SHOWN} least sure of {total:,d} images; predictions.csv has all'
   right = f' · {_accuracy(found, truth):.1%} right, red where the folder names another class' if truth else ''
   lost = f' · {unreadable:,d} could not be read' if unreadable else ''
@@ -150,12 +152,17 @@ def _accuracy(found: Predictions, truth: list[int]) -> float:
   return float(np.mean(found.classes[:, 0] == np.asarray(truth)))
 
 
-def _summary(found: Predictions, truth: list[int] | None, problems: dict[str, str], folder: epath.Path) -> dict[str, Any]:
-  log.info('  %s  %s images', folder / 'predictions.csv', f'{len(found.ids) + len(problems):,d}')
+def _counted(images: int) -> str:
+  return f'{images:,d} image{"s" if images != 1 else ""}'
+
+
+def _summary(names: list[str], found: Predictions, truth: list[int] | None, problems: dict[str, str],
+             folder: epath.Path) -> dict[str, Any]:
+  log.info('  %s  %s', folder / 'predictions.csv', _counted(len(names)))
   if found.ids:
     log.info('  %s  %s, least sure first', folder / 'contact_sheet.png', f'{min(SHOWN, len(found.ids)):,d} of them')
   if problems:
-    log.warning('warning: %s images could not be read, such as %s', f'{len(problems):,d}', next(iter(problems.values())))
+    log.warning('warning: %s could not be read, such as %s', _counted(len(problems)), next(iter(problems.values())))
   if truth:
-    log.info('top-1 %.1f%% of the %s images, whose folders name their classes', 100 * _accuracy(found, truth), f'{len(found.ids):,d}')
+    log.info('top-1 %.1f%% of the %s, whose folders name their classes', 100 * _accuracy(found, truth), _counted(len(found.ids)))
   return {'images': len(found.ids), 'unreadable': len(problems), 'top1': _accuracy(found, truth) if truth else None}

@@ -17,6 +17,8 @@ def prepare(path: str) -> np.ndarray:
   """The middle of an image, uint8 [size, size, 3]."""
   size, short_side = about['preprocessing']['image_size'], about['preprocessing']['short_side']
   image = ImageOps.exif_transpose(Image.open(path))
+  if image.mode.startswith('I;16'):  # 16 bits: convert('RGB') would cut everything above 255 off
+    image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
   if image.has_transparency_data:
     image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image.convert('RGBA'))
   width, height = (int(short_side * side / min(image.size)) for side in image.size)
@@ -26,6 +28,7 @@ def prepare(path: str) -> np.ndarray:
 
 if __name__ == '__main__':
   paths = sys.argv[1:] or sys.exit(__doc__)
+  sys.stdout.reconfigure(errors='backslashreplace')  # a file name may be of any bytes
   probabilities = np.asarray(model.call(np.stack([prepare(path) for path in paths]))['probabilities'])
   for path, row in zip(paths, probabilities):
     best = np.argsort(-row)[:3]
