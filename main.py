@@ -35,6 +35,8 @@ def main(argv: list[str]) -> None:
     config = _CONFIG.value
     if config.job not in jobs:
       raise ValueError(f'config.job is {config.job!r}; known: {", ".join(jobs)}')
+    if config.workdir and config.job not in ('export', 'predict'):
+      raise ValueError(f'config.workdir is the run that export and predict use, and this is job {config.job}; its own folder is --workdir')
     jobs[config.job](config, _WORKDIR.value or default_workdir(file_name, config.workdir))
   except fit.Interrupted as stopped:
     progress.log.info('%s', stopped.message)

@@ -86,7 +86,7 @@ def load_variables(workdir: epath.PathLike, step: int | None = None) -> dict[str
   Raises:
     ValueError: a folder without checkpoints or without that one, or a checkpoint that cannot be read.
   """
-  folder = epath.Path(workdir) / 'checkpoints'
+  folder = epath.Path(workdir).resolve() / 'checkpoints'  # as a URL it must not begin somewhere
   if not folder.exists():
     raise ValueError(f'{workdir} holds no checkpoints; give the workdir of a finished run, such as runs/pretrain')
   checkpoints = Checkpoints(workdir, read_only=True)
@@ -112,7 +112,7 @@ def _check_whole(folder: epath.Path) -> None:
   try:
     if not (state / '_METADATA').exists():
       raise FileNotFoundError(state / '_METADATA')
-    base = epath.Path(state).as_posix()
+    base = state.resolve().as_posix()
     store = tensorstore.KvStore.open({'driver': 'ocdbt', 'base': f'{base if "://" in base else f"file://{base}"}/'}).result()
     for key in store.list().result():
       store.read(key).result()

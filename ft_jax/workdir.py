@@ -9,6 +9,9 @@ import tensorboardX
 
 from ft_jax import parallel
 
+# Fields that may change between two starts of one run. What they do to its images, the checkpoints notice.
+FREE = ('config.data.cache ', 'config.data.on_error ')
+
 
 class Workdir:
   """config.json, selection.json, embeddings/, metrics.jsonl, tensorboard/, checkpoints/<step>/, results.json, report.html."""
@@ -29,13 +32,15 @@ class Workdir:
         raise ValueError(f'workdir {self.path} is not empty and holds no run (no config.json of one); give another --workdir')
       self.path.mkdir(parents=True, exist_ok=True)
     else:
-      differing = _differences(before, wanted)
-      if not differing:
+      every = _differences(before, wanted)
+      if not every:
         return
-      if self.results_json.exists() or self.has_checkpoint():
+      differing = [line for line in every if not line.startswith(FREE)]
+      if differing and (self.results_json.exists() or self.has_checkpoint()):
         raise ValueError(f'workdir {self.path} belongs to a run with another config ({"; ".join(differing[:5])}); '
                          'give another --workdir, or remove that one')
-      self.selection_json.unlink(missing_ok=True)
+      if differing:
+        self.selection_json.unlink(missing_ok=True)
     write_text(self.config_json, json.dumps(wanted, indent=2) + '\n')
 
   config_json = property(lambda self: self.path / 'config.json')

@@ -95,9 +95,10 @@ def test_a_checkpoint_of_another_format_is_refused_and_still_gives_weights(tmp_p
   assert set(load_variables(tmp_path)) == {'params', 'batch_stats'}
 
 
-def test_load_variables_takes_the_best(tmp_path):
+def test_load_variables_takes_the_best(tmp_path, monkeypatch):
   save(tmp_path, {1: {'score': 0.9, 'loss': 1.0}, 2: {'score': 0.2, 'loss': 1.0}}).close()
-  variables = load_variables(tmp_path)
+  monkeypatch.chdir(tmp_path.parent)
+  variables = load_variables(tmp_path.name)  # as `runs/pretrain` on a command line
   assert set(variables) == {'params', 'batch_stats'}
   np.testing.assert_array_equal(variables['params']['a']['kernel'], np.ones((2, 3)))
   np.testing.assert_array_equal(load_variables(tmp_path, 2)['params']['a']['kernel'], np.full((2, 3), 2))

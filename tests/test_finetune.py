@@ -1,5 +1,6 @@
 """A selection made elsewhere is used as it is, only chosen images are read, what does not fit is refused; features to compare by."""
 
+import json
 import pathlib
 import shutil
 
@@ -59,6 +60,16 @@ def test_images_of_a_selection_are_found_by_their_ids(pool, tmp_path):
   assert given.ids.tolist() == chosen.ids.tolist() and given.rows.tolist() == (59 - chosen.rows).tolist()
 
 
+def test_unreadable_images_of_a_list_are_left_out(pool, tmp_path, caplog):
+  """They are not there any more where images that cannot be read are skipped. (Notepad writes a mark in front.)"""
+  whole = open_source(f'folder:{pool}', 'train')
+  path = tmp_path / 'ids.txt'
+  path.write_text('\n'.join(whole.ids[:4]), encoding='utf-8-sig')
+  given = finetune._given(str(path), whole.subset(np.arange(1, 60)), [str(whole.ids[0])])
+  assert given.ids.tolist() == whole.ids[1:4].tolist()
+  assert '1 of 4 images of' in caplog.text and 'left out' in caplog.text
+
+
 def test_a_selection_that_does_not_fit_is_refused(photos, pool, tmp_path):
   whole = open_source(f'folder:{pool}', 'train')
   path = tmp_path / 'selection.json'
@@ -68,6 +79,9 @@ def test_a_selection_that_does_not_fit_is_refused(photos, pool, tmp_path):
     finetune._given(str(path), other)
   (tmp_path / 'ids.txt').write_text(f'{whole.ids[0]}\nnowhere.jpg\n')
   with pytest.raises(ValueError, match="1 of 2 ids are not in .*, such as 'nowhere.jpg'"):
+    finetune._given(str(tmp_path / 'ids.txt'), whole)
+  (tmp_path / 'ids.txt').write_bytes('caf\xe9.jpg'.encode('latin-1'))
+  with pytest.raises(ValueError, match='ids.txt is no text .UTF-8.; expected ids of images, one a line'):
     finetune._given(str(tmp_path / 'ids.txt'), whole)
   (tmp_path / 'ids.txt').write_text('\n')
   with pytest.raises(ValueError, match='is empty; expected ids'):
@@ -79,6 +93,17 @@ def test_a_selection_that_does_not_fit_is_refused(photos, pool, tmp_path):
   (tmp_path / 'broken.json').write_text('{')
   with pytest.raises(ValueError, match='broken.json holds no selection that can be read'):
     finetune._given(str(tmp_path / 'broken.json'), whole)
+
+
+def test_a_selection_without_an_image_is_refused(photos, pool, tmp_path):
+  whole = open_source(f'folder:{pool}', 'train')
+  select_as_in_colab(whole, 'class').save(tmp_path / 'selection.json')
+  text = (tmp_path / 'selection.json').read_text()
+  empty = {'units': [], 'plan': None, 'rows': [], 'ids': [], 'row_units': []}
+  (tmp_path / 'selection.json').write_text(json.dumps({**json.loads(text), **empty}))
+  fields = {'selection.file': str(tmp_path / 'selection.json')}
+  with pytest.raises(ValueError, match='selection.json. has no image of folder:.*; select again'):
+    finetune.run(config(photos, pool, **fields), tmp_path / 'run')
 
 
 @pytest.mark.parametrize('fields,words', [

@@ -228,6 +228,9 @@ def test_single_images_of_sets_with_damaged_files(photos, pool, tmp_path):
     (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:300])
   results, printed = fine_tune_by(tmp_path / 'photos', tmp_path / 'pool', tmp_path / 'run', 'example', '--config.selection.size=0.25',
                                   '--config.data.on_error=skip', '--config.data.cache=true')
+  chosen = json.loads((tmp_path / 'run' / 'selection.json').read_text())
+  assert set(chosen['ids']) < {path.relative_to(tmp_path / 'pool').as_posix() for path in (tmp_path / 'pool').glob('*/*.jpg')}
+  assert '1 image of target test could not be read and was left out (test/wall/1.jpg)' in (tmp_path / 'run' / 'report.html').read_text()
   skipped = results['skipped']
   # Which of train's were set aside for val is not known here.
   assert sorted(skipped.pop('target train', {'first': []})['first'] + skipped.pop('target val', {'first': []})['first']) == [

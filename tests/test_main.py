@@ -46,6 +46,7 @@ def main(*flags: str) -> subprocess.CompletedProcess:
     (['--config=configs/miniature.py', '--config.model.weights=', "--config.compare.methods=('none','best')"],
      "config.selection.method is 'best'"),
     (['--config=configs/digits.py', '--config.train.steps=many'], "invalid literal for int"),
+    (['--config=configs/digits.py', '--config.workdir=runs/x'], 'this is job finetune; its own folder is --workdir'),
     (['--config=configs/digits.py', 'digits'], "unexpected argument 'digits'"),
     (['--config=configs/digits.py', '--config.job=fine'], "config.job is 'fine'; known: finetune, pretrain, compare"),
     (['--config=configs/digits.py', '--config.selection.method=best'],

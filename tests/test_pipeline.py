@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import itertools
+import os
 import shutil
 
 import jax
@@ -150,12 +151,12 @@ def test_a_cache_says_its_size_first_and_refuses_what_does_not_fit(source, monke
   """Before an image is decoded."""
   size = sum(augment.decode(example.image, '').nbytes for example in (source[i] for i in range(len(source))))
   monkeypatch.setattr(augment, 'decode', lambda *args: pytest.fail('decoded'))
-  monkeypatch.setattr(cache, 'free_memory', lambda: size)
+  monkeypatch.setattr(cache, 'free_memory', lambda: 2 * size)
   with caplog.at_level('INFO', 'ft_jax'):
     cache.cached({'target train': source})
   assert f'keeping 48 decoded images in memory (target train): {size / 1e6:.2f} MB of the' in caplog.text
-  monkeypatch.setattr(cache, 'free_memory', lambda: size - 1)
-  with pytest.raises(ValueError, match='config.data.cache=true: 48 images .* of memory are free; use --config.data.cache=false'):
+  monkeypatch.setattr(cache, 'free_memory', lambda: size)  # all of it is too much
+  with pytest.raises(ValueError, match='config.data.cache=true: 48 images .* of memory are free, .*; use --config.data.cache=false'):
     cache.cached({'target train': source})
 
 
@@ -182,6 +183,21 @@ def test_damaged_images_are_found_once_and_left_out(damaged_source, caplog, monk
   monkeypatch.setattr(augment, 'decode', lambda *args, **kwargs: pytest.fail('decoded'))
   again, ids_again = damage.without_damaged(damaged_source, 'target train', True)
   assert ids_again == ids and again.fingerprint == rest.fingerprint != damaged_source.fingerprint
+
+
+def test_a_file_that_was_mended_or_broke_is_tried_again(damaged_source, tmp_path):
+  """Same names and sizes, other bytes."""
+  opened = lambda: open_source(f'folder:{tmp_path / "damaged"}', 'train')
+  damaged = lambda: damage.without_damaged(opened(), 'target train', True)[1]
+  before = opened().fingerprint
+  path = tmp_path / 'damaged' / 'wall' / '2.jpg'
+  good = path.read_bytes()
+  assert 'wall/2.jpg' not in damaged()
+  path.write_bytes(bytes(len(good)))
+  assert 'wall/2.jpg' in damaged()
+  path.write_bytes(good)
+  os.utime(path, ns=(1, 1))
+  assert 'wall/2.jpg' not in damaged() and opened().fingerprint == before
 
 
 def test_a_class_without_a_readable_image_is_named(damaged_source):

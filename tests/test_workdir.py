@@ -17,6 +17,16 @@ def test_same_config_again_and_another_refused(tmp_path):
     Workdir(tmp_path / 'run', {**CONFIG, 'seed': 1, 'train': {**CONFIG['train'], 'steps': 6}})
 
 
+def test_how_images_are_read_may_change(tmp_path):
+  """A test image that cannot be read must not cost the training: on_error=skip goes on, and so does the cache that is advised."""
+  Workdir(tmp_path / 'run', {**CONFIG, 'data': {'cache': False, 'on_error': 'raise'}})
+  (tmp_path / 'run' / 'checkpoints' / '5').mkdir(parents=True)
+  work = Workdir(tmp_path / 'run', {**CONFIG, 'data': {'cache': True, 'on_error': 'skip'}})
+  assert json.loads(work.config_json.read_text())['data'] == {'cache': True, 'on_error': 'skip'}
+  with pytest.raises(ValueError, match='config.seed is 0 there and 1 here'):
+    Workdir(tmp_path / 'run', {**CONFIG, 'seed': 1, 'data': {'cache': True, 'on_error': 'skip'}})
+
+
 def test_a_run_without_a_checkpoint_takes_the_new_config(tmp_path):
   """A first try with a wrong path must not block the workdir; its selection is not kept."""
   work = Workdir(tmp_path / 'run', CONFIG)

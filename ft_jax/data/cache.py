@@ -11,6 +11,9 @@ from ft_jax import progress
 from ft_jax.data import augment
 from ft_jax.data.sources import Source
 
+# Part of the free memory: batches on their way, and the buffers of the computation, need some too.
+_MOST = 0.8
+
 
 def cached(sources: Mapping[str, Source]) -> dict[str, Source]:
   """Sources that keep each image, decoded, from its first use on. The images that come out of a pipeline stay the same.
@@ -26,9 +29,9 @@ def cached(sources: Mapping[str, Source]) -> dict[str, Source]:
   needed = sum(_decoded_bytes(source, name) for name, source in sources.items())
   free = free_memory()
   images = sum(len(source) for source in sources.values())
-  if needed > free:
+  if needed > _MOST * free:
     raise ValueError(f'config.data.cache=true: {images:,d} images ({", ".join(sources)}) are {_gigabytes(needed)} decoded, '
-                     f'and {_gigabytes(free)} of memory are free; use --config.data.cache=false')
+                     f'and {_gigabytes(free)} of memory are free, of which {_MOST:.0%} may be taken; use --config.data.cache=false')
   progress.log.info('keeping %s decoded images in memory (%s): %s of the %s that are free', f'{images:,d}', ', '.join(sources),
                     _gigabytes(needed), _gigabytes(free))
   return {name: _Cache(source).source for name, source in sources.items()}

@@ -44,7 +44,7 @@ def _damaged(source: Source, what: str) -> list[str]:
   # Another version of a decoder may read what this one does not.
   versions = [importlib.metadata.version(name) for name in ('pillow', 'simplejpeg')]
   folder = pathlib.Path(os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache') / 'ft_jax' / 'damaged'
-  path = folder / f'{digest(source.fingerprint, *versions, str(augment.MOST_PIXELS))}.json'
+  path = folder / f'{digest(source.fingerprint, source.stamp, *versions, str(augment.MOST_PIXELS))}.json'
   try:
     return json.loads(path.read_text())
   except (OSError, ValueError):

@@ -42,6 +42,7 @@ class Source:
     rows: int64 `[n]`, where each example lies in the underlying store.
     read: gives the image of a row of the store.
     fingerprint: changes when the examples, their order or their labels do.
+    stamp: changes when the files are written again, even if they look the same: where they lie, their sizes and times.
   """
   name: str
   class_names: tuple[str, ...]
@@ -50,6 +51,7 @@ class Source:
   rows: np.ndarray
   read: Callable[[int], bytes | np.ndarray]
   fingerprint: str
+  stamp: str = ''
 
   def __len__(self) -> int:
     return len(self.labels)
@@ -79,7 +81,7 @@ class Source:
     unknown = [name for name in names if name not in self.class_names]
     if unknown:
       raise ValueError(f'{self.name} has no class {unknown[0]!r} to leave out; it has {len(self.class_names)}: '
-                       f'{", ".join(self.class_names[:5])}, ...')
+                       f'{", ".join(self.class_names[:5])}, ... (several are written (\'one\',\'two\'))')
     kept = [k for k, name in enumerate(self.class_names) if name not in names]
     if not kept:
       raise ValueError(f'{self.name}: all of its classes are to be left out')
@@ -94,7 +96,7 @@ class Source:
     missing = [name for name in ids if name not in places]
     if missing:
       raise ValueError(f'{len(missing):,d} of {len(ids):,d} ids are not in {self.name}, such as {missing[0]!r}; its ids look like '
-                       f'{self.ids[0]!r}')
+                       f'{str(self.ids[0])!r}')
     return np.array([places[name] for name in ids], np.int64)
 
 
@@ -215,12 +217,14 @@ def _open_folder(path: str, split: str, data_dir: str) -> Source:
   if not paths:
     raise ValueError(f'{name}: split {split!r} holds no image; the slice is empty')
   ids = [p.relative_to(root).as_posix() for p in paths]
-  sizes = [str(p.stat().st_size) for p in paths]
+  stats = [p.stat() for p in paths]
+  sizes = [str(stat.st_size) for stat in stats]
 
   # ImageNet's folders are sorted by WordNet id, as TFDS's labels are; the ids of the examples keep theirs.
   class_names = imagenet.human_names(class_names)
   return Source(f'{name} {split}', class_names, np.asarray(labels, np.int32), np.asarray(ids), np.arange(len(paths)),
-                lambda row: paths[row].read_bytes(), digest(*ids, *sizes, *class_names))
+                lambda row: paths[row].read_bytes(), digest(*ids, *sizes, *class_names),
+                digest(str(root.absolute()), *(str(stat.st_mtime_ns) for stat in stats)))
 
 
 def class_difference(one: str, ones: Sequence[str], other: str, others: Sequence[str], most: int = 5) -> str:
@@ -299,7 +303,8 @@ def _open_tfds(name: str, split: str, data_dir: str) -> Source:
   labels, ids = _tfds_labels_and_ids(store, full_name, split, part.file_instructions, class_names)
 
   return Source(f'tfds:{full_name} {split}', class_names, labels, ids, np.arange(len(store)),
-                lambda row: store[row]['image'], digest(full_name, '\n'.join(ids), labels.tobytes(), *class_names))
+                lambda row: store[row]['image'], digest(full_name, '\n'.join(ids), labels.tobytes(), *class_names),
+                _stamp([instruction.filename for instruction in part.file_instructions]))
 
 
 def _undecoded(features: Any) -> dict[str, Any]:
@@ -404,8 +409,7 @@ def _file_name(record: dict[str, Any], class_names: Sequence[str]) -> str:
 
 def _kept(files: Sequence[str | os.PathLike[str]], what: str, read: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
   """What `read` makes of files, kept for the next time in the user's cache folder as long as the files are the same."""
-  stats = [(os.fspath(file), os.stat(file)) for file in files]
-  key = digest('2', what, *(f'{name} {stat.st_size} {stat.st_mtime_ns}' for name, stat in stats))
+  key = digest('3', what, _stamp(files))
   folder = pathlib.Path(os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache') / 'ft_jax' / 'labels'
   path = folder / f'{key}.npz'
   try:
@@ -422,6 +426,11 @@ def _kept(files: Sequence[str | os.PathLike[str]], what: str, read: Callable[[],
   except OSError:
     pass  # a cache that cannot be written costs time, nothing else
   return made
+
+
+def _stamp(files: Sequence[str | os.PathLike[str]]) -> str:
+  stats = [(os.fspath(file), os.stat(file)) for file in files]
+  return digest(*(f'{name} {stat.st_size} {stat.st_mtime_ns}' for name, stat in stats))
 
 
 def _tfds_places(parts: Sequence[Any]) -> Iterator[tuple[str, str]]:

@@ -1,6 +1,8 @@
 """Job finetune: select pre-training data for a target, fine-tune on both together, see what came of it."""
 
+from collections.abc import Sequence
 import dataclasses
+import functools
 import os
 import pathlib
 from typing import Any
@@ -44,25 +46,30 @@ def run(config: ConfigDict, workdir: epath.PathLike, embeddings: epath.PathLike 
     _describe(splits, pool)
     _check_size(config, pool)
     folder = epath.Path(config.embeddings_dir or embeddings or work.embeddings)
-    results = _train(config, work, setup.in_memory(splits, 'target', config.data.cache), pool, folder)
-    write_results(work, {**results, 'skipped': skipped})
+    splits = setup.in_memory(splits, 'target', config.data.cache)
+    results = _train(config, work, splits, pool, folder, skipped.get('source pool', ()))
+    write_results(work, {**results, 'skipped': setup.skipped_summary(skipped)})
   chosen = selection.Selection.load(work.selection_json, pool.fingerprint) if work.selection_json.exists() else None
   report.write(work, _selection_section(splits.train, pool, chosen) if chosen else None)
   log.info('report: %s', work.report_html)
   return work.results()
 
 
-def _train(config: ConfigDict, work: Workdir, splits: setup.Splits, pool: Source | None, embeddings: epath.Path) -> dict[str, Any]:
-  """Weights, selection, joint fine-tuning, evaluation: the results."""
+def _train(config: ConfigDict, work: Workdir, splits: setup.Splits, pool: Source | None, embeddings: epath.Path,
+           unreadable: Sequence[str]) -> dict[str, Any]:
+  """Weights, selection, joint fine-tuning, evaluation: the results. `unreadable` are ids that the pool has lost."""
   weights = _weights(config, work, pool)
   transform = setup.make_transform(config)
-  chosen = _select(config, work, weights, splits.train, pool, transform, embeddings)
+  chosen = _select(config, work, weights, splits.train, pool, transform, embeddings, unreadable)
   streams = {'target': fit.Stream(splits.train, config.train.batch_size, 1.0)}
   heads = {'target': len(splits.train.class_names)}
   if chosen is not None:
     # The source head keeps all classes of the pool, as in the paper; only the chosen ones ever come.
     heads['source'] = len(pool.class_names)
     helping = pool.of_classes(chosen.classes) if chosen.by == 'class' else pool.subset(chosen.rows)
+    if not len(helping):
+      raise ValueError(f'the selection ({config.selection.file or work.selection_json}) has no image of {pool.name}; '
+                       'select again, or train without: --config.selection.method=none')
     streams['source'] = fit.Stream(helping, _source_batch(config), config.source_weight)
 
   model = setup.build_model(config.model, heads)
@@ -194,7 +201,7 @@ def _weights(config: ConfigDict, work: Workdir, pool: Source | None) -> setup.We
 
 
 def _select(config: ConfigDict, work: Workdir, weights: setup.Weights | None, target: Source, pool: Source | None,
-            transform: Transform, folder: epath.Path) -> selection.Selection | None:
+            transform: Transform, folder: epath.Path, unreadable: Sequence[str]) -> selection.Selection | None:
   """The selection of this run, None for plain fine-tuning; a run that goes on from a checkpoint keeps the one it began with."""
   settings = config.selection
   if pool is None or settings.method == 'none':
@@ -202,7 +209,7 @@ def _select(config: ConfigDict, work: Workdir, weights: setup.Weights | None, ta
   if work.has_checkpoint() and work.selection_json.exists():
     return selection.Selection.load(work.selection_json, pool.fingerprint)
   if settings.file:
-    chosen = dataclasses.replace(_given(settings.file, pool), source={'name': pool.name, 'fingerprint': pool.fingerprint})
+    chosen = dataclasses.replace(_given(settings.file, pool, unreadable), source={'name': pool.name, 'fingerprint': pool.fingerprint})
     chosen.save(work.selection_json)
     log.info('%s', chosen.table(12))
     return chosen
@@ -216,18 +223,20 @@ def _select(config: ConfigDict, work: Workdir, weights: setup.Weights | None, ta
   return chosen
 
 
-def _given(path: str, pool: Source) -> selection.Selection:
+def _given(path: str, pool: Source, unreadable: Sequence[str] = ()) -> selection.Selection:
   """A selection that was made before: classes of the same names, or images whose ids are in the pool.
+
+  Args:
+    path: selection.json, or a text file of ids.
+    pool: what it is used with.
+    unreadable: ids of images that the pool has lost; they are left out.
 
   Raises:
     ValueError: it was made from other classes, or with ids that are not in the pool.
   """
   path = os.path.expanduser(path)
   if not path.endswith('.json'):
-    ids = dict.fromkeys(line.strip() for line in pathlib.Path(path).read_text().splitlines() if line.strip())
-    if not ids:
-      raise ValueError(f'{path} is empty; expected ids of images of {pool.name}, one a line, such as {pool.ids[0]!r}')
-    return selection.Selection.of_rows(pool.at_ids(list(ids)), pool.ids)
+    return _of_ids(path, _read_ids(path, str(pool.ids[0])), pool, unreadable)
   chosen = selection.Selection.load(path)
   if chosen.source.get('fingerprint') == pool.fingerprint:
     return chosen
@@ -236,7 +245,25 @@ def _given(path: str, pool: Source) -> selection.Selection:
   if chosen.ids is None:
     different = f'its {NOUNS[chosen.by]} are not those of {pool.name}' if chosen.by == 'class' else f'it is of {NOUNS[chosen.by]}'
     raise ValueError(f'{path} does not fit: {different}, and it knows no ids of images; select again, with ids=... in selection.Embeddings')
-  return selection.Selection.of_rows(pool.at_ids([str(i) for i in chosen.ids]), pool.ids)
+  return _of_ids(path, chosen.ids.tolist(), pool, unreadable)
+
+
+def _read_ids(path: str, example: str) -> list[str]:
+  try:
+    lines = pathlib.Path(path).read_text(encoding='utf-8-sig').splitlines()  # with or without a mark at its start
+  except UnicodeDecodeError as error:
+    raise ValueError(f'{path} is no text (UTF-8); expected ids of images, one a line, such as {example!r}') from error
+  ids = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
+  if not ids:
+    raise ValueError(f'{path} is empty; expected ids of images, one a line, such as {example!r}')
+  return ids
+
+
+def _of_ids(path: str, ids: Sequence[str], pool: Source, unreadable: Sequence[str]) -> selection.Selection:
+  lost = set(unreadable).intersection(map(str, ids))
+  if lost:
+    log.warning('warning: %s of %s images of %s cannot be read and are left out', f'{len(lost):,d}', f'{len(ids):,d}', path)
+  return selection.Selection.of_rows(pool.at_ids([str(i) for i in ids if str(i) not in lost]), pool.ids)
 
 
 def _embedded(config: ConfigDict, folder: epath.Path, weights: setup.Weights | None, source: Source, transform: Transform,
@@ -251,7 +278,7 @@ def _embedded(config: ConfigDict, folder: epath.Path, weights: setup.Weights | N
   if _projects(config):
     variables['projection'] = weights.variables['projection']
   encoder = digest(setup.weights_fingerprint(variables), config.model.name, config.model.dtype, f'{transform.size}/{transform.short_side}')
-  path = folder / f'{"class_means" if means else "features"}-{digest(encoder, source.fingerprint)}.npz'
+  path = folder / f'{"class_means" if means else "named_features"}-{digest(encoder, source.fingerprint)}.npz'
   if path.exists():
     return selection.Embeddings.load(path)
   batches = EvalBatches(source, transform, -(-config.train.batch_size // jax.device_count()) * jax.device_count())
@@ -261,7 +288,7 @@ def _embedded(config: ConfigDict, folder: epath.Path, weights: setup.Weights | N
     features = model.apply(variables, images, train=False).features
     return pretrained.project(variables['projection'], features) if 'projection' in variables else features
 
-  embeddings = (selection.embed_class_means if means else selection.embed)(
+  embeddings = (selection.embed_class_means if means else functools.partial(selection.embed, ids=source.ids))(
       encode, variables, progress.bar(batches, f'embedding {what}', len(batches)), class_names=source.class_names, fingerprint=encoder)
   embeddings.save(path)
   return embeddings
@@ -274,7 +301,8 @@ def _selection_section(target: Source, pool: Source, chosen: selection.Selection
   rows = [report.ChosenUnit(pool.ids[unit] if chosen.by == 'example' else chosen.name(unit), chosen.score_text(unit).replace('%', ' %'),
                             len(images), drawn_by, _examples(pool, images, 4))
           for (unit, images), drawn_by in zip(members.items(), chosen.explain(3))]
-  how = f'{len(chosen.units):,d} of {len(chosen.scores):,d} {NOUNS[chosen.by]} of {pool.name}, chosen by {chosen.method}'
+  how = f'{len(chosen.units):,d} of {len(chosen.scores):,d} {NOUNS[chosen.by]} of {pool.name}, '
+  how += 'taken from a list' if chosen.method == 'given' else f'chosen by {chosen.method}'
   settings = [f'{name} {value}' for name, value in chosen.parameters.items() if value is not None and name != 'max_iterations']
   settings += [f'converged in {chosen.solver["iterations"]} iterations'] if chosen.solver else []
   how += f' ({", ".join(settings)}).' if settings else '.'

@@ -65,8 +65,8 @@ def check_data(config: ConfigDict) -> None:
     raise ValueError(f'config.data.on_error is {config.on_error!r}; known: {", ".join(ON_ERROR)}')
 
 
-def readable(splits: Splits, what: str, on_error: str, pool: Source | None = None) -> tuple[Splits, Source | None, dict[str, Any]]:
-  """The images that can be read, and what results.json says of those that cannot.
+def readable(splits: Splits, what: str, on_error: str, pool: Source | None = None) -> tuple[Splits, Source | None, dict[str, list[str]]]:
+  """The images that can be read, and the ids of those that cannot.
 
   With `on_error` 'raise' nothing is tried: the first image that cannot be read ends the run when its turn comes.
 
@@ -77,7 +77,7 @@ def readable(splits: Splits, what: str, on_error: str, pool: Source | None = Non
     pool: the pre-training data that is chosen from, where it is.
 
   Returns:
-    The splits, the pool, and for each of them that has such images `{'images': how many, 'first': ids of a hundred}`.
+    The splits, the pool, and the ids of such images by the name of the split: `target train`, ... `source pool`.
   """
   if on_error == 'raise':
     return splits, pool, {}
@@ -85,7 +85,12 @@ def readable(splits: Splits, what: str, on_error: str, pool: Source | None = Non
   tried = {name: without_damaged(source, name, name.endswith(('train', 'pool'))) if source is not None else (None, [])
            for name, source in named.items()}
   *kept, pool = (source for source, _ in tried.values())
-  return Splits(*kept), pool, {name: {'images': len(ids), 'first': ids[:100]} for name, (_, ids) in tried.items() if ids}
+  return Splits(*kept), pool, {name: ids for name, (_, ids) in tried.items() if ids}
+
+
+def skipped_summary(skipped: Mapping[str, list[str]]) -> dict[str, dict[str, Any]]:
+  """What results.json says of images that cannot be read: how many of each split, and the ids of a hundred."""
+  return {name: {'images': len(ids), 'first': ids[:100]} for name, ids in skipped.items()}
 
 
 def in_memory(splits: Splits, what: str, wanted: bool) -> Splits:
