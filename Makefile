@@ -29,7 +29,7 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev
 	@echo "== tests"
-	@$(RUN) -m pytest --numprocesses=logical --maxprocesses=4 --dist=loadfile
+	@$(RUN) -m pytest --numprocesses=logical --maxprocesses=4 --dist=worksteal
 
 lint: $(VENV)/.installed-dev
 	@$(VENV)/bin/ruff check .
