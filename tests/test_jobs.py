@@ -24,9 +24,11 @@ PRETRAIN = ['--config.job=pretrain', '--config.model.weights=', "--config.train.
 FINETUNE = ['--config.train.steps=24', '--config.train.eval_every=8', '--config.train.log_every=4', '--config.train.batch_size=16']
 
 
-def environment(devices: int) -> dict[str, str]:
+def environment(devices: int, optimize: bool = False) -> dict[str, str]:
+  # These runs are so short that compiling is most of them.
+  fast = {} if optimize else {'JAX_DISABLE_MOST_OPTIMIZATIONS': '1'}
   # The exception is ml_collections' own, when it reads a config on Python 3.11.
-  return {**os.environ, 'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}', 'JAX_PLATFORMS': 'cpu',
+  return {**os.environ, **fast, 'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}', 'JAX_PLATFORMS': 'cpu',
           'PYTHONWARNINGS': 'error,ignore:the load_module() method is deprecated:DeprecationWarning'}
 
 
@@ -34,8 +36,8 @@ def command(workdir, *flags: str) -> list[str]:
   return [sys.executable, 'main.py', *flags, f'--workdir={workdir}']
 
 
-def main(workdir, *flags: str, devices: int = 2) -> subprocess.CompletedProcess:
-  return subprocess.run(command(workdir, *flags), cwd=ROOT, env=environment(devices), capture_output=True, text=True, check=False)
+def main(workdir, *flags: str, devices: int = 2, optimize: bool = False) -> subprocess.CompletedProcess:
+  return subprocess.run(command(workdir, *flags), cwd=ROOT, env=environment(devices, optimize), capture_output=True, text=True, check=False)
 
 
 @pytest.fixture(scope='module')
@@ -253,7 +255,7 @@ def test_same_images_on_both_sides_warns(photos, tmp_path):
 
 def test_the_demo(tmp_path):
   """The README's first command, whole: optimal transport puts the ten digits above the sixteen patches, and the target is learnt."""
-  run = main(tmp_path / 'demo', '--config=configs/digits.py', devices=1)
+  run = main(tmp_path / 'demo', '--config=configs/digits.py', devices=1, optimize=True)
   assert run.returncode == 0, run.stderr
   selection = json.loads((tmp_path / 'demo' / 'selection.json').read_text())
   assert sorted(selection['names'][i] for i in selection['units']) == [f'digit {i}' for i in range(10)]
