@@ -2,14 +2,13 @@
 
 from concurrent import futures
 import importlib.metadata
-import json
 import os
-import pathlib
 
 import numpy as np
 
 from ft_jax import progress
 from ft_jax.data import augment
+from ft_jax.data.kept import kept
 from ft_jax.data.sources import digest, Source
 
 
@@ -43,25 +42,17 @@ def _damaged(source: Source, what: str) -> list[str]:
   """The ids of the images that cannot be decoded, in the order of the source."""
   # Another version of a decoder may read what this one does not.
   versions = [importlib.metadata.version(name) for name in ('pillow', 'simplejpeg')]
-  folder = pathlib.Path(os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache') / 'ft_jax' / 'damaged'
-  path = folder / f'{digest(source.fingerprint, source.stamp, *versions, str(augment.MOST_PIXELS))}.json'
-  try:
-    return json.loads(path.read_text())
-  except (OSError, ValueError):
-    pass  # not there, or damaged: made again
-  damaged, starts = [], range(0, len(source), 512)
-  with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-    for start in progress.bar(starts, f'trying the images of {what}', len(starts), 'x 512 images'):
-      rows = range(start, min(start + 512, len(source)))
-      damaged += [str(source.ids[i]) for i, readable in zip(rows, pool.map(lambda i: _readable(source, i), rows)) if not readable]
-  try:
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f'.{path.stem}.{os.getpid()}.tmp')
-    temporary.write_text(json.dumps(damaged))
-    os.replace(temporary, path)
-  except OSError:
-    pass  # a cache that cannot be written costs time, nothing else
-  return damaged
+  key = digest(source.fingerprint, source.stamp, *versions, str(augment.MOST_PIXELS))
+
+  def find() -> dict[str, np.ndarray]:
+    damaged, starts = [], range(0, len(source), 512)
+    with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+      for start in progress.bar(starts, f'trying the images of {what}', len(starts), 'x 512 images'):
+        rows = range(start, min(start + 512, len(source)))
+        damaged += [str(source.ids[i]) for i, readable in zip(rows, pool.map(lambda i: _readable(source, i), rows)) if not readable]
+    return {'ids': np.asarray(damaged, str)}
+
+  return kept('damaged', key, find)['ids'].tolist()
 
 
 def _readable(source: Source, i: int) -> bool:

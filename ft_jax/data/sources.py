@@ -10,12 +10,12 @@ import os
 import pathlib
 import re
 from typing import Any, NamedTuple
-import zipfile
 
 import numpy as np
 
 from ft_jax import progress
 from ft_jax.data import digits, imagenet
+from ft_jax.data.kept import kept
 
 ALSO_CALLED = {'val': 'validation', 'validation': 'val'}  # folders with the same meaning
 IMAGENET_VAL = ('. ImageNet\'s 50,000 validation images come without folders: sort them into those of their WordNet ids '
@@ -329,7 +329,8 @@ def _tfds_class_names(builder: Any) -> list[str]:
         found[record['label']] = record['label_name'].decode()
     return {'names': np.asarray(found if len(set(found)) == len(found) else names)}
 
-  return _kept([path for split in builder.info.splits.values() for path in split.filepaths], 'class names', read)['names'].tolist()
+  files = [path for split in builder.info.splits.values() for path in split.filepaths]
+  return kept('labels', digest('3', 'class names', _stamp(files)), read)['names'].tolist()
 
 
 def tfds_builder(name: str, data_dir: str) -> Any:
@@ -394,8 +395,8 @@ def _tfds_labels_and_ids(store: Any, full_name: str, split: str, parts: Sequence
     named = [f'{stored_in}/{name}' for stored_in, name in zip(splits, names)]
     return {'labels': labels, 'ids': np.asarray(named if all(names) and len(set(named)) == len(named) else places)}
 
-  kept = _kept([part.filename for part in parts], f'{full_name} {split}', read)
-  return kept['labels'], kept['ids']
+  known = kept('labels', digest('3', f'{full_name} {split}', _stamp([part.filename for part in parts])), read)
+  return known['labels'], known['ids']
 
 
 def _file_name(record: dict[str, Any], class_names: Sequence[str]) -> str:
@@ -405,27 +406,6 @@ def _file_name(record: dict[str, Any], class_names: Sequence[str]) -> str:
       name = record[feature].decode()
       return f'{class_names[record["label"]]}/{name}' if needs_class else name
   return ''
-
-
-def _kept(files: Sequence[str | os.PathLike[str]], what: str, read: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-  """What `read` makes of files, kept for the next time in the user's cache folder as long as the files are the same."""
-  key = digest('3', what, _stamp(files))
-  folder = pathlib.Path(os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache') / 'ft_jax' / 'labels'
-  path = folder / f'{key}.npz'
-  try:
-    with open(path, 'rb') as stream, np.load(stream) as saved:
-      return dict(saved)
-  except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile):
-    pass  # not there, or damaged: made again
-  made = read()
-  try:
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f'.{path.stem}.{os.getpid()}.npz')
-    np.savez(temporary, **made)
-    os.replace(temporary, path)
-  except OSError:
-    pass  # a cache that cannot be written costs time, nothing else
-  return made
 
 
 def _stamp(files: Sequence[str | os.PathLike[str]]) -> str:

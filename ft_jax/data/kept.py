@@ -1,0 +1,34 @@
+"""What is known of image sets from reading all of them once, kept in the user's cache folder for the next time."""
+
+from collections.abc import Callable
+import os
+import pathlib
+import zipfile
+
+import numpy as np
+
+
+def kept(what: str, key: str, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+  """Arrays by name: those that were kept, or what `make` gives now.
+
+  Args:
+    what: names the folder, such as 'labels'.
+    key: changes with everything that the arrays depend on.
+    make: takes long.
+  """
+  folder = pathlib.Path(os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache') / 'ft_jax' / what
+  path = folder / f'{key}.npz'
+  try:
+    with open(path, 'rb') as stream, np.load(stream) as saved:
+      return dict(saved)
+  except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile):
+    pass  # not there, or damaged: made again
+  made = make()
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f'.{path.stem}.{os.getpid()}.npz')
+    np.savez(temporary, **made)
+    os.replace(temporary, path)
+  except OSError:
+    pass  # a cache that cannot be written costs time, nothing else
+  return made
