@@ -73,7 +73,7 @@ def ours(state: dict[str, np.ndarray], name: str, images: np.ndarray, labels: np
   evaluated = jax.jit(model.apply)(variables, images)
   gradients, (trained, updates) = jax.jit(jax.grad(loss_fn, has_aux=True))(variables['params'])
   everything = (('.*', 1.0),)
-  tx = optimizer.sgd(optax.constant_schedule(peer.SGD['lr']), variables['params'], momentum=peer.SGD['momentum'],
+  tx = optimizer.make_optimizer('sgd', optax.constant_schedule(peer.SGD['lr']), variables['params'], momentum=peer.SGD['momentum'],
                      nesterov=peer.SGD['nesterov'], weight_decay=peer.SGD['weight_decay'], learning_rate_groups=everything,
                      weight_decay_groups=everything)
   state = train.create_state(variables, tx)

@@ -1,15 +1,20 @@
-"""Every field of every job, once. The other configs are `get_config()` of this one and their differences."""
+"""Every field of every job, once; those of a method stand in ft_jax/methods/<method>.py.
+
+The other configs are `get_config()` of this one and their differences.
+"""
 
 from ml_collections import ConfigDict
+
+from ft_jax import methods
 
 
 def get_config() -> ConfigDict:
   config = ConfigDict()
-  config.job = 'finetune'  # what main.py runs: finetune, pretrain, compare, export or predict
+  config.job = 'finetune'  # what main.py runs: finetune, pretrain, compare, export, predict or stability
   config.seed = 0  # of everything random: heads, order of data, crops, carved val split, random selection
   config.data_dir = ''  # prepared TFDS sets ('' is ~/tensorflow_datasets); relative folder: paths start here
   config.image_size = 224  # pixels a side that the network sees
-  config.workdir = ''  # jobs export and predict: the workdir of the fine-tuning that they use
+  config.workdir = ''  # jobs export, predict and stability: the workdir of the fine-tuning that they use
 
   config.target = ConfigDict()  # the images to be good at
   config.target.name = ''  # tfds:<name>[/config][:version], or folder:<path> of <split>/<class>/<image> or <class>/<image>
@@ -18,8 +23,16 @@ def get_config() -> ConfigDict:
   config.target.test = 'test'  # split that is read once, at the end; '' for none; 'rest' is what train_per_class leaves of train
   config.target.val_fraction = 0.1  # part of each class's training images for val, at least one (target.val = '')
   config.target.train_per_class = 0  # draw so many training images of each class, by seed; 0 is all of them
+  config.target.train_fraction = 1.0  # draw this part of the training images of each class, at least one, by seed
+  config.target.balanced = False  # every class comes equally often in training, however many images it has
   config.target.without = ()  # names of classes to leave out, such as ('background_google',)
   config.target.metric = 'top1'  # chooses the best checkpoint: top1 or mean_per_class; both are always reported
+
+  config.noise = ConfigDict()  # wrong labels for studies, in the target's training images alone; val and test stay clean
+  config.noise.kind = ''  # symmetric, asymmetric (by noise.map), nonuniform, model (what the run noise.labels says); '' for none
+  config.noise.rate = 0.0  # part of the training images whose labels are drawn anew; 0 to 1
+  config.noise.map = ()  # asymmetric: pairs of class names (from, to), such as (('wolf', 'husky'),)
+  config.noise.labels = ''  # model: the workdir of a finished run of the same classes, or a CSV file of job predict
 
   config.source = ConfigDict()  # the pre-training data
   config.source.name = ''  # like target.name; '' for none (selection.method must then be none)
@@ -62,8 +75,12 @@ def get_config() -> ConfigDict:
   config.augment.scale = (0.08, 1.0)  # area of the random crop, as parts of the image
   config.augment.ratio = (3 / 4, 4 / 3)  # width over height of the random crop
   config.augment.flip = True  # mirror half of the training images
+  config.augment.randaugment = 0  # random operations an image (RandAugment), with Cutout behind them as in FixMatch; 0 for none
+  config.augment.magnitude = 10  # of these operations, 2 to 10
   config.augment.antialias = False  # average training crops wherever they shrink (slower); else only beyond a factor of two
   config.augment.short_side = 0  # evaluation: short side before the middle is cut out; 0 is image_size * 256 / 224
+
+  config.methods = ConfigDict(methods.defaults())  # published methods; the first field of each switches it on
 
   config.train = train_config()  # of the job itself
   config.pretrain = train_config()  # of the pre-training that model.weights = 'pretrain' runs first
@@ -71,6 +88,13 @@ def get_config() -> ConfigDict:
   config.predict = ConfigDict()  # job predict
   config.predict.images = ''  # a folder, an image, or a text file of paths, one a line
   config.predict.top = 3  # how many classes a row of the CSV names
+
+  config.stability = ConfigDict()  # job stability: how sharp the minimum is that a run found, and how far it went
+  config.stability.sigma = 1e-3  # standard deviation of the noise on each weight
+  config.stability.draws = 20  # perturbed networks
+  config.stability.images = 1000  # of the test split (of val where there is none); 0 is all
+  config.stability.probes = 100  # random vectors for the trace of the Hessian, at most; 0 leaves it out
+  config.stability.tolerance = 1e-3  # relative change of the trace at which no more vectors are drawn
 
   config.compare = ConfigDict()  # job compare: the same fine-tuning with each method and seed
   config.compare.methods = ('none', 'random', 'uot')  # values of selection.method
@@ -85,15 +109,22 @@ def train_config() -> ConfigDict:
   train.epochs = 100.0  # passes over the main stream's training images
   train.steps = 0  # length in steps instead; 0 takes epochs
   train.learning_rate = 0.01  # the highest one, times the factor of the group
-  train.learning_rate_groups = (('heads/.*', 10.0), ('.*', 1.0))  # (pattern of the whole path, factor); first match
+  # (pattern of the whole path, factor), first match; () is 10 for heads that start fresh on weights that do not, 1 for all else
+  train.learning_rate_groups = ()
+  train.layer_decay = 1.0  # the rate is multiplied by it once more for each block away from the heads; 1 for none
   train.schedule = 'milestones'  # milestones, cosine or constant
   train.milestones = (0.6, 0.8)  # parts of the run after which the rate is multiplied by decay
   train.decay = 0.1  # see milestones
   train.warmup = 0.0  # part of the run over which the rate rises from zero
-  train.momentum = 0.9  # of SGD, 0 to below 1
-  train.nesterov = True  # look ahead along the momentum
+  train.optimizer = 'sgd'  # sgd, adam, adamw or amsgrad
+  train.momentum = 0.9  # of sgd, 0 to below 1
+  train.nesterov = True  # of sgd: look ahead along the momentum
+  train.clip = 0.0  # largest norm of the gradient over all parameters; 0 for any
   train.weight_decay = 1e-4  # times the factor of the group
   train.weight_decay_groups = (('.*', 1.0),)  # (pattern of the whole path, factor); first match
+  train.freeze = ''  # parameters that stay as they are: backbone (all but the heads), or a pattern of paths: 'conv1/.*|bn1/.*|layer1/.*'
+  train.average = 0.0  # moving average of the parameters, which then is what is evaluated and kept: how much a step keeps, as 0.999
+  train.accumulate = 1  # parts that a step's batch goes through the network in, one after the other: memory for a part alone
   train.eval_every = 0  # steps between evaluations on val, each with a checkpoint; 0 is a tenth of the run
   train.log_every = 0  # steps between lines of metrics.jsonl; 0 is a hundredth of the run
   return train

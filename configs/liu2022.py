@@ -26,7 +26,6 @@ def get_config(recipe: str = 'supervised') -> ConfigDict:
   config.source_ratio = 1.0
   config.train.batch_size = 256
   config.train.epochs = 100.0
-  config.train.learning_rate_groups = (('heads/.*', 10.0), ('.*', 1.0))
   config.train.schedule = 'milestones'  # x 0.1 after epochs 60 and 80
   config.train.milestones = (0.6, 0.8)
   config.train.decay = 0.1
@@ -37,7 +36,7 @@ def get_config(recipe: str = 'supervised') -> ConfigDict:
     config.model.name = 'resnet18'
     config.model.weights = 'timm:resnet18.tv_in1k'  # torchvision's own weights
     config.source_weight = 0.3
-    config.train.learning_rate = 0.003  # of the backbone; the heads have ten times as much
+    config.train.learning_rate = 0.003  # of the backbone; fresh heads have ten times as much
   else:
     config.model.name = 'resnet50'
     config.model.weights = 'moco_v2_800ep_pretrain.pth.tar'  # of https://github.com/facebookresearch/moco

@@ -8,7 +8,7 @@ import jax
 from orbax import checkpoint as ocp
 import tensorstore
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 class Checkpoints:
@@ -67,6 +67,17 @@ class Checkpoints:
                        'bring it back, or give another --workdir')
     return saved['state']
 
+  def structure(self, step: int) -> dict[str, Any]:
+    """Shapes and types of the state saved at `step`, as nested dicts.
+
+    Raises:
+      ValueError: it cannot be read.
+    """
+    _check_whole(epath.Path(self._manager.directory) / str(step))
+    saved = self._manager.item_metadata(step)['state']
+    tree = getattr(saved, 'tree', saved)  # orbax has had both
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), dict(tree))
+
   def wait(self) -> None:
     """Waits until everything is written."""
     self._manager.wait_until_finished()
@@ -77,7 +88,7 @@ class Checkpoints:
 
 
 def load_variables(workdir: epath.PathLike, step: int | None = None) -> dict[str, Any]:
-  """`{'params', 'batch_stats'}` of a checkpoint of a run, as numpy arrays.
+  """`{'params', 'batch_stats'}` of a checkpoint of a run, as numpy arrays: the moving averages where it kept them.
 
   Args:
     workdir: the run's.
@@ -100,7 +111,9 @@ def load_variables(workdir: epath.PathLike, step: int | None = None) -> dict[str
   _check_whole(folder / str(step))
   state = checkpoints._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore()))['state']
   checkpoints.close()
-  return jax.device_get({'params': state['params'], 'batch_stats': state['batch_stats']})
+  kept = state.get('average') or state
+  network = {key: value for key, value in kept['params'].items() if key != 'methods'}
+  return jax.device_get({'params': network, 'batch_stats': kept['batch_stats']})
 
 
 def _check_whole(folder: epath.Path) -> None:

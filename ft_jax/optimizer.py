@@ -1,11 +1,12 @@
-"""Stochastic gradient descent with learning-rate groups, and its schedules."""
+"""Optimizers with learning-rate groups, and the schedules of the learning rate."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import re
 from typing import Any
 
 import flax
 import jax
+import jax.numpy as jnp
 import optax
 
 Groups = Sequence[tuple[str, float]]
@@ -46,32 +47,75 @@ def make_schedule(kind: str, learning_rate: float, steps: int, *, milestones: Se
   return optax.join_schedules([lambda step: learning_rate * (step + 1) / rise, main], [rise])
 
 
-def sgd(schedule: optax.Schedule, params: Any, *, momentum: float, nesterov: bool, weight_decay: float,
-        learning_rate_groups: Groups, weight_decay_groups: Groups) -> optax.GradientTransformation:
-  """SGD as torch has it: weight decay goes into the gradient, the rate is applied after the momentum.
+def make_optimizer(kind: str, schedule: optax.Schedule, params: Any, *, momentum: float = 0.9, nesterov: bool = True,
+                   weight_decay: float = 0.0, learning_rate_groups: Groups = (('.*', 1.0),), weight_decay_groups: Groups = (('.*', 1.0),),
+                   layer_decay: float = 1.0, clip: float = 0.0) -> optax.GradientTransformation:
+  """An optimizer of the table below, as torch has it: sgd, adam and amsgrad add the weight decay to the gradient, adamw to the update.
 
   Args:
+    kind: a name of `OPTIMIZERS`.
     schedule: the learning rate of each step.
     params: the parameters (or their shapes), for their paths.
-    momentum: 0 to below 1.
-    nesterov: look ahead along the momentum.
-    weight_decay: times the parameter, added to its gradient.
+    momentum: of sgd, 0 to below 1.
+    nesterov: of sgd: look ahead along the momentum.
+    weight_decay: times the parameter.
     learning_rate_groups: (pattern, factor) pairs; see `by_pattern`.
     weight_decay_groups: likewise for the weight decay.
+    layer_decay: the rate is multiplied by it once more for each block that a parameter is further from the heads; see `depths`.
+    clip: the gradient is scaled down to this norm over all parameters; 0 leaves it.
 
   Raises:
-    ValueError: a momentum outside [0, 1), or groups that do not fit the parameters.
+    ValueError: an unknown kind, a number out of its range, or groups that do not fit the parameters.
   """
+  if kind not in OPTIMIZERS:
+    raise ValueError(f'train.optimizer is {kind!r}; known: {", ".join(OPTIMIZERS)}')
   if not 0 <= momentum < 1:
     raise ValueError(f'train.momentum is {momentum}; expected a number from 0 to below 1')
-  rates = by_pattern(params, learning_rate_groups, 'train.learning_rate_groups')
+  if not 0 < layer_decay <= 1:
+    raise ValueError(f'train.layer_decay is {layer_decay}; expected a number above 0, up to 1 (no decay)')
+  if not 0 <= clip < float('inf'):
+    raise ValueError(f'train.clip is {clip}; expected the largest norm of the gradient, or 0 for any')
+  groups = by_pattern(params, learning_rate_groups, 'train.learning_rate_groups')
   decays = by_pattern(params, weight_decay_groups, 'train.weight_decay_groups')
+  rates = jax.tree.map(lambda factor, depth: factor * layer_decay**depth, groups, depths(params))
+  decay = optax.stateless(lambda updates, params: jax.tree.map(lambda g, p, d: g + weight_decay * d * p, updates, params, decays))
+  main = OPTIMIZERS[kind](momentum, nesterov)
   return optax.chain(
-      optax.stateless(lambda updates, params: jax.tree.map(
-          lambda g, p, d: g + weight_decay * d * p, updates, params, decays)),
-      optax.trace(momentum, nesterov),
+      *([optax.clip_by_global_norm(clip)] if clip else []),
+      *((main, decay) if kind == 'adamw' else (decay, main)),
       optax.stateless(lambda updates, params: jax.tree.map(lambda g, r: r * g, updates, rates)),
       optax.scale_by_learning_rate(schedule))
+
+
+def scale_by_amsgrad(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> optax.GradientTransformation:
+  """AMSGrad as torch has it (Reddi, Kale and Kumar, ICLR 2018): the maximum is of the second moments before their bias correction.
+
+  optax.scale_by_amsgrad takes the maximum after it, where the large corrections of the first steps stay for good.
+  """
+
+  def update(updates: Any, state: optax.ScaleByAmsgradState, params: Any = None) -> tuple[Any, optax.ScaleByAmsgradState]:
+    count = state.count + 1
+    mu = jax.tree.map(lambda g, m: b1 * m + (1 - b1) * g, updates, state.mu)
+    nu = jax.tree.map(lambda g, v: b2 * v + (1 - b2) * g * g, updates, state.nu)
+    most = jax.tree.map(jnp.maximum, state.nu_max, nu)
+    steps = count.astype(jnp.float32)
+    scaled = jax.tree.map(lambda m, v: m / (1 - b1**steps) / (jnp.sqrt(v) / jnp.sqrt(1 - b2**steps) + eps), mu, most)
+    return scaled, optax.ScaleByAmsgradState(count=count, mu=mu, nu=nu, nu_max=most)
+
+  return optax.GradientTransformation(optax.scale_by_amsgrad(b1, b2, eps).init, update)
+
+
+def depths(params: Any) -> Any:
+  """How many blocks each parameter is away from the heads, as a tree of numbers: heads 0, the last block 1, ... the stem most.
+
+  Layer-wise decay after Howard and Ruder (ACL 2018) and Clark et al. (ICLR 2020), with a residual block as a layer.
+  """
+  flat = flax.traverse_util.flatten_dict(params, sep='/')
+  blocks = {path: re.match(r'layer(\d+)/(\d+)/', path) for path in flat}
+  order = sorted({(int(match[1]), int(match[2])) for match in blocks.values() if match})
+  numbers = {path: len(order) - order.index((int(match[1]), int(match[2]))) if match else
+             0 if path.startswith(('heads/', 'methods/')) else len(order) + 1 for path, match in blocks.items()}
+  return flax.traverse_util.unflatten_dict(numbers, sep='/')
 
 
 def by_pattern(params: Any, groups: Groups, what: str) -> Any:
@@ -102,3 +146,11 @@ def by_pattern(params: Any, groups: Groups, what: str) -> Any:
 
 
 SCHEDULES = ('milestones', 'cosine', 'constant')
+
+# Gradients to updates, from (momentum, nesterov).
+OPTIMIZERS: dict[str, Callable[[float, bool], optax.GradientTransformation]] = {
+    'sgd': lambda momentum, nesterov: optax.trace(momentum, nesterov),
+    'adam': lambda momentum, nesterov: optax.scale_by_adam(),
+    'adamw': lambda momentum, nesterov: optax.scale_by_adam(),
+    'amsgrad': lambda momentum, nesterov: scale_by_amsgrad(),
+}

@@ -41,3 +41,8 @@ def replicate(tree: Any) -> Any:
 def unreplicate(tree: Any) -> Any:
   """The first local device's copy, on the host."""
   return jax.tree.map(lambda x: np.asarray(x.addressable_data(0)).reshape(x.shape[1:]), tree)
+
+
+def gather(tree: Any) -> Any:
+  """In a pmapped function: arrays `[b, ...]` of all devices as one, `[devices * b, ...]`, the same on every device."""
+  return jax.tree.map(lambda x: jax.lax.all_gather(x, AXIS, tiled=True), tree)

@@ -1,14 +1,15 @@
 """The joint step and the loop around it.
 
-A step sees one batch of each stream: `target` alone, `target` and `source`, or (pre-training) `source` alone. Each stream has
+A step sees one batch of each stream: `target` alone, `target` and `source`, or (pre-training) `source` alone. Each labelled stream has
 the head of its own name; all streams go through the network in one forward pass, so BatchNorm sees their mixture
-(Liu et al., NeurIPS 2022). The loss is the weighted sum of the streams' cross-entropies.
+(Liu et al., NeurIPS 2022). The loss is the weighted sum of the streams' cross-entropies, and what the methods add.
 """
 
 from collections.abc import Callable, Iterator, Mapping
 import math
 import time
 from typing import Any, Protocol
+import zlib
 
 import flax
 import jax
@@ -16,67 +17,193 @@ import jax.numpy as jnp
 import optax
 
 from ft_jax import parallel
+from ft_jax.forward import forward
+from ft_jax.methods import all_needs, Method, Pass, State
+from ft_jax.methods.base import of_network, teacher_of, teacher_variables
 from ft_jax.models import resnet
-from ft_jax.models.resnet import ResNet
+from ft_jax.models.resnet import Outputs, ResNet
 
 StepFn = Callable[['TrainState', Mapping[str, Mapping[str, jax.Array]]], tuple['TrainState', dict[str, jax.Array]]]
 
 
 class TrainState(flax.struct.PyTreeNode):
-  """What a step reads and writes; `step` counts the updates done."""
+  """What a step reads and writes.
+
+  Attributes:
+    step: updates done.
+    params: of the network; those of methods are under 'methods'.
+    batch_stats: running statistics.
+    opt_state: of the optimizer.
+    start: what methods compare with: the variables that training began with, without fresh heads; {} where none does.
+    methods: the state of each method, by name.
+    average: moving averages `{'params', 'batch_stats'}`; {} where none are kept.
+  """
   step: jax.Array
   params: Any
   batch_stats: Any
   opt_state: optax.OptState
+  start: Any = flax.struct.field(default_factory=dict)
+  methods: dict[str, State] = flax.struct.field(default_factory=dict)
+  average: Any = flax.struct.field(default_factory=dict)
+
+  @property
+  def evaluated(self) -> dict[str, Any]:
+    """The `{'params', 'batch_stats'}` that are evaluated and used: the averages where there are any."""
+    return self.average or {'params': of_network(self.params), 'batch_stats': self.batch_stats}
 
 
-def create_state(variables: Mapping[str, Any], optimizer: optax.GradientTransformation) -> TrainState:
-  """The state before the first step, from the variables of a model."""
-  return TrainState(step=jnp.zeros((), jnp.int32), params=variables['params'], batch_stats=variables['batch_stats'],
-                    opt_state=optimizer.init(variables['params']))
+def create_state(variables: Mapping[str, Any], optimizer: optax.GradientTransformation, *, start: Any = None,
+                 methods: Mapping[str, State] | None = None, averaged: bool = False) -> TrainState:
+  """The state before the first step, from the variables of a model; see `TrainState`."""
+  params, batch_stats = variables['params'], variables['batch_stats']
+  return TrainState(step=jnp.zeros((), jnp.int32), params=params, batch_stats=batch_stats, opt_state=optimizer.init(params),
+                    start=start or {}, methods=dict(methods or {}),
+                    average={'params': of_network(params), 'batch_stats': batch_stats} if averaged else {})
 
 
-def make_train_step(model: ResNet, optimizer: optax.GradientTransformation, loss_weights: Mapping[str, float]) -> StepFn:
+def make_train_step(model: ResNet, optimizer: optax.GradientTransformation, loss_weights: Mapping[str, float], *,
+                    methods: Mapping[str, Method] | None = None, seed: int = 0, parts: int = 1, average: float = 0.0) -> StepFn:
   """The pmapped step: (state, {stream: batch}) -> (state, metrics), over all devices, with the state donated.
 
   Args:
-    model: with a head for each stream; where its `batch_norm` is 'frozen', statistics, scales and biases of BatchNorm come out
-      as they went in, whatever the optimizer does.
+    model: with a head for each labelled stream; what it freezes comes out as it went in, whatever the optimizer does.
     optimizer: of its parameters.
-    loss_weights: the weight of each stream's loss, by name: {'target': 1, 'source': lambda}.
+    loss_weights: the weight of each labelled stream's loss, by name: {'target': 1, 'source': lambda}.
+    methods: what is done beside that, by name.
+    seed: of what methods draw.
+    parts: the pass through the network goes in so many parts; see `forward`.
+    average: the part of the moving averages that a step keeps, where the state has averages; less in the first steps.
 
   Returns:
-    A function of a replicated state and sharded batches. Metrics (replicated scalars): `loss`; for each stream
-    `loss_<stream>` and `top1_<stream>` on the training batch.
+    A function of a replicated state and sharded batches. Metrics (replicated scalars): `loss`; for each labelled stream
+    `loss_<stream>` and `top1_<stream>` on the training batch; for each method `loss_<method>` and `<method>/<metric>`.
   """
+  methods = methods or {}
+  needs = all_needs(methods, model)
+  norm = next((norm for method in methods.values() if (norm := method.norm())), None)
+  if norm is not None:
+    model = model.clone(norm=norm)
+
+  def run(variables: Any, images: Mapping[str, jax.Array], key: jax.Array, **kwargs: Any) -> tuple[dict[str, Outputs], Any]:
+    return forward(model, variables, images, key=key, parts=parts, **kwargs)
 
   def step(state: TrainState, batch: Mapping[str, Mapping[str, jax.Array]]) -> tuple[TrainState, dict[str, jax.Array]]:
-    images = jnp.concatenate([batch[stream]['image'] for stream in loss_weights])
+    key = jax.random.fold_in(jax.random.key(seed), state.step)
+    keys = {name: jax.random.fold_in(key, zlib.crc32(name.encode())) for name in methods}
+    streams = [*loss_weights, *(stream for stream in sorted(batch) if stream not in loss_weights)]
+    images = {stream: batch[stream]['image'] for stream in streams}
+    labels = {stream: batch[stream]['label'] for stream in loss_weights}
+    images, labels = _mixed(methods, keys, images, labels, model.heads)
+    teacher = None
+    if needs.teacher:
+      teacher = forward(teacher_of(model, state.start), teacher_variables(state.start), {'target': images['target']}, train=False,
+                        layers=needs.layers, parts=parts)[0]['target']
+    images |= {f'{stream}/{view}': batch[stream][view] for stream, view in needs.seen}
+    fixed, fixed_stats = resnet.fixed(model, state.params), resnet.fixed(model, state.batch_stats)
 
-    def loss_fn(params: Any) -> tuple[jax.Array, tuple[Any, dict[str, jax.Array]]]:
-      outputs, updates = model.apply({'params': params, 'batch_stats': state.batch_stats}, images, train=True,
-                                     mutable=['batch_stats'])
-      metrics, first = {}, 0
-      for stream in loss_weights:
-        labels = batch[stream]['label']
-        logits = outputs.logits[stream][first:first + len(labels)]
-        first += len(labels)
-        metrics[f'loss_{stream}'] = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-        metrics[f'top1_{stream}'] = jnp.mean(jnp.argmax(logits, -1) == labels)
-      loss = sum(weight * metrics[f'loss_{stream}'] for stream, weight in loss_weights.items())
-      return loss, (updates['batch_stats'], {'loss': loss, **metrics})
+    def loss_fn(params: Any) -> tuple[jax.Array, tuple[Any, Any, dict[str, jax.Array]]]:
+      params = _stopped(fixed, params)
+      outputs, batch_stats = run({'params': of_network(params), 'batch_stats': state.batch_stats}, images, key, layers=needs.layers)
+      seen = None
+      if methods:
+        seen = Pass(params, state.batch_stats, state.start, teacher, outputs,
+                    {f'{stream}/{view}': batch[stream][view] for stream, view in needs.views}, labels['target'],
+                    batch['target']['index'], state.step, key, lambda *args: _apart(run, key, *args))
+      loss, states, metrics = _losses(methods, keys, loss_weights, outputs, labels, seen, state.methods)
+      return loss, (batch_stats, states, {'loss': loss, **metrics})
 
-    gradients, (batch_stats, metrics) = jax.grad(loss_fn, has_aux=True)(state.params)
+    gradients, (batch_stats, states, metrics) = jax.grad(loss_fn, has_aux=True)(state.params)
     # Running statistics are averaged too, so that the state is the same on every device.
     gradients, batch_stats, metrics = jax.lax.pmean((gradients, batch_stats, metrics), parallel.AXIS)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    if model.batch_norm == 'frozen':  # the old arrays: a mean of equal numbers, or an update of zero, need not keep every bit
-      batch_stats = state.batch_stats
-      params = jax.tree.map(lambda frozen, old, new: old if frozen else new, resnet.normalisation(params), state.params, params)
-    return TrainState(step=state.step + 1, params=params, batch_stats=batch_stats, opt_state=opt_state), metrics
+    for method in methods.values():
+      params = method.project(params, batch_stats, state.start)
+    params, batch_stats = _kept(fixed, state.params, params), _kept(fixed_stats, state.batch_stats, batch_stats)
+    averages = state.average
+    if averages:  # in the first steps little is worth keeping
+      rest = 1.0 - jnp.minimum(average, (1.0 + state.step) / (10.0 + state.step))
+      averages = jax.tree.map(lambda old, new: old + rest * (new - old), averages,
+                              {'params': of_network(params), 'batch_stats': batch_stats})
+    return state.replace(step=state.step + 1, params=params, batch_stats=batch_stats, opt_state=opt_state, methods=states,
+                         average=averages), metrics
 
   return jax.pmap(step, axis_name=parallel.AXIS, donate_argnums=(0,))
+
+
+def _mixed(methods: Mapping[str, Method], keys: Mapping[str, jax.Array], images: dict[str, jax.Array], labels: dict[str, jax.Array],
+           classes: Mapping[str, int]) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+  """Images and labels after the methods that mix those of the target; what they were where there is none."""
+  for name, method in methods.items():
+    if type(method).mix is not Method.mix:
+      image = resnet.normalize(images['target']) if images['target'].dtype == jnp.uint8 else images['target']
+      mixed, soft = method.mix(image, _distribution(labels['target'], classes['target']), keys[name])
+      images, labels = images | {'target': mixed}, labels | {'target': soft}
+  return images, labels
+
+
+def _losses(methods: Mapping[str, Method], keys: Mapping[str, jax.Array], loss_weights: Mapping[str, float],
+            outputs: Mapping[str, Outputs], labels: Mapping[str, jax.Array], seen: Pass | None,
+            states: Mapping[str, State]) -> tuple[jax.Array, dict[str, State], dict[str, jax.Array]]:
+  """The whole loss, the states of the methods after the step, and the metrics."""
+  states, metrics = dict(states), {}
+  for name, method in methods.items():
+    relabelled, states[name], told = method.relabel(_constant(seen)._replace(key=keys[name]), states[name])
+    seen = seen._replace(labels=relabelled)
+    metrics |= {f'{name}/{key}': value for key, value in told.items()}
+  for stream in loss_weights:
+    logits, answers = outputs[stream].logits[stream], seen.labels if methods and stream == 'target' else labels[stream]
+    metrics[f'top1_{stream}'] = jnp.mean(jnp.argmax(logits, -1) == (answers if answers.ndim == 1 else jnp.argmax(answers, -1)))
+    losses = _cross_entropy(logits, answers, methods if stream == 'target' else {})
+    for name, method in methods.items() if stream == 'target' else ():
+      weights = method.weigh(jax.lax.stop_gradient(losses), _constant(seen), states[name])
+      losses = losses if weights is None else losses * weights
+    metrics[f'loss_{stream}'] = losses.mean()
+  loss = sum(weight * metrics[f'loss_{stream}'] for stream, weight in loss_weights.items())
+  for name, method in methods.items():
+    term = method.loss(seen._replace(key=keys[name]), states[name])
+    states[name] = jax.lax.stop_gradient(term.state)
+    metrics |= {f'{name}/{key}': value for key, value in term.metrics.items()}
+    if type(method).loss is not Method.loss:
+      metrics[f'loss_{name}'] = term.loss
+      loss = loss + term.loss
+  return loss, states, metrics
+
+
+def _cross_entropy(logits: jax.Array, labels: jax.Array, methods: Mapping[str, Method]) -> jax.Array:
+  """Of each example, `[b]`, with the labels softened where a method does that."""
+  softening = [method for method in methods.values() if type(method).soften is not Method.soften]
+  if labels.ndim == 1 and not softening:
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+  soft = _distribution(labels, logits.shape[-1])
+  for method in softening:
+    soft = method.soften(soft)
+  return optax.softmax_cross_entropy(logits, soft)
+
+
+def _distribution(labels: jax.Array, classes: int) -> jax.Array:
+  return jax.nn.one_hot(labels, classes) if labels.ndim == 1 else labels
+
+
+def _apart(run: Callable[..., Any], key: jax.Array, variables: Any, images: jax.Array) -> tuple[Outputs, Any]:
+  """Another network's pass in training mode: `Pass.forward`."""
+  outputs, batch_stats = run(variables, {'images': images}, key)
+  return outputs['images'], jax.lax.pmean(batch_stats, parallel.AXIS)
+
+
+def _constant(seen: Pass) -> Pass:
+  """The same, without a gradient."""
+  return jax.lax.stop_gradient(seen._replace(forward=None))._replace(forward=seen.forward)
+
+
+def _stopped(fixed: Any, params: Any) -> Any:
+  """The parameters; no gradient is computed for those that stay fixed."""
+  return jax.tree.map(lambda stays, value: jax.lax.stop_gradient(value) if stays else value, fixed, params)
+
+
+def _kept(fixed: Any, old: Any, new: Any) -> Any:
+  """The new values, and the old arrays where they stay fixed: a mean of equal numbers, or an update of zero, need not keep every bit."""
+  return jax.tree.map(lambda stays, before, after: before if stays else after, fixed, old, new)
 
 
 class Diverged(RuntimeError):

@@ -14,7 +14,7 @@ PARAMS = {'conv1': {'kernel': np.full((2, 2), 0.5, np.float32)}, 'heads': {'targ
 def make(**kwargs):
   defaults = dict(momentum=0.9, nesterov=True, weight_decay=0.01, learning_rate_groups=(('heads/.*', 10.0), ('.*', 1.0)),
                   weight_decay_groups=(('.*/bias', 0.0), ('.*', 1.0)))
-  return optimizer.sgd(optax.constant_schedule(0.1), PARAMS, **{**defaults, **kwargs})
+  return optimizer.make_optimizer('sgd', optax.constant_schedule(0.1), PARAMS, **{**defaults, **kwargs})
 
 
 @pytest.mark.parametrize('nesterov', [True, False])

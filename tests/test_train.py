@@ -13,7 +13,7 @@ from torch_record import error, Record
 from ft_jax import parallel, train
 from ft_jax.jobs import fit
 from ft_jax.models import resnet, to_torch
-from ft_jax.optimizer import sgd
+from ft_jax.optimizer import make_optimizer
 
 LAMBDA = 0.3
 
@@ -93,8 +93,8 @@ def test_steps_equal_torchs(tmp_path):
   everything = (('.*', 1.0),)
   # Keeps the gradients of a step beside what the optimiser keeps.
   keep = optax.GradientTransformation(lambda params: params, lambda gradients, state, params=None: (gradients, gradients))
-  tx = optax.chain(keep, sgd(optax.constant_schedule(0.05), variables['params'], momentum=0.9, nesterov=True, weight_decay=0.02,
-                             learning_rate_groups=everything, weight_decay_groups=everything))
+  tx = optax.chain(keep, make_optimizer('sgd', optax.constant_schedule(0.05), variables['params'], momentum=0.9, nesterov=True,
+                                        weight_decay=0.02, learning_rate_groups=everything, weight_decay_groups=everything))
   step = train.make_train_step(model, tx, {'source': 1.0})
   state = parallel.replicate(train.create_state(variables, tx))
   batch = {'source': parallel.shard({'image': record.images, 'label': record.labels})}
@@ -116,7 +116,7 @@ def test_frozen_batch_norm_keeps_every_bit(setting):
   noisy = jax.tree.map(lambda x: (x + rng.uniform(0.1, 0.3, x.shape)).astype(x.dtype), variables)
   noisy['params']['bn1']['bias'][0] = -0.0  # an update of zero would lose the sign
   model = resnet.build('resnet18', {'target': 3, 'source': 5}, width=4, batch_norm='frozen')
-  optimizer = sgd(lambda step: 0.1, noisy['params'], momentum=0.9, nesterov=True, weight_decay=0.1,
+  optimizer = make_optimizer('sgd', lambda step: 0.1, noisy['params'], momentum=0.9, nesterov=True, weight_decay=0.1,
                   learning_rate_groups=(('heads/.*', 10.0), ('.*bn.*', 2.0), ('.*', 1.0)), weight_decay_groups=(('.*', 1.0),))
   state = parallel.replicate(train.create_state(noisy, optimizer))
   step = train.make_train_step(model, optimizer, {'target': 1.0, 'source': LAMBDA})

@@ -1,10 +1,10 @@
 """Batches of images. The order is a function of (seed, step): a run that starts again at a step gets the same batches.
 
 A batch is `{'image': uint8 [b, h, w, 3], 'label': int32 [b], 'index': int32 [b], 'mask': bool [b]}`, where `index` is the
-example's row in the source and `mask` is False for padding. Each host makes its own share.
+example's row in the source and `mask` is False for padding; further views of the images are like `image`. Each host makes its own share.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import dataclasses
 import functools
 import os
@@ -51,7 +51,8 @@ class Transform:
     return augment.center_crop(augment.decode(example.image, example.id, scratch=True), self.size, self.short_side)
 
 
-def train_batches(source: Source, transform: Transform, batch_size: int, *, stream: str, seed: int, start: int) -> Iterator[Batch]:
+def train_batches(source: Source, transform: Transform, batch_size: int, *, stream: str, seed: int, start: int,
+                  views: Mapping[str, Transform] | None = None, balanced: bool = False) -> Iterator[Batch]:
   """Endless training batches from step `start` on.
 
   The order is one permutation of the source after another, each with its own shuffle, cut into batches: every example
@@ -64,30 +65,63 @@ def train_batches(source: Source, transform: Transform, batch_size: int, *, stre
     stream: a name that keeps the orders of two streams of one run apart.
     seed: of the run.
     start: the first step wanted.
+    views: further views of each image, by their name in the batch, each with random numbers of its own.
+    balanced: every class comes once a turn of all classes, and its examples one permutation after another: each class equally often.
   """
   hosts, host = jax.process_count(), jax.process_index()
   key = zlib.crc32(f'{stream}/{seed}'.encode())
-
-  @functools.lru_cache(4)
-  def order(turn: int) -> np.ndarray:
-    # Not grain's shuffle: that takes 0.1 ms an example, which is half of what reading a cached one takes.
-    return np.random.default_rng((key, turn)).permutation(len(source))
+  order = (_balanced_order if balanced else _order)(source, key)
+  transforms = {'image': transform, **(views or {})}
 
   def make(step: int) -> Batch:
     # The random numbers of an example follow from its place in the global order, not from the host that reads it.
     places = range(step * batch_size + host, (step + 1) * batch_size, hosts)
-    rows = [int(order(place // len(source))[place % len(source)]) for place in places]
     bits = np.random.Philox(key=key)
     rng, state = np.random.Generator(bits), bits.state
 
-    def load(i: int, example: Example, out: np.ndarray) -> None:
-      state['state']['counter'][3] = places[i]
-      bits.state = state  # a third of the time that a new generator takes
-      transform.train(example, rng, out)
+    def load(i: int, example: Example, out: Mapping[str, np.ndarray]) -> None:
+      if views:  # decoded once for all
+        example = example._replace(image=augment.decode(example.image, example.id, scratch=True))
+      for view, (name, transform) in enumerate(transforms.items()):
+        state['state']['counter'][2:] = view, places[i]
+        bits.state = state  # a third of the time that a new generator takes
+        transform.train(example, rng, out[name])
 
-    return _batch(source, rows, load, transform.size)
+    return _batch(source, [order(place) for place in places], load, transform.size, tuple(transforms))
 
   return _prefetched(grain.MapDataset.range(sys.maxsize).map(make), start)
+
+
+def _order(source: Source, key: int) -> Callable[[int], int]:
+  """The row at each place of an endless order: one permutation after another."""
+
+  @functools.lru_cache(4)
+  def permutation(turn: int) -> np.ndarray:
+    # Not grain's shuffle: that takes 0.1 ms an example, which is half of what reading a cached one takes.
+    return np.random.default_rng((key, turn)).permutation(len(source))
+
+  return lambda place: int(permutation(place // len(source))[place % len(source)])
+
+
+def _balanced_order(source: Source, key: int) -> Callable[[int], int]:
+  """Likewise: one permutation of the classes after another, and in the n-th of them the n-th example of each class."""
+  classes = np.unique(source.labels)
+  rows = {k: np.flatnonzero(source.labels == k) for k in classes.tolist()}
+
+  @functools.lru_cache(4)
+  def permutation(turn: int) -> np.ndarray:
+    return np.random.default_rng((key, turn)).permutation(classes)
+
+  @functools.lru_cache(4 * len(classes))
+  def of_class(k: int, turn: int) -> np.ndarray:
+    return np.random.default_rng((key, turn, k)).permutation(rows[k])
+
+  def row(place: int) -> int:
+    turn, at = divmod(place, len(classes))
+    k = int(permutation(turn)[at])
+    return int(of_class(k, turn // len(rows[k]))[turn % len(rows[k])])
+
+  return row
 
 
 class EvalBatches:
@@ -105,28 +139,29 @@ class EvalBatches:
   def __iter__(self) -> Iterator[Batch]:
     hosts, host = jax.process_count(), jax.process_index()
 
-    def load(i: int, example: Example, out: np.ndarray) -> None:
-      out[:] = self._transform.evaluate(example)
+    def load(i: int, example: Example, out: Mapping[str, np.ndarray]) -> None:
+      out['image'][:] = self._transform.evaluate(example)
 
     def make(step: int) -> Batch:
       first = step * self._batch_size * hosts + host
       rows = np.arange(first, min(first + self._batch_size * hosts, len(self._source)), hosts)
-      batch = _batch(self._source, rows, load, self._transform.size)
+      batch = _batch(self._source, rows, load, self._transform.size, ('image',))
       missing = self._batch_size - len(rows)
       return {key: np.pad(value, [(0, missing)] + [(0, 0)] * (value.ndim - 1)) if missing else value for key, value in batch.items()}
 
     return _prefetched(grain.MapDataset.range(self._steps).map(make), 0)
 
 
-def _batch(source: Source, rows: Sequence[int], load: Callable[[int, Example, np.ndarray], None], size: int) -> Batch:
-  """The examples of some rows; `load` gets each one's place in the batch, the example, and where its image goes."""
-  images = np.empty((len(rows), size, size, 3), np.uint8)
+def _batch(source: Source, rows: Sequence[int], load: Callable[[int, Example, Mapping[str, np.ndarray]], None], size: int,
+           views: Sequence[str]) -> Batch:
+  """The examples of some rows; `load` gets each one's place in the batch, the example, and where its views go."""
+  images = {view: np.empty((len(rows), size, size, 3), np.uint8) for view in views}
   labels = np.empty(len(rows), np.int32)
   for i, row in enumerate(rows):
     example = source[row]
-    load(i, example, images[i])
+    load(i, example, {view: images[view][i] for view in views})
     labels[i] = example.label
-  return {'image': images, 'label': labels, 'index': np.asarray(rows, np.int32), 'mask': np.ones(len(rows), bool)}
+  return {**images, 'label': labels, 'index': np.asarray(rows, np.int32), 'mask': np.ones(len(rows), bool)}
 
 
 def _prefetched(batches: grain.MapDataset, start: int) -> Iterator[Batch]:

@@ -138,8 +138,8 @@ def carve(source: Source, fraction: float, seed: int) -> tuple[Source, Source]:
   return first, second
 
 
-def draw(source: Source, per_class: int, seed: int) -> tuple[Source, Source]:
-  """Draws a number of examples of every class: (the drawn ones, the rest).
+def draw(source: Source, per_class: int, seed: int, fraction: float = 1.0) -> tuple[Source, Source]:
+  """Draws a number of examples of every class, or (`per_class` 0) a part of them, at least one: (the drawn ones, the rest).
 
   The choice depends on the seed and on the ids without the split that they begin with: an image is drawn or not whichever
   split it is stored in.
@@ -148,6 +148,9 @@ def draw(source: Source, per_class: int, seed: int) -> tuple[Source, Source]:
     ValueError: a class that has fewer.
   """
   sizes = np.bincount(source.labels, minlength=len(source.class_names))
+  if not per_class:
+    counts = np.minimum(sizes, np.maximum(1, np.round(fraction * sizes).astype(int)))
+    return _parts(source, counts, [digest('draw', str(seed), i.partition('/')[2]) for i in source.ids])
   small = np.flatnonzero(sizes < per_class)
   if len(small):
     raise ValueError(f'{source.name}: train_per_class is {per_class}, but {source.class_names[small[0]]} has {sizes[small[0]]} images'

@@ -1,6 +1,6 @@
 """Job finetune: select pre-training data for a target, fine-tune on both together, see what came of it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
 import functools
 import os
@@ -12,7 +12,7 @@ import jax
 from ml_collections import ConfigDict
 import numpy as np
 
-from ft_jax import parallel, progress, report
+from ft_jax import methods, parallel, progress, report
 from ft_jax.data import augment
 from ft_jax.data.pipeline import EvalBatches, Transform
 from ft_jax.data.sources import digest, open_source, Source
@@ -58,24 +58,30 @@ def run(config: ConfigDict, workdir: epath.PathLike, embeddings: epath.PathLike 
 def _train(config: ConfigDict, work: Workdir, splits: setup.Splits, pool: Source | None, embeddings: epath.Path,
            unreadable: Sequence[str]) -> dict[str, Any]:
   """Weights, selection, joint fine-tuning, evaluation: the results. `unreadable` are ids that the pool has lost."""
+  active = methods.active(config.methods.to_dict())
   weights = _weights(config, work, pool)
   transform = setup.make_transform(config)
   chosen = _select(config, work, weights, splits.train, pool, transform, embeddings, unreadable)
-  streams = {'target': fit.Stream(splits.train, config.train.batch_size, 1.0)}
+  streams = {'target': fit.Stream(splits.train, config.train.batch_size, 1.0, config.target.balanced)}
   heads = {'target': len(splits.train.class_names)}
   if chosen is not None:
-    # The source head keeps all classes of the pool, as in the paper; only the chosen ones ever come.
-    heads['source'] = len(pool.class_names)
+    labelled = not any(method.unlabelled_source for method in active.values())
+    if labelled:  # the source head keeps all classes of the pool, as in the paper; only the chosen ones ever come
+      heads['source'] = len(pool.class_names)
     helping = pool.of_classes(chosen.classes) if chosen.by == 'class' else pool.subset(chosen.rows)
     if not len(helping):
       raise ValueError(f'the selection ({config.selection.file or work.selection_json}) has no image of {pool.name}; '
                        'select again, or train without: --config.selection.method=none')
-    streams['source'] = fit.Stream(helping, _source_batch(config), config.source_weight)
+    streams['source'] = fit.Stream(helping, _source_batch(config), config.source_weight if labelled else None)
 
-  model = setup.build_model(config.model, heads)
-  variables = setup.init_variables(model, config.image_size, config.seed, weights.variables if weights else None)
+  needs = methods.all_needs(active, setup.build_model(config.model, heads))
+  start = weights.variables if weights else None
+  if needs.trained_classifier:
+    heads['pretrained'] = len(start['params']['heads']['pretrained']['bias'])
+  model = setup.build_model(config.model, heads, config.train.freeze)
+  variables = setup.init_variables(model, config.image_size, config.seed, start)
   results = fit.fit(config.train, work, model=model, variables=variables, streams=streams, splits=splits, transform=transform,
-                    metric=config.target.metric, seed=config.seed)
+                    metric=config.target.metric, seed=config.seed, start=start, methods=active)
   return {
       'job': 'finetune', **results,
       'target': {'name': config.target.name, 'classes': len(splits.train.class_names), 'fingerprint': splits.train.fingerprint,
@@ -95,19 +101,38 @@ def check(config: ConfigDict) -> None:
   per_class = config.target.train_per_class
   if per_class < 0:
     raise ValueError(f'config.target.train_per_class is {per_class}; expected images of each class, or 0 for all of them')
-  if config.target.test == 'rest' and not per_class:
-    raise ValueError("config.target.test is 'rest', what is not drawn for training, but config.target.train_per_class is 0; set either")
+  fraction = config.target.train_fraction
+  if not 0 < fraction <= 1:
+    raise ValueError(f'config.target.train_fraction is {fraction}; expected a part of the images above 0, up to 1 (all)')
+  if fraction < 1 and per_class:
+    raise ValueError('config.target.train_fraction and config.target.train_per_class both say how many images are drawn; set one')
+  if config.target.test == 'rest' and not per_class and fraction == 1:
+    raise ValueError("config.target.test is 'rest', what is not drawn for training, but config.target.train_per_class is 0 and "
+                     'train_fraction is 1; set either')
   _check_selection(config)
   setup.check_data(config.data)
   setup.make_transform(config)
   setup.check_weights(config.model)
   # The numbers of classes are not known yet and do not matter for what is checked.
-  heads = ('target',) if config.selection.method == 'none' else ('target', 'source')
-  fit.check(config.train, config.target.metric, setup.build_model(config.model, dict.fromkeys(heads, 2)), config.image_size)
+  active = methods.active(config.methods.to_dict())
+  heads = _heads(config, active)
+  model = setup.build_model(config.model, dict.fromkeys(heads, 2), config.train.freeze)
+  fresh = {'target'} | ({'source'} & set(heads) if config.model.source_head == 'fresh' else set()) if config.model.weights else ()
+  fit.check(config.train, config.target.metric, model, config.image_size, fresh)
+  methods.check(active, methods.Plan(model, config.image_size, config.train.batch_size, config.selection.method != 'none',
+                                     config.model.weights))
   if config.selection.method != 'none':
     parallel.check_batch(_source_batch(config), 'config.source_ratio * config.train.batch_size')
+    fit.check_parts(config.train.accumulate, _source_batch(config), 'config.source_ratio * config.train.batch_size')
   if config.model.weights == 'pretrain':
     fit.check(config.pretrain, 'top1', setup.build_model(config.model, {'source': 2}), config.image_size)
+
+
+def _heads(config: ConfigDict, active: Mapping[str, methods.Method]) -> list[str]:
+  """Names of the heads that are trained."""
+  needs = methods.all_needs(active, setup.build_model(config.model, {'target': 2}))
+  labelled = config.selection.method != 'none' and not any(method.unlabelled_source for method in active.values())
+  return ['target', *(['source'] if labelled else []), *(['pretrained'] if needs.trained_classifier else [])]
 
 
 def _check_selection(config: ConfigDict) -> None:
@@ -185,10 +210,12 @@ def _weights(config: ConfigDict, work: Workdir, pool: Source | None) -> setup.We
   if not config.model.weights:
     log.warning('warning: config.model.weights is empty, so the network starts from random weights')
     return None
-  has_head = config.model.source_head == 'pretrained' and config.selection.method != 'none'
+  active = methods.active(config.methods.to_dict())
+  classifier = any(method.needs(setup.build_model(config.model, {})).classifier for method in active.values())
+  has_head = config.model.source_head == 'pretrained' and 'source' in _heads(config, active)
   classes = len(pool.class_names) if has_head else None
   if config.model.weights != 'pretrain':
-    return setup.load_weights(config.model.weights, classes=classes, projection=_projects(config))
+    return setup.load_weights(config.model.weights, classes=classes, classifier=classifier, projection=_projects(config))
   # A run of its own beside the others, with its own checkpoints and report.
   # Only what it depends on: it is not lost where something else is changed.
   fields = config.to_dict()
@@ -197,7 +224,7 @@ def _weights(config: ConfigDict, work: Workdir, pool: Source | None) -> setup.We
   own.model.source_head, own.model.batch_norm = 'fresh', 'train'
   own.data.cache = False  # that is for the target: the pool is large
   pretrain.run(own, work.path / 'pretrain')
-  return setup.load_weights(str(work.path / 'pretrain'), classes=classes)
+  return setup.load_weights(str(work.path / 'pretrain'), classes=classes, classifier=classifier)
 
 
 def _select(config: ConfigDict, work: Workdir, weights: setup.Weights | None, target: Source, pool: Source | None,

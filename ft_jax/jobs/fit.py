@@ -1,7 +1,8 @@
 """One training, from the first step to the test split: what fine-tuning and pre-training share."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 import contextlib
+import dataclasses
 import importlib.metadata
 import math
 import platform
@@ -10,6 +11,7 @@ import sys
 import time
 from typing import Any, NamedTuple
 
+import flax
 from flax import jax_utils
 import jax
 from ml_collections import ConfigDict
@@ -22,6 +24,8 @@ from ft_jax.data.pipeline import EvalBatches, train_batches, Transform
 from ft_jax.data.sources import Source
 from ft_jax.evaluate import evaluate, Evaluation, make_predict
 from ft_jax.jobs.setup import Splits, weights_fingerprint
+from ft_jax.methods import all_needs, Begin, Method
+from ft_jax.models import resnet
 from ft_jax.models.resnet import ResNet
 from ft_jax.progress import log
 from ft_jax.train import create_state, make_train_step, run_steps, TrainState
@@ -33,10 +37,18 @@ WAITING, WAITING_STEPS = 0.2, 20
 
 
 class Stream(NamedTuple):
-  """Images of one kind in every step: `batch_size` of them over all devices, and the weight of their loss."""
+  """Images of one kind in every step.
+
+  Attributes:
+    source: they are drawn from it.
+    batch_size: of them over all devices.
+    weight: of their loss; None where their labels are not used.
+    balanced: every class comes equally often.
+  """
   source: Source
   batch_size: int
-  weight: float
+  weight: float | None
+  balanced: bool = False
 
 
 class Plan(NamedTuple):
@@ -59,8 +71,16 @@ def make_plan(config: ConfigDict, examples: int) -> Plan:
   return Plan(steps, config.eval_every or math.ceil(steps / 10), config.log_every or math.ceil(steps / 100))
 
 
-def check(config: ConfigDict, metric: str, model: ResNet, image_size: int) -> None:
-  """Raises ValueError for settings of a training that cannot be right, before anything long begins."""
+def check(config: ConfigDict, metric: str, model: ResNet, image_size: int, fresh: Collection[str] = ()) -> None:
+  """Raises ValueError for settings of a training that cannot be right, before anything long begins.
+
+  Args:
+    config: the fields of `configs.default.train_config`.
+    metric: chooses the best checkpoint.
+    model: with the right heads, of any number of classes.
+    image_size: pixels a side.
+    fresh: the heads that start fresh on weights that do not.
+  """
   if metric not in METRICS:
     raise ValueError(f'metric is {metric!r}; known: {", ".join(METRICS)}')
   for name in ('steps', 'epochs', 'eval_every', 'log_every', 'learning_rate', 'weight_decay'):
@@ -68,14 +88,31 @@ def check(config: ConfigDict, metric: str, model: ResNet, image_size: int) -> No
       raise ValueError(f'train.{name} is {config[name]}; expected a number from 0')
   if not config.steps and not config.epochs:
     raise ValueError('train.steps and train.epochs are both 0; one of them gives the length')
+  if not 0 <= config.average < 1:
+    raise ValueError(f'train.average is {config.average}; expected the part of the averages that a step keeps, as 0.999, or 0 for none')
   parallel.check_batch(config.batch_size, 'train.batch_size')
+  check_parts(config.accumulate, config.batch_size, 'train.batch_size')
   shapes = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, image_size, image_size, 3), np.uint8))
-  _optimizer(config, _schedule(config, 1000), shapes['params'])
+  _optimizer(config, _schedule(config, 1000), shapes['params'], fresh)
+  if model.frozen and not any(jax.tree.leaves(resnet.fixed(model.clone(batch_norm='train'), shapes['params']))):
+    raise ValueError(f'train.freeze is {config.freeze!r}, which no parameter matches; paths look like '
+                     f'{next(iter(flax.traverse_util.flatten_dict(shapes["params"], sep="/")))!r}')
+  if all(jax.tree.leaves(resnet.fixed(model, shapes['params']))):
+    raise ValueError(f'train.freeze is {config.freeze!r}, which leaves no parameter to train')
 
 
-def _optimizer(config: ConfigDict, schedule: optax.Schedule, params: Any) -> optax.GradientTransformation:
-  return optimizer.sgd(schedule, params, momentum=config.momentum, nesterov=config.nesterov, weight_decay=config.weight_decay,
-                       learning_rate_groups=config.learning_rate_groups, weight_decay_groups=config.weight_decay_groups)
+def check_parts(parts: int, size: int, what: str) -> None:
+  """Raises ValueError where each device's share of a batch cannot be cut into equal parts."""
+  each = size // jax.device_count()
+  if parts < 1 or each % parts:
+    raise ValueError(f'train.accumulate is {parts}, into which the {each} images of a device ({what} {size}) cannot be cut evenly')
+
+
+def _optimizer(config: ConfigDict, schedule: optax.Schedule, params: Any, fresh: Collection[str]) -> optax.GradientTransformation:
+  groups = config.learning_rate_groups or (*((f'heads/{head}/.*', 10.0) for head in sorted(fresh)), ('.*', 1.0))
+  return optimizer.make_optimizer(
+      config.optimizer, schedule, params, momentum=config.momentum, nesterov=config.nesterov, weight_decay=config.weight_decay,
+      learning_rate_groups=groups, weight_decay_groups=config.weight_decay_groups, layer_decay=config.layer_decay, clip=config.clip)
 
 
 def _schedule(config: ConfigDict, steps: int) -> optax.Schedule:
@@ -83,8 +120,28 @@ def _schedule(config: ConfigDict, steps: int) -> optax.Schedule:
                                  decay=config.decay, warmup=config.warmup)
 
 
+def _begin(config: ConfigDict, checkpoints: Checkpoints, schedule: optax.Schedule, variables: Mapping[str, Any], begin: Begin,
+           methods: Mapping[str, Method]) -> tuple[TrainState, optax.GradientTransformation, int]:
+  """The state to start from, the optimizer, and the steps that the state has behind it."""
+  own = {name: params for name, method in methods.items() if (params := method.params(begin))}
+  variables = {**variables, 'params': {**variables['params'], **({'methods': own} if own else {})}}
+  fresh = set(begin.model.heads) - set(begin.start['params'].get('heads', {})) if begin.start else ()
+  tx = _optimizer(config, schedule, variables['params'], fresh)
+  needs = all_needs(methods, begin.model)
+  kept = begin.start if needs.start or needs.teacher or needs.classifier else None
+  done = checkpoints.latest_step
+  if done is None:
+    states = {name: method.setup(begin) for name, method in methods.items()}
+  else:  # what was made then is in the checkpoint
+    saved = checkpoints.structure(done).get('methods', {})
+    states = {name: saved.get(name, {}) for name in methods}
+  state = create_state(variables, tx, start=kept, methods=states, averaged=config.average > 0)
+  return (state, tx, 0) if done is None else (checkpoints.restore(done, state), tx, done)
+
+
 def fit(config: ConfigDict, work: Workdir, *, model: ResNet, variables: Mapping[str, Any], streams: Mapping[str, Stream],
-        splits: Splits, transform: Transform, metric: str, seed: int) -> dict[str, Any]:
+        splits: Splits, transform: Transform, metric: str, seed: int, start: Mapping[str, Any] | None = None,
+        methods: Mapping[str, Method] | None = None, true_labels: np.ndarray | None = None) -> dict[str, Any]:
   """Trains, keeps the newest and the best checkpoint, evaluates the best one, and returns the results.
 
   Args:
@@ -92,11 +149,14 @@ def fit(config: ConfigDict, work: Workdir, *, model: ResNet, variables: Mapping[
     work: where everything is written; a run that is there goes on from its newest checkpoint.
     model: with a head for each stream.
     variables: where it starts.
-    streams: by the name of their heads; the first one counts epochs and is evaluated.
+    streams: by the name of their heads, where they have labels; the first one counts epochs and is evaluated.
     splits: of the first stream.
     transform: what images go through.
     metric: chooses the best checkpoint.
     seed: of the order of data.
+    start: the pre-trained part of `variables`: heads that are not in it start fresh. None where nothing is pre-trained.
+    methods: what is done beside the cross-entropies, by name.
+    true_labels: int32 `[n]`, labels of the training examples before noise was put in, where it was.
 
   Raises:
     ValueError: a setting that does not fit.
@@ -105,28 +165,40 @@ def fit(config: ConfigDict, work: Workdir, *, model: ResNet, variables: Mapping[
   head = next(iter(streams))
   plan = make_plan(config, len(streams[head].source))
   schedule = _schedule(config, plan.steps)
-  tx = _optimizer(config, schedule, variables['params'])
+  methods = methods or {}
   checkpoints = Checkpoints(work.path, {
       **{f'{name} images': stream.source.fingerprint for name, stream in streams.items()}, 'val images': splits.val.fingerprint,
       'pre-trained weights': weights_fingerprint(variables)})
-  state, start = create_state(variables, tx), 0
-  if checkpoints.latest_step is not None:
-    start = checkpoints.latest_step
-    state = checkpoints.restore(start, state)
+  labels = splits.train.labels
+
+  def batches_of(split: str) -> Iterator[Any]:
+    batches = EvalBatches(getattr(splits, split), transform, streams[head].batch_size)
+    return progress.bar(batches, f'pre-trained network on {split}', len(batches))
+
+  begin = Begin(model, start or {}, len(splits.train.class_names), labels, labels if true_labels is None else true_labels,
+                streams[head].batch_size, seed, batches_of)
+  state, tx, start = _begin(config, checkpoints, schedule, variables, begin, methods)
+  if start:
     log.info('going on from step %d of %d', start, plan.steps)
   predict = make_predict(model, head)
   num_classes = len(splits.train.class_names)
 
   def evaluate_split(state: TrainState, source: Source, what: str) -> Evaluation:
     batches = EvalBatches(source, transform, streams[head].batch_size)
-    variables = {'params': state.params, 'batch_stats': state.batch_stats}
-    return evaluate(predict, variables, progress.bar(batches, what, len(batches)), num_classes)
+    return evaluate(predict, state.evaluated, progress.bar(batches, what, len(batches)), num_classes)
+
+  def evaluate_val(state: TrainState) -> dict[str, float]:
+    metrics = {f'val/{key}': value for key, value in evaluate_split(state, splits.val, 'val').summary().items()}
+    if state.average:  # what the parameters themselves are worth
+      alone = evaluate_split(state.replace(average={}), splits.val, 'val, without average')
+      metrics |= {f'val_without_average/{key}': value for key, value in alone.summary().items()}
+    return metrics
 
   if start < plan.steps:
     log.info('training %d steps of %s', plan.steps,
              ' + '.join(f'{stream.batch_size} {name} images' for name, stream in streams.items()))
   observer = _Observer(plan, MetricsWriter(work, start), checkpoints, metric, start, sum(s.batch_size for s in streams.values()),
-                       lambda state: evaluate_split(state, splits.val, 'val'), schedule)
+                       evaluate_val, schedule)
   with _signals() as stop, progress.counter('training', plan.steps, initial=start) as shown:
 
     def show(step: int, loss: float) -> None:
@@ -135,10 +207,11 @@ def fit(config: ConfigDict, work: Workdir, *, model: ResNet, variables: Mapping[
 
     if start < plan.steps:
       shown.set_postfix_str('compiling the step')
-      state, done = run_steps(
-          make_train_step(model, tx, {name: stream.weight for name, stream in streams.items()}), parallel.replicate(state),
-          _device_batches(streams, transform, seed, start), start=start, steps=plan.steps, log_every=plan.log_every,
-          eval_every=plan.eval_every, observer=observer, stop=lambda: bool(stop), progress=show)
+      labelled = {name: stream.weight for name, stream in streams.items() if stream.weight is not None}
+      step = make_train_step(model, tx, labelled, methods=methods, seed=seed, parts=config.accumulate, average=config.average)
+      batches = _device_batches(streams, transform, seed, start, all_needs(methods, model).views)
+      state, done = run_steps(step, parallel.replicate(state), batches, start=start, steps=plan.steps, log_every=plan.log_every,
+                              eval_every=plan.eval_every, observer=observer, stop=lambda: bool(stop), progress=show)
       if done < plan.steps:
         checkpoints.save(done, parallel.unreplicate(state), None)
         checkpoints.close()
@@ -189,10 +262,10 @@ class _Observer:
 
   def evaluate(self, step: int, state: TrainState) -> dict[str, float]:
     spent = time.perf_counter()
-    summary = self._evaluate(state).summary()
-    self._checkpoints.save(step, parallel.unreplicate(state), {'score': summary[self._metric], 'loss': summary['loss']})
+    metrics = self._evaluate(state)
+    self._checkpoints.save(step, parallel.unreplicate(state), {'score': metrics[f'val/{self._metric}'], 'loss': metrics['val/loss']})
     self._time += time.perf_counter() - spent  # the rate is that of training alone
-    return {f'val/{key}': value for key, value in summary.items()}
+    return metrics
 
   def wrote(self, step: int, metrics: dict[str, float]) -> None:
     now = time.perf_counter()
@@ -215,9 +288,11 @@ class _Observer:
                100 * share)
 
 
-def _device_batches(streams: Mapping[str, Stream], transform: Transform, seed: int, start: int) -> Iterator[Any]:
+def _device_batches(streams: Mapping[str, Stream], transform: Transform, seed: int, start: int,
+                    views: Collection[tuple[str, str]]) -> Iterator[Any]:
   """Batches of all streams side by side, on the devices one step ahead."""
-  each = {name: train_batches(stream.source, transform, stream.batch_size, stream=name, seed=seed, start=start)
+  each = {name: train_batches(stream.source, transform, stream.batch_size, stream=name, seed=seed, start=start, balanced=stream.balanced,
+                              views={view: VIEWS[view](transform) for of, view in views if of == name})
           for name, stream in streams.items()}
 
   def joined() -> Iterator[dict[str, dict[str, np.ndarray]]]:
@@ -271,3 +346,10 @@ def _batch_norm(model: ResNet, devices: int) -> str:
 
 def _spoken(summary: Mapping[str, float]) -> str:
   return f'top-1 {summary["top1"]:.1%}, mean per class {summary["mean_per_class"]:.1%}, loss {summary["loss"]:.3f}'
+
+
+# Further views of an image, as methods ask for them.
+VIEWS: dict[str, Callable[[Transform], Transform]] = {
+    'key': lambda transform: transform,
+    'strong': lambda transform: dataclasses.replace(transform, randaugment=2, magnitude=10),
+}

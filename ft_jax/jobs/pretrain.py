@@ -5,7 +5,7 @@ from typing import Any
 from etils import epath
 from ml_collections import ConfigDict
 
-from ft_jax import report
+from ft_jax import methods, report
 from ft_jax.jobs import fit, setup
 from ft_jax.progress import log
 from ft_jax.workdir import Workdir, write_results
@@ -21,7 +21,10 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
   setup.check_weights(config.model)
   setup.make_transform(config)
   # The number of classes is not known yet and does not matter for what is checked.
-  fit.check(config.train, 'top1', setup.build_model(config.model, {'source': 2}), config.image_size)
+  if on := methods.active(config.methods.to_dict()):
+    raise ValueError(f'config.methods.{next(iter(on))} is switched on, which is for fine-tuning and not for job pretrain')
+  model = setup.build_model(config.model, {'source': 2}, config.train.freeze)
+  fit.check(config.train, 'top1', model, config.image_size, ('source',) if config.model.weights else ())
   work = Workdir(workdir, config.to_dict())
   if not work.results():
     log.info('pre-training %s -> %s', config.model.name, work.path)
@@ -42,9 +45,10 @@ def _train(config: ConfigDict, work: Workdir) -> dict[str, Any]:
   weights = None
   if config.model.weights:
     weights = setup.load_weights(config.model.weights, classes=classes if config.model.source_head == 'pretrained' else None)
-  model = setup.build_model(config.model, {'source': classes})
+  model = setup.build_model(config.model, {'source': classes}, config.train.freeze)
   variables = setup.init_variables(model, config.image_size, config.seed, weights.variables if weights else None)
   stream = fit.Stream(splits.train, config.train.batch_size, 1.0)
   results = fit.fit(config.train, work, model=model, variables=variables, streams={'source': stream}, splits=splits,
-                    transform=setup.make_transform(config), metric='top1', seed=config.seed)
+                    transform=setup.make_transform(config), metric='top1', seed=config.seed,
+                    start=weights.variables if weights else None)
   return {'job': 'pretrain', **results, 'skipped': setup.skipped_summary(skipped), 'weights': weights.about if weights else None}

@@ -38,16 +38,19 @@ def open_splits(config: ConfigDict, data_dir: str, seed: int) -> Splits:
     ValueError: a set, split or folder that is not there, or splits of different classes or with images in common.
   """
   # The pre-training data has neither field.
-  per_class, left_out = config.get('train_per_class', 0), config.get('without', ())
+  per_class, fraction, left_out = config.get('train_per_class', 0), config.get('train_fraction', 1.0), config.get('without', ())
   opened = lambda split: open_source(config.name, split, data_dir).without(left_out)
-  train, rest = draw(opened(config.train), per_class, seed) if per_class else (opened(config.train), None)
+  train, rest = opened(config.train), None
+  if per_class or fraction < 1:
+    train, rest = draw(train, per_class, seed, fraction)
   if config.val:
     val = opened(config.val)
   else:
     train, val = carve(train, config.val_fraction, seed)
-  test = rest if config.test == 'rest' and per_class else opened(config.test) if config.test else None
+  test = rest if config.test == 'rest' and rest is not None else opened(config.test) if config.test else None
   if test is not None and not len(test):
-    raise ValueError(f'{train.name}: train_per_class {per_class} leaves no image for test')
+    drawn = f'train_per_class {per_class}' if per_class else f'train_fraction {fraction}'
+    raise ValueError(f'{train.name}: {drawn} leaves no image for test')
   for other in (val, test):
     if other is not None and other.class_names != train.class_names:
       raise ValueError(f'{train.name} and {other.name} have different classes: '
@@ -116,12 +119,12 @@ def short_side(config: ConfigDict) -> int:
   return config.augment.short_side or round(config.image_size * 256 / 224)
 
 
-def build_model(config: ConfigDict, heads: Mapping[str, int]) -> resnet.ResNet:
-  """The network of `config.model` with the given heads."""
+def build_model(config: ConfigDict, heads: Mapping[str, int], freeze: str = '') -> resnet.ResNet:
+  """The network of `config.model` with the given heads, and what `train.freeze` says of it."""
   if config.dtype not in DTYPES:
     raise ValueError(f'model.dtype is {config.dtype!r}; known: {", ".join(DTYPES)}')
   return resnet.build(config.name, heads, width=config.width, stem=config.stem, dtype=DTYPES[config.dtype],
-                      axis_name=AXIS if config.sync_batch_norm else None, batch_norm=config.batch_norm)
+                      axis_name=AXIS if config.sync_batch_norm else None, batch_norm=config.batch_norm, frozen=freeze)
 
 
 def init_variables(model: resnet.ResNet, image_size: int, seed: int, weights: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -174,12 +177,13 @@ def _check_timm(network: str, tag: str = '', *, config: ConfigDict) -> None:
                      '--config.model.stem=7x7')
 
 
-def load_weights(name: str, *, classes: int | None = None, projection: bool = False) -> Weights:
+def load_weights(name: str, *, classes: int | None = None, classifier: bool = False, projection: bool = False) -> Weights:
   """Reads pre-trained variables; says what was used and what was dropped.
 
   Args:
     name: as `config.model.weights`: a name of the Hugging Face Hub, a file, a workdir or a checkpoint in one.
     classes: how many the classifier must have, which then is head 'source'; None drops every head.
+    classifier: whether the classifier is wanted as head 'pretrained', whatever its classes.
     projection: whether MoCo-v2's projection head is wanted too.
 
   Raises:
@@ -191,16 +195,25 @@ def load_weights(name: str, *, classes: int | None = None, projection: bool = Fa
   path, commit = hub.fetch(repo) if repo else (epath.Path(name).expanduser(), None)
   variables, dropped = _read_run(path) if path.is_dir() else pretrained.read(path)
   heads = variables['params'].pop('heads', {})
+  kept = {}
+  if classifier:
+    if 'source' not in heads:
+      raise ValueError(f'methods.co_tuning and methods.lwf need the classifier of the pre-training, and {name} has none; give weights '
+                       'that were trained with labels, or leave these methods out')
+    kept['pretrained'] = heads['source']
   if classes is not None:
     if 'source' not in heads:
       raise ValueError(f"model.source_head is 'pretrained', but {name} has no classifier; use --config.model.source_head=fresh")
     if (found := len(heads['source']['bias'])) != classes:
       raise ValueError(f"model.source_head is 'pretrained', but the classifier of {name} has {found} classes and the source data "
                        f'{classes}; use --config.model.source_head=fresh')
-    variables['params']['heads'] = {'source': heads.pop('source')}
+    kept['source'] = heads['source']
   if projection and 'projection' not in variables:
     raise ValueError(f"selection.features is 'projection', but {name} has no projection head (MoCo-v2's file has one); "
                      'use --config.selection.features=pooled')
+  if kept:
+    variables['params']['heads'] = kept
+    heads = {head: value for head, value in heads.items() if head != 'source'}
   if heads:
     dropped['old classifier'] = [f'heads/{head}' for head in sorted(heads)] if path.is_dir() else ['fc.weight', 'fc.bias']
   if not projection and variables.pop('projection', None):

@@ -6,6 +6,7 @@ Layers carry torchvision's names and numbers: the parameter `layer1/0/conv1/kern
 
 from collections.abc import Callable, Mapping, Sequence
 import functools
+import re
 from typing import Any, NamedTuple
 
 import flax
@@ -51,11 +52,17 @@ class BatchNorm(nn.BatchNorm):
   where they share statistics). A batch is normalised with the variance itself in both.
 
   It matters where n is small: at 2x2 pixels and 8 images, a thirty-second part of every update.
+
+  Attributes:
+    frozen: a pattern of paths of parameters; where the scale's is matched, the running statistics normalise and stay as they are.
   """
+  frozen: str = ''
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     """`[b, h, w, c]` to the same."""
+    if self.frozen and re.fullmatch(self.frozen, '/'.join((*self.path, 'scale'))):
+      return super().__call__(x, use_running_average=True)
     before = self.get_variable('batch_stats', 'var')
     y = super().__call__(x)
     if not self.use_running_average and not self.is_initializing():
@@ -161,6 +168,7 @@ class ResNet(nn.Module):
     dtype: precision of the computation; parameters and statistics are float32.
     norm: the normalisation layer, with the arguments of `BatchNorm`.
     batch_norm: 'train', or 'frozen': running statistics normalise in training too and stay as they are.
+    frozen: a pattern of paths of parameters that training leaves as they are; '' is none.
     portable: XLA's own convolution and pooling, and not what is fastest on the machine at hand: for an export to others.
   """
   depths: Sequence[int]
@@ -172,6 +180,7 @@ class ResNet(nn.Module):
   dtype: jnp.dtype = jnp.float32
   norm: ModuleDef = BatchNorm
   batch_norm: str = 'train'
+  frozen: str = ''
   portable: bool = False
 
   @nn.compact
@@ -185,7 +194,7 @@ class ResNet(nn.Module):
     conv = functools.partial(Conv, dtype=self.dtype, portable=self.portable)
     # 0.9 here is torch's momentum of 0.1.
     norm = functools.partial(self.norm, use_running_average=not train or self.batch_norm == 'frozen', momentum=0.9, epsilon=1e-5,
-                             axis_name=self.axis_name, dtype=self.dtype)
+                             axis_name=self.axis_name, dtype=self.dtype, frozen=self.frozen)
     x = normalize(images) if images.dtype == jnp.uint8 else images
     if self.stem == '7x7':
       x = nn.relu(norm(name='bn1')(conv(self.width, 7, 2, name='conv1')(x)))
@@ -206,14 +215,21 @@ def normalize(images: jax.Array) -> jax.Array:
   return (images.astype(jnp.float32) / 255.0 - mean) / std
 
 
-def normalisation(params: Any) -> Any:
-  """A tree of bools in the shape of a ResNet's parameters: which are scales and biases of its normalisation layers."""
-  return flax.traverse_util.path_aware_map(lambda path, _: path[0] != 'heads' and path[-1] in ('scale', 'bias'), params)
+def fixed(model: ResNet, tree: Any) -> Any:
+  """A tree of bools in the shape of a network's parameters or running statistics: which of them training leaves as they are."""
+
+  def stays(path: tuple[str, ...], _: Any) -> bool:
+    if path[-1] in ('mean', 'var'):
+      path = (*path[:-1], 'scale')
+    normalises = path[0] not in ('heads', 'methods') and path[-1] in ('scale', 'bias')
+    return normalises and model.batch_norm == 'frozen' or bool(model.frozen and re.fullmatch(model.frozen, '/'.join(path)))
+
+  return flax.traverse_util.path_aware_map(stays, tree)
 
 
 def build(name: str, heads: Mapping[str, int], *, width: int = 64, stem: str = '7x7', axis_name: str | None = None,
-          dtype: jnp.dtype = jnp.float32, batch_norm: str = 'train') -> ResNet:
-  """A network of the table below; raises ValueError for a name, stem, width or batch_norm that is not there."""
+          dtype: jnp.dtype = jnp.float32, batch_norm: str = 'train', frozen: str = '') -> ResNet:
+  """A network of the table below; raises ValueError for a name, stem, width or batch_norm that is not there, or a wrong pattern."""
   if name not in NETWORKS:
     raise ValueError(f'model.name is {name!r}; known: {", ".join(NETWORKS)}')
   if stem not in STEMS:
@@ -222,13 +238,22 @@ def build(name: str, heads: Mapping[str, int], *, width: int = 64, stem: str = '
     raise ValueError(f'model.width is {width}; expected 1 or more (64 is the published network)')
   if batch_norm not in BATCH_NORMS:
     raise ValueError(f'model.batch_norm is {batch_norm!r}; known: {", ".join(BATCH_NORMS)}')
+  frozen = FROZEN.get(frozen, frozen)
+  try:
+    re.compile(frozen)
+  except re.error as error:
+    raise ValueError(f'train.freeze is {frozen!r}; expected {", ".join(FROZEN)}, or a regular expression of paths of parameters ({error})'
+                     ) from error
   block, depths = NETWORKS[name]
-  return ResNet(depths, block, dict(heads), width, stem, axis_name, dtype, batch_norm=batch_norm)
+  return ResNet(depths, block, dict(heads), width, stem, axis_name, dtype, batch_norm=batch_norm, frozen=frozen)
 
 
 STEMS = ('7x7', '3x3')
 
 BATCH_NORMS = ('train', 'frozen')
+
+# Names for patterns of what stays frozen.
+FROZEN = {'backbone': r'(?!heads/|methods/).*'}
 
 NETWORKS: dict[str, tuple[type[nn.Module], tuple[int, ...]]] = {
     'resnet18': (BasicBlock, (2, 2, 2, 2)),

@@ -1,0 +1,58 @@
+"""The forward pass of a training step: several streams of images through the network at once, in parts where memory asks for it."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ft_jax.models import resnet
+from ft_jax.models.resnet import Outputs, ResNet
+
+
+def forward(model: ResNet, variables: Mapping[str, Any], images: Mapping[str, jax.Array], *, train: bool = True, layers: Sequence[str] = (),
+            key: jax.Array | None = None, parts: int = 1) -> tuple[dict[str, Outputs], Any]:
+  """All streams in one pass, so BatchNorm sees their mixture (Liu et al., NeurIPS 2022).
+
+  Args:
+    model: the network.
+    variables: its `{'params', 'batch_stats'}`.
+    images: `[b, h, w, 3]` of each stream, uint8 or normalised float32; each has its own b.
+    train: whether BatchNorm uses the batch and updates its running statistics.
+    layers: modules whose outputs are wanted as `taps`, by path; () leaves the model's own taps.
+    key: for a normalisation layer that is random; all parts have the same.
+    parts: the pass goes in so many parts, each with its share of every stream, and the backward pass computes each part again: the
+      memory is that of one part, the result that of the whole batch, but for the statistics that BatchNorm takes: those of each part.
+
+  Returns:
+    The outputs by stream, and the running statistics after the pass.
+  """
+  if len({image.dtype for image in images.values()}) > 1:  # where some were mixed, the others are still bytes
+    images = {stream: resnet.normalize(image) if image.dtype == jnp.uint8 else image for stream, image in images.items()}
+
+  def run(batch_stats: Any, images: Mapping[str, jax.Array]) -> tuple[Any, dict[str, Outputs]]:
+    (outputs, updates) = model.apply(
+        {'params': variables['params'], 'batch_stats': batch_stats}, jnp.concatenate(list(images.values())), train=train,
+        rngs=None if key is None else {'norm': key}, mutable=['batch_stats', 'intermediates'],
+        capture_intermediates=lambda module, _: '/'.join(module.path) in layers)
+    if layers:
+      kept = flax.traverse_util.flatten_dict(updates['intermediates'], sep='/')
+      outputs = outputs._replace(taps={layer: kept[f'{layer}/__call__'][0] for layer in layers})
+    ends = np.cumsum([len(image) for image in images.values()]).tolist()
+    parts_of = {stream: slice(end - len(image), end) for (stream, image), end in zip(images.items(), ends)}
+    return updates.get('batch_stats', batch_stats), {stream: _cut(outputs, rows) for stream, rows in parts_of.items()}
+
+  if parts == 1:
+    batch_stats, outputs = run(variables['batch_stats'], images)
+    return outputs, batch_stats
+  # A scan gives its dicts back with sorted keys.
+  split = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), dict(images))
+  batch_stats, outputs = jax.lax.scan(jax.checkpoint(run), variables['batch_stats'], split)
+  outputs = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), outputs)
+  return {stream: outputs[stream] for stream in images}, batch_stats
+
+
+def _cut(outputs: Outputs, rows: slice) -> Outputs:
+  return jax.tree.map(lambda x: x[rows], outputs)

@@ -1,0 +1,71 @@
+"""Published fine-tuning methods, one file each. Any of them are switched on together; the table is at the foot."""
+
+from collections.abc import Mapping
+import dataclasses
+import math
+from typing import Any
+
+from ft_jax.methods.base import Begin, Method, Needs, Pass, Plan, State, Term
+from ft_jax.methods.l2_sp import L2SP
+from ft_jax.models.resnet import ResNet
+
+__all__ = ['METHODS', 'Begin', 'Method', 'Needs', 'Pass', 'Plan', 'State', 'Term', 'active', 'all_needs', 'check', 'defaults']
+
+
+def defaults() -> dict[str, dict[str, Any]]:
+  """The fields of every method and their values: all are off."""
+  return {name: dataclasses.asdict(method()) for name, method in METHODS.items()}
+
+
+def active(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, Method]:
+  """The methods that are switched on, in the order of the table.
+
+  Args:
+    settings: fields by method, as `config.methods`; what is left out has its default.
+
+  Raises:
+    ValueError: a method or a field that is not known, a value of another type, or methods that cannot be together.
+  """
+  for name, fields in settings.items():
+    if name not in METHODS:
+      raise ValueError(f'there is no method {name!r}; known: {", ".join(METHODS)}')
+    known = {field.name: field.default for field in dataclasses.fields(METHODS[name])}
+    for key, value in fields.items():
+      if key not in known:
+        raise ValueError(f'methods.{name} has no field {key!r}; known: {", ".join(known)}')
+      if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f'methods.{name}.{key} is {value}; expected a finite number')
+  made = {name: METHODS[name](**{key: tuple(value) if isinstance(value, list) else value for key, value in settings[name].items()})
+          for name in METHODS if name in settings}
+  made = {name: method for name, method in made.items() if method.active}
+  for one in made:
+    for other, reason in made[one].excludes.items():
+      if other in made:
+        raise ValueError(f'methods.{one} and methods.{other} cannot be together: {reason}')
+  return made
+
+
+def check(methods: Mapping[str, Method], plan: Plan) -> None:
+  """Raises ValueError for methods whose settings cannot be right, or that a run has not what they need."""
+  for name, method in methods.items():
+    switch = dataclasses.fields(method)[0].name
+    if getattr(method, switch) is not True and isinstance(getattr(method, switch), (int, float)) and getattr(method, switch) < 0:
+      raise ValueError(f'methods.{name}.{switch} is {getattr(method, switch)}; expected a number above 0, or 0 to leave the method out')
+    needs = method.needs(plan.model)
+    if not plan.weights and (needs.start or needs.teacher or needs.classifier):
+      what = 'a pre-trained classifier' if needs.classifier else 'pre-trained weights'
+      raise ValueError(f'methods.{name} needs {what}, but config.model.weights is empty')
+    method.check(plan)
+
+
+def all_needs(methods: Mapping[str, Method], model: ResNet) -> Needs:
+  """What all of them together need."""
+  each = [method.needs(model) for method in methods.values()]
+  joined = [[getattr(needs, field) for needs in each] for field in Needs._fields]
+  return Needs(*(any(values) if isinstance(default, bool) else tuple(dict.fromkeys(item for value in values for item in value))
+                 for values, default in zip(joined, Needs())))
+
+
+METHODS: dict[str, type[Method]] = {
+    'l2_sp': L2SP,
+}
