@@ -74,9 +74,9 @@ class Checkpoints:
       ValueError: it cannot be read.
     """
     _check_whole(epath.Path(self._manager.directory) / str(step))
-    saved = self._manager.item_metadata(step)['state']
-    tree = getattr(saved, 'tree', saved)  # orbax has had both
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), dict(tree))
+    # Not the manager, which knows no structure before it has restored something.
+    saved = ocp.StandardCheckpointHandler().metadata(epath.Path(self._manager.directory) / str(step) / 'state').tree
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), saved)
 
   def wait(self) -> None:
     """Waits until everything is written."""

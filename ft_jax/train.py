@@ -61,9 +61,14 @@ def create_state(variables: Mapping[str, Any], optimizer: optax.GradientTransfor
                     average={'params': of_network(params), 'batch_stats': batch_stats} if averaged else {})
 
 
-def make_train_step(model: ResNet, optimizer: optax.GradientTransformation, loss_weights: Mapping[str, float], *,
-                    methods: Mapping[str, Method] | None = None, seed: int = 0, parts: int = 1, average: float = 0.0) -> StepFn:
-  """The pmapped step: (state, {stream: batch}) -> (state, metrics), over all devices, with the state donated.
+def make_train_step(model: ResNet, optimizer: optax.GradientTransformation, loss_weights: Mapping[str, float], **kwargs: Any) -> StepFn:
+  """The pmapped step, over all devices, with the state donated: of a replicated state and sharded batches. Arguments as `make_step`."""
+  return jax.pmap(make_step(model, optimizer, loss_weights, **kwargs), axis_name=parallel.AXIS, donate_argnums=(0,))
+
+
+def make_step(model: ResNet, optimizer: optax.GradientTransformation, loss_weights: Mapping[str, float], *,
+              methods: Mapping[str, Method] | None = None, seed: int = 0, parts: int = 1, average: float = 0.0) -> StepFn:
+  """The step of one device: (state, {stream: batch}) -> (state, metrics).
 
   Args:
     model: with a head for each labelled stream; what it freezes comes out as it went in, whatever the optimizer does.
@@ -75,7 +80,7 @@ def make_train_step(model: ResNet, optimizer: optax.GradientTransformation, loss
     average: the part of the moving averages that a step keeps, where the state has averages; less in the first steps.
 
   Returns:
-    A function of a replicated state and sharded batches. Metrics (replicated scalars): `loss`; for each labelled stream
+    A function to be mapped over devices by the name `parallel.AXIS`. Metrics (the same everywhere): `loss`; for each labelled stream
     `loss_<stream>` and `top1_<stream>` on the training batch; for each method `loss_<method>` and `<method>/<metric>`.
   """
   methods = methods or {}
@@ -128,7 +133,7 @@ def make_train_step(model: ResNet, optimizer: optax.GradientTransformation, loss
     return state.replace(step=state.step + 1, params=params, batch_stats=batch_stats, opt_state=opt_state, methods=states,
                          average=averages), metrics
 
-  return jax.pmap(step, axis_name=parallel.AXIS, donate_argnums=(0,))
+  return step
 
 
 def _mixed(methods: Mapping[str, Method], keys: Mapping[str, jax.Array], images: dict[str, jax.Array], labels: dict[str, jax.Array],

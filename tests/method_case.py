@@ -1,0 +1,138 @@
+"""What tests of methods share: a small network on real images, and its step on any number of devices.
+
+Devices are those of `jax.vmap` with the axis of the step: the collectives are the real ones, and nothing is compiled for each device.
+"""
+
+from collections.abc import Mapping
+import functools
+from typing import Any
+
+import flax
+import jax
+import numpy as np
+import optax
+from sklearn import datasets
+
+from ft_jax import methods, train
+from ft_jax.methods.base import Begin
+from ft_jax.models import resnet
+from ft_jax.parallel import AXIS
+
+# Of a few small steps most of the time is the compiler's.
+QUICK = {'xla_backend_optimization_level': 0, 'xla_llvm_disable_expensive_passes': True}
+SIZE, TARGETS, SOURCES, BATCH = 16, 4, 6, 16
+
+
+def network(heads: Mapping[str, int] | None = None, **kwargs: Any) -> resnet.ResNet:
+  """One block a stage, four channels in the first one: compiled in a few seconds."""
+  heads = {'target': TARGETS, 'source': SOURCES} if heads is None else heads
+  return resnet.ResNet((1, 1, 1, 1), resnet.BasicBlock, dict(heads), width=4, **kwargs)
+
+
+def variables(model: resnet.ResNet, seed: int = 0) -> dict[str, Any]:
+  """Fresh ones, drawn by numpy (compiling `init` takes longer than a test), with running statistics that say something."""
+  rng = np.random.default_rng(seed)
+
+  def draw(path: tuple[str, ...], leaf: Any) -> np.ndarray:
+    if path[-1] == 'kernel':
+      return (rng.normal(size=leaf.shape) * (2 / np.prod(leaf.shape[:-1])) ** 0.5).astype(np.float32)
+    return (float(path[-1] in ('scale', 'var')) + rng.uniform(0.0, 0.2, leaf.shape)).astype(np.float32)
+
+  shapes = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, SIZE, SIZE, 3), np.uint8))
+  return flax.traverse_util.path_aware_map(draw, shapes)
+
+
+def images(count: int, classes: int, seed: int = 0) -> dict[str, np.ndarray]:
+  """A batch of crops of photographs: class k is a region of its own."""
+  photos = datasets.load_sample_images().images
+  rng = np.random.default_rng(seed)
+  labels = (np.arange(count) % classes).astype(np.int32)
+  crops = []
+  for k in labels.tolist():
+    y, x = rng.integers(0, 60, 2)
+    crops.append(photos[k % 2][60 * k + y:, 80 * k + x:][:4 * SIZE:4, :4 * SIZE:4])
+  return {'image': np.stack(crops), 'label': labels, 'index': np.arange(count, dtype=np.int32), 'mask': np.ones(count, bool)}
+
+
+def batch(size: int = BATCH, source: bool = True, seed: int = 0) -> dict[str, dict[str, np.ndarray]]:
+  """A batch of each stream, with a further view of each image under every name that methods ask for."""
+  streams = {'target': images(size, TARGETS, seed)} | ({'source': images(size, SOURCES, seed + 1)} if source else {})
+  flipped = {name: np.ascontiguousarray(part['image'][:, :, ::-1]) for name, part in streams.items()}
+  return {name: part | {'key': flipped[name], 'strong': flipped[name]} for name, part in streams.items()}
+
+
+def start_of(model: resnet.ResNet, seed: int = 1) -> dict[str, Any]:
+  """Pre-trained variables of that network: the backbone, and a classifier of eight classes as head 'pretrained'."""
+  return variables(model.clone(heads={'pretrained': 8}), seed)
+
+
+def begin(model: resnet.ResNet, start: Mapping[str, Any], examples: Mapping[str, np.ndarray] | None = None, **kwargs: Any) -> Begin:
+  """What methods are set up with; `examples` are the training images, and val as well."""
+  examples = images(BATCH, TARGETS) if examples is None else examples
+  of_devices = {key: np.resize(value, (-(-len(value) // jax.device_count()) * jax.device_count(), *value.shape[1:]))
+                for key, value in examples.items()}
+  of_devices['mask'] = np.arange(len(of_devices['mask'])) < len(examples['label'])
+  given = dict(labels=examples['label'], true_labels=examples['label'], batch_size=BATCH, seed=0)
+  return Begin(model, start, TARGETS, batches=lambda split: [of_devices], **{**given, **kwargs})
+
+
+def run(active: Mapping[str, methods.Method], *, steps: int = 1, devices: int = 1, parts: int = 1, model: resnet.ResNet | None = None,
+        batches: Any = None, rate: float = 0.05, start: Mapping[str, Any] | None = None, state: Any = None,
+        loss_weights: Mapping[str, float] | None = None, examples: Any = None) -> tuple[train.TrainState, list[dict[str, float]]]:
+  """The state after some steps of plain gradient descent (so what changes is the gradient), and the metrics of each step.
+
+  Args:
+    active: by name.
+    steps, devices, parts: see `train.make_step`.
+    model: 'network()' with frozen BatchNorm by default, where nothing depends on how a batch is split.
+    batches: gives the batch of a step; the same one by default.
+    rate: of gradient descent.
+    start: pre-trained variables; those of `start_of` by default.
+    state: goes on from there.
+    loss_weights: of the labelled streams.
+    examples: see `begin`.
+  """
+  needs = methods.all_needs(active, network())
+  unlabelled = any(method.unlabelled_source for method in active.values())
+  heads = {'target': TARGETS} | ({} if unlabelled else {'source': SOURCES}) | ({'pretrained': 8} if needs.trained_classifier else {})
+  model = (model or network(batch_norm='frozen')).clone(heads=heads)
+  start = start_of(model) if start is None else start
+  loss_weights = loss_weights or ({'target': 1.0} if unlabelled else {'target': 1.0, 'source': 0.5})
+  optimizer = optax.sgd(rate)
+  if state is None:
+    told = begin(model, start, examples)
+    own = {name: params for name, method in active.items() if (params := method.params(told))}
+    fresh = variables(model, 2)
+    fresh['params'] = fresh['params'] | {key: value for key, value in start['params'].items() if key != 'heads'}
+    if needs.trained_classifier:
+      fresh['params']['heads']['pretrained'] = start['params']['heads']['pretrained']
+    fresh['batch_stats'] = start['batch_stats']
+    state = train.create_state({**fresh, 'params': fresh['params'] | ({'methods': own} if own else {})}, optimizer, start=start,
+                               methods={name: method.setup(told) for name, method in active.items()})
+  step = jax.jit(jax.vmap(train.make_step(model, optimizer, loss_weights, methods=active, parts=parts), in_axes=(None, 0), axis_name=AXIS,
+                          axis_size=devices), compiler_options=QUICK)
+  split = lambda x: x.reshape(devices, -1, *x.shape[1:])
+  history = []
+  for number in range(steps):
+    state, metrics = step(state, jax.tree.map(split, batches(number) if batches else batch()))
+    jax.tree.map(lambda x: np.testing.assert_array_equal(x, np.broadcast_to(x[:1], x.shape)), state)  # the same on every device
+    state, metrics = jax.tree.map(lambda x: x[0], (state, metrics))
+    history.append({key: float(value) for key, value in metrics.items()})
+  return jax.device_get(state), history
+
+
+def assert_same_whatever_the_split(active: Mapping[str, methods.Method], rtol: float = 1e-4, **kwargs: Any) -> None:
+  """Two steps on one device, on eight, and on two with the batch in four parts: losses, parameters and states agree."""
+  state, history = run(active, steps=2, **kwargs)
+  for split in (dict(devices=8), dict(devices=2, parts=4)):
+    other, metrics = run(active, steps=2, **split, **kwargs)
+    for a, b in zip(history, metrics):
+      assert a.keys() == b.keys()
+      for key in a:
+        np.testing.assert_allclose(b[key], a[key], rtol=rtol, atol=1e-6, err_msg=f'{key} with {split}')
+    jax.tree.map(functools.partial(_assert_close, rtol, str(split)), (other.params, other.methods), (state.params, state.methods))
+
+
+def _assert_close(rtol: float, what: str, actual: np.ndarray, expected: np.ndarray) -> None:
+  atol = rtol * float(np.max(np.abs(expected), initial=0.0)) + 1e-7
+  np.testing.assert_allclose(actual, expected, rtol=rtol, atol=atol, err_msg=what)
