@@ -6,7 +6,10 @@ import math
 from typing import Any
 
 from ft_jax.methods.base import Begin, Method, Needs, Pass, Plan, State, Term
+from ft_jax.methods.co_tuning import CoTuning
+from ft_jax.methods.delta import Delta
 from ft_jax.methods.l2_sp import L2SP
+from ft_jax.methods.lwf import LwF
 from ft_jax.models.resnet import ResNet
 
 __all__ = ['METHODS', 'Begin', 'Method', 'Needs', 'Pass', 'Plan', 'State', 'Term', 'active', 'all_needs', 'check', 'defaults']
@@ -68,4 +71,7 @@ def all_needs(methods: Mapping[str, Method], model: ResNet) -> Needs:
 
 METHODS: dict[str, type[Method]] = {
     'l2_sp': L2SP,
+    'delta': Delta,
+    'co_tuning': CoTuning,
+    'lwf': LwF,
 }
