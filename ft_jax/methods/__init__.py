@@ -7,6 +7,8 @@ from typing import Any
 
 from ft_jax.methods.base import Begin, Method, Needs, Pass, Plan, State, Term
 from ft_jax.methods.l2_sp import L2SP
+from ft_jax.methods.layerwise import Layerwise
+from ft_jax.methods.self_label import SelfLabel
 from ft_jax.models.resnet import ResNet
 
 __all__ = ['METHODS', 'Begin', 'Method', 'Needs', 'Pass', 'Plan', 'State', 'Term', 'active', 'all_needs', 'check', 'defaults']
@@ -67,5 +69,7 @@ def all_needs(methods: Mapping[str, Method], model: ResNet) -> Needs:
 
 
 METHODS: dict[str, type[Method]] = {
+    'self_label': SelfLabel,
     'l2_sp': L2SP,
+    'layerwise': Layerwise,
 }
