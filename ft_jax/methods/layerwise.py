@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 import dataclasses
 import math
 import re
-from typing import Any
+from typing import Any, ClassVar
 
 import flax
 import jax
@@ -18,7 +18,7 @@ EPSILON = 1e-6  # beside running variances, as in the published code
 
 @dataclasses.dataclass(frozen=True)
 class Layerwise(Method):
-  """After each step, every kernel w of a stage goes back to w0 + t * min(1, r / norm(t)), t = w - w0, norm that of the whole tensor
+  """After each step, every kernel w of a stage goes back to w0 + t * min(1, r / |t|), t = w - w0, with the norm of the whole kernel
   (frobenius) or the L1 norm of the weights into each output (mars); r is D in layer1 and layer2, D * growth in layer3 and
   D * growth^2 in layer4. Li and Zhang, "Improved Regularization and Robustness for Fine-tuning in Neural Networks" (NeurIPS 2021);
   MARS-PGM: Gouk, Hospedales and Pontil (ICLR 2021), with one radius for all stages.
@@ -31,7 +31,8 @@ class Layerwise(Method):
   The penalties instead add weight * |t|^2 (frobenius) or weight * the largest L1 norm (mars) of each kernel and BatchNorm scale, times
   the same powers of growth, and likewise of the heads.
   """
-  norm: str = ''  # frobenius or mars; '' for none
+  published: ClassVar[Mapping[str, Any]] = {'distance': 'frobenius'}
+  distance: str = ''  # frobenius (of a whole kernel) or mars (L1 of the weights into each output); '' for none
   form: str = 'constraint'  # constraint (projection after each step) or penalty (a term of the loss)
   radius: float = 0.136810  # constraint: D; published for MIT-Indoor with a ResNet-101 (the median of seven sets); see configs/regsl.py
   growth: float = 2.528838  # gamma: radius or weight of layer3 against layer2, of layer4 against layer3; published likewise
@@ -40,8 +41,8 @@ class Layerwise(Method):
   head_weight: float = 0.01  # penalty: of the heads; ours
 
   def check(self, plan: Plan) -> None:
-    if self.norm not in NORMS:
-      raise ValueError(f"methods.layerwise.norm is {self.norm!r}; known: {', '.join(NORMS)}, or '' for none")
+    if self.distance not in NORMS:
+      raise ValueError(f"methods.layerwise.distance is {self.distance!r}; known: {', '.join(NORMS)}, or '' for none")
     if self.form not in FORMS:
       raise ValueError(f'methods.layerwise.form is {self.form!r}; known: {", ".join(FORMS)}')
     for name in ('radius', 'growth', 'head_radius'):
@@ -57,7 +58,7 @@ class Layerwise(Method):
   def loss(self, seen: Pass, state: State) -> Term:
     if self.form != 'penalty':
       return Term(0.0, state)
-    start, norm = flat(seen.start['params']), NORMS[self.norm]
+    start, norm = flat(seen.start['params']), NORMS[self.distance]
     total = 0.0
     for path, value in flat(of_network(seen.params)).items():
       if path.endswith(('kernel', 'scale')) and (grown := self._grown(path)):
@@ -78,8 +79,8 @@ class Layerwise(Method):
       if path[-1] == 'scale':
         variance = f'{name.removesuffix("scale")}var'
         return into_interval(value, now[variance], first[name], then[variance], self.radius * grown)
-      radius = self.head_radius * NORMS[self.norm].heads(value.shape[-1] / classes) if path[0] == 'heads' else self.radius * grown
-      return into_ball(value, first.get(name, jnp.zeros_like(value)), radius, NORMS[self.norm].norm)
+      radius = self.head_radius * NORMS[self.distance].heads(value.shape[-1] / classes) if path[0] == 'heads' else self.radius * grown
+      return into_ball(value, first.get(name, jnp.zeros_like(value)), radius, NORMS[self.distance].norm)
 
     return flax.traverse_util.path_aware_map(brought_back, params)
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,7 @@ class SelfLabel(Method):
   differ from the given ones; where noise was put in, `precision`, the part of them that is true now (0 while there are none), and `true`,
   the part of all labels that is.
   """
+  published: ClassVar[Mapping[str, Any]] = {'enabled': True}
   excludes: ClassVar[Mapping[str, str]] = {'mixup': MIXED, 'cutmix': MIXED}
   enabled: bool = False  # whether it is used
   reweight_epoch: int = 5  # the first epoch, from 1, whose examples are weighted; published
