@@ -194,7 +194,7 @@ def test_tables_that_do_not_fit(trained_run, photos, pool, tmp_path):
 
 @pytest.fixture(scope='module')
 def noisy_run(trained_run, photos, tmp_path_factory) -> pathlib.Path:
-  """The workdir of a whole job with noise, correction and constraints."""
+  """The workdir of configs/noisy.py in small: noise, correction and constraints."""
   workdir = tmp_path_factory.mktemp('runs') / 'noisy'
   run = quick_main(*FLAGS, f'--config.target.name=folder:{photos}', f'--config.model.weights={trained_run}', f'--workdir={workdir}')
   assert run.returncode == 0, run.stderr
@@ -202,12 +202,10 @@ def noisy_run(trained_run, photos, tmp_path_factory) -> pathlib.Path:
   return workdir
 
 
-FLAGS = ['--config=configs/miniature.py:finetune', '--config.source.name=', '--config.selection.method=none', '--config.model.width=4',
-         '--config.image_size=32', '--config.augment.short_side=36', '--config.train.steps=24', '--config.train.batch_size=8',
-         '--config.train.eval_every=12', '--config.train.log_every=6', '--config.noise.kind=symmetric', '--config.noise.rate=0.5',
-         '--config.methods.self_label.enabled=true', '--config.methods.self_label.reweight_epoch=2',
-         '--config.methods.self_label.correct_epoch=3', '--config.methods.self_label.threshold=0.4',
-         '--config.methods.layerwise.distance=frobenius']
+FLAGS = ['--config=configs/noisy.py:40', '--config.model.width=4', '--config.image_size=32', '--config.augment.short_side=36',
+         '--config.train.learning_rate=0.01', '--config.train.steps=24', '--config.train.batch_size=8', '--config.train.eval_every=12',
+         '--config.train.log_every=6', '--config.noise.rate=0.5', '--config.methods.self_label.reweight_epoch=2',
+         '--config.methods.self_label.correct_epoch=3', '--config.methods.self_label.threshold=0.4']
 
 
 def test_whole_job(noisy_run, photos):

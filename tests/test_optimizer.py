@@ -71,3 +71,24 @@ def test_schedules():
 def test_schedule_errors(kwargs, words):
   with pytest.raises(ValueError, match=words):
     rates(kwargs.pop('kind', 'milestones'), **kwargs)
+
+
+@pytest.mark.parametrize('kind', ['adam', 'amsgrad', 'adamw'])
+def test_adam_equals_torchs_formula(kind):
+  """Moments, their corrections and the maximum (before its correction, unlike optax's) in float64; adamw decays apart from them."""
+  tx = optimizer.make_optimizer(kind, optax.constant_schedule(0.01), PARAMS, weight_decay=0.02)
+  params = jax.tree.map(jnp.asarray, PARAMS)
+  state, w = tx.init(params), PARAMS['conv1']['kernel'].astype(np.float64)
+  m = v = most = np.zeros_like(w)
+  rng = np.random.default_rng(0)
+  for t in range(1, 41):
+    g = rng.normal(size=(2, 2)) * (100.0 if t < 3 else 1.0)  # the largest second moments lie behind: the maximum matters
+    grads = {'conv1': {'kernel': g.astype(np.float32)}, 'heads': {'target': {'bias': np.zeros(3, np.float32)}}}
+    updates, state = tx.update(grads, state, params)
+    params = optax.apply_updates(params, updates)
+    decayed = g + 0.02 * w if kind != 'adamw' else g
+    m, v = 0.9 * m + 0.1 * decayed, 0.999 * v + 0.001 * decayed**2
+    most = np.maximum(most, v) if kind == 'amsgrad' else v
+    step = m / (1 - 0.9**t) / (np.sqrt(most / (1 - 0.999**t)) + 1e-8)
+    w = w - 0.01 * (step + 0.02 * w if kind == 'adamw' else step)
+    np.testing.assert_allclose(params['conv1']['kernel'], w, rtol=2e-5)
