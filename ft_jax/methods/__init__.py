@@ -6,7 +6,13 @@ import math
 from typing import Any
 
 from ft_jax.methods.base import Begin, Method, Needs, Pass, Plan, State, Term
+from ft_jax.methods.bi_tuning import BiTuning
+from ft_jax.methods.bss import BSS
+from ft_jax.methods.cutmix import CutMix
 from ft_jax.methods.l2_sp import L2SP
+from ft_jax.methods.label_smoothing import LabelSmoothing
+from ft_jax.methods.mixup import Mixup
+from ft_jax.methods.stoch_norm import StochNorm
 from ft_jax.models.resnet import ResNet
 
 __all__ = ['METHODS', 'Begin', 'Method', 'Needs', 'Pass', 'Plan', 'State', 'Term', 'active', 'all_needs', 'check', 'defaults']
@@ -67,5 +73,11 @@ def all_needs(methods: Mapping[str, Method], model: ResNet) -> Needs:
 
 
 METHODS: dict[str, type[Method]] = {
+    'bi_tuning': BiTuning,
+    'bss': BSS,
+    'cutmix': CutMix,
     'l2_sp': L2SP,
+    'label_smoothing': LabelSmoothing,
+    'mixup': Mixup,
+    'stoch_norm': StochNorm,
 }

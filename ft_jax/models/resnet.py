@@ -58,10 +58,15 @@ class BatchNorm(nn.BatchNorm):
   """
   frozen: str = ''
 
+  @property
+  def stays_frozen(self) -> bool:
+    """Whether this layer is one of the frozen ones."""
+    return bool(self.frozen and re.fullmatch(self.frozen, '/'.join((*self.path, 'scale'))))
+
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     """`[b, h, w, c]` to the same."""
-    if self.frozen and re.fullmatch(self.frozen, '/'.join((*self.path, 'scale'))):
+    if self.stays_frozen:
       return super().__call__(x, use_running_average=True)
     before = self.get_variable('batch_stats', 'var')
     y = super().__call__(x)
@@ -182,6 +187,11 @@ class ResNet(nn.Module):
   batch_norm: str = 'train'
   frozen: str = ''
   portable: bool = False
+
+  @property
+  def width_of_features(self) -> int:
+    """Numbers in the pooled features of an image."""
+    return self.width * 2 ** (len(self.depths) - 1) * self.block.expansion
 
   @nn.compact
   def __call__(self, images: jax.Array, train: bool = False) -> Outputs:
