@@ -158,6 +158,8 @@ class Term(NamedTuple):
 @dataclasses.dataclass(frozen=True)
 class Method:
   """A method: its settings are its fields, and the first one switches it on; zero, False and '' are off."""
+  # Settings that switch it on as published, where that takes more than the defaults.
+  published: ClassVar[Mapping[str, Any]] = {}
   # Methods that it cannot be together with, and why.
   excludes: ClassVar[Mapping[str, str]] = {}
   # Whether source images take part without their labels, and so without a head of their own.
