@@ -10,11 +10,17 @@ import pytest
 from ft_jax import methods
 from ft_jax.methods.base import Begin, Pass
 from ft_jax.methods.bi_tuning import BiTuning
+from ft_jax.methods.bss import BSS
+from ft_jax.models import resnet
 from ft_jax.models.resnet import Outputs
 from ft_jax.parallel import AXIS
 
 CLASSES, BATCH, WIDTH, QUEUE = 3, 7, 32, 2
 METHOD = BiTuning(weight=0.7, queue=QUEUE, temperature=0.3, momentum=0.8, projection=6)
+STEP = {'bi_tuning': BiTuning(1.0, queue=3, momentum=0.5), 'bss': BSS(0.05, 4)}
+
+# One stage of one block: enough of a network for what is tested here.
+NETWORK = resnet.ResNet((1,), resnet.BasicBlock, {}, width=8, stem='3x3', batch_norm='frozen')
 
 
 def unit(x: np.ndarray) -> np.ndarray:
@@ -92,36 +98,33 @@ def test_against_the_formulas():
       assert not np.any(slopes[0]) and not np.any(slopes[2]['kernel']) and not np.any(slopes[2]['bias'])
       directions = {'kernel': draw(WIDTH, 6), 'bias': draw(6)}, draw(BATCH, WIDTH)
       slope = sum(np.sum(a * np.asarray(b)) for a, b in zip(jax.tree.leaves(directions), jax.tree.leaves((slopes[1], slopes[3]))))
-      # The key's projection follows the trained one, held fixed in the gradient: in the first step it is the same.
-      fixed = after['key']['projection']
-      step_of = lambda sign, inputs=inputs, rest=rest, directions=directions: (
-          inputs[0], jax.tree.map(lambda p, d: p + sign * 1e-6 * d, inputs[1], directions[0]), inputs[2], inputs[3] + sign * 1e-6 * directions[1])
+      # The key encoder, which follows the trained projection, is held where it was.
+      held = lambda projection, key=after['key'], network=network: {
+          'params': {'layer': (key['params']['layer'] - 0.2 * network) / 0.8}, 'batch_stats': key['batch_stats'],
+          'projection': jax.tree.map(lambda k, p: (k - 0.2 * p) / 0.8, key['projection'], projection)}
       ends = []
-      for sign in (1, -1):
-        moved = step_of(sign)
-        held = {**state['key'], 'projection': jax.tree.map(lambda f, p: (f - 0.2 * p) / 0.8, fixed, moved[1]),
-                'params': {'layer': (np.asarray(after['key']['params']['layer']) - 0.2 * network) / 0.8}}
-        ends.append(gradient(*moved, {**state, 'key': held}, view, labels, max(step, 1))[0][0])
+      for end in (1e-6, -1e-6):
+        projection, moved = jax.tree.map(lambda x, d, end=end: x + end * d, (inputs[1], features), directions)
+        ends.append(gradient(network, projection, inputs[2], moved, state | {'key': held(projection)}, view, labels, 1)[0][0])
       np.testing.assert_allclose(slope, (ends[0] - ends[1]) / 2e-6, rtol=1e-6)
       state = after
 
 
 def test_key_encoder_starts_as_the_network_and_follows_it():
-  model = method_case.network(batch_norm='frozen')
-  settings = {'bi_tuning': BiTuning(1.0, queue=4, momentum=0.75)}
-  state, _ = method_case.run(settings, model=model)
-  key, began = state.methods['bi_tuning']['key'], method_case.start_of(model)
+  state, _ = method_case.run(STEP, model=NETWORK)
+  key, began = state.methods['bi_tuning']['key'], method_case.start_of(NETWORK)
   jax.tree.map(np.testing.assert_array_equal, key['params'], {k: v for k, v in began['params'].items() if k != 'heads'})
   jax.tree.map(np.testing.assert_array_equal, key['batch_stats'], began['batch_stats'])
-  after, _ = method_case.run(settings, model=model, state=state)
+  after, _ = method_case.run(STEP, model=NETWORK, state=state)
   moved = after.methods['bi_tuning']['key']
-  follow = functools.partial(jax.tree.map, lambda old, new, got: np.testing.assert_allclose(got, 0.75 * old + 0.25 * new, atol=1e-7))
+  follow = functools.partial(jax.tree.map, lambda old, new, got: np.testing.assert_allclose(got, 0.5 * (old + new), atol=1e-7))
   follow(key['params'], {name: state.params[name] for name in key['params']}, moved['params'])
   follow(key['projection'], state.params['methods']['bi_tuning'], moved['projection'])
 
 
 def test_same_whatever_the_split():
-  method_case.assert_same_whatever_the_split({'bi_tuning': BiTuning(1.0, queue=3, momentum=0.5)})
+  """Queues, and (for test_bss.py) singular values of the whole batch."""
+  method_case.assert_same_whatever_the_split(STEP, model=NETWORK)
 
 
 def test_bad_settings():

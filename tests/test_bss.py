@@ -1,6 +1,6 @@
 """BSS: the sum of the smallest squared singular values and its gradient are those of a float64 SVD, however the singular values lie.
 
-That they are of the whole batch on any number of devices is in test_mixing.py, which compiles one step for both.
+That they are of the whole batch on any number of devices is in test_bi_tuning.py, with one compilation for both.
 """
 
 from hypothesis import given, settings

@@ -1,5 +1,9 @@
 """Mixup, CutMix and label smoothing: images and labels are mixed by the same share, the same way on any number of devices."""
 
+from collections.abc import Callable
+import functools
+from typing import Any
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 import jax
@@ -9,7 +13,6 @@ import numpy as np
 import pytest
 
 from ft_jax import methods, train
-from ft_jax.methods.bss import BSS
 from ft_jax.methods.cutmix import CutMix
 from ft_jax.methods.label_smoothing import LabelSmoothing
 from ft_jax.methods.mixup import Mixup
@@ -22,8 +25,13 @@ def mixed(method: methods.Method, images: np.ndarray, labels: np.ndarray, seed: 
   """Images and labels (distributions) of the whole batch after mixing."""
   split = lambda x: jnp.asarray(x).reshape(devices, -1, *x.shape[1:])
   one_hot = np.eye(CLASSES, dtype=np.float32)[labels]
-  mix = jax.jit(jax.vmap(method.mix, in_axes=(0, 0, None), axis_name=AXIS, axis_size=devices), compiler_options=method_case.QUICK)
-  return tuple(np.asarray(x).reshape(-1, *x.shape[2:]) for x in mix(split(images), split(one_hot), jax.random.key(seed)))
+  made = mapped(method, devices)(split(images), split(one_hot), jax.random.key(seed))
+  return tuple(np.asarray(x).reshape(-1, *x.shape[2:]) for x in made)
+
+
+@functools.cache
+def mapped(method: methods.Method, devices: int) -> Callable[..., Any]:
+  return jax.jit(jax.vmap(method.mix, in_axes=(0, 0, None), axis_name=AXIS, axis_size=devices), compiler_options=method_case.QUICK)
 
 
 @settings(max_examples=4, deadline=None, derandomize=True)
@@ -65,27 +73,28 @@ def test_shares_are_drawn_from_the_distribution():
 
 
 def test_one_of_two_mixes_each_step():
-  """What the step makes of both is what it makes of either alone; both come."""
+  """What a step makes of both is what it makes of either alone, both come, and four devices make of a batch what one does."""
   both = {'cutmix': CutMix(1.0), 'mixup': Mixup(1.0)}
   batch = method_case.images(8, CLASSES)
-  given_images, given_labels = {'target': batch['image']}, {'target': batch['label']}
 
-  def run(active: dict[str, methods.Method], key: jax.Array) -> jax.Array:
-    keys = {name: jax.random.fold_in(key, i) for i, name in enumerate(both)}
-    mix = lambda images, labels: train._mixed(active, keys, images, labels, {'target': CLASSES}, key)[0]['target']
-    return jax.vmap(mix, axis_name=AXIS)(jax.tree.map(lambda x: x[None], given_images), jax.tree.map(lambda x: x[None], given_labels))
+  def run(active: dict[str, methods.Method], map_over: Callable[..., Any], devices: int) -> np.ndarray:
 
-  sets = (both, *({name: method} for name, method in both.items()))
-  each = jax.jit(jax.vmap(lambda key: jnp.stack([run(active, key) for active in sets])), compiler_options=method_case.QUICK)
-  of_both, *alone = np.asarray(each(jax.random.split(jax.random.key(0), 12))).swapaxes(0, 1)
-  same = np.stack([np.all(np.isclose(of_both, one, atol=1e-5), axis=tuple(range(1, of_both.ndim))) for one in alone])
-  assert np.all(same.any(0)) and np.all(same.any(1))
+    def mix(images: jax.Array, labels: jax.Array, key: jax.Array) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+      keys = {name: jax.random.fold_in(key, i) for i, name in enumerate(both)}
+      return train._mixed(active, keys, {'target': images}, {'target': labels}, {'target': CLASSES}, key)
 
+    step = map_over(mix, in_axes=(0, 0, None), axis_name=AXIS)
+    split = [batch[name].reshape(devices, -1, *batch[name].shape[1:]) for name in ('image', 'label')]
+    images, labels = zip(*(step(*split, key) for key in jax.random.split(jax.random.key(1), 8)))
+    assert np.asarray(labels[0]['target']).shape == (devices, 8 // devices, CLASSES)
+    return np.stack([np.asarray(each['target']).reshape(batch['image'].shape) for each in images])
 
-def test_same_whatever_the_split():
-  """All that is of the batch as a whole, and its labels: partners, the box, singular values."""
-  method_case.assert_same_whatever_the_split(
-      {'bss': BSS(0.05, 4), 'cutmix': CutMix(1.0), 'label_smoothing': LabelSmoothing(0.1), 'mixup': Mixup(1.0)})
+  of_one = lambda function, **kwargs: jax.jit(jax.vmap(function, **kwargs), compiler_options=method_case.QUICK)
+  of_both = run(both, of_one, 1)
+  same = [np.all(np.isclose(of_both, run({name: method}, of_one, 1), atol=1e-5), axis=(1, 2, 3, 4)) for name, method in both.items()]
+  np.testing.assert_array_equal(same[0], ~same[1])
+  assert same[0].any() and same[1].any()
+  np.testing.assert_allclose(run(both, jax.pmap, 4), of_both, atol=1e-6)
 
 
 def test_smoothed_labels():

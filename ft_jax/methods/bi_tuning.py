@@ -29,13 +29,13 @@ class BiTuning(Method):
   after), and the target head starts as `models.resnet.Heads` does (there with N(0, 0.01)). The key encoder sees target images alone, also
   in joint fine-tuning.
   """
+  excludes: ClassVar = {'mixup': _MIXED, 'cutmix': _MIXED}
+  published: ClassVar = {'weight': 1.0}
   weight: float = 0.0  # published 1
   queue: int = 40  # K, keys of each class; published 40
   temperature: float = 0.07  # T; published 0.07
   momentum: float = 0.999  # part of the key encoder that a step keeps; published 0.999
   projection: int = 128  # numbers of z; published 128
-
-  excludes: ClassVar = {'mixup': _MIXED, 'cutmix': _MIXED}
 
   def check(self, plan: Plan) -> None:
     for name in ('queue', 'projection'):

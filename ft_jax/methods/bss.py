@@ -1,6 +1,7 @@
 """Batch spectral shrinkage: directions that a batch's features hardly use are shrunk (Chen et al., NeurIPS 2019)."""
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ class BSS(Method):
   As in the published code (thuml/Batch-Spectral-Shrinkage). A matrix has min(B, d) singular values; the smallest ones do not grow with the
   batch (they get smaller as B comes near d), so the published weight, at batches of 48, is taken as it is. Source images do not count.
   """
+  published: ClassVar = {'weight': 0.001}
   weight: float = 0.0  # eta; published 0.001
   k: int = 1  # how many singular values; published 1
 

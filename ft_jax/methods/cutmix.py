@@ -1,6 +1,7 @@
 """CutMix (Yun et al., ICCV 2019)."""
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ class CutMix(Method):
   borders, after which l is what is left. The j-th image is the i-th of the whole batch in reverse (as in timm; the published code
   shuffles), so that it does not depend on the number of devices. Where Mixup is on too, each step does one of the two, each equally often.
   """
+  published: ClassVar = {'alpha': 1.0}
   alpha: float = 0.0  # both parameters of the Beta distribution; published 1
   probability: float = 1.0  # that a step cuts at all; published 1 on ImageNet, 0.5 on CIFAR
 

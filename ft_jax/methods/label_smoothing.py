@@ -1,6 +1,7 @@
 """Label smoothing (Szegedy et al., CVPR 2016)."""
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 
@@ -13,6 +14,7 @@ class LabelSmoothing(Method):
 
   Section 7 of the paper. Source images keep their labels, and what other methods do with labels is not changed.
   """
+  published: ClassVar = {'amount': 0.1}
   amount: float = 0.0  # of the uniform distribution in every label, below 1; published 0.1
 
   def check(self, plan: Plan) -> None:

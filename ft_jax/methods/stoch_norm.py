@@ -3,6 +3,7 @@
 from collections.abc import Callable
 import dataclasses
 import functools
+from typing import ClassVar
 
 from flax import linen as nn
 import jax
@@ -21,6 +22,7 @@ class StochNorm(Method):
   the batch's statistics where these are used, and scale and bias are the same either way. All devices and all parts of an accumulated
   batch draw alike. Unlike in the published library (tllib), whose --prob has no effect, the probability is that of the setting.
   """
+  published: ClassVar = {'enabled': True}
   enabled: bool = False  # switches it on
   probability: float = 0.5  # of the batch's statistics; published 0.5; 1 is plain BatchNorm, 0 takes running ones that go on being updated
 
@@ -48,7 +50,7 @@ class StochNormLayer(resnet.BatchNorm):
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     """`[b, h, w, c]` to the same."""
-    if self.use_running_average or self.stays_frozen or self.is_initializing():
+    if not self.trains or self.is_initializing():
       return super().__call__(x)
     mean, var = self.get_variable('batch_stats', 'mean'), self.get_variable('batch_stats', 'var')
     by_batch = super().__call__(x)
