@@ -31,7 +31,7 @@ TARGETS, SOURCES = 100, 1000
 class Step:
   """The step with some methods, ready to run."""
 
-  def __init__(self, args: argparse.Namespace, names: list[str]):
+  def __init__(self, args: argparse.Namespace, names: list[str], parts: int = 1):
     active = methods.active({name: dict(METHODS[name].published) for name in names})
     unlabelled = any(method.unlabelled_source for method in active.values())
     needs = methods.all_needs(active, resnet.build(args.name, {}, width=args.width))
@@ -50,7 +50,7 @@ class Step:
     kept = start if needs.start or needs.teacher or needs.classifier else None
     state = train.create_state({**variables, 'params': {**variables['params'], **({'methods': own} if own else {})}}, optimizer,
                                start=kept, methods=states)
-    step = train.make_train_step(model, optimizer, {'target': 1.0, **({'source': 1.0} if joint else {})}, methods=active)
+    step = train.make_train_step(model, optimizer, {'target': 1.0, **({'source': 1.0} if joint else {})}, methods=active, parts=parts)
     self._state, self._batch = parallel.replicate(state), {name: parallel.shard(part) for name, part in data.items()}
     self._step = step.lower(self._state, self._batch).compile()
     memory = self._step.memory_analysis()
@@ -92,6 +92,7 @@ def main() -> None:
   for name, names in cases.items():
     print(f'compiling {name}', file=sys.stderr, flush=True)
     steps[name] = Step(args, names)
+  steps['plain, accumulate=4'] = Step(args, [], 4)
   seconds: dict[str, list[float]] = {name: [] for name in steps}
   for turn in range(args.steps + 2):
     for name, step in steps.items():

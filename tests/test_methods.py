@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import itertools
+import pathlib
 import re
 from typing import Any
 
@@ -11,6 +12,7 @@ import method_case
 import numpy as np
 import pytest
 
+from configs import default
 from ft_jax import methods
 from ft_jax.checkpoints import Checkpoints
 from ft_jax.methods import METHODS
@@ -108,3 +110,23 @@ def test_wrong_settings_are_named():
     methods.active({'l2sp': {'weight': 1.0}})
   with pytest.raises(ValueError, match='methods.l2_sp.weight is nan; expected a finite number'):
     methods.active({'l2_sp': {'weight': float('nan')}})
+
+
+def test_the_readmes_example_of_a_new_method(monkeypatch):
+  """It is what it says: under 30 lines, a line in the table, and a field of the config; and its term is its formula."""
+  text = (pathlib.Path(__file__).parents[1] / 'README.md').read_text()
+  code = next(block for block in re.findall(r'```python\n(.*?)```', text, re.S) if '(Method)' in block)
+  assert len(code.splitlines()) < 30
+  space: dict[str, Any] = {'__name__': 'features'}
+  exec(compile(code, 'README.md', 'exec'), space)
+  monkeypatch.setitem(METHODS, 'features', space['Features'])
+  assert default.get_config().methods.features.weight == 0.0
+  active = methods.active({'features': {'weight': 0.5}})
+  start = method_case.start_of(method_case.network())
+  plain, _ = method_case.run({}, start=start)
+  state, history = method_case.run(active, start=start, state=plain.replace(start=start, methods={'features': {}}))
+  model, image = method_case.network({}, batch_norm='frozen'), method_case.batch()['target']['image']
+  of = lambda params: model.apply({'params': params, 'batch_stats': start['batch_stats']}, image).features
+  distance = np.sum(np.square(np.float64(of(plain.params)) - of(start['params'])), axis=1)
+  np.testing.assert_allclose(history[0]['loss_features'], 0.5 / 2 * distance.mean(), rtol=1e-4)
+  assert any((a != b).any() for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(plain.params)))

@@ -28,8 +28,7 @@ def setting():
   rng = np.random.default_rng(0)
   batch = {'target': batch_of(rng, 8, 3), 'source': batch_of(rng, 16, 5)}
   model = resnet.build('resnet18', {'target': 3, 'source': 5}, width=4, axis_name=parallel.AXIS)
-  variables = jax.device_get(jax.jit(model.init)(jax.random.key(0), batch['target']['image']))
-  return model, variables, batch
+  return model, method_case.variables(model), batch
 
 
 def step_once(model, variables, batch):

@@ -75,7 +75,7 @@ def _train(config: ConfigDict, work: Workdir, splits: setup.Splits, pool: Source
     streams['source'] = fit.Stream(helping, _source_batch(config), config.source_weight if labelled else None)
 
   needs = methods.all_needs(active, setup.build_model(config.model, heads))
-  start = weights.variables if weights else None
+  start = {key: weights.variables[key] for key in ('params', 'batch_stats')} if weights else None
   if needs.trained_classifier:
     heads['pretrained'] = len(start['params']['heads']['pretrained']['bias'])
   model = setup.build_model(config.model, heads, config.train.freeze)
