@@ -189,7 +189,10 @@ class Method:
     return {}
 
   def mix(self, images: jax.Array, labels: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Mixes target images (float32 `[b, h, w, 3]`, normalised) and their labels (float32 `[b, K]`) before the forward pass."""
+    """Mixes target images (float32 `[b, h, w, 3]`, normalised) and their labels (float32 `[b, K]`) before the forward pass.
+
+    Of several methods that do, each step draws one.
+    """
     return images, labels
 
   def relabel(self, seen: Pass, state: State) -> tuple[jax.Array, State, dict[str, jax.Array]]:

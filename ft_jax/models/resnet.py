@@ -60,13 +60,17 @@ class BatchNorm(nn.BatchNorm):
   train: bool = False
   frozen: str = ''
 
+  @property
+  def trains(self) -> bool:
+    """Whether the statistics of the batch take part."""
+    return self.train and not (self.frozen and re.fullmatch(self.frozen, '/'.join((*self.path, 'scale'))))
+
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     """`[b, h, w, c]` to the same."""
-    train = self.train and not (self.frozen and re.fullmatch(self.frozen, '/'.join((*self.path, 'scale'))))
     before = self.get_variable('batch_stats', 'var')
-    y = super().__call__(x, use_running_average=not train)
-    if train and not self.is_initializing():
+    y = super().__call__(x, use_running_average=not self.trains)
+    if self.trains and not self.is_initializing():
       n = x.size // x.shape[-1] * (jax.lax.axis_size(self.axis_name) if self.axis_name else 1)
       after = self.get_variable('batch_stats', 'var')
       # What was added is (1 - momentum) times the variance.
@@ -183,6 +187,11 @@ class ResNet(nn.Module):
   batch_norm: str = 'train'
   frozen: str = ''
   portable: bool = False
+
+  @property
+  def width_of_features(self) -> int:
+    """Numbers in the pooled features of an image."""
+    return self.width * 2 ** (len(self.depths) - 1) * self.block.expansion
 
   @nn.compact
   def __call__(self, images: jax.Array, train: bool = False) -> Outputs:
