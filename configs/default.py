@@ -30,7 +30,7 @@ def get_config() -> ConfigDict:
 
   config.noise = ConfigDict()  # wrong labels for studies, in the target's training images alone; val and test stay clean
   config.noise.kind = ''  # symmetric, asymmetric (by noise.map), nonuniform, model (what the run noise.labels says); '' for none
-  config.noise.rate = 0.0  # part of the training images whose labels are drawn anew; 0 to 1
+  config.noise.rate = 0.0  # part of the training images (asymmetric: of each class of the map) whose labels are drawn anew; 0 to 1
   config.noise.map = ()  # asymmetric: pairs of class names (from, to), such as (('wolf', 'husky'),)
   config.noise.labels = ''  # model: the workdir of a finished run of the same classes, or a CSV file of job predict
 

@@ -172,7 +172,7 @@ def _losses(methods: Mapping[str, Method], keys: Mapping[str, jax.Array], loss_w
     term = method.loss(seen._replace(key=keys[name]), states[name])
     states[name] = jax.lax.stop_gradient(term.state)
     metrics |= {f'{name}/{key}': value for key, value in term.metrics.items()}
-    if type(method).loss is not Method.loss:
+    if isinstance(term.loss, jax.Array):  # and not the number 0: there is a term
       metrics[f'loss_{name}'] = term.loss
       loss = loss + term.loss
   return loss, states, metrics

@@ -115,6 +115,25 @@ def test_adam_equals_torchs_formula(kind):
   np.testing.assert_allclose(params['a']['kernel'], w, rtol=1e-4)  # float32's 1 - 0.999**t
 
 
+def test_amsgrad_equals_torchs_formula():
+  """The maximum is of the second moments before their correction, unlike optax's; in float64."""
+  tx = optimizer.make_optimizer('amsgrad', optax.constant_schedule(0.01), PARAMS, weight_decay=0.02)
+  params = jax.tree.map(jnp.asarray, PARAMS)
+  state, w = tx.init(params), PARAMS['conv1']['kernel'].astype(np.float64)
+  m = v = most = np.zeros_like(w)
+  rng = np.random.default_rng(0)
+  for t in range(1, 41):
+    g = rng.normal(size=(2, 2)) * (100.0 if t < 3 else 1.0)  # the largest second moments lie behind: the maximum matters
+    grads = {'conv1': {'kernel': g.astype(np.float32)}, 'heads': {'target': {'bias': np.zeros(3, np.float32)}}}
+    updates, state = tx.update(grads, state, params)
+    params = optax.apply_updates(params, updates)
+    g = g + 0.02 * w
+    m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
+    most = np.maximum(most, v)
+    w = w - 0.01 * m / (1 - 0.9**t) / (np.sqrt(most / (1 - 0.999**t)) + 1e-8)
+    np.testing.assert_allclose(params['conv1']['kernel'], w, rtol=2e-5)
+
+
 @pytest.mark.parametrize('fields,words', [
     ({'kind': 'sdg'}, "train.optimizer is 'sdg'; known: sgd, adam, adamw, amsgrad"),
     ({'layer_decay': 0.0}, 'train.layer_decay is 0.0'),

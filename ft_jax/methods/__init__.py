@@ -11,7 +11,9 @@ from ft_jax.methods.bss import BSS
 from ft_jax.methods.cutmix import CutMix
 from ft_jax.methods.l2_sp import L2SP
 from ft_jax.methods.label_smoothing import LabelSmoothing
+from ft_jax.methods.layerwise import Layerwise
 from ft_jax.methods.mixup import Mixup
+from ft_jax.methods.self_label import SelfLabel
 from ft_jax.methods.stoch_norm import StochNorm
 from ft_jax.models.resnet import ResNet
 
@@ -72,12 +74,15 @@ def all_needs(methods: Mapping[str, Method], model: ResNet) -> Needs:
                  for values, default in zip(joined, Needs())))
 
 
+# Labels go through `relabel` in this order.
 METHODS: dict[str, type[Method]] = {
-    'bi_tuning': BiTuning,
-    'bss': BSS,
-    'cutmix': CutMix,
+    'self_label': SelfLabel,
     'l2_sp': L2SP,
+    'layerwise': Layerwise,
+    'bss': BSS,
+    'stoch_norm': StochNorm,
+    'bi_tuning': BiTuning,
     'label_smoothing': LabelSmoothing,
     'mixup': Mixup,
-    'stoch_norm': StochNorm,
+    'cutmix': CutMix,
 }
