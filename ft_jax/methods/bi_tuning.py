@@ -27,6 +27,8 @@ class BiTuning(Method):
   As in the published code (tllib, regularization/bi_tuning.py): Z is as it was before the batch's keys are put in and H as it is after, the
   second term does not train the head, and the projection has the learning rate of the backbone. Unlike there, the target head starts as
   `models.resnet.Heads` does (there with N(0, 0.01)). The key encoder sees target images alone, also in joint fine-tuning.
+
+  Its state is a copy of the backbone and C * K * (d + 1 + `projection`) numbers: 140 MB for 397 classes of 2048 features.
   """
   excludes: ClassVar = {'mixup': _MIXED, 'cutmix': _MIXED}
   published: ClassVar = {'weight': 1.0}
