@@ -15,6 +15,7 @@ from ft_jax.checkpoints import load_variables
 from ft_jax.data.cache import cached
 from ft_jax.data.damage import without_damaged
 from ft_jax.data.pipeline import Transform
+from ft_jax.data.randaugment import STRONGEST
 from ft_jax.data.sources import carve, class_difference, draw, open_source, Source
 from ft_jax.models import hub, pretrained, resnet
 from ft_jax.parallel import AXIS
@@ -111,7 +112,14 @@ def make_transform(config: ConfigDict) -> Transform:
   augment = config.augment
   if short_side(config) < config.image_size:
     raise ValueError(f'augment.short_side is {short_side(config)}, less than image_size {config.image_size}')
-  return Transform(config.image_size, tuple(augment.scale), tuple(augment.ratio), augment.flip, augment.antialias, short_side(config))
+  if augment.randaugment < 0:
+    raise ValueError(f'augment.randaugment is {augment.randaugment}; expected a number of operations, or 0 for none')
+  if not 2 <= augment.magnitude <= STRONGEST:
+    raise ValueError(f'augment.magnitude is {augment.magnitude}; expected 2 to {STRONGEST}')
+  if not 0 <= augment.cutout <= 1:
+    raise ValueError(f'augment.cutout is {augment.cutout}; expected a part of the side of the crop, up to 1, or 0 for none')
+  return Transform(config.image_size, tuple(augment.scale), tuple(augment.ratio), augment.flip, augment.antialias, short_side(config),
+                   augment.randaugment, augment.magnitude, augment.cutout)
 
 
 def short_side(config: ConfigDict) -> int:
