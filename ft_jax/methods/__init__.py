@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from ft_jax.methods.base import Begin, Method, Needs, Pass, Plan, State, Term
+from ft_jax.methods.fixmatch import FixMatch
 from ft_jax.methods.l2_sp import L2SP
 from ft_jax.models.resnet import ResNet
 
@@ -67,5 +68,6 @@ def all_needs(methods: Mapping[str, Method], model: ResNet) -> Needs:
 
 
 METHODS: dict[str, type[Method]] = {
+    'fixmatch': FixMatch,
     'l2_sp': L2SP,
 }
