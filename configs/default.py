@@ -92,10 +92,10 @@ def get_config() -> ConfigDict:
 
   config.stability = ConfigDict()  # job stability: how sharp the minimum is that a run found, and how far it went
   config.stability.sigma = 1e-3  # standard deviation of the noise on each weight
-  config.stability.draws = 20  # perturbed networks
+  config.stability.draws = 20  # perturbed networks; 0 leaves them out
   config.stability.images = 1000  # of the test split (of val where there is none); 0 is all
   config.stability.probes = 100  # random vectors for the trace of the Hessian, at most; 0 leaves it out
-  config.stability.tolerance = 1e-3  # relative change of the trace at which no more vectors are drawn
+  config.stability.tolerance = 1e-3  # relative change of the trace at which no more vectors are drawn, from ten on; 0 draws all
 
   config.compare = ConfigDict()  # job compare: the same fine-tuning with each method and seed
   config.compare.methods = ('none', 'random', 'uot')  # values of selection.method
