@@ -1,6 +1,7 @@
 """FixMatch: the loss is the formula over the images that all devices keep, teaches the strong view alone, and is 0 where none is kept."""
 
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 import jax
 import method_case
 import numpy as np
@@ -42,7 +43,7 @@ def term(method: FixMatch, weak: np.ndarray, strong: np.ndarray, devices: int) -
 @given(st.integers(0, 10**6), st.sampled_from(['soft', 'hard']), st.sampled_from([0.0, 0.6, 0.9]), st.sampled_from([0.5, 1.0, 2.0]),
        st.sampled_from([1, 4]))
 def test_formula(seed, labels, threshold, temperature, devices):
-  """The mean over devices is the mean over all kept images, and its gradient that of the strong view; float64 against finite differences."""
+  """The mean over devices is that over all kept images, and its gradient the strong view's; float64, against finite differences."""
   method = FixMatch(0.7, threshold, labels, temperature)
   rng = np.random.default_rng(seed)
   weak, strong, direction = rng.normal(size=(3, 8, 5)) * np.array([2.0, 2.0, 1.0])[:, None, None]

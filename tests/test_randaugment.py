@@ -1,11 +1,11 @@
-"""RandAugment and Cutout: each operation is Pillow's with the published value, the draws are the published ones, the grey square is exact."""
+"""RandAugment and Cutout: each operation is Pillow's with the published value, drawn as published; the grey square is exact."""
 
 import collections
 import dataclasses
 
 import numpy as np
-import PIL.Image
 from PIL import ImageEnhance, ImageOps
+import PIL.Image
 import pytest
 from sklearn import datasets
 

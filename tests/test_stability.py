@@ -1,4 +1,4 @@
-"""The measures of a minimum: products with the Hessian are exact, the trace and its error follow, distances are from the run's own start."""
+"""The measures of a minimum: products with the Hessian are exact, the trace and its error follow, a run's own start is found."""
 
 import csv
 import json
@@ -16,13 +16,14 @@ import pytest
 from configs import stability as stability_config
 from ft_jax import parallel, report
 from ft_jax.checkpoints import Checkpoints, load_start
-from ft_jax.jobs import setup, stability as job, trained
+from ft_jax.jobs import setup, trained
+from ft_jax.jobs import stability as job
 from ft_jax.methods.base import flat
 from ft_jax.models import resnet
 from ft_jax.studies import stability
 
 
-def test_trace_is_that_of_the_hessian():
+def test_noise_and_trace_are_those_of_the_hessian():
   """A small network in float64, six images over four devices in padded batches: against the whole Hessian, by another convolution."""
   with jax.enable_x64(True):
     model = resnet.ResNet((1, 1), resnet.BasicBlock, {'target': 3}, width=2, stem='3x3', dtype=jnp.float64)
@@ -32,8 +33,7 @@ def test_trace_is_that_of_the_hessian():
     padded = {'image': np.concatenate([images, images[:2]]), 'label': np.append(labels, [0, 0]).astype(np.int32),
               'mask': np.arange(8) < 6}
     batches = [{key: value[i:i + 4] for key, value in padded.items()} for i in (0, 4)]
-    numbers = 24
-    made = list(stability.curvatures(model, 'target', parallel.replicate(variables), batches, seed=3, numbers=range(numbers)))
+    made = list(stability.curvatures(model, 'target', parallel.replicate(variables), batches, seed=3, numbers=range(24)))
 
     leaves = flat(variables['params'])
     sizes = np.cumsum([0, *(leaf.size for leaf in leaves.values())])
@@ -45,8 +45,25 @@ def test_trace_is_that_of_the_hessian():
       logits = model.clone(portable=True).apply({**variables, 'params': tree}, images).logits['target']
       return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
-    hessian = np.asarray(jax.jit(jax.hessian(loss), compiler_options=method_case.QUICK)(
-        np.concatenate([leaf.ravel() for leaf in leaves.values()])))
+    weights = np.concatenate([leaf.ravel() for leaf in leaves.values()])
+    whole = jax.jit(lambda w: (loss(w), jax.grad(loss)(w), jax.hessian(loss)(w)), compiler_options=method_case.QUICK)
+    value, gradient, hessian = map(np.asarray, whole(weights))
+    sigma, noisy = 1e-3, np.concatenate([np.full(leaf.size, stability.is_perturbed(path)) for path, leaf in leaves.items()])
+    under = lambda sigma, numbers: np.array(list(stability.losses_under_noise(
+        model, 'target', parallel.replicate(variables), batches, classes=3, sigma=sigma, seed=0, numbers=numbers)))
+    rises = under(sigma, range(100)) - value
+    np.testing.assert_allclose(under(0.0, [5]), value, rtol=1e-12)
+    # To second order a rise has mean sigma^2 / 2 * trace and standard deviation sigma * |gradient|, of the weights that have noise.
+    deviation = sigma * np.linalg.norm(gradient[noisy])
+    assert rises.std() == pytest.approx(deviation, rel=0.25)
+    assert abs(rises.mean() - sigma ** 2 / 2 * np.trace(hessian[noisy][:, noisy])) < 4 * deviation / 10
+    drawn = flat(stability._drawn(jax.random.normal, variables['params'], jax.random.fold_in(jax.random.key(0), 7)))
+    numbers = np.concatenate([np.ravel(drawn[path]) for path in leaves])
+    assert abs(numbers.mean()) < 4 / len(numbers) ** 0.5 and numbers.std() == pytest.approx(1, rel=0.15)
+    moved = weights + sigma * noisy * numbers
+    shifted = float(whole(moved)[0])
+    np.testing.assert_allclose(under(sigma, [7])[0] - value, shifted - value, rtol=1e-6)
+    np.testing.assert_allclose(rises[7], shifted - value, rtol=1e-6)
     for number, products in enumerate(made):
       v = flat(stability.signs(variables['params'], jax.random.fold_in(jax.random.key(3), number)))
       v = np.concatenate([np.asarray(v[path]).ravel() for path in leaves])
@@ -55,7 +72,7 @@ def test_trace_is_that_of_the_hessian():
       for path in leaves:
         np.testing.assert_allclose(products[path], expected[path], rtol=1e-9, atol=1e-9, err_msg=path)
   # What the estimates scatter by is known: twice the squares beside the diagonal.
-  error = (2 * (np.sum(hessian ** 2) - np.sum(np.diag(hessian) ** 2)) / numbers) ** 0.5
+  error = (2 * (np.sum(hessian ** 2) - np.sum(np.diag(hessian) ** 2)) / len(made)) ** 0.5
   total = stability.estimate([sum(products.values()) for products in made])
   assert abs(total.mean - np.trace(hessian)) < 4 * error and 0.6 * error < total.error < 1.6 * error
   for path, part in parts.items():
@@ -97,7 +114,8 @@ def test_job(trained_run, tmp_path):
   flags = ('--config=configs/stability.py', f'--config.workdir={trained_run}', '--config.stability.images=15', f'--workdir={tmp_path}')
   first = quick_main(*flags, '--config.stability.draws=3', '--config.stability.probes=2')
   assert first.returncode == 0, first.stderr
-  assert 'no distances from the start: the run began with random weights' in first.stderr and 'noise stability: the loss rises' in first.stderr
+  for words in ('no distances from the start: the run began with random weights', 'the rise of the loss under noise of 0.001 (3 perturbed networks)'):
+    assert words in first.stderr
   results = json.loads((tmp_path / 'stability.json').read_text())
   assert (results['split'], results['images'], results['trace']['vectors'], results['trace']['settled']) == ('test', 15, 2, False)
   rows = {row['name']: row for row in results['parameters']}
@@ -120,7 +138,8 @@ def test_job(trained_run, tmp_path):
   config = stability_config.get_config()
   config.workdir, config.stability.images, config.stability.draws, config.stability.probes = str(trained_run), 15, 1, 1
   fewer = job.run(config, tmp_path)  # nothing of it needs the network
-  assert fewer['noise']['differences'] == results['noise']['differences'][:1] and fewer['trace']['by_vector'] == results['trace']['by_vector'][:1]
+  assert fewer['noise']['differences'] == results['noise']['differences'][:1]
+  assert fewer['trace']['by_vector'] == results['trace']['by_vector'][:1]
   assert fewer['noise']['standard_error'] is None and fewer['loss'] == results['loss']
 
 
@@ -182,7 +201,7 @@ def test_where_a_run_began(trained_run, tmp_path):
 
 
 @pytest.mark.parametrize('field,value,words', [
-    ('sigma', 0.0, 'expected a number above 0'), ('sigma', float('nan'), 'expected a number above 0'), ('draws', -1, 'expected a number of'),
+    ('sigma', 0.0, 'expected a number above 0'), ('sigma', float('nan'), 'expected a number above 0'), ('draws', -1, 'expected a number'),
     ('probes', -1, 'expected a number of random vectors'), ('images', -5, 'expected a number of images'), ('tolerance', -1.0, 'expected')])
 def test_wrong_settings(field, value, words):
   config = stability_config.get_config()

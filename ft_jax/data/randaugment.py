@@ -9,8 +9,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-import PIL.Image
 from PIL import ImageEnhance, ImageOps
+import PIL.Image
 
 # The strength that gives an operation its largest value.
 STRONGEST = 10

@@ -112,8 +112,8 @@ def _held(source: Source, run: trained.Trained) -> list[Batch]:
   devices = jax.device_count()
   needed, free = 3 * run.transform.size ** 2 * len(source), free_memory()
   if needed > MOST_MEMORY * free:
-    raise ValueError(f'config.stability.images: the crops of {len(source):,d} images take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB of '
-                     'memory are free; take fewer images')
+    raise ValueError(f'config.stability.images: the crops of {len(source):,d} images take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB '
+                     'of memory are free; take fewer images')
   batches = EvalBatches(source, run.transform, devices * min(MOST_IMAGES, -(-len(source) // devices)))
   return list(progress.bar(batches, 'reading', len(batches)))
 
@@ -169,7 +169,9 @@ def _estimated(settings: ConfigDict, seed: int, model: ResNet, run: trained.Trai
   return estimates
 
 
-def _probe(settings: ConfigDict, seed: int, model: ResNet, head: str, variables: Any, batches: Sequence[Batch], estimates: Estimates) -> None:
+def _probe(settings: ConfigDict, seed: int, model: ResNet, head: str, variables: Any, batches: Sequence[Batch],
+           estimates: Estimates) -> None:
+  """Adds random vectors until the trace is settled, or there are as many as are asked for."""
   totals = [sum(probe.values()) for probe in estimates.probes]
   most = _used(totals, settings)
   if most < settings.probes and not stability.settled(totals[:most], settings.tolerance):
@@ -253,7 +255,7 @@ def _lines(results: Mapping[str, Any]) -> Iterator[str]:
   noise, trace = results['noise'], results['trace']
   yield f'{results["images"]:,d} {results["split"]} images, loss {results["loss"]:.4f}'
   if noise:
-    yield (f'noise stability: the loss rises by {report.with_error(noise)} under noise of {noise["sigma"]:g} '
+    yield (f'noise stability: {report.with_error(noise)}, the rise of the loss under noise of {noise["sigma"]:g} '
            f'({len(noise["differences"])} perturbed networks)'
            + (f'; sigma^2 / 2 * trace would be {noise["by_trace"]:.3g}' if noise['by_trace'] is not None else ''))
   if trace:

@@ -16,11 +16,11 @@ LABELS = ('soft', 'hard')
 
 @dataclasses.dataclass(frozen=True)
 class FixMatch(Method):
-  """weight * mean over the kept u of -sum_c q_c(u) log softmax(strong view)_c: q = softmax(weak view / temperature), kept: max q >= threshold.
+  """weight * mean over kept images of -sum_c q_c log softmax(strong view)_c, q = softmax(weak view / temperature); kept: max q >= threshold
 
-  Liu et al., NeurIPS 2022, for pre-training data without labels: soft labels, every image kept. Sohn et al., NeurIPS 2020, have hard labels
-  and threshold 0.95, and divide by all images of the batch. Here the mean is over the kept images of all devices, and 0 where none is
-  kept (the published code divides by zero). `source_weight` has no part in it.
+  Liu et al., NeurIPS 2022, for pre-training data without labels: soft labels, every image kept. Sohn et al., NeurIPS 2020, have hard
+  labels and threshold 0.95, and divide by all images of the batch. Here the mean is over the kept images of all devices, and 0 where
+  none is kept (the published code divides by zero). `config.source_weight` has no part in it.
   """
   weight: float = 0.0  # lambda; published 1.0
   threshold: float = 0.0  # least probability of the likeliest class with which an image is kept; published 0.0 (all), in FixMatch 0.95

@@ -1,15 +1,16 @@
 """How flat the minimum is that a training found, and how far from its start it lies.
 
-The measures with which Li and Zhang (NeurIPS 2021) explain regularized fine-tuning, as in the code of their companion paper (Ju, Li and Zhang,
-"Robust Fine-Tuning of Deep Neural Networks with Hessian-based Generalization Guarantees", ICML 2022): the loss under noise on the weights,
-the distance of each weight from where it began, and the trace of the Hessian of the loss. All are taken in evaluation mode.
+The measures with which Li and Zhang (NeurIPS 2021) explain regularized fine-tuning, as in the code of their companion paper (Ju, Li and
+Zhang, "Robust Fine-Tuning of Deep Neural Networks with Hessian-based Generalization Guarantees", ICML 2022): the loss under noise on the
+weights, the distance of each weight from where it began, and the trace of the Hessian of the loss. All are taken in evaluation mode.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
-import zlib
 
+import flax
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -67,10 +68,9 @@ def losses_under_noise(model: ResNet, head: str, variables: Any, batches: Iterab
     numbers: of the draws: each number is one network, whichever others are asked for.
   """
   def perturb(variables: Any, number: jax.Array) -> Any:
-    key = jax.random.fold_in(jax.random.key(seed), number)
-    return {**variables, 'params': _mapped(
-        lambda path, w: w + sigma * jax.random.normal(_key(key, path), w.shape, w.dtype) if is_perturbed(path) else w,
-        variables['params'])}
+    noise = flat(_drawn(jax.random.normal, variables['params'], jax.random.fold_in(jax.random.key(seed), number)))
+    return {**variables, 'params': flax.traverse_util.path_aware_map(
+        lambda path, w: w + sigma * noise['/'.join(path)] if is_perturbed('/'.join(path)) else w, variables['params'])}
 
   perturbed, predict = jax.pmap(perturb, in_axes=(0, None)), make_predict(model, head)
   for number in numbers:
@@ -99,7 +99,7 @@ def curvature(loss: Callable[[Any], jax.Array], params: Any, key: jax.Array) -> 
 
 def signs(params: Any, key: jax.Array) -> Any:
   """A random 1 or -1 for each number of the parameters."""
-  return _mapped(lambda path, w: jax.random.rademacher(_key(key, path), w.shape, w.dtype), params)
+  return _drawn(jax.random.rademacher, params, key)
 
 
 def curvatures(model: ResNet, head: str, variables: Any, batches: Iterable[Mapping[str, np.ndarray]], *, seed: int,
@@ -139,9 +139,7 @@ def settled(totals: Sequence[float], tolerance: float) -> bool:
   return bool(abs(after - before) < tolerance * abs(before))
 
 
-def _mapped(change: Callable[[str, jax.Array], jax.Array], params: Any) -> Any:
-  return jax.tree_util.tree_map_with_path(lambda path, leaf: change('/'.join(entry.key for entry in path), leaf), params)
-
-
-def _key(key: jax.Array, path: str) -> jax.Array:
-  return jax.random.fold_in(key, zlib.crc32(path.encode()))
+def _drawn(draw: Callable[..., jax.Array], params: Any, key: jax.Array) -> Any:
+  """A random number in the place of each one of the parameters, all drawn at once: a draw for each array takes long to compile."""
+  vector, unravel = jax.flatten_util.ravel_pytree(params)
+  return unravel(draw(key, vector.shape, vector.dtype))
