@@ -1,4 +1,5 @@
-"""The input pipeline (decode, random-resized-crop 224, flip, batch) beside tf.data and torch's DataLoader with Pillow, its cache, and RandAugment.
+"""The input pipeline (decode, random-resized-crop 224, flip, batch) beside tf.data and torch's DataLoader with Pillow;
+with RandAugment and Cutout; and its cache.
 
     pip install tensorflow torch && python benchmarks/pipeline.py
 

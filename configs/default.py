@@ -30,7 +30,7 @@ def get_config() -> ConfigDict:
 
   config.noise = ConfigDict()  # wrong labels for studies, in the target's training images alone; val and test stay clean
   config.noise.kind = ''  # symmetric, asymmetric (by noise.map), nonuniform, model (what the run noise.labels says); '' for none
-  config.noise.rate = 0.0  # part of the training images whose labels are drawn anew; 0 to 1
+  config.noise.rate = 0.0  # part of the training images (asymmetric: of each class of the map) whose labels are drawn anew; 0 to 1
   config.noise.map = ()  # asymmetric: pairs of class names (from, to), such as (('wolf', 'husky'),)
   config.noise.labels = ''  # model: the workdir of a finished run of the same classes, or a CSV file of job predict
 
@@ -98,7 +98,8 @@ def get_config() -> ConfigDict:
   config.stability.tolerance = 1e-3  # relative change of the trace at which no more vectors are drawn, from ten on; 0 draws all
 
   config.compare = ConfigDict()  # job compare: the same fine-tuning with each method and seed
-  config.compare.methods = ('none', 'random', 'uot')  # values of selection.method
+  # values of selection.method, with fine-tuning methods behind: 'none+l2_sp', 'uot+delta+bss' (as published, or as config.methods has them)
+  config.compare.methods = ('none', 'random', 'uot')  # the first one is what the others are compared with
   config.compare.seeds = (0, 1, 2)  # values of seed
   return config.lock()  # a field that is not here is a mistake
 
@@ -110,8 +111,8 @@ def train_config() -> ConfigDict:
   train.epochs = 100.0  # passes over the main stream's training images
   train.steps = 0  # length in steps instead; 0 takes epochs
   train.learning_rate = 0.01  # the highest one, times the factor of the group
-  # (pattern of the whole path, factor), first match; () is 10 for heads that start fresh on weights that do not, 1 for all else
-  train.learning_rate_groups = ()
+  # (pattern of the whole path, factor), first match, as (('heads/.*', 10.0), ('.*', 1.0));
+  train.learning_rate_groups = ()  # () is 10 for heads that start fresh on weights that do not, 1 for all else
   train.layer_decay = 1.0  # the rate is multiplied by it once more for each block away from the heads; 1 for none
   train.schedule = 'milestones'  # milestones, cosine or constant
   train.milestones = (0.6, 0.8)  # parts of the run after which the rate is multiplied by decay

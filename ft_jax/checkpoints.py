@@ -54,18 +54,18 @@ class Checkpoints:
       ValueError: it has another format version, or was made from something else, by name; or it cannot be read.
     """
     _check_whole(epath.Path(self._manager.directory) / str(step))
-    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-    saved = self._manager.restore(step, args=ocp.args.Composite(
-        state=ocp.args.StandardRestore(abstract), about=ocp.args.JsonRestore()))
-    if saved['about']['format_version'] != FORMAT_VERSION:
-      raise ValueError(f'{self._manager.directory} has format version {saved["about"]["format_version"]}; this program goes on from '
+    # First what it says of itself: a state of another version has another structure.
+    about = self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))['about']
+    if about['format_version'] != FORMAT_VERSION:
+      raise ValueError(f'{self._manager.directory} has format version {about["format_version"]}; this program goes on from '
                        f'{FORMAT_VERSION}. Give another --workdir; as model.weights it can still be used')
-    before, now = saved['about']['made_from'], self._about['made_from']
+    before, now = about['made_from'], self._about['made_from']
     changed = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
     if changed:
       raise ValueError(f'{self._manager.directory} goes on from other data: changed since then: {", ".join(changed)}; '
                        'bring it back, or give another --workdir')
-    return saved['state']
+    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+    return self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))['state']
 
   def structure(self, step: int) -> dict[str, Any]:
     """Shapes and types of the state saved at `step`, as nested dicts.

@@ -194,18 +194,21 @@ def vectors(results: Mapping[str, Any]) -> Figure:
 
 def curves(metrics: Sequence[Mapping[str, float]], best_step: int) -> Figure:
   """Loss, accuracy and learning rate over the steps; the best checkpoint is marked."""
-  figure = Figure(figsize=(11, 3.4), layout='constrained')
-  loss, accuracy, rate = figure.subplots(1, 3)
+  added = sorted({key for m in metrics for key in m if key.startswith('train/loss_')} - {'train/loss_target', 'train/loss_source'})
+  figure = Figure(figsize=(11 + 3.6 * bool(added), 3.4), layout='constrained')
+  loss, accuracy, rate, *more = figure.subplots(1, 3 + bool(added))
   lines = [(loss, 'train/loss_target', 'target, training', BLUE), (loss, 'train/loss_source', 'source, training', GREY),
            (loss, 'val/loss', 'val', RED), (accuracy, 'train/top1_target', 'target, training', BLUE),
            (accuracy, 'train/top1_source', 'source, training', GREY), (accuracy, 'val/top1', 'val', RED),
            (rate, 'learning_rate', 'learning rate', BLUE)]
+  lines += [(more[0], key, key.removeprefix('train/loss_'), f'C{k}') for k, key in enumerate(added)]
   for axes, key, label, color in lines:
     points = [(m['step'], m[key]) for m in metrics if key in m]
     if points:
       axes.plot(*zip(*points), color=color, label=label, linewidth=1.6 if 'val' in key else 1.0,
                 marker='o' if 'val' in key else None, markersize=3)
-  for axes, title in ((loss, 'Cross-entropy'), (accuracy, 'Top-1 accuracy'), (rate, 'Learning rate of the backbone')):
+  titles = ('Cross-entropy', 'Top-1 accuracy', 'Learning rate of the backbone', 'What methods add to the loss')
+  for axes, title in zip((loss, accuracy, rate, *more), titles):
     axes.axvline(best_step, color=GREEN, linewidth=0.8, linestyle='--', label='best checkpoint')
     axes.set(title=title, xlabel='step')
     axes.spines[['top', 'right']].set_visible(False)

@@ -114,7 +114,8 @@ def test_job(trained_run, tmp_path):
   flags = ('--config=configs/stability.py', f'--config.workdir={trained_run}', '--config.stability.images=15', f'--workdir={tmp_path}')
   first = quick_main(*flags, '--config.stability.draws=3', '--config.stability.probes=2')
   assert first.returncode == 0, first.stderr
-  for words in ('no distances from the start: the run began with random weights', 'the rise of the loss under noise of 0.001 (3 perturbed networks)'):
+  for words in ('no distances from the start: the run began with random weights',
+                'the rise of the loss under noise of 0.001 (3 perturbed networks)'):
     assert words in first.stderr
   results = json.loads((tmp_path / 'stability.json').read_text())
   assert (results['split'], results['images'], results['trace']['vectors'], results['trace']['settled']) == ('test', 15, 2, False)

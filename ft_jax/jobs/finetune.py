@@ -16,7 +16,7 @@ from ft_jax import methods, parallel, progress, report
 from ft_jax.data import augment
 from ft_jax.data.pipeline import EvalBatches, Transform
 from ft_jax.data.sources import digest, open_source, Source
-from ft_jax.jobs import fit, pretrain, setup
+from ft_jax.jobs import fit, noise, pretrain, setup
 from ft_jax.models import pretrained
 from ft_jax.progress import log
 from ft_jax.workdir import Workdir, write_results
@@ -42,14 +42,15 @@ def run(config: ConfigDict, workdir: epath.PathLike, embeddings: epath.PathLike 
   needed = pool if config.selection.method != 'none' else None
   splits, readable, skipped = setup.readable(splits, 'target', config.data.on_error, needed)
   pool = pool if needed is None else readable
+  splits, true_labels, noise_told = noise.add(config.noise, config.seed, splits)
   if not work.results():
     _describe(splits, pool)
     if config.selection.method != 'none':
       _check_pool(config, pool)
     folder = epath.Path(config.embeddings_dir or embeddings or work.embeddings)
     splits = setup.in_memory(splits, 'target', config.data.cache)
-    results = _train(config, work, splits, pool, folder, skipped.get('source pool', ()))
-    write_results(work, {**results, 'skipped': setup.skipped_summary(skipped)})
+    results = _train(config, work, splits, pool, folder, skipped.get('source pool', ()), true_labels)
+    write_results(work, {**results, 'noise': noise_told, 'skipped': setup.skipped_summary(skipped)})
   chosen = selection.Selection.load(work.selection_json, pool.fingerprint) if work.selection_json.exists() else None
   report.write(work, _selection_section(splits.train, pool, chosen) if chosen else None)
   log.info('report: %s', work.report_html)
@@ -57,8 +58,11 @@ def run(config: ConfigDict, workdir: epath.PathLike, embeddings: epath.PathLike 
 
 
 def _train(config: ConfigDict, work: Workdir, splits: setup.Splits, pool: Source | None, embeddings: epath.Path,
-           unreadable: Sequence[str]) -> dict[str, Any]:
-  """Weights, selection, joint fine-tuning, evaluation: the results. `unreadable` are ids that the pool has lost."""
+           unreadable: Sequence[str], true_labels: np.ndarray | None) -> dict[str, Any]:
+  """Weights, selection, joint fine-tuning, evaluation: the results.
+
+  `unreadable` are ids that the pool has lost, `true_labels` those of train before noise was put in.
+  """
   active = methods.active(config.methods.to_dict())
   weights = _weights(config, work, pool)
   transform = setup.make_transform(config)
@@ -79,13 +83,13 @@ def _train(config: ConfigDict, work: Workdir, splits: setup.Splits, pool: Source
     streams['source'] = fit.Stream(helping, _source_batch(config), config.source_weight if labelled else None)
 
   needs = methods.all_needs(active, setup.build_model(config.model, heads))
-  start = weights.variables if weights else None
+  start = {key: weights.variables[key] for key in ('params', 'batch_stats')} if weights else None
   if needs.trained_classifier:
     heads['pretrained'] = len(start['params']['heads']['pretrained']['bias'])
   model = setup.build_model(config.model, heads, config.train.freeze)
   variables = setup.init_variables(model, config.image_size, config.seed, start)
   results = fit.fit(config.train, work, model=model, variables=variables, streams=streams, splits=splits, transform=transform,
-                    metric=config.target.metric, seed=config.seed, start=start, methods=active)
+                    metric=config.target.metric, seed=config.seed, start=start, methods=active, true_labels=true_labels)
   return {
       'job': 'finetune', **results,
       'target': {'name': config.target.name, 'classes': len(splits.train.class_names), 'fingerprint': splits.train.fingerprint,
@@ -114,6 +118,7 @@ def check(config: ConfigDict) -> None:
     raise ValueError("config.target.test is 'rest', what is not drawn for training, but config.target.train_per_class is 0 and "
                      'train_fraction is 1; set either')
   _check_selection(config)
+  noise.check(config.noise)
   setup.check_data(config.data)
   setup.make_transform(config)
   setup.check_weights(config.model)

@@ -26,7 +26,8 @@ class FixMatch(Method):
   threshold: float = 0.0  # least probability of the likeliest class with which an image is kept; published 0.0 (all), in FixMatch 0.95
   labels: str = 'soft'  # soft (published): the probabilities; hard (as in FixMatch): the likeliest class
   temperature: float = 1.0  # published 1.0; below it pseudo-labels are surer
-  unlabelled_source: ClassVar[bool] = True
+  published: ClassVar = {'weight': 1.0}
+  unlabelled_source: ClassVar = True
 
   def check(self, plan: Plan) -> None:
     if not plan.source:
