@@ -75,8 +75,9 @@ def get_config() -> ConfigDict:
   config.augment.scale = (0.08, 1.0)  # area of the random crop, as parts of the image
   config.augment.ratio = (3 / 4, 4 / 3)  # width over height of the random crop
   config.augment.flip = True  # mirror half of the training images
-  config.augment.randaugment = 0  # random operations an image (RandAugment), with Cutout behind them as in FixMatch; 0 for none
-  config.augment.magnitude = 10  # of these operations, 2 to 10
+  config.augment.randaugment = 0  # random operations an image (RandAugment; FixMatch's pool, strengths and chance of a half); 0 for none
+  config.augment.magnitude = 10  # of these operations, 2 to 10: each has a strength drawn from 1 to one below it
+  config.augment.cutout = 0.0  # Cutout: side of a grey square on each training crop, as a part of the crop's (FixMatch 0.5); 0 for none
   config.augment.antialias = False  # average training crops wherever they shrink (slower); else only beyond a factor of two
   config.augment.short_side = 0  # evaluation: short side before the middle is cut out; 0 is image_size * 256 / 224
 
@@ -91,10 +92,10 @@ def get_config() -> ConfigDict:
 
   config.stability = ConfigDict()  # job stability: how sharp the minimum is that a run found, and how far it went
   config.stability.sigma = 1e-3  # standard deviation of the noise on each weight
-  config.stability.draws = 20  # perturbed networks
+  config.stability.draws = 20  # perturbed networks; 0 leaves them out
   config.stability.images = 1000  # of the test split (of val where there is none); 0 is all
   config.stability.probes = 100  # random vectors for the trace of the Hessian, at most; 0 leaves it out
-  config.stability.tolerance = 1e-3  # relative change of the trace at which no more vectors are drawn
+  config.stability.tolerance = 1e-3  # relative change of the trace at which no more vectors are drawn, from ten on; 0 draws all
 
   config.compare = ConfigDict()  # job compare: the same fine-tuning with each method and seed
   # values of selection.method, with fine-tuning methods behind: 'none+l2_sp', 'uot+delta+bss' (as published, or as config.methods has them)

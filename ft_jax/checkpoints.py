@@ -97,6 +97,22 @@ def load_variables(workdir: epath.PathLike, step: int | None = None) -> dict[str
   Raises:
     ValueError: a folder without checkpoints or without that one, or a checkpoint that cannot be read.
   """
+  state = _load_state(workdir, step)
+  kept = state.get('average') or state
+  network = {key: value for key, value in kept['params'].items() if key != 'methods'}
+  return jax.device_get({'params': network, 'batch_stats': kept['batch_stats']})
+
+
+def load_start(workdir: epath.PathLike, step: int | None = None) -> dict[str, Any] | None:
+  """What the training of a checkpoint began with (`TrainState.start`), as numpy arrays; None where no method kept it.
+
+  Arguments and errors as of `load_variables`.
+  """
+  return jax.device_get(_load_state(workdir, step).get('start')) or None
+
+
+def _load_state(workdir: epath.PathLike, step: int | None) -> dict[str, Any]:
+  """See `load_variables`."""
   folder = epath.Path(workdir).resolve() / 'checkpoints'  # as a URL it must not begin somewhere
   if not folder.exists():
     raise ValueError(f'{workdir} holds no checkpoints; give the workdir of a finished run, such as runs/pretrain')
@@ -111,9 +127,7 @@ def load_variables(workdir: epath.PathLike, step: int | None = None) -> dict[str
   _check_whole(folder / str(step))
   state = checkpoints._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore()))['state']
   checkpoints.close()
-  kept = state.get('average') or state
-  network = {key: value for key, value in kept['params'].items() if key != 'methods'}
-  return jax.device_get({'params': network, 'batch_stats': kept['batch_stats']})
+  return state
 
 
 def _check_whole(folder: epath.Path) -> None:

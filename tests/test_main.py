@@ -9,6 +9,8 @@ from ml_collections import config_flags, ConfigDict
 import pytest
 
 from configs import aircraft, caltech101, cars, cub, default, digits, dogs, dtd, export, miniature, pets, predict, pretrain, sun397
+from configs import fixmatch as fixmatch_config
+from configs import stability as stability_config
 from main import default_workdir
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -124,7 +126,8 @@ TARGETS = {'pets': pets, 'cub': cub, 'cars': cars, 'aircraft': aircraft, 'dogs':
 
 
 @pytest.mark.parametrize('config', [
-    digits.get_config(), pretrain.get_config(), export.get_config(), predict.get_config(),
+    digits.get_config(), pretrain.get_config(), export.get_config(), predict.get_config(), stability_config.get_config(),
+    fixmatch_config.get_config(),
     miniature.get_config(), miniature.get_config('pretrain'),
     *(target.get_config(recipe) for target in TARGETS.values() for recipe in ('supervised', 'mocov2'))])
 def test_configs_are_the_default_with_other_values(config):

@@ -1,4 +1,4 @@
-"""A finished run, taken up to be used: what export and predict share."""
+"""A finished run, taken up to be used: what export, predict and stability share."""
 
 from collections.abc import Mapping
 import json

@@ -9,6 +9,7 @@ from ft_jax.methods.base import Begin, Method, Needs, Pass, Plan, State, Term
 from ft_jax.methods.bi_tuning import BiTuning
 from ft_jax.methods.bss import BSS
 from ft_jax.methods.cutmix import CutMix
+from ft_jax.methods.fixmatch import FixMatch
 from ft_jax.methods.l2_sp import L2SP
 from ft_jax.methods.label_smoothing import LabelSmoothing
 from ft_jax.methods.layerwise import Layerwise
@@ -82,6 +83,7 @@ METHODS: dict[str, type[Method]] = {
     'bss': BSS,
     'stoch_norm': StochNorm,
     'bi_tuning': BiTuning,
+    'fixmatch': FixMatch,
     'label_smoothing': LabelSmoothing,
     'mixup': Mixup,
     'cutmix': CutMix,

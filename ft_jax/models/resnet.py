@@ -215,7 +215,7 @@ class ResNet(nn.Module):
     for i, depth in enumerate(self.depths):
       x = Stage(self.block, depth, self.width * 2**i, 1 if i == 0 else 2, conv, norm, name=f'layer{i + 1}')(x)
       taps[f'layer{i + 1}'] = x
-    features = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
+    features = jnp.mean(x, axis=(1, 2), dtype=jnp.promote_types(x.dtype, jnp.float32))
     return Outputs(features, Heads(self.heads, name='heads')(features), taps)
 
 
