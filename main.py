@@ -26,17 +26,19 @@ def main(argv: list[str]) -> None:
   # A checkpoint between two evaluations has no metrics, and is meant so.
   logging.get_absl_logger().addFilter(lambda record: 'tracked_metric' not in record.getMessage())
   from ft_jax import progress
-  from ft_jax.jobs import compare, export, finetune, fit, predict, pretrain  # after the flags, so that --help answers at once
+  from ft_jax.jobs import compare, export, finetune, fit, predict, pretrain, stability  # after the flags, so that --help answers at once
 
-  jobs = {'finetune': finetune.run, 'pretrain': pretrain.run, 'compare': compare.run, 'export': export.run, 'predict': predict.run}
+  jobs = {'finetune': finetune.run, 'pretrain': pretrain.run, 'compare': compare.run, 'export': export.run, 'predict': predict.run,
+          'stability': stability.run}
   file_name = config_flags.get_config_filename(flags.FLAGS['config'])
   progress.show_log()
   try:
     config = _CONFIG.value
     if config.job not in jobs:
       raise ValueError(f'config.job is {config.job!r}; known: {", ".join(jobs)}')
-    if config.workdir and config.job not in ('export', 'predict'):
-      raise ValueError(f'config.workdir is the run that export and predict use, and this is job {config.job}; its own folder is --workdir')
+    if config.workdir and config.job not in ('export', 'predict', 'stability'):
+      raise ValueError('config.workdir is the run that export, predict and stability use, and this is job '
+                       f'{config.job}; its own folder is --workdir')
     jobs[config.job](config, _WORKDIR.value or default_workdir(file_name, config.workdir))
   except fit.Interrupted as stopped:
     progress.log.info('%s', stopped.message)

@@ -1,4 +1,5 @@
-"""The input pipeline (decode, random-resized-crop 224, flip, batch) beside tf.data and torch's DataLoader with Pillow, and its cache.
+"""The input pipeline (decode, random-resized-crop 224, flip, batch) beside tf.data and torch's DataLoader with Pillow;
+with RandAugment and Cutout; and its cache.
 
     pip install tensorflow torch && python benchmarks/pipeline.py
 
@@ -33,6 +34,7 @@ from ft_jax.data.sources import open_source, Source
 
 BATCH, SIZE = 64, 224
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
+STRONG = dict(randaugment=2, cutout=0.5)  # FixMatch's strong view
 
 
 def write_photos(folder: pathlib.Path, files: int) -> float:
@@ -82,8 +84,8 @@ class PillowCrops:
     return np.array(image), int(path.parent.name == 'flower')
 
 
-def ours(source: Source, seed: int) -> Iterator[Any]:
-  return train_batches(source, Transform(SIZE, SCALE, RATIO), BATCH, stream='target', seed=seed, start=0)
+def ours(source: Source, seed: int, **kwargs: Any) -> Iterator[Any]:
+  return train_batches(source, Transform(SIZE, SCALE, RATIO, **kwargs), BATCH, stream='target', seed=seed, start=0)
 
 
 def tf_data(folder: pathlib.Path, seed: int) -> Iterator[Any]:
@@ -142,7 +144,7 @@ def main() -> None:
     folder = pathlib.Path(name)
     kilobytes = write_photos(folder, arguments.files) / 1000
     source = open_source(f'folder:{folder}', 'train')
-    rivals = {'ours': lambda seed: ours(source, seed)}
+    rivals = {'ours': lambda seed: ours(source, seed), 'ours, RandAugment and Cutout': lambda seed: ours(source, seed, **STRONG)}
     others = (('tensorflow', 'tf.data', tf_data), ('torch', 'torch DataLoader, 2 workers', torch_loader))
     for module, what, make in () if arguments.only_ours else others:
       try:

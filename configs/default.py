@@ -30,7 +30,7 @@ def get_config() -> ConfigDict:
 
   config.noise = ConfigDict()  # wrong labels for studies, in the target's training images alone; val and test stay clean
   config.noise.kind = ''  # symmetric, asymmetric (by noise.map), nonuniform, model (what the run noise.labels says); '' for none
-  config.noise.rate = 0.0  # part of the training images whose labels are drawn anew; 0 to 1
+  config.noise.rate = 0.0  # part of the training images (asymmetric: of each class of the map) whose labels are drawn anew; 0 to 1
   config.noise.map = ()  # asymmetric: pairs of class names (from, to), such as (('wolf', 'husky'),)
   config.noise.labels = ''  # model: the workdir of a finished run of the same classes, or a CSV file of job predict
 
@@ -75,8 +75,9 @@ def get_config() -> ConfigDict:
   config.augment.scale = (0.08, 1.0)  # area of the random crop, as parts of the image
   config.augment.ratio = (3 / 4, 4 / 3)  # width over height of the random crop
   config.augment.flip = True  # mirror half of the training images
-  config.augment.randaugment = 0  # random operations an image (RandAugment), with Cutout behind them as in FixMatch; 0 for none
-  config.augment.magnitude = 10  # of these operations, 2 to 10
+  config.augment.randaugment = 0  # random operations an image (RandAugment; FixMatch's pool, strengths and chance of a half); 0 for none
+  config.augment.magnitude = 10  # of these operations, 2 to 10: each has a strength drawn from 1 to one below it
+  config.augment.cutout = 0.0  # Cutout: side of a grey square on each training crop, as a part of the crop's (FixMatch 0.5); 0 for none
   config.augment.antialias = False  # average training crops wherever they shrink (slower); else only beyond a factor of two
   config.augment.short_side = 0  # evaluation: short side before the middle is cut out; 0 is image_size * 256 / 224
 
@@ -91,13 +92,14 @@ def get_config() -> ConfigDict:
 
   config.stability = ConfigDict()  # job stability: how sharp the minimum is that a run found, and how far it went
   config.stability.sigma = 1e-3  # standard deviation of the noise on each weight
-  config.stability.draws = 20  # perturbed networks
+  config.stability.draws = 20  # perturbed networks; 0 leaves them out
   config.stability.images = 1000  # of the test split (of val where there is none); 0 is all
   config.stability.probes = 100  # random vectors for the trace of the Hessian, at most; 0 leaves it out
-  config.stability.tolerance = 1e-3  # relative change of the trace at which no more vectors are drawn
+  config.stability.tolerance = 1e-3  # relative change of the trace at which no more vectors are drawn, from ten on; 0 draws all
 
   config.compare = ConfigDict()  # job compare: the same fine-tuning with each method and seed
-  config.compare.methods = ('none', 'random', 'uot')  # values of selection.method
+  # values of selection.method, with fine-tuning methods behind: 'none+l2_sp', 'uot+delta+bss' (as published, or as config.methods has them)
+  config.compare.methods = ('none', 'random', 'uot')  # the first one is what the others are compared with
   config.compare.seeds = (0, 1, 2)  # values of seed
   return config.lock()  # a field that is not here is a mistake
 
@@ -109,8 +111,8 @@ def train_config() -> ConfigDict:
   train.epochs = 100.0  # passes over the main stream's training images
   train.steps = 0  # length in steps instead; 0 takes epochs
   train.learning_rate = 0.01  # the highest one, times the factor of the group
-  # (pattern of the whole path, factor), first match; () is 10 for heads that start fresh on weights that do not, 1 for all else
-  train.learning_rate_groups = ()
+  # (pattern of the whole path, factor), first match, as (('heads/.*', 10.0), ('.*', 1.0));
+  train.learning_rate_groups = ()  # () is 10 for heads that start fresh on weights that do not, 1 for all else
   train.layer_decay = 1.0  # the rate is multiplied by it once more for each block away from the heads; 1 for none
   train.schedule = 'milestones'  # milestones, cosine or constant
   train.milestones = (0.6, 0.8)  # parts of the run after which the rate is multiplied by decay

@@ -54,18 +54,18 @@ class Checkpoints:
       ValueError: it has another format version, or was made from something else, by name; or it cannot be read.
     """
     _check_whole(epath.Path(self._manager.directory) / str(step))
-    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-    saved = self._manager.restore(step, args=ocp.args.Composite(
-        state=ocp.args.StandardRestore(abstract), about=ocp.args.JsonRestore()))
-    if saved['about']['format_version'] != FORMAT_VERSION:
-      raise ValueError(f'{self._manager.directory} has format version {saved["about"]["format_version"]}; this program goes on from '
+    # First what it says of itself: a state of another version has another structure.
+    about = self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))['about']
+    if about['format_version'] != FORMAT_VERSION:
+      raise ValueError(f'{self._manager.directory} has format version {about["format_version"]}; this program goes on from '
                        f'{FORMAT_VERSION}. Give another --workdir; as model.weights it can still be used')
-    before, now = saved['about']['made_from'], self._about['made_from']
+    before, now = about['made_from'], self._about['made_from']
     changed = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
     if changed:
       raise ValueError(f'{self._manager.directory} goes on from other data: changed since then: {", ".join(changed)}; '
                        'bring it back, or give another --workdir')
-    return saved['state']
+    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+    return self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))['state']
 
   def structure(self, step: int) -> dict[str, Any]:
     """Shapes and types of the state saved at `step`, as nested dicts.
@@ -97,6 +97,22 @@ def load_variables(workdir: epath.PathLike, step: int | None = None) -> dict[str
   Raises:
     ValueError: a folder without checkpoints or without that one, or a checkpoint that cannot be read.
   """
+  state = _load_state(workdir, step)
+  kept = state.get('average') or state
+  network = {key: value for key, value in kept['params'].items() if key != 'methods'}
+  return jax.device_get({'params': network, 'batch_stats': kept['batch_stats']})
+
+
+def load_start(workdir: epath.PathLike, step: int | None = None) -> dict[str, Any] | None:
+  """What the training of a checkpoint began with (`TrainState.start`), as numpy arrays; None where no method kept it.
+
+  Arguments and errors as of `load_variables`.
+  """
+  return jax.device_get(_load_state(workdir, step).get('start')) or None
+
+
+def _load_state(workdir: epath.PathLike, step: int | None) -> dict[str, Any]:
+  """See `load_variables`."""
   folder = epath.Path(workdir).resolve() / 'checkpoints'  # as a URL it must not begin somewhere
   if not folder.exists():
     raise ValueError(f'{workdir} holds no checkpoints; give the workdir of a finished run, such as runs/pretrain')
@@ -111,9 +127,7 @@ def load_variables(workdir: epath.PathLike, step: int | None = None) -> dict[str
   _check_whole(folder / str(step))
   state = checkpoints._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore()))['state']
   checkpoints.close()
-  kept = state.get('average') or state
-  network = {key: value for key, value in kept['params'].items() if key != 'methods'}
-  return jax.device_get({'params': network, 'batch_stats': kept['batch_stats']})
+  return state
 
 
 def _check_whole(folder: epath.Path) -> None:

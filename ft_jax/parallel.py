@@ -46,3 +46,11 @@ def unreplicate(tree: Any) -> Any:
 def gather(tree: Any) -> Any:
   """In a pmapped function: arrays `[b, ...]` of all devices as one, `[devices * b, ...]`, the same on every device."""
   return jax.tree.map(lambda x: jax.lax.all_gather(x, AXIS, tiled=True), tree)
+
+
+def reverse(tree: Any) -> Any:
+  """In a pmapped function: this device's part of arrays `[b, ...]` that are, over all devices, in reverse order."""
+  devices = jax.lax.axis_size(AXIS)
+  if devices > 1:
+    tree = jax.lax.ppermute(tree, AXIS, [(device, devices - 1 - device) for device in range(devices)])
+  return jax.tree.map(lambda x: x[::-1], tree)

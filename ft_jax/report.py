@@ -4,9 +4,11 @@ import base64
 from collections.abc import Mapping, Sequence
 import io
 import json
+import math
 import pathlib
 from typing import Any, NamedTuple
 
+from etils import epath
 import jinja2
 from matplotlib.figure import Figure
 import numpy as np
@@ -66,6 +68,28 @@ def write_comparison(work: Workdir) -> None:
   write_text(work.report_html, page)
 
 
+def write_stability(path: epath.Path, results: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+  """Writes the page of job stability from its results and the config of the run that it measured."""
+  if not parallel.is_main():
+    return
+  kernels = [row for row in results['parameters'] if row['name'].endswith('/kernel')]
+  page = _template('stability.html.jinja').render(
+      title=f'Stability: {_title(config)}', results=results, kernels=kernels,
+      noise=_svg(noise(results['noise'])) if results['noise'] else '',
+      distance=_svg(distances(kernels)) if results['start']['from'] else '',
+      trace=_svg(traces(kernels)) if results['trace'] else '', vectors=_svg(vectors(results['trace'])) if results['trace'] else '')
+  write_text(path, page)
+
+
+def with_error(spread: Mapping[str, float | None]) -> str:
+  """Mean and standard error as text, to the digits that the error leaves: `0.00123 ± 0.00004`, `1,230 ± 40`; the mean alone of one draw."""
+  mean, error = spread['mean'], spread['standard_error']
+  if not error:
+    return f'{mean:.4g}'
+  digits = max(0, 1 - math.floor(math.log10(error)))
+  return f'{mean:,.{digits}f} ± {error:,.{digits}f}' if digits < 9 else f'{mean:.3e} ± {error:.1e}'
+
+
 def comparison_table(results: Mapping[str, Any]) -> str:
   """The results of a comparison as a Markdown table: means over the seeds and their standard errors, in percent."""
   split, first = results['split'], results['rows'][0]['method']
@@ -99,20 +123,92 @@ def dots(rows: Sequence[Mapping[str, Any]]) -> Figure:
   return figure
 
 
+def noise(results: Mapping[str, Any]) -> Figure:
+  """The rise of the loss in each perturbed network, their mean with its standard error, and what the trace says of it."""
+  figure = Figure(figsize=(9, 1.9), layout='constrained')
+  axes = figure.subplots()
+  rises = results['differences']
+  axes.scatter(rises, np.zeros(len(rises)), color=BLUE, alpha=0.6, label='a perturbed network')
+  axes.errorbar(results['mean'], 1, xerr=results['standard_error'], color=RED, marker='o', capsize=4, label='mean, standard error')
+  if results['by_trace'] is not None:
+    axes.axvline(results['by_trace'], color=GREEN, linewidth=1, linestyle='--', label='σ² / 2 · trace of the Hessian')
+  axes.axvline(0, color=GREY, linewidth=0.8)
+  axes.set(xlabel='rise of the loss', ylim=(-0.8, 1.8), yticks=[])
+  axes.spines[['top', 'right', 'left']].set_visible(False)
+  figure.legend(loc='outside upper left', ncols=3, frameon=False, fontsize=8)
+  return figure
+
+
+def distances(rows: Sequence[Mapping[str, Any]]) -> Figure:
+  """How far each kernel of the backbone went, and as a part of the norm that it began with."""
+  rows = [row for row in rows if row['relative'] is not None]
+  figure = Figure(figsize=(11, 4.2), layout='constrained')
+  far, relative = figure.subplots(1, 2)
+  names = [_label(row['name'].removesuffix('/kernel'), 28) for row in rows]
+  far.bar(range(len(rows)), [row['distance'] for row in rows], color=BLUE)
+  far.set_title('Distance from the start', fontsize=10)
+  relative.bar(range(len(rows)), [100 * row['relative'] for row in rows], color=BLUE)
+  relative.set_title('In percent of the norm at the start', fontsize=10)
+  for axes in (far, relative):
+    axes.set_xticks(range(len(rows)), names, rotation=90, fontsize=7 if len(rows) < 40 else 5)
+    axes.spines[['top', 'right']].set_visible(False)
+  return figure
+
+
+def traces(rows: Sequence[Mapping[str, Any]]) -> Figure:
+  """The trace of each kernel's block of the Hessian, with standard errors; logarithmic where all are above zero."""
+  figure = Figure(figsize=(5.6, 4.2), layout='constrained')
+  axes = figure.subplots()
+  means = [row['trace']['mean'] for row in rows]
+  errors = [row['trace']['standard_error'] or 0.0 for row in rows]
+  axes.errorbar(range(len(rows)), means, yerr=errors, fmt='o', color=BLUE, ecolor=GREY, markersize=4, capsize=2)
+  if all(mean > 2 * error for mean, error in zip(means, errors)):
+    axes.set_yscale('log')
+  else:
+    axes.axhline(0, color=GREY, linewidth=0.8)
+  axes.set_xticks(range(len(rows)), [_label(row['name'].removesuffix('/kernel'), 28) for row in rows], rotation=90,
+                  fontsize=7 if len(rows) < 40 else 5)
+  axes.set_title('Trace of the Hessian by kernel', fontsize=10)
+  axes.spines[['top', 'right']].set_visible(False)
+  return figure
+
+
+def vectors(results: Mapping[str, Any]) -> Figure:
+  """The estimate of the whole trace as random vectors come, with its standard error."""
+  figure = Figure(figsize=(5.6, 4.2), layout='constrained')
+  axes = figure.subplots()
+  values = np.asarray(results['by_vector'])
+  counts = np.arange(1, len(values) + 1)
+  means = np.cumsum(values) / counts
+  axes.plot(counts, values, 'o', color=GREY, markersize=3, label='a vector')
+  axes.plot(counts, means, color=BLUE, label='mean so far')
+  if len(values) > 1:
+    errors = np.array([np.std(values[:n], ddof=1) / n ** 0.5 for n in counts[1:].tolist()])
+    axes.fill_between(counts[1:], means[1:] - errors, means[1:] + errors, color=BLUE, alpha=0.2, linewidth=0, label='standard error')
+  axes.set_title('Trace of the Hessian, all parameters', fontsize=10)
+  axes.set_xlabel('random vectors')
+  axes.legend(frameon=False, fontsize=8)
+  axes.spines[['top', 'right']].set_visible(False)
+  return figure
+
+
 def curves(metrics: Sequence[Mapping[str, float]], best_step: int) -> Figure:
   """Loss, accuracy and learning rate over the steps; the best checkpoint is marked."""
-  figure = Figure(figsize=(11, 3.4), layout='constrained')
-  loss, accuracy, rate = figure.subplots(1, 3)
+  added = sorted({key for m in metrics for key in m if key.startswith('train/loss_')} - {'train/loss_target', 'train/loss_source'})
+  figure = Figure(figsize=(11 + 3.6 * bool(added), 3.4), layout='constrained')
+  loss, accuracy, rate, *more = figure.subplots(1, 3 + bool(added))
   lines = [(loss, 'train/loss_target', 'target, training', BLUE), (loss, 'train/loss_source', 'source, training', GREY),
            (loss, 'val/loss', 'val', RED), (accuracy, 'train/top1_target', 'target, training', BLUE),
            (accuracy, 'train/top1_source', 'source, training', GREY), (accuracy, 'val/top1', 'val', RED),
            (rate, 'learning_rate', 'learning rate', BLUE)]
+  lines += [(more[0], key, key.removeprefix('train/loss_'), f'C{k}') for k, key in enumerate(added)]
   for axes, key, label, color in lines:
     points = [(m['step'], m[key]) for m in metrics if key in m]
     if points:
       axes.plot(*zip(*points), color=color, label=label, linewidth=1.6 if 'val' in key else 1.0,
                 marker='o' if 'val' in key else None, markersize=3)
-  for axes, title in ((loss, 'Cross-entropy'), (accuracy, 'Top-1 accuracy'), (rate, 'Learning rate of the backbone')):
+  titles = ('Cross-entropy', 'Top-1 accuracy', 'Learning rate of the backbone', 'What methods add to the loss')
+  for axes, title in zip((loss, accuracy, rate, *more), titles):
     axes.axvline(best_step, color=GREEN, linewidth=0.8, linestyle='--', label='best checkpoint')
     axes.set(title=title, xlabel='step')
     axes.spines[['top', 'right']].set_visible(False)
@@ -200,6 +296,7 @@ def _template(name: str) -> jinja2.Template:
   # Class names come from folders and files: everything is escaped but the pictures made here.
   environment = jinja2.Environment(loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent / 'templates'), autoescape=True,
                                    trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+  environment.filters['with_error'] = with_error
   environment.filters['percent'] = lambda value: f'{100 * value:.1f} %'
   environment.filters['jpeg'] = lambda data: 'data:image/jpeg;base64,' + base64.b64encode(data).decode()
   return environment.get_template(name)

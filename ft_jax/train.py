@@ -6,6 +6,7 @@ the head of its own name; all streams go through the network in one forward pass
 """
 
 from collections.abc import Callable, Iterator, Mapping
+import functools
 import math
 import time
 from typing import Any, Protocol
@@ -98,7 +99,8 @@ def make_step(model: ResNet, optimizer: optax.GradientTransformation, loss_weigh
     streams = [*loss_weights, *(stream for stream in sorted(batch) if stream not in loss_weights)]
     images = {stream: batch[stream]['image'] for stream in streams}
     labels = {stream: batch[stream]['label'] for stream in loss_weights}
-    images, labels = _mixed(methods, keys, images, labels, model.heads)
+    images, labels = _mixed(methods, keys, images, labels, model.heads,
+                            jax.random.fold_in(key, zlib.crc32(b'mix')))
     teacher = None
     if needs.teacher:
       teacher = forward(teacher_of(model, state.start), teacher_variables(state.start), {'target': images['target']}, train=False,
@@ -113,7 +115,7 @@ def make_step(model: ResNet, optimizer: optax.GradientTransformation, loss_weigh
       if methods:
         seen = Pass(params, state.batch_stats, state.start, teacher, outputs,
                     {f'{stream}/{view}': batch[stream][view] for stream, view in needs.views}, labels['target'],
-                    batch['target']['index'], state.step, key, lambda *args: _apart(run, key, *args))
+                    batch['target']['index'], state.step, key, lambda *args: _apart(model, run, key, *args))
       loss, states, metrics = _losses(methods, keys, loss_weights, outputs, labels, seen, state.methods)
       return loss, (batch_stats, states, {'loss': loss, **metrics})
 
@@ -137,14 +139,15 @@ def make_step(model: ResNet, optimizer: optax.GradientTransformation, loss_weigh
 
 
 def _mixed(methods: Mapping[str, Method], keys: Mapping[str, jax.Array], images: dict[str, jax.Array], labels: dict[str, jax.Array],
-           classes: Mapping[str, int]) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-  """Images and labels after the methods that mix those of the target; what they were where there is none."""
-  for name, method in methods.items():
-    if type(method).mix is not Method.mix:
-      image = resnet.normalize(images['target']) if images['target'].dtype == jnp.uint8 else images['target']
-      mixed, soft = method.mix(image, _distribution(labels['target'], classes['target']), keys[name])
-      images, labels = images | {'target': mixed}, labels | {'target': soft}
-  return images, labels
+           classes: Mapping[str, int], key: jax.Array) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+  """Images and labels after the target's were mixed by one of the methods that do so, drawn by `key`; what they were where none does."""
+  mixing = [functools.partial(method.mix, key=keys[name]) for name, method in methods.items() if type(method).mix is not Method.mix]
+  if not mixing:
+    return images, labels
+  image = resnet.normalize(images['target']) if images['target'].dtype == jnp.uint8 else images['target']
+  chosen = jax.random.randint(key, (), 0, len(mixing))
+  mixed, soft = jax.lax.switch(chosen, mixing, image, _distribution(labels['target'], classes['target']))
+  return images | {'target': mixed}, labels | {'target': soft}
 
 
 def _losses(methods: Mapping[str, Method], keys: Mapping[str, jax.Array], loss_weights: Mapping[str, float],
@@ -169,7 +172,7 @@ def _losses(methods: Mapping[str, Method], keys: Mapping[str, jax.Array], loss_w
     term = method.loss(seen._replace(key=keys[name]), states[name])
     states[name] = jax.lax.stop_gradient(term.state)
     metrics |= {f'{name}/{key}': value for key, value in term.metrics.items()}
-    if type(method).loss is not Method.loss:
+    if isinstance(term.loss, jax.Array):  # and not the number 0: there is a term
       metrics[f'loss_{name}'] = term.loss
       loss = loss + term.loss
   return loss, states, metrics
@@ -190,10 +193,11 @@ def _distribution(labels: jax.Array, classes: int) -> jax.Array:
   return jax.nn.one_hot(labels, classes) if labels.ndim == 1 else labels
 
 
-def _apart(run: Callable[..., Any], key: jax.Array, variables: Any, images: jax.Array) -> tuple[Outputs, Any]:
+def _apart(model: ResNet, run: Callable[..., Any], key: jax.Array, variables: Any, images: jax.Array) -> tuple[Outputs, Any]:
   """Another network's pass in training mode: `Pass.forward`."""
+  before = variables['batch_stats']
   outputs, batch_stats = run(variables, {'images': images}, key)
-  return outputs['images'], jax.lax.pmean(batch_stats, parallel.AXIS)
+  return outputs['images'], _kept(resnet.fixed(model, before), before, jax.lax.pmean(batch_stats, parallel.AXIS))
 
 
 def _constant(seen: Pass) -> Pass:

@@ -113,8 +113,7 @@ def run(active: Mapping[str, methods.Method], *, steps: int = 1, devices: int = 
     fresh['batch_stats'] = start['batch_stats']
     state = train.create_state({**fresh, 'params': fresh['params'] | ({'methods': own} if own else {})}, optimizer, start=start,
                                methods={name: method.setup(told) for name, method in active.items()})
-  step = jax.jit(jax.vmap(train.make_step(model, optimizer, loss_weights, methods=active, parts=parts), in_axes=(None, 0), axis_name=AXIS,
-                          axis_size=devices), compiler_options=QUICK)
+  step = compiled(model.clone(heads=()), tuple(heads.items()), rate, tuple(loss_weights.items()), tuple(active.items()), parts, devices)
   split = lambda x: x.reshape(devices, -1, *x.shape[1:])
   history = []
   for number in range(steps):
@@ -123,6 +122,15 @@ def run(active: Mapping[str, methods.Method], *, steps: int = 1, devices: int = 
     state, metrics = jax.tree.map(lambda x: x[0], (state, metrics))
     history.append({key: float(value) for key, value in metrics.items()})
   return jax.device_get(state), history
+
+
+@functools.cache
+def compiled(model: resnet.ResNet, heads: tuple[tuple[str, int], ...], rate: float, loss_weights: tuple[tuple[str, float], ...],
+             active: tuple[tuple[str, methods.Method], ...], parts: int, devices: int) -> Any:
+  """The step on so many devices; kept for the next test that asks for the same one."""
+  model = model.clone(heads=dict(heads))
+  step = train.make_step(model, optax.sgd(rate), dict(loss_weights), methods=dict(active), parts=parts)
+  return jax.jit(jax.vmap(step, in_axes=(None, 0), axis_name=AXIS, axis_size=devices), compiler_options=QUICK)
 
 
 def assert_same_whatever_the_split(active: Mapping[str, methods.Method], rtol: float = 1e-4, **kwargs: Any) -> None:

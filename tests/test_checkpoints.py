@@ -89,7 +89,7 @@ def test_a_checkpoint_of_another_format_is_refused_and_still_gives_weights(tmp_p
     patch.setattr(checkpoints_module, 'FORMAT_VERSION', 1)
     save(tmp_path, {1: {'score': 0.2, 'loss': 1.0}}).close()
   checkpoints = Checkpoints(tmp_path)
-  with pytest.raises(ValueError, match='has format version 1; this program goes on from 2'):
+  with pytest.raises(ValueError, match='has format version 1; this program goes on from 3'):
     checkpoints.restore(1, state_at(0))
   checkpoints.close()
   assert set(load_variables(tmp_path)) == {'params', 'batch_stats'}

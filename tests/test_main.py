@@ -9,6 +9,8 @@ from ml_collections import config_flags, ConfigDict
 import pytest
 
 from configs import aircraft, caltech101, cars, cub, default, digits, dogs, dtd, export, miniature, pets, predict, pretrain, sun397
+from configs import fixmatch as fixmatch_config
+from configs import stability as stability_config
 from main import default_workdir
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -28,7 +30,7 @@ def main(*flags: str) -> subprocess.CompletedProcess:
     (['--config=configs'], 'error: --config: there is no file configs; in configs/ are'),
     (['--config=configs/digits.py', '--config.data.on_error=ignore'], "error: config.data.on_error is 'ignore'; known: raise, skip"),
     (['--config=configs/digits.py', '--config.sed=1'], "no field 'sed'; config has augment, compare, data, data_dir"),
-    (['--config=configs/digits.py', '--config.train.lr=1'], "no field 'train.lr'; config.train has batch_size, decay, epochs"),
+    (['--config=configs/digits.py', '--config.train.lr=1'], "no field 'train.lr'; config.train has accumulate, average, batch_size"),
     (['--config=configs/digits.py', '--config.seed.x=1'], "no field 'seed.x'; config.seed is one value"),
     (['--config=configs/digits.py', '--config.selection.by=colour'], "config.selection.by is 'colour'; known: class, cluster, example"),
     (['--config=configs/digits.py', '--config.selection.epsilon=0'], 'config.selection.epsilon is 0.0; expected a number above 0'),
@@ -124,7 +126,8 @@ TARGETS = {'pets': pets, 'cub': cub, 'cars': cars, 'aircraft': aircraft, 'dogs':
 
 
 @pytest.mark.parametrize('config', [
-    digits.get_config(), pretrain.get_config(), export.get_config(), predict.get_config(),
+    digits.get_config(), pretrain.get_config(), export.get_config(), predict.get_config(), stability_config.get_config(),
+    fixmatch_config.get_config(),
     miniature.get_config(), miniature.get_config('pretrain'),
     *(target.get_config(recipe) for target in TARGETS.values() for recipe in ('supervised', 'mocov2'))])
 def test_configs_are_the_default_with_other_values(config):
@@ -144,7 +147,7 @@ def test_the_eight_targets_have_the_published_settings():
       train = config.train
       assert (train.batch_size, train.epochs, train.milestones, train.decay, train.weight_decay, train.momentum, train.nesterov) == (
           256, 100.0, (0.6, 0.8), 0.1, 1e-4, 0.9, True)
-      assert dict(train.learning_rate_groups) == {'heads/.*': 10.0, '.*': 1.0}
+      assert train.learning_rate_groups == (), 'fresh heads have ten times the rate: test_fit.py'
       assert (config.selection.method, config.selection.size, config.selection.epsilon, config.selection.rho_source,
               config.selection.rho_target, config.source_ratio) == ('uot', 100.0, 0.1, 0.1, 10.0, 1.0)
 

@@ -1,5 +1,6 @@
-"""SGD is torch's, step by step; rates and decay go by pattern and leave nothing out."""
+"""Optimizers are torch's, step by step; rates and decay go by pattern and leave nothing out."""
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -71,3 +72,73 @@ def test_schedules():
 def test_schedule_errors(kwargs, words):
   with pytest.raises(ValueError, match=words):
     rates(kwargs.pop('kind', 'milestones'), **kwargs)
+
+
+def test_layers_decay_with_their_distance_from_the_heads():
+  """Heads at the full rate, the last block once, each block before it once more, the stem most."""
+  paths = ('conv1/kernel', 'layer1/0/conv1/kernel', 'layer1/1/bn2/scale', 'layer2/0/downsample/0/kernel', 'heads/target/bias',
+           'methods/own/kernel')
+  params = flax.traverse_util.unflatten_dict({path: jnp.zeros(2) for path in paths}, sep='/')
+  tx = optimizer.make_optimizer('sgd', optax.constant_schedule(1.0), params, momentum=0.0, nesterov=False, layer_decay=0.5,
+                                learning_rate_groups=(('heads/.*', 10.0), ('.*', 1.0)))
+  updates, _ = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
+  steps = {path: -float(value[0]) for path, value in flax.traverse_util.flatten_dict(updates, sep='/').items()}
+  assert steps == {'heads/target/bias': 10.0, 'methods/own/kernel': 1.0, 'layer2/0/downsample/0/kernel': 0.5, 'layer1/1/bn2/scale': 0.25,
+                   'layer1/0/conv1/kernel': 0.125, 'conv1/kernel': 0.0625}
+
+
+def test_clipping_is_of_the_gradient_alone():
+  """Scaled to the norm over all parameters, before the weight decay is added; a smaller gradient stays."""
+  params = {'a': {'kernel': jnp.array([3.0])}, 'b': {'kernel': jnp.array([4.0])}}
+  tx = optimizer.make_optimizer('sgd', optax.constant_schedule(1.0), params, momentum=0.0, nesterov=False, weight_decay=0.1, clip=0.5)
+  for scale, expected in ((1.0, 0.5 / 5), (0.05, 0.05)):
+    updates, _ = tx.update(jax.tree.map(lambda x, s=scale: s * x, params), tx.init(params), params)
+    np.testing.assert_allclose(updates['a']['kernel'], -(3.0 * expected + 0.3), rtol=1e-6)
+    np.testing.assert_allclose(updates['b']['kernel'], -(4.0 * expected + 0.4), rtol=1e-6)
+
+
+@pytest.mark.parametrize('kind', ['adam', 'adamw'])
+def test_adam_equals_torchs_formula(kind):
+  """adam adds the decay to the gradient, adamw to the update (Loshchilov and Hutter, ICLR 2019); in float64."""
+  params, state = {'a': {'kernel': jnp.array([0.5, -1.0])}}, None
+  tx = optimizer.make_optimizer(kind, optax.constant_schedule(0.1), params, weight_decay=0.1)
+  state, w, m, v = tx.init(params), np.array([0.5, -1.0]), np.zeros(2), np.zeros(2)
+  rng = np.random.default_rng(0)
+  for t in range(1, 6):
+    g = rng.normal(size=2)
+    updates, state = tx.update({'a': {'kernel': jnp.float32(g)}}, state, params)
+    params = optax.apply_updates(params, updates)
+    d = g + 0.1 * w if kind == 'adam' else g
+    m, v = 0.9 * m + 0.1 * d, 0.999 * v + 0.001 * d * d
+    step = m / (1 - 0.9**t) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8)
+    w = w - 0.1 * (step if kind == 'adam' else step + 0.1 * w)
+  np.testing.assert_allclose(params['a']['kernel'], w, rtol=1e-4)  # float32's 1 - 0.999**t
+
+
+def test_amsgrad_equals_torchs_formula():
+  """The maximum is of the second moments before their correction, unlike optax's; in float64."""
+  tx = optimizer.make_optimizer('amsgrad', optax.constant_schedule(0.01), PARAMS, weight_decay=0.02)
+  params = jax.tree.map(jnp.asarray, PARAMS)
+  state, w = tx.init(params), PARAMS['conv1']['kernel'].astype(np.float64)
+  m = v = most = np.zeros_like(w)
+  rng = np.random.default_rng(0)
+  for t in range(1, 41):
+    g = rng.normal(size=(2, 2)) * (100.0 if t < 3 else 1.0)  # the largest second moments lie behind: the maximum matters
+    grads = {'conv1': {'kernel': g.astype(np.float32)}, 'heads': {'target': {'bias': np.zeros(3, np.float32)}}}
+    updates, state = tx.update(grads, state, params)
+    params = optax.apply_updates(params, updates)
+    g = g + 0.02 * w
+    m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
+    most = np.maximum(most, v)
+    w = w - 0.01 * m / (1 - 0.9**t) / (np.sqrt(most / (1 - 0.999**t)) + 1e-8)
+    np.testing.assert_allclose(params['conv1']['kernel'], w, rtol=2e-5)
+
+
+@pytest.mark.parametrize('fields,words', [
+    ({'kind': 'sdg'}, "train.optimizer is 'sdg'; known: sgd, adam, adamw, amsgrad"),
+    ({'layer_decay': 0.0}, 'train.layer_decay is 0.0'),
+    ({'layer_decay': 1.5}, 'train.layer_decay is 1.5'),
+    ({'clip': -1.0}, 'train.clip is -1.0'), ({'momentum': 1.0}, 'train.momentum is 1.0')])
+def test_settings_out_of_range(fields, words):
+  with pytest.raises(ValueError, match=words):
+    optimizer.make_optimizer(fields.pop('kind', 'sgd'), optax.constant_schedule(1.0), PARAMS, **fields)

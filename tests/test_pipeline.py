@@ -51,6 +51,28 @@ def test_seed_and_stream_change_the_order(source):
   assert base != first(source, 1, stream='source')[0]['index'].tolist()
 
 
+def test_balanced_classes_come_equally_often(source):
+  """Of 12, 12, 12 and 3 examples: each class once in four places, and its examples once before any again; from a later step too."""
+  uneven = source.subset([i for i in range(48) if source.labels[i] < 3 or i % 4 == 0])
+  drawn = np.concatenate([b['index'] for b in first(uneven, 24, balanced=True)])
+  turns = uneven.labels[drawn].reshape(60, 4)
+  assert all(sorted(turn) == [0, 1, 2, 3] for turn in turns.tolist()) and len({tuple(turn) for turn in turns.tolist()}) > 10
+  for k, size in enumerate(np.bincount(uneven.labels).tolist()):
+    rows = drawn[uneven.labels[drawn] == k]
+    passes = rows[:len(rows) // size * size].reshape(-1, size)
+    assert all(len(set(p)) == size for p in passes.tolist()) and len({tuple(p) for p in passes.tolist()}) > 1, k
+  assert all(same(a, b) for a, b in zip(first(uneven, 8, balanced=True)[5:], first(uneven, 3, start=5, balanced=True)))
+
+
+def test_further_views_are_other_crops_of_the_same_images(source):
+  """The first view is what it is without the others, and each has random numbers of its own."""
+  plain, both = first(source, 2)[1], first(source, 2, views={'key': TRANSFORM, 'whole': Transform(16, scale=(1.0, 1.0), flip=False)})[1]
+  assert same(plain, both) and both['key'].shape == both['whole'].shape == plain['image'].shape
+  assert (both['key'] != both['image']).any(axis=(1, 2, 3)).all()
+  again = first(source, 1, start=1, views={'key': TRANSFORM})[0]
+  np.testing.assert_array_equal(again['key'], both['key'])
+
+
 def test_every_example_once_a_pass(source):
   """48 examples in batches of 10: over five passes each comes five times, and each pass has an order of its own."""
   drawn = np.concatenate([b['index'] for b in first(source, 24)])

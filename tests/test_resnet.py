@@ -63,8 +63,8 @@ def test_running_variance_is_torchs():
   """Times n / (n - 1), with n the pixels of all devices that share statistics; normalised with the variance itself."""
   x = np.random.default_rng(0).normal(3, 2, (4, 2, 2, 2, 5)).astype(np.float32)
   flat = x.reshape(-1, 5)
-  for norm, images, n in ((resnet.BatchNorm(use_running_average=False, momentum=0.9, axis_name='d'), x, 32),
-                          (resnet.BatchNorm(use_running_average=False, momentum=0.9), x.reshape(1, 8, 2, 2, 5), 32)):
+  for norm, images, n in ((resnet.BatchNorm(train=True, momentum=0.9, axis_name='d'), x, 32),
+                          (resnet.BatchNorm(train=True, momentum=0.9), x.reshape(1, 8, 2, 2, 5), 32)):
     variables = norm.init(jax.random.key(0), images[0])
     apply = lambda images, norm=norm, variables=variables: norm.apply(variables, images, mutable=['batch_stats'])
     y, updates = jax.jit(jax.vmap(apply, axis_name='d'))(images)

@@ -35,6 +35,17 @@ def test_val_is_carved_out_of_train(photos):
   assert setup.open_splits(target(name=f'folder:{photos}', test=''), '', seed=0).test is None
 
 
+def test_a_part_of_each_class_is_drawn(photos):
+  """A quarter of 12 and at least one of each class, by seed; the rest can be the test split."""
+  drawn = lambda seed, **fields: setup.open_splits(target(name=f'folder:{photos}', val='test', test='', **fields), '', seed).train
+  quarter = drawn(0, train_fraction=0.25)
+  assert np.bincount(quarter.labels).tolist() == [3] * 4 and np.bincount(drawn(0, train_fraction=0.01).labels).tolist() == [1] * 4
+  assert set(drawn(0, train_fraction=0.01).ids) < set(quarter.ids) < set(drawn(0, train_fraction=0.5).ids)
+  assert set(quarter.ids) != set(drawn(1, train_fraction=0.25).ids)
+  splits = setup.open_splits(target(name=f'folder:{photos}', val='test', test='rest', train_fraction=0.25), '', 0)
+  assert len(splits.test) == 36 and not set(splits.test.ids) & set(splits.train.ids)
+
+
 @pytest.mark.parametrize('fields,shared', [
     ({'test': 'train[80%:]'}, 'share 1[0-2] images, such as .*jpg'),  # train itself is left whole by mistake
     ({'train': 'train[:80%]', 'val': 'train[70%:]', 'test': ''}, 'share 6 images'),

@@ -5,6 +5,7 @@ import types
 import flax
 import jax
 import jax.numpy as jnp
+import method_case
 import numpy as np
 import optax
 import pytest
@@ -27,8 +28,7 @@ def setting():
   rng = np.random.default_rng(0)
   batch = {'target': batch_of(rng, 8, 3), 'source': batch_of(rng, 16, 5)}
   model = resnet.build('resnet18', {'target': 3, 'source': 5}, width=4, axis_name=parallel.AXIS)
-  variables = jax.device_get(jax.jit(model.init)(jax.random.key(0), batch['target']['image']))
-  return model, variables, batch
+  return model, method_case.variables(model), batch
 
 
 def step_once(model, variables, batch):
@@ -250,3 +250,56 @@ def test_a_device_that_waits_for_images_is_told_of_once(share, told, caplog):
       observer.wrote(step, {'train/loss': 1.0, 'waiting_share': 0.0 if step == 20 else share})
   assert caplog.text.count(f'the device waits for images {share:.0%}'.replace('%', ' %')) == told
   assert [line['waiting_share'] for line in lines] == [2 * share, 0.0, share, share]
+
+
+def test_averages_and_what_is_evaluated():
+  """Each step moves the averages by 1 - min(average, (1 + step) / (10 + step)) of the way; they are what is evaluated."""
+  start = method_case.start_of(method_case.network())
+  plain = method_case.run({}, start=start)[0]
+  step = jax.jit(jax.vmap(train.make_step(method_case.network(), optax.sgd(0.05), {'target': 1.0, 'source': 0.5}, average=0.25),
+                          in_axes=(None, 0), axis_name=parallel.AXIS), compiler_options=method_case.QUICK)
+  first = {'params': plain.params, 'batch_stats': plain.batch_stats}
+  state, expected, weights = plain.replace(step=0, average=first), first, (0.1, 2 / 11, 0.25, 0.25)
+  for kept in weights:
+    state, _ = jax.tree.map(lambda x: x[0], step(state, jax.tree.map(lambda x: x[None], method_case.batch())))
+    now = {'params': state.params, 'batch_stats': state.batch_stats}
+    expected = jax.tree.map(lambda old, new, kept=kept: kept * old + (1 - kept) * new, expected, now)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), state.average, expected)
+  assert state.evaluated is state.average
+  without = plain.replace(params={**plain.params, 'methods': {'some': np.zeros(3)}}).evaluated
+  assert 'methods' not in without['params'] and without['params'].keys() == plain.params.keys()
+
+
+@pytest.mark.parametrize('pattern,stays', [
+    ('backbone', ('bn1', 'conv1', 'layer')), ('conv1/.*|bn1/.*|layer[12]/.*', ('bn1', 'conv1', 'layer1', 'layer2'))])
+def test_what_is_frozen_keeps_every_bit(pattern, stays):
+  """Parameters and running statistics under the pattern, with weight decay and averages of several devices; all else moves."""
+  model = resnet.build('resnet18', {}, frozen=pattern)
+  model = method_case.network(frozen=model.frozen)
+  start = method_case.start_of(model)
+  before, _ = method_case.run({}, start=start, model=model, rate=0.0)
+  after, _ = method_case.run({}, start=start, model=model, steps=2, devices=2, state=before)
+  moved = method_case.run({}, start=start, model=model, steps=2, devices=2, rate=0.5, state=before)[0]
+  for tree, old in ((after, before), (moved, before)):
+    for path, value in flax.traverse_util.flatten_dict({'p': tree.params, 's': tree.batch_stats}, sep='/').items():
+      was = flax.traverse_util.flatten_dict({'p': old.params, 's': old.batch_stats}, sep='/')[path]
+      frozen = path[2:].startswith(stays)
+      assert (value.tobytes() == was.tobytes()) == frozen, path
+
+
+def test_parts_are_the_whole_batch_but_for_batch_norm():
+  """With BatchNorm in training mode each part has its own statistics, and running ones are updated part after part."""
+  model = method_case.network()
+  start = method_case.start_of(model)
+  whole, _ = method_case.run({}, start=start, model=model, rate=0.0)
+  parts, _ = method_case.run({}, start=start, model=model, rate=0.0, parts=2)
+  batch = method_case.batch()
+  forward = jax.jit(lambda stats, images: model.clone(heads={}).apply(
+      {'params': start['params'], 'batch_stats': stats}, images, train=True, mutable=['batch_stats'])[1]['batch_stats'],
+                    compiler_options=method_case.QUICK)
+  stats = start['batch_stats']
+  for rows in (slice(0, 8), slice(8, 16)):
+    images = np.concatenate([batch[stream]['image'][rows] for stream in ('target', 'source')])
+    stats = forward(stats, images)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), parts.batch_stats, stats)
+  assert any((a != b).any() for a, b in zip(jax.tree.leaves(whole.batch_stats), jax.tree.leaves(stats)))

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from ft_jax.data import augment
+from ft_jax.data.randaugment import cutout, randaugment
 from ft_jax.data.sources import Example, Source
 
 Batch = dict[str, np.ndarray]
@@ -31,6 +32,9 @@ class Transform:
     flip: whether half of the training images are mirrored.
     antialias: whether training crops are averaged wherever they shrink; else only where they shrink by more than two.
     short_side: pixels of the short side before the middle is cut out (evaluation).
+    randaugment: random operations drawn for a training crop; 0 for none.
+    magnitude: of them, 2 to 10.
+    cutout: side of a grey square on each training crop, as a part of the crop's; 0 for none.
   """
   size: int
   scale: tuple[float, float] = (0.08, 1.0)
@@ -38,13 +42,20 @@ class Transform:
   flip: bool = True
   antialias: bool = False
   short_side: int = 256
+  randaugment: int = 0
+  magnitude: int = 10
+  cutout: float = 0.0
 
   def train(self, example: Example, rng: np.random.Generator, out: np.ndarray | None = None) -> np.ndarray:
-    """A random crop, mirrored half of the time; uint8 `[size, size, 3]`, in `out` where that is given."""
+    """A random crop, mirrored half of the time, and what is done to it then; uint8 `[size, size, 3]`, in `out` where that is given."""
     # The crop is a copy, so the whole image may lie where the next one will.
     image = augment.decode(example.image, example.id, scratch=True)
     image = augment.random_resized_crop(image, self.size, self.scale, self.ratio, rng, self.antialias, out)
-    return augment.mirror(image) if self.flip and rng.random() < 0.5 else image
+    if self.flip and rng.random() < 0.5:
+      image = augment.mirror(image)
+    if self.randaugment:
+      image = randaugment(image, self.randaugment, self.magnitude, rng)
+    return cutout(image, self.cutout, rng) if self.cutout else image
 
   def evaluate(self, example: Example) -> np.ndarray:
     """The middle of the image; uint8 `[size, size, 3]`."""

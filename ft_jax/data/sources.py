@@ -20,6 +20,8 @@ from ft_jax.data.kept import kept
 ALSO_CALLED = {'val': 'validation', 'validation': 'val'}  # folders with the same meaning
 IMAGENET_VAL = ('. ImageNet\'s 50,000 validation images come without folders: sort them into those of their WordNet ids '
                 '(valprep.sh of github.com/soumith/imagenetloader.torch does), or prepare tfds:imagenet2012, which knows their classes')
+# The class of images that lie in a folder without class folders: a pool whose labels nobody knows.
+UNLABELLED = 'unlabelled'
 IMAGE_ENDINGS = ('.jpg', '.jpeg', '.png', '.webp', '.gif', '.bmp', '.tif', '.tiff', '.ppm')
 
 
@@ -104,7 +106,8 @@ def open_source(name: str, split: str, data_dir: str = '') -> Source:
   """Opens a split of an image set.
 
   Args:
-    name: `tfds:<name>[/config][:version]`, `folder:<path>`, or `digits:pool` and `digits:target` (the demo's).
+    name: `tfds:<name>[/config][:version]`, `folder:<path>`, or `digits:pool` and `digits:target` (the demo's). A folder of images
+      without class folders is a set of the one class UNLABELLED, good for a pool.
     split: `train`, `train[:90%]`, `train+val`. For `tfds:` this is TFDS's own slicing of the whole split; for `folder:`
       a slice is taken of each class by itself.
     data_dir: where prepared TFDS sets lie, and what a relative `folder:` path starts from.
@@ -241,7 +244,10 @@ def class_difference(one: str, ones: Sequence[str], other: str, others: Sequence
 
 
 def _list_classes(root: pathlib.Path, part: SplitPart, name: str) -> dict[str, list[pathlib.Path]]:
-  """The images of every class below `root/<split>`, or below `root` itself where no split folder is there."""
+  """The images of every class below `root/<split>`, or below `root` itself where no split folder is there.
+
+  Where there are images and no class folders, all are of the class UNLABELLED.
+  """
   has_splits = any((root / folder).is_dir() for folder in ('train', 'val', 'test', 'validation', part.name))
   base = root / part.name if has_splits else root
   if has_splits and not base.is_dir() and part.name in ALSO_CALLED:
@@ -253,9 +259,11 @@ def _list_classes(root: pathlib.Path, part: SplitPart, name: str) -> dict[str, l
                      f'use slices such as train[:80%] and train[80%:] instead of {part.name!r}')
   classes = {folder: _images(base / folder) for folder in _folders(base)}
   if not classes:
-    flat = len(_images(base))
-    raise ValueError(f'{name}: {base} holds no class folders' + (f' but {flat:,d} images' if flat else '')
-                     + '; expected <class>/<image> in it' + (IMAGENET_VAL if flat and base.name in ALSO_CALLED else ''))
+    flat = _images(base)
+    if flat and base.name not in ALSO_CALLED:
+      return {UNLABELLED: flat}
+    raise ValueError(f'{name}: {base} holds no class folders' + (f' but {len(flat):,d} images' if flat else '')
+                     + '; expected <class>/<image> in it' + (IMAGENET_VAL if flat else ''))
   empty = [folder for folder, files in classes.items() if not files]
   if empty:
     raise ValueError(f'{name}: no image in class folder {base / empty[0]}'

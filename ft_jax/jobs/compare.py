@@ -1,5 +1,6 @@
-"""Job compare: the same fine-tuning with each selection method and seed; a table of means, standard errors and differences."""
+"""Job compare: the same fine-tuning with each selection, fine-tuning method and seed; means, standard errors and differences."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -7,6 +8,7 @@ from ml_collections import ConfigDict
 
 from ft_jax import report
 from ft_jax.jobs import finetune
+from ft_jax.methods import METHODS
 from ft_jax.progress import log
 from ft_jax.workdir import Workdir, write_results
 
@@ -45,7 +47,17 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
 
 def _one_run(config: ConfigDict, method: str, seed: int) -> ConfigDict:
   own = ConfigDict(config.to_dict())
-  own.job, own.seed, own.selection.method = 'finetune', seed, method
+  own.job, own.seed = 'finetune', seed
+  own.selection.method, *added = method.split('+')
+  own.methods.update(_switched_on(added, own.methods.to_dict()))
   # The other runs are none of its business: it stays the same when methods or seeds are added.
   own.compare.methods, own.compare.seeds = (method,), (seed,)
   return own
+
+
+def _switched_on(names: Sequence[str], settings: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+  """Fields of fine-tuning methods: those of `settings` where they switch it on, else the published ones."""
+  if unknown := [name for name in names if name not in METHODS]:
+    raise ValueError(f'config.compare.methods names the fine-tuning method {unknown[0]!r}; known: {", ".join(METHODS)} (and it is written '
+                     'behind a selection: none+l2_sp)')
+  return {name: settings[name] if METHODS[name](**settings[name]).active else METHODS[name].published for name in names}

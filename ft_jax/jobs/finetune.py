@@ -16,7 +16,7 @@ from ft_jax import methods, parallel, progress, report
 from ft_jax.data import augment
 from ft_jax.data.pipeline import EvalBatches, Transform
 from ft_jax.data.sources import digest, open_source, Source
-from ft_jax.jobs import fit, pretrain, setup
+from ft_jax.jobs import fit, noise, pretrain, setup
 from ft_jax.models import pretrained
 from ft_jax.progress import log
 from ft_jax.workdir import Workdir, write_results
@@ -42,13 +42,15 @@ def run(config: ConfigDict, workdir: epath.PathLike, embeddings: epath.PathLike 
   needed = pool if config.selection.method != 'none' else None
   splits, readable, skipped = setup.readable(splits, 'target', config.data.on_error, needed)
   pool = pool if needed is None else readable
+  splits, true_labels, noise_told = noise.add(config.noise, config.seed, splits)
   if not work.results():
     _describe(splits, pool)
-    _check_size(config, pool)
+    if config.selection.method != 'none':
+      _check_pool(config, pool)
     folder = epath.Path(config.embeddings_dir or embeddings or work.embeddings)
     splits = setup.in_memory(splits, 'target', config.data.cache)
-    results = _train(config, work, splits, pool, folder, skipped.get('source pool', ()))
-    write_results(work, {**results, 'skipped': setup.skipped_summary(skipped)})
+    results = _train(config, work, splits, pool, folder, skipped.get('source pool', ()), true_labels)
+    write_results(work, {**results, 'noise': noise_told, 'skipped': setup.skipped_summary(skipped)})
   chosen = selection.Selection.load(work.selection_json, pool.fingerprint) if work.selection_json.exists() else None
   report.write(work, _selection_section(splits.train, pool, chosen) if chosen else None)
   log.info('report: %s', work.report_html)
@@ -56,8 +58,11 @@ def run(config: ConfigDict, workdir: epath.PathLike, embeddings: epath.PathLike 
 
 
 def _train(config: ConfigDict, work: Workdir, splits: setup.Splits, pool: Source | None, embeddings: epath.Path,
-           unreadable: Sequence[str]) -> dict[str, Any]:
-  """Weights, selection, joint fine-tuning, evaluation: the results. `unreadable` are ids that the pool has lost."""
+           unreadable: Sequence[str], true_labels: np.ndarray | None) -> dict[str, Any]:
+  """Weights, selection, joint fine-tuning, evaluation: the results.
+
+  `unreadable` are ids that the pool has lost, `true_labels` those of train before noise was put in.
+  """
   active = methods.active(config.methods.to_dict())
   weights = _weights(config, work, pool)
   transform = setup.make_transform(config)
@@ -65,7 +70,10 @@ def _train(config: ConfigDict, work: Workdir, splits: setup.Splits, pool: Source
   streams = {'target': fit.Stream(splits.train, config.train.batch_size, 1.0, config.target.balanced)}
   heads = {'target': len(splits.train.class_names)}
   if chosen is not None:
-    labelled = not any(method.unlabelled_source for method in active.values())
+    labelled = not _unlabelled(active)
+    if not labelled:
+      log.info('source images take part without labels, by methods.%s: config.source_weight and a source head are not used',
+               _unlabelled(active))
     if labelled:  # the source head keeps all classes of the pool, as in the paper; only the chosen ones ever come
       heads['source'] = len(pool.class_names)
     helping = pool.of_classes(chosen.classes) if chosen.by == 'class' else pool.subset(chosen.rows)
@@ -75,13 +83,13 @@ def _train(config: ConfigDict, work: Workdir, splits: setup.Splits, pool: Source
     streams['source'] = fit.Stream(helping, _source_batch(config), config.source_weight if labelled else None)
 
   needs = methods.all_needs(active, setup.build_model(config.model, heads))
-  start = weights.variables if weights else None
+  start = {key: weights.variables[key] for key in ('params', 'batch_stats')} if weights else None
   if needs.trained_classifier:
     heads['pretrained'] = len(start['params']['heads']['pretrained']['bias'])
   model = setup.build_model(config.model, heads, config.train.freeze)
   variables = setup.init_variables(model, config.image_size, config.seed, start)
   results = fit.fit(config.train, work, model=model, variables=variables, streams=streams, splits=splits, transform=transform,
-                    metric=config.target.metric, seed=config.seed, start=start, methods=active)
+                    metric=config.target.metric, seed=config.seed, start=start, methods=active, true_labels=true_labels)
   return {
       'job': 'finetune', **results,
       'target': {'name': config.target.name, 'classes': len(splits.train.class_names), 'fingerprint': splits.train.fingerprint,
@@ -110,12 +118,16 @@ def check(config: ConfigDict) -> None:
     raise ValueError("config.target.test is 'rest', what is not drawn for training, but config.target.train_per_class is 0 and "
                      'train_fraction is 1; set either')
   _check_selection(config)
+  noise.check(config.noise)
   setup.check_data(config.data)
   setup.make_transform(config)
   setup.check_weights(config.model)
   # The numbers of classes are not known yet and do not matter for what is checked.
   active = methods.active(config.methods.to_dict())
   heads = _heads(config, active)
+  if _unlabelled(active) and config.model.source_head == 'pretrained':
+    raise ValueError(f"config.model.source_head is 'pretrained', but with methods.{_unlabelled(active)} source images have no labels and "
+                     'there is no head for their classes; use --config.model.source_head=fresh')
   model = setup.build_model(config.model, dict.fromkeys(heads, 2), config.train.freeze)
   fresh = {'target'} | ({'source'} & set(heads) if config.model.source_head == 'fresh' else set()) if config.model.weights else ()
   fit.check(config.train, config.target.metric, model, config.image_size, fresh)
@@ -131,8 +143,13 @@ def check(config: ConfigDict) -> None:
 def _heads(config: ConfigDict, active: Mapping[str, methods.Method]) -> list[str]:
   """Names of the heads that are trained."""
   needs = methods.all_needs(active, setup.build_model(config.model, {'target': 2}))
-  labelled = config.selection.method != 'none' and not any(method.unlabelled_source for method in active.values())
+  labelled = config.selection.method != 'none' and not _unlabelled(active)
   return ['target', *(['source'] if labelled else []), *(['pretrained'] if needs.trained_classifier else [])]
+
+
+def _unlabelled(active: Mapping[str, methods.Method]) -> str:
+  """The method with which source images take part without labels; '' where they have them."""
+  return next((name for name, method in active.items() if method.unlabelled_source), '')
 
 
 def _check_selection(config: ConfigDict) -> None:
@@ -165,10 +182,17 @@ def _check_selection(config: ConfigDict) -> None:
                      'give a number of units')
 
 
-def _check_size(config: ConfigDict, pool: Source | None) -> None:
-  if config.selection.method == 'none' or config.selection.file:
+def _check_pool(config: ConfigDict, pool: Source) -> None:
+  """Raises ValueError where the pool has not what is to be chosen from it or learnt of it."""
+  if len(pool.class_names) < 2 and not _unlabelled(methods.active(config.methods.to_dict())):
+    raise ValueError(f'{pool.name} has one class, {pool.class_names[0]}, so its labels teach nothing; use its images without them, by '
+                     '--config.methods.fixmatch.weight=1')
+  if config.selection.file:
     return
   size, by = config.selection.size, config.selection.by
+  if len(pool.class_names) < 2 and by == 'class':
+    raise ValueError(f"config.selection.by is 'class', but {pool.name} has one class, {pool.class_names[0]}; choose by cluster "
+                     '(--config.selection.by=cluster --config.selection.clusters=...) or by example')
   most = {'class': len(pool.class_names), 'cluster': config.selection.clusters, 'example': len(pool)}[by]
   if not 0 < size <= most or size >= 1 and size != round(size):
     raise ValueError(f'config.selection.size is {size:g}; expected 1 to {most}, the number of {NOUNS[by]} of {pool.name}, or a share '
@@ -195,7 +219,8 @@ def _describe(splits: setup.Splits, pool: Source | None) -> None:
   log.info('target: %s: %s train, %s val%s images of %d classes', splits.train.name, f'{len(splits.train):,d}',
            f'{len(splits.val):,d}', test, len(splits.train.class_names))
   if pool is not None:
-    log.info('source: %s: %s images of %d classes', pool.name, f'{len(pool):,d}', len(pool.class_names))
+    classes = f'of {len(pool.class_names):,d} classes' if len(pool.class_names) > 1 else 'of one class'
+    log.info('source: %s: %s images %s', pool.name, f'{len(pool):,d}', classes)
     if pool.class_names == splits.train.class_names:
       log.warning('warning: target and source have the same classes; is %s the pre-training data?', pool.name)
 

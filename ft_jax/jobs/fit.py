@@ -352,5 +352,5 @@ def _spoken(summary: Mapping[str, float]) -> str:
 # Further views of an image, as methods ask for them.
 VIEWS: dict[str, Callable[[Transform], Transform]] = {
     'key': lambda transform: transform,
-    'strong': lambda transform: dataclasses.replace(transform, randaugment=2, magnitude=10),
+    'strong': lambda transform: dataclasses.replace(transform, randaugment=2, magnitude=10, cutout=0.5),
 }

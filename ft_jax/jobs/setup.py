@@ -15,7 +15,8 @@ from ft_jax.checkpoints import load_variables
 from ft_jax.data.cache import cached
 from ft_jax.data.damage import without_damaged
 from ft_jax.data.pipeline import Transform
-from ft_jax.data.sources import carve, class_difference, draw, open_source, Source
+from ft_jax.data.randaugment import STRONGEST
+from ft_jax.data.sources import carve, class_difference, draw, open_source, Source, UNLABELLED
 from ft_jax.models import hub, pretrained, resnet
 from ft_jax.parallel import AXIS
 from ft_jax.progress import log
@@ -35,11 +36,11 @@ def open_splits(config: ConfigDict, data_dir: str, seed: int) -> Splits:
   """Opens train, val (carved out of train where it has no name) and test of `config.target` or `config.source`.
 
   Raises:
-    ValueError: a set, split or folder that is not there, or splits of different classes or with images in common.
+    ValueError: a set, split or folder that is not there or has no classes, or splits of different classes or with images in common.
   """
   # The pre-training data has neither field.
   per_class, fraction, left_out = config.get('train_per_class', 0), config.get('train_fraction', 1.0), config.get('without', ())
-  opened = lambda split: open_source(config.name, split, data_dir).without(left_out)
+  opened = lambda split: _labelled(open_source(config.name, split, data_dir)).without(left_out)
   train, rest = opened(config.train), None
   if per_class or fraction < 1:
     train, rest = draw(train, per_class, seed, fraction)
@@ -60,6 +61,13 @@ def open_splits(config: ConfigDict, data_dir: str, seed: int) -> Splits:
       raise ValueError(f'{one.name} and {other.name} share {len(shared):,d} images, such as {min(shared)}; what is measured on images '
                        'that were trained on means nothing. Give slices that do not overlap, such as train[:80%] and train[80%:]')
   return Splits(train, val, test)
+
+
+def _labelled(source: Source) -> Source:
+  if source.class_names == (UNLABELLED,):
+    raise ValueError(f'{source.name} holds no class folders but {len(source):,d} images, so their classes are not known; expected '
+                     '<class>/<image> in it (images without classes can be a pool: config.source.name with methods.fixmatch)')
+  return source
 
 
 def check_data(config: ConfigDict) -> None:
@@ -111,7 +119,14 @@ def make_transform(config: ConfigDict) -> Transform:
   augment = config.augment
   if short_side(config) < config.image_size:
     raise ValueError(f'augment.short_side is {short_side(config)}, less than image_size {config.image_size}')
-  return Transform(config.image_size, tuple(augment.scale), tuple(augment.ratio), augment.flip, augment.antialias, short_side(config))
+  if augment.randaugment < 0:
+    raise ValueError(f'augment.randaugment is {augment.randaugment}; expected a number of operations, or 0 for none')
+  if not 2 <= augment.magnitude <= STRONGEST:
+    raise ValueError(f'augment.magnitude is {augment.magnitude}; expected 2 to {STRONGEST}')
+  if not 0 <= augment.cutout <= 1:
+    raise ValueError(f'augment.cutout is {augment.cutout}; expected a part of the side of the crop, up to 1, or 0 for none')
+  return Transform(config.image_size, tuple(augment.scale), tuple(augment.ratio), augment.flip, augment.antialias, short_side(config),
+                   augment.randaugment, augment.magnitude, augment.cutout)
 
 
 def short_side(config: ConfigDict) -> int:

@@ -1,4 +1,4 @@
-"""A finished run, taken up to be used: what export and predict share."""
+"""A finished run, taken up to be used: what export, predict and stability share."""
 
 from collections.abc import Mapping
 import json
@@ -43,24 +43,24 @@ class Trained(NamedTuple):
             f'({split} top-1 {self.results[split]["top1"]:.1%})')
 
 
-def load(workdir: str) -> Trained:
-  """Takes up the run in `config.workdir`.
+def load(workdir: str, field: str = 'config.workdir') -> Trained:
+  """Takes up the run in a workdir, which `field` of the config names.
 
   Raises:
     ValueError: no run, one that is not finished, or one of a job that trains no network of its own.
   """
   if not workdir:
-    raise ValueError('config.workdir is empty; give the workdir of a finished run, such as --config.workdir=runs/pets')
+    raise ValueError(f'{field} is empty; give the workdir of a finished run, such as --{field}=runs/pets')
   path = epath.Path(workdir).expanduser()
   stored = read_config(path)
   if stored is None:
-    raise ValueError(f'config.workdir: {workdir} holds no run (no config.json of one); give the workdir of a finished fine-tuning')
+    raise ValueError(f'{field}: {workdir} holds no run (no config.json of one); give the workdir of a finished fine-tuning')
   if stored['job'] not in HEADS:
     inside = sorted(p.name for p in path.iterdir() if read_config(p)) if stored['job'] == 'compare' else []
-    raise ValueError(f'config.workdir: {workdir} is of job {stored["job"]}; give that of a fine-tuning'
+    raise ValueError(f'{field}: {workdir} is of job {stored["job"]}; give that of a fine-tuning'
                      + (f', such as {path / inside[0]} ({len(inside)} are inside)' if inside else ''))
   if not (path / 'results.json').exists():
-    raise ValueError(f'config.workdir: the run in {workdir} is not finished (no results.json); run its command again, which goes on')
+    raise ValueError(f'{field}: the run in {workdir} is not finished (no results.json); run its command again, which goes on')
   config, results = ConfigDict(stored), json.loads((path / 'results.json').read_text())
   head = HEADS[config.job]
   class_names = tuple(row['name'] for row in results['val']['per_class'])

@@ -161,6 +161,8 @@ class Term(NamedTuple):
 @dataclasses.dataclass(frozen=True)
 class Method:
   """A method: its settings are its fields, and the first one switches it on; zero, False and '' are off."""
+  # Settings that switch it on as published, where that takes more than the defaults.
+  published: ClassVar[Mapping[str, Any]] = {}
   # Methods that it cannot be together with, and why.
   excludes: ClassVar[Mapping[str, str]] = {}
   # Whether source images take part without their labels, and so without a head of their own.
@@ -190,7 +192,10 @@ class Method:
     return {}
 
   def mix(self, images: jax.Array, labels: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Mixes target images (float32 `[b, h, w, 3]`, normalised) and their labels (float32 `[b, K]`) before the forward pass."""
+    """Mixes target images (float32 `[b, h, w, 3]`, normalised) and their labels (float32 `[b, K]`) before the forward pass.
+
+    Of several methods that do, each step draws one.
+    """
     return images, labels
 
   def relabel(self, seen: Pass, state: State) -> tuple[jax.Array, State, dict[str, jax.Array]]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import ClassVar
 
 import jax.numpy as jnp
 
@@ -15,6 +16,7 @@ class L2SP(Method):
 
   In the published comparisons weight decay is then 0.
   """
+  published: ClassVar = {'weight': 0.01}
   weight: float = 0.0  # alpha; published 0.01
   head_weight: float = 0.01  # beta, of the fresh heads
 

@@ -54,18 +54,23 @@ class BatchNorm(nn.BatchNorm):
   It matters where n is small: at 2x2 pixels and 8 images, a thirty-second part of every update.
 
   Attributes:
-    frozen: a pattern of paths of parameters; where the scale's is matched, the running statistics normalise and stay as they are.
+    train: whether the statistics of the batch normalise, and move the running ones.
+    frozen: a pattern of paths of parameters; where the scale's is matched, it is as if `train` were False.
   """
+  train: bool = False
   frozen: str = ''
+
+  @property
+  def trains(self) -> bool:
+    """Whether the statistics of the batch take part."""
+    return self.train and not (self.frozen and re.fullmatch(self.frozen, '/'.join((*self.path, 'scale'))))
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     """`[b, h, w, c]` to the same."""
-    if self.frozen and re.fullmatch(self.frozen, '/'.join((*self.path, 'scale'))):
-      return super().__call__(x, use_running_average=True)
     before = self.get_variable('batch_stats', 'var')
-    y = super().__call__(x)
-    if not self.use_running_average and not self.is_initializing():
+    y = super().__call__(x, use_running_average=not self.trains)
+    if self.trains and not self.is_initializing():
       n = x.size // x.shape[-1] * (jax.lax.axis_size(self.axis_name) if self.axis_name else 1)
       after = self.get_variable('batch_stats', 'var')
       # What was added is (1 - momentum) times the variance.
@@ -183,6 +188,11 @@ class ResNet(nn.Module):
   frozen: str = ''
   portable: bool = False
 
+  @property
+  def width_of_features(self) -> int:
+    """Numbers in the pooled features of an image."""
+    return self.width * 2 ** (len(self.depths) - 1) * self.block.expansion
+
   @nn.compact
   def __call__(self, images: jax.Array, train: bool = False) -> Outputs:
     """Runs the network.
@@ -193,7 +203,7 @@ class ResNet(nn.Module):
     """
     conv = functools.partial(Conv, dtype=self.dtype, portable=self.portable)
     # 0.9 here is torch's momentum of 0.1.
-    norm = functools.partial(self.norm, use_running_average=not train or self.batch_norm == 'frozen', momentum=0.9, epsilon=1e-5,
+    norm = functools.partial(self.norm, train=train and self.batch_norm != 'frozen', momentum=0.9, epsilon=1e-5,
                              axis_name=self.axis_name, dtype=self.dtype, frozen=self.frozen)
     x = normalize(images) if images.dtype == jnp.uint8 else images
     if self.stem == '7x7':
@@ -205,7 +215,7 @@ class ResNet(nn.Module):
     for i, depth in enumerate(self.depths):
       x = Stage(self.block, depth, self.width * 2**i, 1 if i == 0 else 2, conv, norm, name=f'layer{i + 1}')(x)
       taps[f'layer{i + 1}'] = x
-    features = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
+    features = jnp.mean(x, axis=(1, 2), dtype=jnp.promote_types(x.dtype, jnp.float32))
     return Outputs(features, Heads(self.heads, name='heads')(features), taps)
 
 

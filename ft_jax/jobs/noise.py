@@ -1,0 +1,94 @@
+"""Label noise as a config says it: what is refused, where labels of another network come from, what results.json says of it."""
+
+from collections import Counter
+import os
+from typing import Any, NamedTuple
+
+import jax
+from ml_collections import ConfigDict
+import numpy as np
+
+from ft_jax.data.kept import kept
+from ft_jax.data.label_noise import KINDS, read_predictions, with_noise
+from ft_jax.data.sources import class_difference, digest, Source
+from ft_jax.jobs import predict, setup, trained
+from ft_jax.progress import log
+
+
+class Noise(NamedTuple):
+  """Splits with noise in train, the true labels of train int32 `[n]`, and what results.json says; both None where there is no noise."""
+  splits: setup.Splits
+  true_labels: np.ndarray | None
+  about: dict[str, Any] | None
+
+
+def check(config: ConfigDict) -> None:
+  """Raises ValueError for fields of `config.noise` that cannot be right."""
+  if config.kind not in ('', *KINDS):
+    raise ValueError(f"config.noise.kind is {config.kind!r}; known: {', '.join(KINDS)}, or '' for none")
+  if not 0 <= config.rate <= 1:
+    raise ValueError(f'config.noise.rate is {config.rate}; expected a part of the training images, 0 to 1')
+  if config.rate and not config.kind:
+    raise ValueError(f'config.noise.rate is {config.rate}, but config.noise.kind is empty; known: {", ".join(KINDS)}')
+  if config.kind and not config.rate:
+    hint = ' (published: 1, all of them)' if config.kind == 'model' else ''
+    raise ValueError(f'config.noise.kind is {config.kind!r}, but config.noise.rate is 0; give the part of the training images whose labels '
+                     f'are drawn anew{hint}')
+  for field, kind in (('map', 'asymmetric'), ('labels', 'model')):
+    if bool(config[field]) != (config.kind == kind):
+      raise ValueError(f'config.noise.{field} is {config[field]!r} and config.noise.kind {config.kind!r}; the kind {kind!r} needs it, '
+                       'and no other takes it')
+  _check_map(config.map)
+  if config.labels and not os.path.isfile(os.path.expanduser(config.labels)):
+    trained.load(config.labels, 'config.noise.labels')
+
+
+def _check_map(class_map: Any) -> None:
+  if not all(isinstance(pair, (tuple, list)) and len(pair) == 2 and all(isinstance(name, str) for name in pair) for pair in class_map):
+    raise ValueError(f"config.noise.map is {class_map!r}; expected pairs of class names (from, to), such as (('wolf', 'husky'),)")
+  if same := [one for one, other in class_map if one == other]:
+    raise ValueError(f'config.noise.map takes {same[0]!r} to itself; leave it out')
+  if twice := [one for one, count in Counter(one for one, _ in class_map).items() if count > 1]:
+    raise ValueError(f'config.noise.map takes {twice[0]!r} to {sum(one == twice[0] for one, _ in class_map)} classes; expected one')
+
+
+def add(config: ConfigDict, seed: int, splits: setup.Splits) -> Noise:
+  """Puts noise into the labels of train, and says how much came of it; val and test stay clean.
+
+  Args:
+    config: `config.noise`, which `check` has seen.
+    seed: of the run.
+    splits: what can be read of them, with val carved out.
+
+  Raises:
+    ValueError: classes or images that do not fit.
+  """
+  if not config.kind:
+    return Noise(splits, None, None)
+  train = splits.train
+  predicted = _predicted(config.labels, train) if config.kind == 'model' else None
+  noisy = with_noise(train, config.kind, config.rate, seed, class_map=config.map, predicted=predicted)
+  about = {'kind': config.kind, 'rate': config.rate, 'images': len(train), 'drawn': noisy.drawn, 'wrong': noisy.wrong,
+           'wrong_rate': noisy.wrong / len(train)}
+  log.info('noise: %s: %s of %s training labels drawn anew, %s of all are wrong (%.1f %%); val and test stay clean', config.kind,
+           f'{noisy.drawn:,d}', f'{len(train):,d}', f'{noisy.wrong:,d}', 100 * about['wrong_rate'])
+  return Noise(splits._replace(train=noisy.source), noisy.true_labels, about)
+
+
+def _predicted(labels: str, source: Source) -> np.ndarray:
+  """What another network sees in each image, int32 `[n]`: by a table, or by its run, in evaluation mode."""
+  if os.path.isfile(os.path.expanduser(labels)):
+    return read_predictions(labels, source)
+  run = trained.load(labels, 'config.noise.labels')
+  if set(run.class_names) != set(source.class_names):
+    raise ValueError(f'config.noise.labels: the run in {labels} is of other classes: '
+                     + class_difference('the run', run.class_names, source.name, source.class_names))
+  if jax.process_count() > 1:  # what one host has kept, another may not have
+    raise ValueError('config.noise.labels is a run, which predicts on one host alone; give the CSV file of its job predict')
+  head = run.variables['params']['heads'][run.head]
+  key = digest(setup.weights_fingerprint(run.variables), head['kernel'].tobytes(), head['bias'].tobytes(), str(run.transform),
+               source.fingerprint, source.stamp)
+  # Kept, because another device may round otherwise, and a run that goes on must have the labels that it began with.
+  found = kept('predicted', key, lambda: {'classes': predict.predict(run, source, 1, False)[0].classes[:, 0]})['classes']
+  numbers = {name: k for k, name in enumerate(source.class_names)}
+  return np.array([numbers[run.class_names[k]] for k in found.tolist()], np.int32)

@@ -1,0 +1,133 @@
+"""Layer-wise distance constraints: weights stay in balls around their start, larger ones in higher layers (RegSL)."""
+
+from collections.abc import Callable, Mapping
+import dataclasses
+import math
+import re
+from typing import Any, ClassVar
+
+import flax
+import jax
+import jax.numpy as jnp
+
+from ft_jax.methods.base import flat, Method, Needs, of_network, Pass, Plan, State, Term
+from ft_jax.models.resnet import ResNet
+
+EPSILON = 1e-6  # beside running variances, as in the published code
+
+
+@dataclasses.dataclass(frozen=True)
+class Layerwise(Method):
+  """After each step, every kernel w of a stage goes back to w0 + t * min(1, r / |t|), t = w - w0, with the norm of the whole kernel
+  (frobenius) or the L1 norm of the weights into each output (mars); r is D in layer1 and layer2, D * growth in layer3 and
+  D * growth^2 in layer4. Li and Zhang, "Improved Regularization and Robustness for Fine-tuning in Neural Networks" (NeurIPS 2021);
+  MARS-PGM: Gouk, Hospedales and Pontil (ICLR 2021), with one radius for all stages.
+
+  As in the published code, shortcut convolutions are constrained, the stem and all biases are free, and of BatchNorm
+  s = scale / sqrt(running variance + 1e-6) stays within r of its start, with the current variance. Fresh heads stay around zero. Ours:
+  heads that were pre-trained stay around their start; the Frobenius radius of a head with other than the target's number of classes
+  grows with the root of that number, so that it is the same for each class; what is inside its ball keeps every bit.
+
+  The penalties instead add weight * |t|^2 (frobenius) or weight * the largest L1 norm (mars) of each kernel and BatchNorm scale, times
+  the same powers of growth, and likewise of the heads.
+  """
+  published: ClassVar[Mapping[str, Any]] = {'distance': 'frobenius'}
+  distance: str = ''  # frobenius (of a whole kernel) or mars (L1 of the weights into each output); '' for none
+  form: str = 'constraint'  # constraint (projection after each step) or penalty (a term of the loss)
+  radius: float = 0.136810  # constraint: D; published for MIT-Indoor with a ResNet-101 (the median of seven sets); see configs/regsl.py
+  growth: float = 2.528838  # gamma: radius or weight of layer3 against layer2, of layer4 against layer3; published likewise
+  head_radius: float = 6.407802  # constraint: of the target head; published likewise
+  weight: float = 0.01  # penalty: of layer1 and layer2; ours, published ones were not found
+  head_weight: float = 0.01  # penalty: of the heads; ours
+
+  def check(self, plan: Plan) -> None:
+    if self.distance not in NORMS:
+      raise ValueError(f"methods.layerwise.distance is {self.distance!r}; known: {', '.join(NORMS)}, or '' for none")
+    if self.form not in FORMS:
+      raise ValueError(f'methods.layerwise.form is {self.form!r}; known: {", ".join(FORMS)}')
+    for name in ('radius', 'growth', 'head_radius'):
+      if not 0 < getattr(self, name) < math.inf:
+        raise ValueError(f'methods.layerwise.{name} is {getattr(self, name)}; expected a number above 0')
+    for name in ('weight', 'head_weight'):
+      if not 0 <= getattr(self, name) < math.inf:
+        raise ValueError(f'methods.layerwise.{name} is {getattr(self, name)}; expected a number from 0')
+
+  def needs(self, model: ResNet) -> Needs:
+    return Needs(start=True)
+
+  def loss(self, seen: Pass, state: State) -> Term:
+    if self.form != 'penalty':
+      return Term(0.0, state)
+    start, norm = flat(seen.start['params']), NORMS[self.distance]
+    total = 0.0
+    for path, value in flat(of_network(seen.params)).items():
+      if path.endswith(('kernel', 'scale')) and (grown := self._grown(path)):
+        weight = self.head_weight if path.startswith('heads/') else self.weight * grown
+        total += weight * norm.penalty(value - start.get(path, 0.0))
+    return Term(total, state)
+
+  def project(self, params: Any, batch_stats: Any, start: Any) -> Any:
+    if self.form != 'constraint':
+      return params
+    first, now, then = flat(start['params']), flat(batch_stats), flat(start['batch_stats'])
+    classes = params['heads']['target']['kernel'].shape[-1]
+
+    def brought_back(path: tuple[str, ...], value: jax.Array) -> jax.Array:
+      name, grown = '/'.join(path), self._grown('/'.join(path))
+      if not grown or path[-1] == 'bias':
+        return value
+      if path[-1] == 'scale':
+        variance = f'{name.removesuffix("scale")}var'
+        return into_interval(value, now[variance], first[name], then[variance], self.radius * grown)
+      radius = self.head_radius * NORMS[self.distance].heads(value.shape[-1] / classes) if path[0] == 'heads' else self.radius * grown
+      return into_ball(value, first.get(name, jnp.zeros_like(value)), radius, NORMS[self.distance].norm)
+
+    return flax.traverse_util.path_aware_map(brought_back, params)
+
+  def _grown(self, path: str) -> float:
+    """The factor of the radius or weight: powers of growth in the stages, 1 in heads, 0 where nothing is constrained."""
+    if path.startswith('heads/'):
+      return 1.0
+    stage = re.match(r'layer(\d+)/', path)
+    return self.growth ** max(int(stage[1]) - 2, 0) if stage else 0.0
+
+
+def into_ball(value: jax.Array, center: jax.Array, radius: float, norm: Callable[[jax.Array], jax.Array]) -> jax.Array:
+  """The point of the ray from the center to the value where the norm is the radius at most; the value itself where it is inside."""
+  offset = value - center
+  length = norm(offset)
+  return jnp.where(length > radius, center + offset * (radius / jnp.maximum(length, radius)), value)
+
+
+def into_interval(scale: jax.Array, variance: jax.Array, first: jax.Array, first_variance: jax.Array, radius: float) -> jax.Array:
+  """BatchNorm's scale `[c]`, with scale / sqrt(variance) within the radius of what it was; all arrays are `[c]`."""
+  deviation = jnp.sqrt(variance + EPSILON)
+  center = first / jnp.sqrt(first_variance + EPSILON)
+  offset = scale / deviation - center
+  return jnp.where(jnp.abs(offset) > radius, (center + jnp.clip(offset, -radius, radius)) * deviation, scale)
+
+
+def frobenius(x: jax.Array) -> jax.Array:
+  """The root of the sum of squares, a number."""
+  return jnp.sqrt(jnp.sum(x * x))
+
+
+def outputs_l1(x: jax.Array) -> jax.Array:
+  """Sums of absolute values of the weights into each output: `[..., c]` to `[1, ..., c]`."""
+  return jnp.sum(jnp.abs(x), axis=tuple(range(x.ndim - 1)), keepdims=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Norm:
+  """A norm of kernels (`[h, w, in, out]` or `[in, out]`), its penalty, and how the norm of a head grows with its classes."""
+  norm: Callable[[jax.Array], jax.Array]
+  penalty: Callable[[jax.Array], jax.Array]
+  heads: Callable[[float], float]
+
+
+FORMS = ('constraint', 'penalty')
+
+NORMS: Mapping[str, Norm] = {
+    'frobenius': Norm(frobenius, lambda x: jnp.sum(x * x), math.sqrt),
+    'mars': Norm(outputs_l1, lambda x: jnp.max(outputs_l1(x)), lambda ratio: 1.0),
+}

@@ -1,0 +1,51 @@
+"""What a training starts from: the rates of fresh and of pre-trained heads, and settings that are refused before anything long."""
+
+import jax
+from ml_collections import ConfigDict
+import numpy as np
+import optax
+import pytest
+
+from configs import default
+from ft_jax.jobs import finetune, fit
+from ft_jax.models import resnet
+
+
+def config(**fields) -> ConfigDict:
+  made = default.get_config()
+  made.target.name, made.source.name, made.model.weights, made.image_size = 'digits:target', 'digits:pool', 'tests', 32
+  made.model.name, made.model.width, made.train.batch_size = 'resnet18', 4, 16
+  made.update_from_flattened_dict({key.replace('__', '.'): value for key, value in fields.items()})
+  return made
+
+
+def test_fresh_heads_learn_ten_times_as_fast():
+  """Those that the weights have learn like the rest; where nothing is pre-trained all learn alike."""
+  model = resnet.build('resnet18', {'target': 3, 'source': 5}, width=2)
+  params = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 32, 32, 3), np.uint8))['params']
+  params = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), params)
+  for fresh, expected in ((('target', 'source'), (10, 10, 1)), (('target',), (10, 1, 1)), ((), (1, 1, 1))):
+    settings = config(train__momentum=0.0, train__nesterov=False, train__weight_decay=0.0).train
+    tx = fit._optimizer(settings, optax.constant_schedule(1.0), params, fresh)
+    steps, _ = tx.update(jax.tree.map(np.ones_like, params), tx.init(params), params)
+    assert (-steps['heads']['target']['bias'][0], -steps['heads']['source']['bias'][0], -steps['conv1']['kernel'][0, 0, 0, 0]) == expected
+
+
+@pytest.mark.parametrize('fields,words', [
+    ({'train__freeze': 'layr1/.*'}, "train.freeze is 'layr1/..', which no parameter matches; paths look like"),
+    ({'train__freeze': '('}, r"train.freeze is '\(.*expected backbone, or a regular expression"),
+    ({'train__freeze': '.*'}, "train.freeze is '..', which leaves no parameter to train"),
+    ({'train__average': 1.0}, 'train.average is 1.0; expected the part of the averages'),
+    ({'train__accumulate': 3}, 'train.accumulate is 3, into which the 4 images of a device .train.batch_size 16. cannot be cut evenly'),
+    ({'train__accumulate': 2, 'source_ratio': 0.75}, 'train.accumulate is 2, into which the 3 images of a device .config.source_ratio'),
+    ({'target__train_fraction': 0.0}, 'config.target.train_fraction is 0.0; expected a part of the images above 0'),
+    ({'target__train_fraction': 0.5, 'target__train_per_class': 3}, 'train_fraction and config.target.train_per_class both say'),
+    ({'target__test': 'rest'}, "test is 'rest', .* config.target.train_per_class is 0 and train_fraction is 1; set either"),
+    ({'methods__l2_sp__weight': 0.1, 'model__weights': ''}, 'methods.l2_sp needs pre-trained weights, but config.model.weights is empty'),
+    ({'methods__l2_sp__weight': -0.1}, 'methods.l2_sp.weight is -0.1; expected a number above 0'),
+])
+def test_wrong_settings_are_refused_at_once(fields, words, monkeypatch):
+  monkeypatch.setattr(finetune.setup, 'check_weights', lambda config: None)
+  with pytest.raises(ValueError, match=words):
+    finetune.check(config(**fields))
+  finetune.check(config())
