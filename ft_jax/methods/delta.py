@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import dataclasses
 import math
 import time
-from typing import Any
+from typing import Any, ClassVar
 
 from flax import linen as nn
 import jax
@@ -29,6 +29,7 @@ class Delta(Method):
   things. It sums over its batch of 48; here it is the mean, and its weight of 0.01 is 0.48 here, whatever the batch. And it means to
   measure attention with a classifier on frozen features, but trains the whole network; here the classifier is a logistic regression.
   """
+  published: ClassVar = {'weight': 0.48}
   weight: float = 0.0  # published 0.01 for the sum over 48 images, which is 0.48 for the mean over any number, taken here
   head_weight: float = 0.01  # of the fresh heads; published
   form: str = 'attention'  # attention (published), or feature_map: all channels alike
