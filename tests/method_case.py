@@ -69,11 +69,15 @@ def start_of(model: resnet.ResNet, seed: int = 1) -> dict[str, Any]:
 def begin(model: resnet.ResNet, start: Mapping[str, Any], examples: Mapping[str, np.ndarray] | None = None, **kwargs: Any) -> Begin:
   """What methods are set up with; `examples` are the training images, and val as well."""
   examples = images(BATCH, TARGETS) if examples is None else examples
-  of_devices = {key: np.resize(value, (-(-len(value) // jax.device_count()) * jax.device_count(), *value.shape[1:]))
-                for key, value in examples.items()}
-  of_devices['mask'] = np.arange(len(of_devices['mask'])) < len(examples['label'])
+
+  def batches(split: str, rows: Any = slice(None)) -> list[dict[str, np.ndarray]]:
+    chosen = {key: value[rows] for key, value in examples.items()}
+    devices = jax.device_count()
+    padded = {key: np.resize(value, (-(-len(value) // devices) * devices, *value.shape[1:])) for key, value in chosen.items()}
+    return [padded | {'mask': np.arange(len(padded['mask'])) < len(chosen['label'])}]
+
   given = dict(labels=examples['label'], true_labels=examples['label'], batch_size=BATCH, seed=0)
-  return Begin(model, start, TARGETS, batches=lambda split: [of_devices], **{**given, **kwargs})
+  return Begin(model, start, TARGETS, batches=batches, **{**given, **kwargs})
 
 
 def run(active: Mapping[str, methods.Method], *, steps: int = 1, devices: int = 1, parts: int = 1, model: resnet.ResNet | None = None,

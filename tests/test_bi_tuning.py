@@ -42,19 +42,20 @@ class Reference:
     now = (network, kernel, bias)
     self.key = now if self.key is None else tuple(0.8 * old + 0.2 * new for old, new in zip(self.key, now))
     keys = view @ self.key[0]
-    loss, new = 0.0, []
-    for f, k, y in zip(features.astype(np.float64), keys, labels):
+    before = [list(ring) for ring in self.z]
+    new = [(unit(np.append(k, 1.0)), unit(k @ self.key[1] + self.key[2])) for k in keys]
+    for y, (h, z) in zip(labels, new):
+      self.h[y][self.next[y]], self.z[y][self.next[y]] = h, z
+      self.next[y] = (self.next[y] + 1) % QUEUE
+    loss = 0.0
+    for f, y, (_, k) in zip(features.astype(np.float64), labels, new):
       h, z, w = unit(np.append(f, 1.0)), unit(f @ kernel + bias), unit(np.append(head[:, y], head_bias[y]))
-      new.append((y, unit(np.append(k, 1.0)), unit(k @ self.key[1] + self.key[2])))
-      for query, current, queues in ((z, z @ new[-1][2], self.z), (w, w @ h, self.h)):
+      for query, current, queues in ((z, z @ k, before), (w, w @ h, self.h)):
         others = [query @ q for c in range(CLASSES) if c != y for q in queues[c]]
         logits = np.array([current, *(query @ q for q in queues[y]), *others]) / 0.3
         logs = logits - np.log(np.sum(np.exp(logits)))
         u = 1 / (QUEUE + 1)
         loss += np.sum(u * (np.log(u) - logs[:QUEUE + 1])) / len(labels)
-    for y, h, z in new:
-      self.h[y][self.next[y]], self.z[y][self.next[y]] = h, z
-      self.next[y] = (self.next[y] + 1) % QUEUE
     return 0.7 * loss
 
 

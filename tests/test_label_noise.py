@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import pathlib
-import shutil
 
 from conftest import quick_main
 from hypothesis import given, settings
@@ -220,16 +219,3 @@ def test_whole_job(noisy_run, photos):
   assert corrected[0] == right[0] == 0 and corrected[-1] > 0 and 0 <= right[-1] <= 1
   np.testing.assert_allclose(true[0], 1 - told['wrong_rate'], rtol=1e-6)
   assert true[-1] != true[0]
-
-
-def test_other_labels_are_noticed(noisy_run, trained_run, photos, tmp_path):
-  """A run that goes on from a checkpoint has the labels that it began with, or says that they changed."""
-  shutil.copytree(noisy_run, tmp_path / 'run')
-  for name in ('results.json', 'report.html'):
-    (tmp_path / 'run' / name).unlink()
-  config = json.loads((tmp_path / 'run' / 'config.json').read_text())
-  config['noise']['rate'] = 0.25
-  (tmp_path / 'run' / 'config.json').write_text(json.dumps(config))
-  flags = [*FLAGS, f'--config.target.name=folder:{photos}', f'--config.model.weights={trained_run}', f'--workdir={tmp_path / "run"}']
-  other = quick_main(*flags, '--config.noise.rate=0.25')
-  assert other.returncode == 1 and 'changed since then: target images' in other.stderr, other.stderr

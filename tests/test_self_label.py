@@ -10,6 +10,7 @@ import pytest
 
 from ft_jax import methods
 from ft_jax.methods.self_label import schedule, SelfLabel
+from ft_jax.models import resnet
 from ft_jax.models.resnet import Outputs
 from ft_jax.parallel import AXIS
 
@@ -155,10 +156,11 @@ def test_same_whatever_the_split():
     batch['target'] = {key: value[index] for key, value in batch['target'].items()}
     return batch
 
+  case = dict(batches=batches, examples=wrong,
+              model=resnet.ResNet((1,), resnet.BasicBlock, {}, width=4, stem='3x3', batch_norm='frozen'))
   active = {'self_label': SelfLabel(True, 1, 1, 0.3, 1.5)}
-  state, history = method_case.run(active, batches=batches, examples=wrong)
-  assert history[0]['self_label/corrected'] > 3, 'nothing to compare'
-  method_case.assert_same_whatever_the_split(active, batches=batches, examples=wrong)
+  assert method_case.run(active, **case)[1][0]['self_label/corrected'] > 3, 'nothing to compare'
+  method_case.assert_same_whatever_the_split(active, **case)
 
 
 def test_bad_settings():

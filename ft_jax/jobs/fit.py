@@ -128,7 +128,7 @@ def _begin(config: ConfigDict, checkpoints: Checkpoints, schedule: optax.Schedul
   fresh = set(begin.model.heads) - set(begin.start['params'].get('heads', {})) if begin.start else ()
   tx = _optimizer(config, schedule, variables['params'], fresh)
   needs = all_needs(methods, begin.model)
-  kept = begin.start if needs.start or needs.teacher or needs.classifier else None
+  kept = begin.start if needs.start or needs.teacher else None
   done = checkpoints.latest_step
   if done is None:
     states = {name: method.setup(begin) for name, method in methods.items()}
@@ -171,8 +171,9 @@ def fit(config: ConfigDict, work: Workdir, *, model: ResNet, variables: Mapping[
       'pre-trained weights': weights_fingerprint(variables)})
   labels = splits.train.labels
 
-  def batches_of(split: str) -> Iterator[Any]:
-    batches = EvalBatches(getattr(splits, split), transform, streams[head].batch_size)
+  def batches_of(split: str, rows: Sequence[int] | None = None) -> Iterator[Any]:
+    source = getattr(splits, split)
+    batches = EvalBatches(source if rows is None else source.subset(rows), transform, streams[head].batch_size)
     return progress.bar(batches, f'pre-trained network on {split}', len(batches))
 
   begin = Begin(model, start or {}, len(splits.train.class_names), labels, labels if true_labels is None else true_labels,

@@ -8,11 +8,14 @@ from typing import Any
 from ft_jax.methods.base import Begin, Method, Needs, Pass, Plan, State, Term
 from ft_jax.methods.bi_tuning import BiTuning
 from ft_jax.methods.bss import BSS
+from ft_jax.methods.co_tuning import CoTuning
 from ft_jax.methods.cutmix import CutMix
+from ft_jax.methods.delta import Delta
 from ft_jax.methods.fixmatch import FixMatch
 from ft_jax.methods.l2_sp import L2SP
 from ft_jax.methods.label_smoothing import LabelSmoothing
 from ft_jax.methods.layerwise import Layerwise
+from ft_jax.methods.lwf import LwF
 from ft_jax.methods.mixup import Mixup
 from ft_jax.methods.self_label import SelfLabel
 from ft_jax.methods.stoch_norm import StochNorm
@@ -80,7 +83,10 @@ METHODS: dict[str, type[Method]] = {
     'self_label': SelfLabel,
     'l2_sp': L2SP,
     'layerwise': Layerwise,
+    'delta': Delta,
     'bss': BSS,
+    'co_tuning': CoTuning,
+    'lwf': LwF,
     'stoch_norm': StochNorm,
     'bi_tuning': BiTuning,
     'fixmatch': FixMatch,

@@ -71,7 +71,8 @@ class Begin:
     true_labels: int32 `[n]`, what they were before noise was put in; the same array where none was.
     batch_size: target images a step, over all devices.
     seed: of the run.
-    batches: gives the evaluation batches of 'train' or 'val', padded and masked, as `data.pipeline.EvalBatches` makes them.
+    batches: gives the evaluation batches of 'train' or 'val', padded and masked, as `data.pipeline.EvalBatches` makes them; as a second
+      argument it takes rows (int `[n]`), where not all are wanted.
   """
   model: ResNet
   start: Mapping[str, Any]
@@ -80,7 +81,7 @@ class Begin:
   true_labels: np.ndarray
   batch_size: int
   seed: int
-  batches: Callable[[str], Iterable[Mapping[str, np.ndarray]]]
+  batches: Callable[..., Iterable[Mapping[str, np.ndarray]]]
 
   @property
   def steps_per_epoch(self) -> float:
@@ -106,7 +107,7 @@ class Begin:
 
     def predict(variables: Any, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
       outputs = model.apply(variables, batch['image'], train=False)
-      kept = {'features': outputs.features, 'label': batch['label'], 'mask': batch['mask']}
+      kept = {'features': outputs.features, **{key: batch[key] for key in ('label', 'index', 'mask')}}
       return parallel.gather(kept | ({'logits': outputs.logits['pretrained']} if outputs.logits else {}))
 
     mapped = jax.pmap(predict, axis_name=parallel.AXIS)
@@ -114,7 +115,9 @@ class Begin:
     @functools.cache
     def taught(split: str) -> dict[str, np.ndarray]:
       results = [parallel.unreplicate(mapped(variables, parallel.shard(batch))) for batch in self.batches(split)]
-      return {key: np.concatenate([result[key][result['mask']] for result in results]) for key in results[0] if key != 'mask'}
+      whole = {key: np.concatenate([result[key][result['mask']] for result in results]) for key in results[0] if key != 'mask'}
+      order = np.argsort(whole.pop('index'))  # hosts take turns at the examples
+      return {key: value[order] for key, value in whole.items()}
 
     return taught
 

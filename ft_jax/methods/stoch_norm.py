@@ -20,7 +20,8 @@ class StochNorm(Method):
 
   As in the published code (thuml/StochNorm): the running statistics are those before the batch is added to them, gradients go through
   the batch's statistics where these are used, and scale and bias are the same either way. All devices and all parts of an accumulated
-  batch draw alike. Unlike in the published library (tllib), whose --prob has no effect, the probability is that of the setting.
+  batch draw alike. Unlike there, the gradient of channels with running statistics is that of what was computed (there these statistics are
+  overwritten before the backward pass reads them), and unlike in tllib, where --prob has no effect, the probability is the setting's.
   """
   published: ClassVar = {'enabled': True}
   enabled: bool = False  # switches it on

@@ -1,0 +1,191 @@
+"""DELTA: feature maps stay as they were, the more so in channels that the target needs (Li et al., ICLR 2019)."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+import dataclasses
+import math
+import time
+from typing import Any
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from ft_jax import logistic, parallel, progress
+from ft_jax.forward import forward
+from ft_jax.methods.base import Begin, flat, Method, Needs, of_network, Pass, Plan, State, teacher_variables, Term
+from ft_jax.models import resnet
+from ft_jax.models.resnet import ResNet
+
+
+@dataclasses.dataclass(frozen=True)
+class Delta(Method):
+  """weight / 2 * mean over target images of sum_layers sum_c C a_c |F_c - F0_c|^2 / (H W) + head_weight / 2 * |w'|^2.
+
+  F and F0 are the C feature maps of H x W of the network and of the pre-trained one (evaluation mode), w' the fresh heads. a_c is the
+  channel attention: softmax over c of z_c / 5, z_c the standardised rise of the target's loss when filter c gives zero. Without attention
+  ('feature_map') it is |F - F0|^2 itself, not divided by H W. After the Transfer-Learning-Library (with weight decay 0) but for two
+  things. It sums over its batch of 48; here it is the mean, and its weight of 0.01 is 0.48 here, whatever the batch. And it means to
+  measure attention with a classifier on frozen features, but trains the whole network; here the classifier is a logistic regression.
+  """
+  weight: float = 0.0  # published 0.01 for the sum over 48 images, which is 0.48 for the mean over any number, taken here
+  head_weight: float = 0.01  # of the fresh heads; published
+  form: str = 'attention'  # attention (published), or feature_map: all channels alike
+  layers: tuple = ()  # modules by path, such as ('layer4/1/conv2',); () is the last convolution of each stage, as published
+  attention_images: int = 320  # training images that attention is measured on; published 10 batches of 32
+
+  def check(self, plan: Plan) -> None:
+    if self.form not in FORMS:
+      raise ValueError(f'methods.delta.form is {self.form!r}; known: {", ".join(FORMS)}')
+    if not 0 <= self.head_weight < math.inf:
+      raise ValueError(f'methods.delta.head_weight is {self.head_weight}; expected a number from 0')
+    if self.attention_images < 1:
+      raise ValueError(f'methods.delta.attention_images is {self.attention_images}; expected a number of images from 1')
+    _check_layers(self.layers, plan)
+
+  def needs(self, model: ResNet) -> Needs:
+    return Needs(start=True, teacher=True, layers=self.layers or last_convolutions(model))
+
+  def setup(self, begin: Begin) -> State:
+    if self.form != 'attention':
+      return {}
+    rows = np.sort(np.random.default_rng(begin.seed).permutation(len(begin.labels))[:self.attention_images])
+    layers = self.needs(begin.model).layers
+    classifier = logistic.fit(begin.taught('train')['features'], begin.labels, begin.classes, strength=1 / len(begin.labels))
+    rises = loss_rises(begin.teacher, teacher_variables(begin.start), classifier, begin.batches('train', rows), len(rows), layers)
+    return {'attention': {_key(layer): attention(rise) for layer, rise in rises.items()}}
+
+  def loss(self, seen: Pass, state: State) -> Term:
+    start = flat(seen.start['params'])
+    heads = sum(jnp.sum(value ** 2) for path, value in flat(of_network(seen.params)).items() if path not in start)
+    student, teacher = seen.outputs['target'].taps, seen.teacher.taps
+    kept = 0.0
+    for layer in teacher:
+      squares = (student[layer].astype(jnp.float32) - teacher[layer].astype(jnp.float32)) ** 2
+      if self.form == 'attention':
+        weights = state['attention'][_key(layer)]
+        kept += jnp.sum(squares.mean((0, 1, 2)) * weights * len(weights))
+      else:
+        kept += jnp.sum(squares.mean(0))
+    return Term(0.5 * self.weight * kept + 0.5 * self.head_weight * heads, state)
+
+
+def last_convolutions(model: ResNet) -> tuple[str, ...]:
+  """The last convolution of each stage, by path."""
+  name = 'conv3' if model.block is resnet.Bottleneck else 'conv2'
+  return tuple(f'layer{i + 1}/{depth - 1}/{name}' for i, depth in enumerate(model.depths))
+
+
+def attention(rise: np.ndarray) -> np.ndarray:
+  """Attention float32 `[C]` of sum one, from the rise of the loss without each channel; even where all are the same."""
+  rise = rise.astype(np.float64)
+  spread = rise.std()
+  z = (rise - rise.mean()) / spread if spread > 0 else np.zeros_like(rise)
+  weights = np.exp((z - z.max()) / 5)
+  return (weights / weights.sum()).astype(np.float32)
+
+
+def loss_rises(model: ResNet, variables: Mapping[str, Any], classifier: logistic.Classifier, batches: Iterable[Mapping[str, np.ndarray]],
+               count: int, layers: Sequence[str]) -> dict[str, np.ndarray]:
+  """How much the mean cross-entropy rises when one channel of a layer gives zero, for each channel.
+
+  Channels go through the network side by side, in groups: what comes before the layer is computed once a group.
+
+  Args:
+    model: in evaluation mode.
+    variables: of it.
+    classifier: of its features.
+    batches: of this host, masked, as `data.pipeline.EvalBatches` makes them.
+    count: examples in the batches of all hosts.
+    layers: by path.
+
+  Returns:
+    float64 `[C]` for each layer.
+  """
+  examples = _examples(batches, count)
+  given = parallel.replicate((variables, classifier.weights, classifier.bias))
+  a_group = jax.ShapeDtypeStruct(examples['image'].shape[2:], np.uint8)
+  shapes = {layer: tap.shape for layer, tap in jax.eval_shape(
+      lambda variables, images: forward(model, variables, {'target': images}, train=False, layers=layers)[0]['target'].taps,
+      variables, a_group).items()}
+  rises, began = {}, time.perf_counter()
+  with progress.counter('channel attention', sum(shape[-1] for shape in shapes.values()), 'filter') as shown:
+    for layer, shape in shapes.items():
+      size = max(1, min(shape[-1], _ELEMENTS // math.prod(shape)))
+      measure = jax.pmap(_rises(model, layer), axis_name=parallel.AXIS, in_axes=(0, 0, None))
+      found = []
+      for first in range(0, shape[-1], size):
+        channels = np.minimum(np.arange(first, first + size), shape[-1] - 1)
+        found.append(parallel.unreplicate(measure(given, examples, channels)))
+        shown.update(min(size, shape[-1] - first))
+      rises[layer] = np.concatenate(found)[:shape[-1]].astype(np.float64) / count
+  progress.log.info('channel attention: %s filters on %d images in %.0f s', f'{sum(map(len, rises.values())):,d}', count,
+                    time.perf_counter() - began)
+  return rises
+
+
+def _examples(batches: Iterable[Mapping[str, np.ndarray]], count: int) -> dict[str, np.ndarray]:
+  """This host's examples in groups: `[local devices, groups, images a group, ...]`, masked; as many on every host."""
+  kept = [{key: batch[key][batch['mask']] for key in ('image', 'label', 'mask')} for batch in batches]
+  examples = {key: np.concatenate([part[key] for part in kept]) for key in kept[0]}
+  devices, most = jax.local_device_count(), -(-count // jax.process_count())
+  groups = -(-most // (devices * _IMAGES))
+  images = -(-most // (devices * groups))
+  padding = devices * groups * images - len(examples['mask'])
+  padded = {key: np.pad(value, [(0, padding)] + [(0, 0)] * (value.ndim - 1)) for key, value in examples.items()}
+  return {key: value.reshape(devices, groups, images, *value.shape[1:]) for key, value in padded.items()}
+
+
+def _rises(model: ResNet, layer: str) -> Callable[[Any, Mapping[str, jax.Array], jax.Array], jax.Array]:
+  """A function to be mapped over devices: (variables, classifier), examples and channels `[c]` to sums over examples, `[c]`."""
+
+  def run(given: Any, examples: Mapping[str, jax.Array], channels: jax.Array) -> jax.Array:
+    variables, weights, bias = given
+
+    def without(channel: jax.Array, group: Mapping[str, jax.Array]) -> jax.Array:
+
+      def zeroed(following: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+        y = following(*args, **kwargs)
+        if context.method_name == '__call__' and '/'.join(context.module.path) == layer:
+          y = jnp.where(jnp.arange(y.shape[-1]) == channel, 0, y)
+        return y
+
+      with nn.intercept_methods(zeroed):
+        features = model.apply(variables, group['image'], train=False).features
+      return optax.softmax_cross_entropy_with_integer_labels(features @ weights + bias, group['label'])
+
+    def of_group(group: Mapping[str, jax.Array]) -> jax.Array:
+      whole, *parts = jnp.split(jax.vmap(without, (0, None))(jnp.append(-1, channels), group), [1])  # no channel is -1
+      return jnp.sum(jnp.where(group['mask'], parts[0] - whole, 0.0), -1)
+
+    return jax.lax.psum(jax.lax.map(of_group, examples).sum(0), parallel.AXIS)
+
+  return run
+
+
+def _check_layers(layers: Sequence[str], plan: Plan) -> None:
+  """Raises ValueError for a layer that the network has not, with those nearby."""
+  if not layers:
+    return
+  if isinstance(layers, str):
+    raise ValueError(f"methods.delta.layers is {layers!r}; expected a tuple of paths, such as ('{layers}',)")
+  images = jax.ShapeDtypeStruct((1, plan.image_size, plan.image_size, 3), np.uint8)
+  params = jax.eval_shape(plan.model.clone(heads={}).init, jax.random.key(0), images)['params']
+  for layer in layers:
+    here, inside = [], params
+    for name in layer.split('/'):
+      below = {key: value for key, value in inside.items() if isinstance(value, Mapping)}
+      if name not in below:
+        known = ', '.join('/'.join((*here, key)) for key in below) if below else '/'.join(here)
+        raise ValueError(f'methods.delta.layers has {layer!r}, which the network lacks; known there: {known}')
+      here, inside = [*here, name], below[name]
+
+
+def _key(layer: str) -> str:
+  return layer.replace('/', '.')  # a slash parts the levels of a checkpoint
+
+
+FORMS = ('attention', 'feature_map')
+# Images that go through the network at once on a device, and numbers in the outputs of a layer for all channels side by side.
+_IMAGES, _ELEMENTS = 8, 2**26
