@@ -54,7 +54,7 @@ def fit(features: np.ndarray, labels: np.ndarray, classes: int, *, strength: flo
     raise ValueError('features have values that are not finite; the weights that made them are damaged or of a training that diverged')
   if not 0 <= strength < np.inf:
     raise ValueError(f'strength is {strength}; expected a number from 0')
-  dtype = jnp.result_type(features.dtype, jnp.float32)
+  dtype = jax.dtypes.canonicalize_dtype(np.result_type(features.dtype, np.float32))
   # Without their mean the problem is the same and better conditioned: half the iterations on features behind a ReLU.
   mean = features.mean(0, dtype=np.float64) if bias else np.zeros(features.shape[1])
   weights = np.zeros((features.shape[1], classes)) if start is None else start.weights.astype(np.float64)

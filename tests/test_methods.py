@@ -27,7 +27,9 @@ def published(*names: str, **fields: Any) -> dict[str, methods.Method]:
 
 
 # What is published in epochs and in hundreds of images, at the length of these runs.
-SHORT: dict[str, dict[str, Any]] = {}
+SHORT: dict[str, dict[str, Any]] = {
+    'self_label': {'reweight_epoch': 1, 'correct_epoch': 2, 'threshold': 0.5}, 'delta': {'attention_images': 8},
+    'bi_tuning': {'queue': 4, 'projection': 8}}
 
 
 def tiny() -> resnet.ResNet:

@@ -162,6 +162,7 @@ def test_a_checkpoint_cut_short_is_named(workdir, tmp_path):
 @pytest.mark.parametrize('name,wanted,words', [
     ('resnet18.pth', {'classes': 1000}, 'the classifier of .* has 7 classes and the source data 1000; use --config.model'),
     ('moco.pth.tar', {'classes': 7}, 'has no classifier; use --config.model.source_head=fresh'),
+    ('moco.pth.tar', {'classifier': True}, 'need the classifier of the pre-training, and .*moco.pth.tar has none; give weights with'),
     ('resnet18.pth', {'projection': True}, "has no projection head .* use --config.selection.features=pooled")])
 def test_weights_without_what_is_asked_for(name, wanted, words):
   with pytest.raises(ValueError, match=words):

@@ -213,8 +213,9 @@ def load_weights(name: str, *, classes: int | None = None, classifier: bool = Fa
   kept = {}
   if classifier:
     if 'source' not in heads:
-      raise ValueError(f'methods.co_tuning and methods.lwf need the classifier of the pre-training, and {name} has none; give weights '
-                       'that were trained with labels, or leave these methods out')
+      instead = f', but head {", ".join(sorted(heads))}' if heads else ''
+      raise ValueError(f'methods.co_tuning and methods.lwf need the classifier of the pre-training, and {name} has none{instead}; give '
+                       'weights with the classifier that they were trained with, or leave these methods out')
     kept['pretrained'] = heads['source']
   if classes is not None:
     if 'source' not in heads:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ class CoTuning(Method):
   The head is trained on, at the rate of all that is pre-trained. p(s | y) is estimated once: see `direct`, which the
   Transfer-Learning-Library has, and `calibrated`, which the authors' code trains with.
   """
+  published: ClassVar = {'weight': 2.3}
   weight: float = 0.0  # published 2.3
   relation: str = 'calibrated'  # calibrated (by way of p(y | s), with val) or direct (what the pre-trained network says, by class)
   scale: float = 1.0  # of the logits that p is estimated from, to calibrate them; published 0.884 for torchvision's ResNet-50

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import dataclasses
 import math
 import time
-from typing import Any
+from typing import Any, ClassVar
 
 from flax import linen as nn
 import jax
@@ -29,6 +29,7 @@ class Delta(Method):
   things. It sums over its batch of 48; here it is the mean, and its weight of 0.01 is 0.48 here, whatever the batch. And it means to
   measure attention with a classifier on frozen features, but trains the whole network; here the classifier is a logistic regression.
   """
+  published: ClassVar = {'weight': 0.48}
   weight: float = 0.0  # published 0.01 for the sum over 48 images, which is 0.48 for the mean over any number, taken here
   head_weight: float = 0.01  # of the fresh heads; published
   form: str = 'attention'  # attention (published), or feature_map: all channels alike
@@ -109,8 +110,9 @@ def loss_rises(model: ResNet, variables: Mapping[str, Any], classifier: logistic
   shapes = {layer: tap.shape for layer, tap in jax.eval_shape(
       lambda variables, images: forward(model, variables, {'target': images}, train=False, layers=layers)[0]['target'].taps,
       variables, a_group).items()}
-  rises, began = {}, time.perf_counter()
-  with progress.counter('channel attention', sum(shape[-1] for shape in shapes.values()), 'filter') as shown:
+  rises, began, filters = {}, time.perf_counter(), sum(shape[-1] for shape in shapes.values())
+  progress.log.info('channel attention: measuring %s filters on %s images', f'{filters:,d}', f'{count:,d}')
+  with progress.counter('channel attention', filters, 'filter') as shown:
     for layer, shape in shapes.items():
       size = max(1, min(shape[-1], _ELEMENTS // math.prod(shape)))
       measure = jax.pmap(_rises(model, layer), axis_name=parallel.AXIS, in_axes=(0, 0, None))
@@ -120,8 +122,7 @@ def loss_rises(model: ResNet, variables: Mapping[str, Any], classifier: logistic
         found.append(parallel.unreplicate(measure(given, examples, channels)))
         shown.update(min(size, shape[-1] - first))
       rises[layer] = np.concatenate(found)[:shape[-1]].astype(np.float64) / count
-  progress.log.info('channel attention: %s filters on %d images in %.0f s', f'{sum(map(len, rises.values())):,d}', count,
-                    time.perf_counter() - began)
+  progress.log.info('channel attention: measured in %.0f s', time.perf_counter() - began)
   return rises
 
 

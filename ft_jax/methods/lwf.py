@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ class LwF(Method):
   Transfer-Learning-Library, which leaves out the factor temperature^2 of Hinton et al. (2015). There p is of one random crop, made before
   training; here it is of the very image that the network sees.
   """
+  published: ClassVar = {'weight': 4.0}
   weight: float = 0.0  # published 4
   temperature: float = 3.0  # published
 
