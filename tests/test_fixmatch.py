@@ -7,7 +7,11 @@ import method_case
 import numpy as np
 import pytest
 
+from configs import fixmatch as fixmatch_config
+from configs import miniature
 from ft_jax import methods
+from ft_jax.data.sources import open_source
+from ft_jax.jobs import finetune
 from ft_jax.methods.base import Pass
 from ft_jax.methods.fixmatch import FixMatch
 from ft_jax.models.resnet import Outputs
@@ -90,3 +94,32 @@ def test_bad_settings():
   methods.check(on, plan)
   with pytest.raises(ValueError, match='methods.fixmatch needs source images .* but config.selection.method is none'):
     methods.check(on, plan._replace(source=False))
+
+
+def test_pools_that_do_not_fit(photos, pool):
+  """Images without classes are chosen by cluster or example and used without labels; a source head has nothing to learn there."""
+  config = miniature.get_config('finetune')
+  config.target.name, config.model.weights, config.selection.size = f'folder:{photos}', '', 2
+  alone = open_source(f'folder:{pool}/a', 'train')
+  with pytest.raises(ValueError, match='has one class, unlabelled, so its labels teach nothing; .*fixmatch.weight=1'):
+    finetune._check_pool(config, alone)
+  config.methods.fixmatch.weight = 1.0
+  with pytest.raises(ValueError, match="by is 'class', but .* has one class, unlabelled; choose by cluster"):
+    finetune._check_pool(config, alone)
+  config.selection.by, config.selection.clusters = 'cluster', 5
+  finetune._check_pool(config, alone)
+  config.model.weights, config.model.source_head = 'pretrain', 'pretrained'
+  with pytest.raises(ValueError, match="source_head is 'pretrained', but with methods.fixmatch source images have no labels"):
+    finetune.check(config)
+
+
+def test_published_settings():
+  config = fixmatch_config.get_config()
+  on = methods.active(config.methods.to_dict())
+  assert on == {'fixmatch': FixMatch(1.0, 0.0, 'soft', 1.0)}
+  settings = config.selection
+  assert (settings.by, settings.clusters, settings.size, settings.features, config.model.name) == (
+      'cluster', 2000, 500, 'projection', 'resnet50')
+  train = config.train
+  assert (train.learning_rate, train.weight_decay, train.nesterov, train.batch_size, train.epochs, train.milestones,
+          config.source_ratio) == (0.01, 1e-5, True, 256, 100, (0.6, 0.8), 1)
