@@ -126,7 +126,7 @@ def train_config() -> ConfigDict:
   train.weight_decay_groups = (('.*', 1.0),)  # (pattern of the whole path, factor); first match
   train.freeze = ''  # parameters that stay as they are: backbone (all but the heads), or a pattern of paths: 'conv1/.*|bn1/.*|layer1/.*'
   train.average = 0.0  # moving average of the parameters, which then is what is evaluated and kept: how much a step keeps, as 0.999
-  train.accumulate = 1  # parts that a step's batch goes through the network in, one after the other: memory for a part alone
+  train.accumulate = 1  # parts that a step's batch goes through the network in, one after the other: memory for one (GPU, TPU)
   train.eval_every = 0  # steps between evaluations on val, each with a checkpoint; 0 is a tenth of the run
   train.log_every = 0  # steps between lines of metrics.jsonl; 0 is a hundredth of the run
   return train
