@@ -7,7 +7,7 @@ itself: arguments (the state) and temporary buffers, on one device.
 """
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import pathlib
 import statistics
 import sys
@@ -41,7 +41,12 @@ class Step:
     data = batch_of(args, ['target', *(['source'] if args.source or unlabelled else [])])
     start = jax.device_get(jax.jit(model.clone(heads={'pretrained': SOURCES}).init)(jax.random.key(1), data['target']['image'][:1]))
     variables = jax.device_get(jax.jit(model.init)(jax.random.key(0), data['target']['image'][:1]))
-    begin = Begin(model, start, TARGETS, data['target']['label'], data['target']['label'], args.batch, 0, lambda split: [data['target']])
+
+    def batches(split: str, rows: Sequence[int] | None = None) -> list[dict[str, np.ndarray]]:
+      whole = data['target']
+      return [whole if rows is None else {key: value[np.resize(rows, len(value))] for key, value in whole.items()}]
+
+    begin = Begin(model, start, TARGETS, data['target']['label'], data['target']['label'], args.batch, 0, batches)
     began = time.perf_counter()
     states = {name: method.setup(begin) for name, method in active.items()}
     self.setup_seconds = time.perf_counter() - began

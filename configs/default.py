@@ -98,7 +98,8 @@ def get_config() -> ConfigDict:
   config.stability.tolerance = 1e-3  # relative change of the trace at which no more vectors are drawn, from ten on; 0 draws all
 
   config.compare = ConfigDict()  # job compare: the same fine-tuning with each method and seed
-  # values of selection.method, with fine-tuning methods behind: 'none+l2_sp', 'uot+delta+bss' (as published, or as config.methods has them)
+  # values of selection.method, with fine-tuning methods behind: 'none+l2_sp', 'uot+bss' (as published, or as config.methods has them);
+  # a method that any entry names is off in the others
   config.compare.methods = ('none', 'random', 'uot')  # the first one is what the others are compared with
   config.compare.seeds = (0, 1, 2)  # values of seed
   return config.lock()  # a field that is not here is a mistake

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from configs import default
-from ft_jax.jobs import finetune, fit
+from ft_jax.jobs import finetune, fit, pretrain
 from ft_jax.models import resnet
 
 
@@ -42,10 +42,20 @@ def test_fresh_heads_learn_ten_times_as_fast():
     ({'target__train_fraction': 0.5, 'target__train_per_class': 3}, 'train_fraction and config.target.train_per_class both say'),
     ({'target__test': 'rest'}, "test is 'rest', .* config.target.train_per_class is 0 and train_fraction is 1; set either"),
     ({'methods__l2_sp__weight': 0.1, 'model__weights': ''}, 'methods.l2_sp needs pre-trained weights, but config.model.weights is empty'),
+    ({'methods__bi_tuning__weight': 1.0, 'train__learning_rate_groups': (('heads/.*', 1.0), ('(conv|bn|layer).*', 1.0))},
+     "covers no parameter 'methods/bi_tuning/"),
+    ({'model__weights': 'pretrain', 'pretrain__freeze': 'layr.*'}, "train.freeze is 'layr..', which no parameter matches"),
     ({'methods__l2_sp__weight': -0.1}, 'methods.l2_sp.weight is -0.1; expected a number above 0'),
 ])
 def test_wrong_settings_are_refused_at_once(fields, words, monkeypatch):
   monkeypatch.setattr(finetune.setup, 'check_weights', lambda config: None)
   with pytest.raises(ValueError, match=words):
     finetune.check(config(**fields))
-  finetune.check(config())
+  finetune.check(config(methods__bi_tuning__weight=1.0, train__learning_rate_groups=(('methods/.*', 10.0), ('.*', 1.0))))
+
+
+def test_pre_training_refuses_what_is_for_fine_tuning(tmp_path):
+  for fields, words in (({'methods__bss__weight': 0.1}, 'config.methods.bss is switched on, which is for fine-tuning'),
+                        ({'noise__kind': 'symmetric', 'noise__rate': 0.5}, "config.noise.kind is 'symmetric', which is for the target")):
+    with pytest.raises(ValueError, match=words):
+      pretrain.run(config(model__weights='', **fields), tmp_path)

@@ -1,6 +1,7 @@
 """Job compare: the same fine-tuning with each selection, fine-tuning method and seed; means, standard errors and differences."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+import dataclasses
 from typing import Any
 
 from etils import epath
@@ -18,6 +19,8 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
   methods, seeds = list(config.compare.methods), list(config.compare.seeds)
   if not methods or not seeds:
     raise ValueError('config.compare.methods and config.compare.seeds need at least one entry each')
+  if twice := [method for method in methods if methods.count(method) > 1]:
+    raise ValueError(f'config.compare.methods has {twice[0]!r} twice; once is enough')
   if config.selection.file:
     raise ValueError('config.selection.file is one selection, and this job makes one for each method; use --config.job=finetune')
   if config.model.weights == 'pretrain':
@@ -28,7 +31,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
   work = Workdir(workdir, config.to_dict())
   results: dict[str, list[dict[str, Any]]] = {method: [] for method in methods}
   for count, (seed, method) in enumerate((seed, method) for seed in seeds for method in methods):
-    log.info('[%d/%d] selection %s, seed %d', count + 1, len(methods) * len(seeds), method, seed)
+    log.info('[%d/%d] %s, seed %d', count + 1, len(methods) * len(seeds), method, seed)
     # The images are embedded once for all of them.
     results[method].append(finetune.run(_one_run(config, method, seed), work.path / f'{method}-{seed}', work.embeddings))
 
@@ -49,15 +52,21 @@ def _one_run(config: ConfigDict, method: str, seed: int) -> ConfigDict:
   own = ConfigDict(config.to_dict())
   own.job, own.seed = 'finetune', seed
   own.selection.method, *added = method.split('+')
-  own.methods.update(_switched_on(added, own.methods.to_dict()))
+  named = {name for entry in config.compare.methods for name in entry.split('+')[1:]}
+  own.methods.update(_switched(added, named, own.methods.to_dict()))
   # The other runs are none of its business: it stays the same when methods or seeds are added.
   own.compare.methods, own.compare.seeds = (method,), (seed,)
   return own
 
 
-def _switched_on(names: Sequence[str], settings: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
-  """Fields of fine-tuning methods: those of `settings` where they switch it on, else the published ones."""
-  if unknown := [name for name in names if name not in METHODS]:
+def _switched(added: Sequence[str], named: Collection[str], settings: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+  """Fields of the fine-tuning methods that any entry names: off but for those `added` in this one.
+
+  These have the fields of `settings` where they switch it on, else the published ones. What no entry names is as the config has it.
+  """
+  if unknown := sorted(name for name in named if name not in METHODS):
     raise ValueError(f'config.compare.methods names the fine-tuning method {unknown[0]!r}; known: {", ".join(METHODS)} (and it is written '
                      'behind a selection: none+l2_sp)')
-  return {name: settings[name] if METHODS[name](**settings[name]).active else METHODS[name].published for name in names}
+  on = {name: settings[name] if METHODS[name](**settings[name]).active else METHODS[name].published for name in added}
+  switches = {name: dataclasses.fields(METHODS[name])[0] for name in named}
+  return {name: on[name] if name in added else {switch.name: switch.default} for name, switch in switches.items()}

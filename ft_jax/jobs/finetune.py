@@ -130,14 +130,16 @@ def check(config: ConfigDict) -> None:
                      'there is no head for their classes; use --config.model.source_head=fresh')
   model = setup.build_model(config.model, dict.fromkeys(heads, 2), config.train.freeze)
   fresh = {'target'} | ({'source'} & set(heads) if config.model.source_head == 'fresh' else set()) if config.model.weights else ()
-  fit.check(config.train, config.target.metric, model, config.image_size, fresh)
   methods.check(active, methods.Plan(model, config.image_size, config.train.batch_size, config.selection.method != 'none',
                                      config.model.weights))
+  nothing = np.zeros(0, np.int32)
+  begin = methods.Begin(model, {}, 2, nothing, nothing, config.train.batch_size, config.seed, lambda split, rows=None: [])
+  fit.check(config.train, config.target.metric, model, config.image_size, fresh, fit.own_params(active, begin))
   if config.selection.method != 'none':
     parallel.check_batch(_source_batch(config), 'config.source_ratio * config.train.batch_size')
     fit.check_parts(config.train.accumulate, _source_batch(config), 'config.source_ratio * config.train.batch_size')
   if config.model.weights == 'pretrain':
-    fit.check(config.pretrain, 'top1', setup.build_model(config.model, {'source': 2}), config.image_size)
+    fit.check(config.pretrain, 'top1', setup.build_model(config.model, {'source': 2}, config.pretrain.freeze), config.image_size)
 
 
 def _heads(config: ConfigDict, active: Mapping[str, methods.Method]) -> list[str]:

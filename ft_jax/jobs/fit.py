@@ -71,7 +71,8 @@ def make_plan(config: ConfigDict, examples: int) -> Plan:
   return Plan(steps, config.eval_every or math.ceil(steps / 10), config.log_every or math.ceil(steps / 100))
 
 
-def check(config: ConfigDict, metric: str, model: ResNet, image_size: int, fresh: Collection[str] = ()) -> None:
+def check(config: ConfigDict, metric: str, model: ResNet, image_size: int, fresh: Collection[str] = (),
+          own: Mapping[str, Any] | None = None) -> None:
   """Raises ValueError for settings of a training that cannot be right, before anything long begins.
 
   Args:
@@ -80,6 +81,7 @@ def check(config: ConfigDict, metric: str, model: ResNet, image_size: int, fresh
     model: with the right heads, of any number of classes.
     image_size: pixels a side.
     fresh: the heads that start fresh on weights that do not.
+    own: parameters of methods, as of `own_params`.
   """
   if metric not in METRICS:
     raise ValueError(f'metric is {metric!r}; known: {", ".join(METRICS)}')
@@ -93,7 +95,7 @@ def check(config: ConfigDict, metric: str, model: ResNet, image_size: int, fresh
   parallel.check_batch(config.batch_size, 'train.batch_size')
   check_parts(config.accumulate, config.batch_size, 'train.batch_size')
   shapes = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, image_size, image_size, 3), np.uint8))
-  _optimizer(config, _schedule(config, 1000), shapes['params'], fresh)
+  _optimizer(config, _schedule(config, 1000), {**shapes['params'], **(own or {})}, fresh)
   if model.frozen and not any(jax.tree.leaves(resnet.fixed(model.clone(batch_norm='train'), shapes['params']))):
     raise ValueError(f'train.freeze is {config.freeze!r}, which no parameter matches; paths look like '
                      f'{next(iter(flax.traverse_util.flatten_dict(shapes["params"], sep="/")))!r}')
@@ -106,6 +108,12 @@ def check_parts(parts: int, size: int, what: str) -> None:
   each = size // jax.device_count()
   if parts < 1 or each % parts:
     raise ValueError(f'train.accumulate is {parts}, into which the {each} images of a device ({what} {size}) cannot be cut evenly')
+
+
+def own_params(methods: Mapping[str, Method], begin: Begin) -> dict[str, Any]:
+  """Parameters that methods have of their own, as `{'methods': {method: ...}}`; {} where none has."""
+  own = {name: params for name, method in methods.items() if (params := method.params(begin))}
+  return {'methods': own} if own else {}
 
 
 def _optimizer(config: ConfigDict, schedule: optax.Schedule, params: Any, fresh: Collection[str]) -> optax.GradientTransformation:
@@ -123,8 +131,7 @@ def _schedule(config: ConfigDict, steps: int) -> optax.Schedule:
 def _begin(config: ConfigDict, checkpoints: Checkpoints, schedule: optax.Schedule, variables: Mapping[str, Any], begin: Begin,
            methods: Mapping[str, Method]) -> tuple[TrainState, optax.GradientTransformation, int]:
   """The state to start from, the optimizer, and the steps that the state has behind it."""
-  own = {name: params for name, method in methods.items() if (params := method.params(begin))}
-  variables = {**variables, 'params': {**variables['params'], **({'methods': own} if own else {})}}
+  variables = {**variables, 'params': {**variables['params'], **own_params(methods, begin)}}
   fresh = set(begin.model.heads) - set(begin.start['params'].get('heads', {})) if begin.start else ()
   tx = _optimizer(config, schedule, variables['params'], fresh)
   needs = all_needs(methods, begin.model)
@@ -178,7 +185,11 @@ def fit(config: ConfigDict, work: Workdir, *, model: ResNet, variables: Mapping[
 
   begin = Begin(model, start or {}, len(splits.train.class_names), labels, labels if true_labels is None else true_labels,
                 streams[head].batch_size, seed, batches_of)
-  state, tx, start = _begin(config, checkpoints, schedule, variables, begin, methods)
+  try:
+    state, tx, start = _begin(config, checkpoints, schedule, variables, begin, methods)
+  except BaseException:
+    checkpoints.close()  # its threads would print tracebacks over the message
+    raise
   if start:
     log.info('going on from step %d of %d', start, plan.steps)
   predict = make_predict(model, head)

@@ -23,6 +23,8 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
   # The number of classes is not known yet and does not matter for what is checked.
   if on := methods.active(config.methods.to_dict() if 'methods' in config else {}):  # of a fine-tuning's own pre-training it has none
     raise ValueError(f'config.methods.{next(iter(on))} is switched on, which is for fine-tuning and not for job pretrain')
+  if config.get('noise') and (config.noise.kind or config.noise.rate):
+    raise ValueError(f'config.noise.kind is {config.noise.kind!r}, which is for the target of a fine-tuning and not for job pretrain')
   model = setup.build_model(config.model, {'source': 2}, config.train.freeze)
   fit.check(config.train, 'top1', model, config.image_size, ('source',) if config.model.weights else ())
   work = Workdir(workdir, config.to_dict())
