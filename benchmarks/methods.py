@@ -2,17 +2,16 @@
 
     python benchmarks/methods.py [--name resnet18] [--width 64] [--size 64] [--batch 32] [--source] [--only delta ...]
 
-Each method is as published. Steps of all of them take turns in one process; medians are compared. Memory is what the compiled step says of
+Each method is as published. Its steps and plain ones take turns in one process; the median of their ratios is printed. Memory is what the compiled step says of
 itself: arguments (the state) and temporary buffers, on one device.
 """
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 import pathlib
 import statistics
 import sys
 import time
-from typing import Any
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
@@ -89,30 +88,22 @@ def main() -> None:
   parser.add_argument('--source', action='store_true', help='joint fine-tuning: as many source images a step')
   parser.add_argument('--only', nargs='*', default=list(METHODS), choices=METHODS)
   args = parser.parse_args()
-  cases: Mapping[str, list[str]] = {'plain': [], **{name: [name] for name in args.only}}
-  teachers = [name for name in args.only if METHODS[name](**METHODS[name].published).needs(resnet.build(args.name, {})).teacher]
+  model = resnet.build(args.name, {})
+  teachers = [name for name in args.only if METHODS[name](**METHODS[name].published).needs(model).teacher]
+  cases = {name: ([name], 1) for name in args.only} | {'plain, accumulate=4': ([], 4)}
   if len(teachers) > 1:
-    cases = {**cases, '+'.join(teachers): teachers}
-  steps: dict[str, Any] = {}
-  for name, names in cases.items():
-    print(f'compiling {name}', file=sys.stderr, flush=True)
-    steps[name] = Step(args, names)
-  steps['plain, accumulate=4'] = Step(args, [], 4)
-  seconds: dict[str, list[float]] = {name: [] for name in steps}
-  for turn in range(args.steps + 2):
-    for name, step in steps.items():
-      taken = step.run()
-      if turn >= 2:
-        seconds[name].append(taken)
-  plain, device = steps['plain'], jax.devices()[0].device_kind
+    cases['+'.join(teachers)] = (teachers, 1)
+  plain = Step(args, [])
+  usual = statistics.median([plain.run() for _ in range(args.steps + 2)][2:])
   print(f'{args.name}, width {args.width}, {args.size} pixels, batch {args.batch}{" and as many source images" if args.source else ""}, '
-        f'{device}; plain: {1e3 * statistics.median(seconds["plain"]):.1f} ms a step, state {plain.arguments / 1e6:.0f} MB, '
+        f'{jax.devices()[0].device_kind}; plain: {1e3 * usual:.1f} ms a step, state {plain.arguments / 1e6:.0f} MB, '
         f'temporary {plain.temporary / 1e6:.0f} MB')
-  print('| method | time of a step | temporary memory | state | set-up of a run, s |\n|---|---|---|---|---|')
-  for name, step in steps.items():
-    ratio = statistics.median(a / b for a, b in zip(seconds[name], seconds['plain']))
-    print(f'| {name} | {ratio:.2f} | {step.temporary / plain.temporary:.2f} | {step.arguments / plain.arguments:.2f} '
-          f'| {step.setup_seconds:.1f} |')
+  print('| method | time of a step | temporary memory | state | set-up of a run, s |\n|---|---|---|---|---|', flush=True)
+  for name, (names, parts) in cases.items():
+    step = Step(args, names, parts)
+    ratios = [step.run() / plain.run() for _ in range(args.steps + 2)][2:]  # in turns: what slows the machine slows both
+    print(f'| {name} | {statistics.median(ratios):.2f} | {step.temporary / plain.temporary:.2f} | {step.arguments / plain.arguments:.2f} '
+          f'| {step.setup_seconds:.1f} |', flush=True)
 
 
 if __name__ == '__main__':
