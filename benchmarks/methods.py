@@ -2,8 +2,8 @@
 
     python benchmarks/methods.py [--name resnet18] [--width 64] [--size 64] [--batch 32] [--source] [--only delta ...]
 
-Each method is as published. Its steps and plain ones take turns in one process; the median of their ratios is printed. Memory is what the compiled step says of
-itself: arguments (the state) and temporary buffers, on one device.
+Each method is as published. Its steps and plain ones take turns in one process; the median of their ratios is printed. Memory is what
+the compiled step says of itself: arguments (the state) and temporary buffers, on one device.
 """
 
 import argparse
