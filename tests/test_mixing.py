@@ -97,6 +97,11 @@ def test_one_of_two_mixes_each_step():
   np.testing.assert_allclose(run(both, jax.pmap, 4), of_both, atol=1e-6)
 
 
+def test_same_whatever_the_split():
+  """Through the whole step: partners are those of the whole batch, mixed before it is cut into parts."""
+  method_case.assert_same_whatever_the_split({'label_smoothing': LabelSmoothing(0.1), 'mixup': Mixup(0.4), 'cutmix': CutMix(1.0)})
+
+
 def test_smoothed_labels():
   smooth = LabelSmoothing(0.3).soften(np.array([[0, 1, 0, 0], [0.25, 0.75, 0, 0]], np.float32))
   np.testing.assert_allclose(smooth, [[0.075, 0.775, 0.075, 0.075], [0.25, 0.6, 0.075, 0.075]], rtol=1e-6)

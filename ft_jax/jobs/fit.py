@@ -22,13 +22,13 @@ from ft_jax import optimizer, parallel, progress
 from ft_jax.checkpoints import Checkpoints
 from ft_jax.data.pipeline import EvalBatches, train_batches, Transform
 from ft_jax.data.sources import Source
-from ft_jax.evaluate import evaluate, Evaluation, make_predict
+from ft_jax.evaluate import evaluate, Evaluation, make_predict, PredictFn
 from ft_jax.jobs.setup import Splits, weights_fingerprint
 from ft_jax.methods import all_needs, Begin, Method
 from ft_jax.models import resnet
 from ft_jax.models.resnet import ResNet
 from ft_jax.progress import log
-from ft_jax.train import create_state, make_train_step, run_steps, TrainState
+from ft_jax.train import create_state, make_train_step, run_steps, StepFn, TrainState
 from ft_jax.workdir import MetricsWriter, Workdir
 
 METRICS = ('top1', 'mean_per_class')
@@ -192,56 +192,76 @@ def fit(config: ConfigDict, work: Workdir, *, model: ResNet, variables: Mapping[
     raise
   if start:
     log.info('going on from step %d of %d', start, plan.steps)
-  predict = make_predict(model, head)
-  num_classes = len(splits.train.class_names)
-
-  def evaluate_split(state: TrainState, source: Source, what: str) -> Evaluation:
-    batches = EvalBatches(source, transform, streams[head].batch_size)
-    return evaluate(predict, state.evaluated, progress.bar(batches, what, len(batches)), num_classes)
-
-  def evaluate_val(state: TrainState) -> dict[str, float]:
-    metrics = {f'val/{key}': value for key, value in evaluate_split(state, splits.val, 'val').summary().items()}
-    if state.average:  # what the parameters themselves are worth
-      alone = evaluate_split(state.replace(average={}), splits.val, 'val, without average')
-      metrics |= {f'val_without_average/{key}': value for key, value in alone.summary().items()}
-    return metrics
-
+  labelled = {name: stream.weight for name, stream in streams.items() if stream.weight is not None}
+  run = _Run(work, plan, streams, splits, transform, make_predict(model, head), checkpoints, metric, schedule)
   if start < plan.steps:
-    log.info('training %d steps of %s', plan.steps,
-             ' + '.join(f'{stream.batch_size} {name} images' for name, stream in streams.items()))
-  observer = _Observer(plan, MetricsWriter(work, start), checkpoints, metric, start, sum(s.batch_size for s in streams.values()),
-                       evaluate_val, schedule)
+    step = make_train_step(model, tx, labelled, methods=methods, seed=seed, parts=config.accumulate, average=config.average)
+    state = _train(run, step, state, start, _device_batches(streams, transform, seed, start, all_needs(methods, model).views))
+  best = checkpoints.best_step
+  state = parallel.replicate(checkpoints.restore(best, state))
+  checkpoints.close()
+  return {'best_step': best, 'steps': plan.steps, 'seed': seed, 'metric': metric, **_environment(model), **_final(run, state, best)}
+
+
+class _Run(NamedTuple):
+  """What the parts of a training share; see `fit`."""
+  work: Workdir
+  plan: Plan
+  streams: Mapping[str, Stream]
+  splits: Splits
+  transform: Transform
+  predict: PredictFn
+  checkpoints: Checkpoints
+  metric: str
+  schedule: optax.Schedule
+
+
+def _train(run: _Run, step: StepFn, state: TrainState, start: int, batches: Iterator[Any]) -> TrainState:
+  """The steps from `start` on; raises Interrupted, with the state saved, where a signal asks to stop."""
+  plan = run.plan
+  log.info('training %d steps of %s', plan.steps, ' + '.join(f'{stream.batch_size} {name} images' for name, stream in run.streams.items()))
+  observer = _Observer(plan, MetricsWriter(run.work, start), run.checkpoints, run.metric, start,
+                       sum(stream.batch_size for stream in run.streams.values()), lambda state: _val_metrics(run, state), run.schedule)
   with _signals() as stop, progress.counter('training', plan.steps, initial=start) as shown:
 
     def show(step: int, loss: float) -> None:
       shown.set_postfix(loss=f'{loss:.3f}', refresh=False)
       shown.update(step - shown.n)
 
-    if start < plan.steps:
-      shown.set_postfix_str('compiling the step')
-      labelled = {name: stream.weight for name, stream in streams.items() if stream.weight is not None}
-      step = make_train_step(model, tx, labelled, methods=methods, seed=seed, parts=config.accumulate, average=config.average)
-      batches = _device_batches(streams, transform, seed, start, all_needs(methods, model).views)
-      state, done = run_steps(step, parallel.replicate(state), batches, start=start, steps=plan.steps, log_every=plan.log_every,
-                              eval_every=plan.eval_every, observer=observer, stop=lambda: bool(stop), progress=show)
-      if done < plan.steps:
-        checkpoints.save(done, parallel.unreplicate(state), None)
-        checkpoints.close()
-        observer.writer.close()
-        raise Interrupted(stop[0], f'stopped at step {done} of {plan.steps}, saved in {work.path}; the same command goes on from there')
-    checkpoints.wait()
+    shown.set_postfix_str('compiling the step')
+    state, done = run_steps(step, parallel.replicate(state), batches, start=start, steps=plan.steps, log_every=plan.log_every,
+                            eval_every=plan.eval_every, observer=observer, stop=lambda: bool(stop), progress=show)
+    if done < plan.steps:
+      run.checkpoints.save(done, parallel.unreplicate(state), None)
+      run.checkpoints.close()
+      observer.writer.close()
+      raise Interrupted(stop[0], f'stopped at step {done} of {plan.steps}, saved in {run.work.path}; the same command goes on from there')
+    run.checkpoints.wait()
   observer.writer.close()
+  return parallel.unreplicate(state)
 
-  best = checkpoints.best_step
-  state = parallel.replicate(checkpoints.restore(best, parallel.unreplicate(state) if start < plan.steps else state))
-  checkpoints.close()
-  results = {'best_step': best, 'steps': plan.steps, 'seed': seed, 'metric': metric,
-             **_environment(model), 'val': None, 'test': None}
-  for name, source in (('val', splits.val), ('test', splits.test)):
+
+def _evaluate(run: _Run, state: TrainState, source: Source, what: str) -> Evaluation:
+  batches = EvalBatches(source, run.transform, next(iter(run.streams.values())).batch_size)
+  return evaluate(run.predict, state.evaluated, progress.bar(batches, what, len(batches)), len(source.class_names))
+
+
+def _val_metrics(run: _Run, state: TrainState) -> dict[str, float]:
+  metrics = {f'val/{key}': value for key, value in _evaluate(run, state, run.splits.val, 'val').summary().items()}
+  if state.average:  # what the parameters themselves are worth
+    alone = _evaluate(run, state.replace(average={}), run.splits.val, 'val, without average')
+    metrics |= {f'val_without_average/{key}': value for key, value in alone.summary().items()}
+  return metrics
+
+
+def _final(run: _Run, state: TrainState, best: int) -> dict[str, Any]:
+  """What results.json says of val and test (None where there is none) at the best checkpoint."""
+  results: dict[str, Any] = {'val': None, 'test': None}
+  for name, source in (('val', run.splits.val), ('test', run.splits.test)):
     if source is not None:
-      evaluation = evaluate_split(state, source, name)
+      evaluation = _evaluate(run, state, source, name)
       log.info('%s (%s images, checkpoint of step %d): %s', name, f'{len(source):,d}', best, _spoken(evaluation.summary()))
-      results[name] = _split_results(evaluation, splits.train.class_names)
+      results[name] = _split_results(evaluation, source.class_names)
   return results
 
 
