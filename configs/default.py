@@ -129,5 +129,6 @@ def train_config() -> ConfigDict:
   train.average = 0.0  # moving average of the parameters, which then is what is evaluated and kept: how much a step keeps, as 0.999
   train.accumulate = 1  # parts that a step's batch goes through the network in, one after the other: memory for one (GPU, TPU)
   train.eval_every = 0  # steps between evaluations on val, each with a checkpoint; 0 is a tenth of the run
+  train.keep_epochs = ()  # epochs whose checkpoints stay for good, evaluated on val too, as (1, 2, 3, 5, 8); the end stays anyway
   train.log_every = 0  # steps between lines of metrics.jsonl; 0 is a hundredth of the run
   return train

@@ -3,8 +3,13 @@
     python main.py --config=configs/miniature.py:pretrain --config.data_dir=DATA --workdir=runs/miniature/pretrain
     python main.py --config=configs/miniature.py --config.data_dir=DATA --config.target.name=folder:pets --workdir=runs/miniature/pets
 
-DATA holds folders of <split>/<class>/<image>: tiny_imagenet (the pool), pets, caltech101. The settings are ours.
-The README has the table that comes of it; it says how the methods compare here and nothing about the paper's numbers.
+and the study of which checkpoint to start from, with a quarter-width network whose pre-training keeps its history:
+
+    python main.py --config=configs/miniature.py:history --config.data_dir=DATA --workdir=runs/miniature/history
+    python main.py --config=configs/miniature.py:study --config.data_dir=DATA --workdir=runs/miniature/study
+
+DATA holds folders of <split>/<class>/<image>: tiny_imagenet (the pool), pets, caltech101, cub50. The settings are ours.
+The README has the tables that come of it; they say how the methods compare here and nothing about the papers' numbers.
 """
 
 from ml_collections import ConfigDict
@@ -13,19 +18,20 @@ from configs import default
 
 
 def get_config(job: str = 'compare') -> ConfigDict:
-  """`compare` fine-tunes with each method and seed, `finetune` once; `pretrain` makes the weights first."""
+  """`compare` fine-tunes with each method and seed, `finetune` once; `pretrain` makes the weights first, `history` those of `study`."""
   config = default.get_config()
-  config.job = job
+  config.job = 'pretrain' if job == 'history' else job
   config.source.name = 'folder:tiny_imagenet'
   config.image_size = 64
   config.augment.short_side = 64  # the images have 64 pixels: nothing is cut off
   config.augment.scale = (0.3, 1.0)
   config.augment.antialias = True  # small images: the time is the network's
   config.model.name = 'resnet18'
-  config.model.width = 32
-  if job == 'pretrain':
+  config.model.width = 16 if job in ('history', 'study') else 32
+  if config.job == 'pretrain':
     config.train.batch_size = 128
-    config.train.epochs = 12.0
+    config.train.epochs = 20.0 if job == 'history' else 12.0
+    config.train.keep_epochs = (1, 2, 3, 5, 8, 11, 14, 17, 20) if job == 'history' else ()
     config.train.learning_rate = 0.1
     config.train.learning_rate_groups = (('.*', 1.0),)
     config.train.schedule = 'cosine'

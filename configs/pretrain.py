@@ -21,4 +21,5 @@ def get_config() -> ConfigDict:
   config.train.schedule = 'cosine'
   config.train.warmup = 0.05
   config.train.weight_decay = 1e-4
+  config.train.keep_epochs = (1, 2, 3, 5, 8, 13, 21, 34, 55)  # for configs/study.py: which of them to start from
   return config

@@ -1,6 +1,6 @@
 """Checkpoints of a run: the newest and the best on val; the only file that imports orbax."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from etils import epath
@@ -14,18 +14,20 @@ FORMAT_VERSION = 3
 class Checkpoints:
   """The folder `checkpoints/` of a workdir. Saving goes on in the background; a checkpoint is whole or not there."""
 
-  def __init__(self, workdir: epath.PathLike, made_from: Mapping[str, str] | None = None, read_only: bool = False):
+  def __init__(self, workdir: epath.PathLike, made_from: Mapping[str, str] | None = None, read_only: bool = False,
+               keep: Collection[int] = ()):
     """Takes up what is there.
 
     Args:
       workdir: the run's.
       made_from: what the run depends on beside its config, as fingerprints by name; kept with each checkpoint.
       read_only: leave everything as it is, it may be another process's; nothing is saved then.
+      keep: steps whose checkpoints stay, beside the newest and the best.
     """
     self._about = {'format_version': FORMAT_VERSION, 'made_from': dict(made_from or {})}
-    keep = ocp.checkpoint_managers
-    policy = keep.AnyPreservationPolicy([
-        keep.LatestN(1), keep.BestN(get_metric_fn=_rank, n=1, keep_checkpoints_without_metrics=False)])
+    policies = ocp.checkpoint_managers
+    policy = policies.AnyPreservationPolicy([
+        policies.LatestN(1), policies.BestN(get_metric_fn=_rank, n=1, keep_checkpoints_without_metrics=False), policies.CustomSteps(keep)])
     self._manager = ocp.CheckpointManager(
         epath.Path(workdir).resolve() / 'checkpoints', item_names=('state', 'about'),
         options=ocp.CheckpointManagerOptions(best_fn=_rank, preservation_policy=policy, create=not read_only,

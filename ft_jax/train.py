@@ -5,7 +5,7 @@ the head of its own name; all streams go through the network in one forward pass
 (Liu et al., NeurIPS 2022). The loss is the weighted sum of the streams' cross-entropies, and what the methods add.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 import functools
 import math
 import time
@@ -232,7 +232,7 @@ class Observer(Protocol):
 def run_steps(
     train_step: StepFn, state: TrainState, batches: Iterator[Mapping[str, Mapping[str, jax.Array]]], *, start: int, steps: int,
     log_every: int, eval_every: int, observer: Observer, stop: Callable[[], bool], progress: Callable[[int, float], None],
-    clock: Callable[[], float] = time.perf_counter) -> tuple[TrainState, int]:
+    evaluate_at: Collection[int] = (), clock: Callable[[], float] = time.perf_counter) -> tuple[TrainState, int]:
   """Runs steps `start` to `steps`; returns the state and the number of steps done, fewer than `steps` if `stop()` said so.
 
   The loss of a step is read when the next one is under way, so the device does not wait for the host. Whether it waits for images is
@@ -248,6 +248,7 @@ def run_steps(
     observer: gets metrics and evaluates.
     stop: asked after each step.
     progress: told (steps done, loss) after each step, one step late.
+    evaluate_at: numbers of steps after which it is evaluated as well.
     clock: gives seconds.
 
   Raises:
@@ -282,13 +283,14 @@ def run_steps(
     unread = metrics
     done += 1
     last = done == steps or stop()
-    if last or done % eval_every == 0 or done % log_every == 0:
+    evaluates = done == steps or done % eval_every == 0 or done in evaluate_at
+    if last or evaluates or done % log_every == 0:
       read(done)
       means = {f'train/{key}': sum(m[key] for m in window) / len(window) for key in window[0]}
       elapsed = clock() - began
       means['waiting_share'] = waited / elapsed if elapsed > 0 else 0.0
       window.clear()
-      if done == steps or done % eval_every == 0:
+      if evaluates:
         means |= observer.evaluate(done, state)
       observer.wrote(done, means)
       waited, began = 0.0, clock()

@@ -56,6 +56,7 @@ class Plan(NamedTuple):
   steps: int
   eval_every: int
   log_every: int
+  keep: tuple[int, ...] = ()
 
 
 def make_plan(config: ConfigDict, examples: int) -> Plan:
@@ -68,7 +69,10 @@ def make_plan(config: ConfigDict, examples: int) -> Plan:
   if steps < 1:
     raise ValueError(f'train.epochs {config.epochs} of {examples} images in batches of {config.batch_size} are {steps} steps; '
                      'expected at least one (train.steps sets the number itself)')
-  return Plan(steps, config.eval_every or math.ceil(steps / 10), config.log_every or math.ceil(steps / 100))
+  # A nested pre-training of an older config has no such field.
+  keep = {max(1, round(epoch * examples / config.batch_size)) for epoch in config.keep_epochs}
+  return Plan(steps, config.eval_every or math.ceil(steps / 10), config.log_every or math.ceil(steps / 100),
+              tuple(sorted(step for step in keep if step <= steps)))
 
 
 def check(config: ConfigDict, metric: str, model: ResNet, image_size: int, fresh: Collection[str] = (),
@@ -88,6 +92,8 @@ def check(config: ConfigDict, metric: str, model: ResNet, image_size: int, fresh
   for name in ('steps', 'epochs', 'eval_every', 'log_every', 'learning_rate', 'weight_decay'):
     if not 0 <= config[name] < float('inf'):
       raise ValueError(f'train.{name} is {config[name]}; expected a number from 0')
+  if wrong := [epoch for epoch in config.keep_epochs if not 0 < epoch < float('inf')]:
+    raise ValueError(f'train.keep_epochs has {wrong[0]}; expected numbers of epochs above 0')
   if not config.steps and not config.epochs:
     raise ValueError('train.steps and train.epochs are both 0; one of them gives the length')
   if not 0 <= config.average < 1:
@@ -175,7 +181,7 @@ def fit(config: ConfigDict, work: Workdir, *, model: ResNet, variables: Mapping[
   methods = methods or {}
   checkpoints = Checkpoints(work.path, {
       **{f'{name} images': stream.source.fingerprint for name, stream in streams.items()}, 'val images': splits.val.fingerprint,
-      'pre-trained weights': weights_fingerprint(variables)})
+      'pre-trained weights': weights_fingerprint(variables)}, keep=plan.keep)
   labels = splits.train.labels
 
   def batches_of(split: str, rows: Sequence[int] | None = None) -> Iterator[Any]:
@@ -200,7 +206,8 @@ def fit(config: ConfigDict, work: Workdir, *, model: ResNet, variables: Mapping[
   best = checkpoints.best_step
   state = parallel.replicate(checkpoints.restore(best, state))
   checkpoints.close()
-  return {'best_step': best, 'steps': plan.steps, 'seed': seed, 'metric': metric, **_environment(model), **_final(run, state, best)}
+  return {'best_step': best, 'steps': plan.steps, 'steps_per_epoch': len(streams[head].source) / streams[head].batch_size, 'seed': seed,
+          'metric': metric, **_environment(model), **_final(run, state, best)}
 
 
 class _Run(NamedTuple):
@@ -230,7 +237,8 @@ def _train(run: _Run, step: StepFn, state: TrainState, start: int, batches: Iter
 
     shown.set_postfix_str('compiling the step')
     state, done = run_steps(step, parallel.replicate(state), batches, start=start, steps=plan.steps, log_every=plan.log_every,
-                            eval_every=plan.eval_every, observer=observer, stop=lambda: bool(stop), progress=show)
+                            eval_every=plan.eval_every, observer=observer, stop=lambda: bool(stop), progress=show,
+                            evaluate_at=plan.keep)
     if done < plan.steps:
       run.checkpoints.save(done, parallel.unreplicate(state), None)
       run.checkpoints.close()
