@@ -167,7 +167,7 @@ def _of_files(folder: epath.Path, network: ConfigDict) -> History:
 def _number(name: str) -> tuple[str, int] | None:
   """What a file's name counts and how far, as ('epoch', 3) or ('step', 400); None where it does not say.
 
-  It is the number behind 'epoch', 'step' or the like, else the only one; digits behind other letters are part of a word, as in resnet18.
+  It is the number behind 'epoch', 'step' or the like, else the only one; digits beside other letters are part of a word, as in resnet18.
   """
   stem = name
   for ending in sorted(ENDINGS, key=len, reverse=True):
@@ -176,5 +176,5 @@ def _number(name: str) -> tuple[str, int] | None:
   for group in reversed(groups):
     if counter := _COUNTER.search(stem[:group.start()]):
       return 'step' if counter[0].lower().startswith('step') else 'epoch', int(group[0])
-  alone = [group for group in groups if not re.search(r'[a-z]$', stem[:group.start()], re.IGNORECASE)]
-  return ('epoch', int(alone[0][0])) if len(alone) == 1 else None
+  alone = re.findall(r'(?<![a-z\d])\d+(?![a-z\d])', stem, re.IGNORECASE)
+  return ('epoch', int(alone[0])) if len(alone) == 1 else None
