@@ -124,9 +124,9 @@ def cross(first: Iterable[np.ndarray], second: Iterable[np.ndarray]) -> Cross:
 def spectrum(gram: Gram, centred: bool) -> Spectrum:
   """Singular values and right singular vectors of F, or of F - mean: the root of the Gram matrix' eigenvalues, and its eigenvectors.
 
-  The squares of the values are exact to about 1e-16 d of the largest square (measured: below 1e-14), so small values less than large
-  ones: one at a thousandth of the largest to 1e-8 of itself. Values below a millionth of the largest are rounding and given as 0; so
-  is all around a mean that is 1e12 times as large.
+  The squares of the values are exact to 1e-14 of the largest square (measured up to d = 1024: 2e-15), so small values are less so than
+  large ones: one at a thousandth of the largest to 1e-8 of itself. Values below a millionth of the largest are lost and given as 0. A
+  mean that is large beside the spread makes a large value of the plain spectrum; the centred one loses nothing by it.
 
   Args:
     gram: of `gram`.
@@ -135,8 +135,7 @@ def spectrum(gram: Gram, centred: bool) -> Spectrum:
   squares, vectors = np.linalg.eigh(gram.scatter if centred else gram.products)
   r = min(gram.images - centred, len(squares))
   squares, vectors = squares[::-1][:r], np.ascontiguousarray(vectors[:, ::-1][:, :r])
-  floor = ROUNDING * max(squares.max(initial=0.0), ROUNDING * gram.images * float(gram.mean @ gram.mean))
-  values = np.sqrt(np.where(squares > floor, squares, 0.0))
+  values = np.sqrt(np.where(squares > ROUNDING * squares.max(initial=0.0), squares, 0.0))
   return Spectrum(values, vectors, gram.mean if centred else np.zeros_like(gram.mean), gram.images)
 
 
@@ -260,7 +259,8 @@ def change(first: Spectrum, k1: int, second: Spectrum, k2: int, cross: Cross) ->
     0 where there is nothing before nor after; infinity where something came from nothing.
 
   Raises:
-    ValueError: sizes that are not from 0 to r, dimensions or numbers of images that differ.
+    ValueError: sizes that are not from 0 to r, dimensions or numbers of images that differ, one spectrum plain and the other centred, or
+      centred ones of other features than the products'.
   """
   _directions(first, k1, second, k2)
   if not first.images == second.images == cross.images:
@@ -268,6 +268,11 @@ def change(first: Spectrum, k1: int, second: Spectrum, k2: int, cross: Cross) ->
                      'expected the same images in all')
   if cross.scatter.shape != (len(first.mean), len(second.mean)):
     raise ValueError(f'products are {cross.scatter.shape}; expected {(len(first.mean), len(second.mean))} as of the spectra')
+  means = (first.mean, cross.first_mean), (second.mean, cross.second_mean)
+  if any(not mean.any() and of.any() for mean, of in means) and any(mean.any() for mean, _ in means):
+    raise ValueError('one spectrum is plain and the other centred; expected both alike')
+  if any(mean.any() and not np.allclose(mean, of, rtol=0, atol=1e-6 * np.abs(of).max()) for mean, of in means):
+    raise ValueError('the spectra have other means than the products; expected the same features, first and second in the same order')
   return Change(_moved(first, slice(0, k1), second, slice(0, k2), cross), _moved(first, slice(k1, None), second, slice(k2, None), cross))
 
 
