@@ -196,6 +196,8 @@ def _sizes(results: Mapping[str, Any], target: Mapping[str, Any]) -> Panels:
     def drawn(axes: Axes) -> None:
       for kind, color in zip(SPECTRA, (BLUE, GREY)):
         line(axes, _numbers(target, 'spectrum', kind, key), color, kind, 100 if key == 'energy' else 1)
+      if key == 'main':
+        axes.yaxis.get_major_locator().set_params(integer=True)
     return drawn
 
   return _panels(results, [(title, draw(key)) for key, title in titles.items()], 4)

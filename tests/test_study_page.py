@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 from ft_jax import study_page
+from ft_jax.jobs import study
+from ft_jax.studies import transferability
 
 HOSTILE = '<script>alert(1)</script> & "quoted" $^$'
 EPOCHS = (1, 2, 3, 5, 8, 13, 21, 34, 55, 89)
@@ -32,8 +34,8 @@ def made(names=('folder:pets',), checkpoints=8, seeds=3, fine_tuned=None, source
     rows = [_row(rng, k, k / max(1, checkpoints - 1), seeds, k < tuned, dimensions, history) for k in range(checkpoints)]
     targets.append(_target(rng, name, rows, tuned, history))
   return {'job': 'study', 'checkpoints': 'runs/pretrain', 'model': 'resnet18 (width 16)',
-          'source': 'folder:tiny_imagenet' if source else None, 'metric': 'top1', 'seeds': list(range(seeds)), 'threshold': 0.8,
-          'devices': '1 x cpu', 'history': history, 'targets': targets}
+          'source': 'folder:tiny_imagenet' if source else None, 'metric': 'top1', 'seeds': list(range(seeds)),
+          'threshold': 0.8, 'parts_of': 'centred', 'devices': '1 x cpu', 'history': history, 'targets': targets}
 
 
 def _row(rng, k, t, seeds, tuned, dimensions, history):
@@ -217,6 +219,11 @@ def test_singular_values_end_where_the_main_part_does():
   assert dots[0].get_xydata().tolist() == [[7, spectrum['values'][6]]]
   lightness = [np.dot(curve.get_color()[:3], (0.2126, 0.7152, 0.0722)) for curve in curves]
   assert (np.diff(lightness) > 0).all()
+
+
+def test_all_that_a_study_measures_has_a_name():
+  assert list(study_page.SCORES) == list(transferability.SCORES)
+  assert set(study_page.PROBES) == set(study.PROBES)
 
 
 def test_table():
