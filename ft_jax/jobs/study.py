@@ -200,7 +200,8 @@ def described(spectra: Mapping[str, spectrum.Spectrum], threshold: float) -> dic
   for which, each in spectra.items():
     k = spectrum.main_size(each.values, threshold)
     told[which] = {'images': each.images, 'dimensions': len(each.mean), 'values': each.values.tolist(), 'main': k,
-                   'share': float(each.values[:k].sum() / each.values.sum()) if each.values.any() else 0.0, 'energy': spectrum.energy(each.values, k),
+                   'share': float(each.values[:k].sum() / each.values.sum()) if each.values.any() else 0.0,
+                   'energy': spectrum.energy(each.values, k),
                    'effective_rank': spectrum.effective_rank(each.values), 'stable_rank': spectrum.stable_rank(each.values)}
   return told
 
