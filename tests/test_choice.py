@@ -62,6 +62,8 @@ def test_no_difference_to_be_seen(rates):
   made = choice.choose([0.3, 0.5, 0.4], scores(*rates))
   assert 2 in made.similar
   assert choice.sentence(made, NAMES).startswith('No difference to be seen: epoch 2 is best on val')
+  last = choice.choose([0.3, 0.4, 0.5], scores(*rates))
+  assert choice.sentence(last, NAMES).startswith('No difference to be seen: epoch 3, the last one, is best on val')
 
 
 def test_equal_on_val_is_the_later_one():

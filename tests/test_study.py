@@ -104,7 +104,7 @@ def test_bad_settings_are_refused_before_anything_long(run, photos):
   refused('config.target.name is empty', **{'target.name': ''})
   refused('config.checkpoints is empty', checkpoints='')
   refused('config.study.epochs has 3, and .* there are epoch 1, epoch 2, epoch 4', **{'study.epochs': (3,)})
-  refused('holds no checkpoints', checkpoints=str(photos))
+  refused('is no workdir of a run', checkpoints=str(photos))
 
 
 def test_checkpoints_of_two_runs_are_refused(run, tmp_path):

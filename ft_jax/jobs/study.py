@@ -327,12 +327,13 @@ class _Study:
       fields = json.dumps({name: value for name, value in own.to_dict().items() if name not in _ELSEWHERE}, sort_keys=True, default=str)
       key = ('fine_tuned', self._prints[c], *self._seen(target, seed), self._config.target.metric, fields.replace(entry.weights, ''))
       found = self._parts.get(*key)
-      if found is None:
+      made = found is None
+      if made:
         log.info('[%d/%d] %s from %s, seed %d', count + 1, len(todo), target.name, entry.name, seed)
         found = self._parts.put(*key, found=self._fine_tuned(own, target, c, seed, digest(*map(str, key))))
       self._found[t][c]['ft'][seed] = found
-      # Its pictures take longer than a short fine-tuning.
-      self.write(page=entry is self._history.kept[-1])
+      if made:  # the page's pictures take longer than a short fine-tuning
+        self.write(page=entry is self._history.kept[-1])
 
   def _fine_tuned(self, own: ConfigDict, target: Target, checkpoint: int, seed: int, name: str) -> dict[str, Any]:
     """Runs a fine-tuning, or goes on with it; its report stays, its checkpoints do not."""

@@ -105,8 +105,10 @@ def sentence(choice: Choice, names: Sequence[str]) -> str:
   points = f'{abs(100 * margin.mean):.1f}' + (f' ± {100 * margin.standard_error:.1f}' if margin.standard_error is not None else '')
   side = 'above' if margin.mean >= 0 else 'below'
   if not margin.seen:
-    return (f'No difference to be seen: {names[best]} is best on val, and on test it is {points} points {side} {of_other}; '
-            'the last one is as good a choice.')
+    if best == last:
+      return f'No difference to be seen: {names[best]}, the last one, is best on val, and on test it is {points} points {side} {of_other}.'
+    return (f'No difference to be seen: {names[best]} is best on val, and on test it is {points} points {side} {of_other}, '
+            'which is as good a choice.')
   if margin.mean > 0:
     return f'Start from {names[best]}{", the last one" if best == last else ""}: on test it is {points} points above {of_other}.'
   return (f'Val and test do not agree: {names[best]} is best on val, and on test it is {points} points below {of_other}; '
