@@ -25,11 +25,12 @@ def main(argv: list[str]) -> None:
   logging.set_verbosity(logging.WARNING)
   # A checkpoint between two evaluations has no metrics, and is meant so.
   logging.get_absl_logger().addFilter(lambda record: 'tracked_metric' not in record.getMessage())
+  # After the flags, so that --help answers at once.
   from ft_jax import progress
-  from ft_jax.jobs import compare, export, finetune, fit, predict, pretrain, stability  # after the flags, so that --help answers at once
+  from ft_jax.jobs import compare, export, finetune, fit, predict, pretrain, stability, study
 
   jobs = {'finetune': finetune.run, 'pretrain': pretrain.run, 'compare': compare.run, 'export': export.run, 'predict': predict.run,
-          'stability': stability.run}
+          'stability': stability.run, 'study': study.run}
   file_name = config_flags.get_config_filename(flags.FLAGS['config'])
   progress.show_log()
   try:

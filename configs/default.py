@@ -10,7 +10,7 @@ from ft_jax import methods
 
 def get_config() -> ConfigDict:
   config = ConfigDict()
-  config.job = 'finetune'  # what main.py runs: finetune, pretrain, compare, export, predict or stability
+  config.job = 'finetune'  # what main.py runs: finetune, pretrain, compare, export, predict, stability or study
   config.seed = 0  # of everything random: heads, order of data, crops, carved val split, random selection
   config.data_dir = ''  # prepared TFDS sets ('' is ~/tensorflow_datasets); relative folder: paths start here
   config.image_size = 224  # pixels a side that the network sees
@@ -96,6 +96,16 @@ def get_config() -> ConfigDict:
   config.stability.images = 1000  # of the test split (of val where there is none); 0 is all
   config.stability.probes = 100  # random vectors for the trace of the Hessian, at most; 0 leaves it out
   config.stability.tolerance = 1e-3  # relative change of the trace at which no more vectors are drawn, from ten on; 0 draws all
+
+  # job study: the workdir of a pre-training that kept checkpoints (train.keep_epochs), or a folder of files with the epoch in their names
+  config.checkpoints = ''
+  config.study = ConfigDict()  # job study: which of these checkpoints to start from
+  config.study.targets = ()  # more targets beside target.name, whose splits have the same names
+  config.study.seeds = (0, 1, 2)  # of the carved val split, of new heads and of the order of images
+  config.study.epochs = ()  # of the checkpoints, those of these epochs alone; () is all
+  config.study.fine_tune = True  # fine-tune from each checkpoint (by config.train), which takes the longest; False leaves it out
+  config.study.threshold = 0.8  # the main part of features: the first singular values that make up this part of their sum
+  config.study.centred = False  # cut the features less their mean into parts; False cuts them as they are, as published
 
   config.compare = ConfigDict()  # job compare: the same fine-tuning with each method and seed
   # values of selection.method, with fine-tuning methods behind: 'none+l2_sp', 'uot+bss' (as published, or as config.methods has them);

@@ -18,7 +18,7 @@ from configs import default
 
 
 def get_config(job: str = 'compare') -> ConfigDict:
-  """`compare` fine-tunes with each method and seed, `finetune` once; `pretrain` makes the weights first, `history` those of `study`."""
+  """`compare` fine-tunes with each method and seed, `finetune` once; `pretrain` makes the weights, `history` those of `study`."""
   config = default.get_config()
   config.job = 'pretrain' if job == 'history' else job
   config.source.name = 'folder:tiny_imagenet'
@@ -38,13 +38,20 @@ def get_config(job: str = 'compare') -> ConfigDict:
     config.train.warmup = 0.05
     config.train.weight_decay = 5e-4
     return config
-  config.model.weights = 'runs/miniature/pretrain'
   config.target.name = 'folder:pets'
-  config.selection.size = 20
-  config.source_weight = 1.0
   config.train.batch_size = 64
-  config.train.steps = 400
+  config.train.steps = 150 if job == 'study' else 400
   config.train.learning_rate = 0.01
   config.train.schedule = 'cosine'
   config.train.warmup = 0.05
+  if job == 'study':
+    config.source.name = ''
+    config.selection.method = 'none'
+    config.checkpoints = 'runs/miniature/history'
+    config.study.targets = ('folder:caltech101', 'folder:cub50')
+    config.train.eval_every = 50
+    return config
+  config.model.weights = 'runs/miniature/pretrain'
+  config.selection.size = 20
+  config.source_weight = 1.0
   return config

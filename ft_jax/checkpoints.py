@@ -1,7 +1,7 @@
 """Checkpoints of a run: the newest and the best on val; the only file that imports orbax."""
 
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from etils import epath
 import jax
@@ -87,6 +87,25 @@ class Checkpoints:
   def close(self) -> None:
     """Waits until everything is written, and ends."""
     self._manager.close()
+
+
+class Kept(NamedTuple):
+  """A checkpoint of a run: its step, val's `score` and `loss` (None where it was not evaluated), and what it was made from."""
+  step: int
+  metrics: dict[str, float] | None
+  made_from: dict[str, str]
+
+
+def history(workdir: epath.PathLike) -> list[Kept]:
+  """The checkpoints of a run, in order; [] where there are none."""
+  if not (epath.Path(workdir).resolve() / 'checkpoints').exists():
+    return []
+  checkpoints = Checkpoints(workdir, read_only=True)
+  manager = checkpoints._manager
+  restore = lambda step: manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))['about']
+  kept = [Kept(step, manager.metrics(step), restore(step)['made_from']) for step in sorted(manager.all_steps())]
+  checkpoints.close()
+  return kept
 
 
 def load_variables(workdir: epath.PathLike, step: int | None = None) -> dict[str, Any]:

@@ -47,11 +47,11 @@ def write(work: Workdir, selected: SelectionSection | None = None) -> None:
     return
   results, config = work.results(), json.loads(work.config_json.read_text())
   evaluation = results['test'] or results['val']
-  page = _template('report.html.jinja').render(
+  page = template('report.html.jinja').render(
       title=_title(config), results=results, evaluation=evaluation, split='test' if results['test'] else 'val',
-      selected=selected, ranking=_svg(selected.ranking) if selected and selected.ranking else '',
-      curves=_svg(curves(work.metrics(), results['best_step'])), per_class=_svg(per_class(evaluation['per_class'])),
-      confusion=_svg(confusion(evaluation)), confused=most_confused(evaluation), settings=_flat(config))
+      selected=selected, ranking=svg(selected.ranking) if selected and selected.ranking else '',
+      curves=svg(curves(work.metrics(), results['best_step'])), per_class=svg(per_class(evaluation['per_class'])),
+      confusion=svg(confusion(evaluation)), confused=most_confused(evaluation), settings=setting_rows(config))
   write_text(work.report_html, page)
 
 
@@ -62,9 +62,9 @@ def write_comparison(work: Workdir) -> None:
   results, config = work.results(), json.loads(work.config_json.read_text())
   rows = [{'method': row['method'], 'top1': spoken(row['top1']), 'mean_per_class': spoken(row['mean_per_class']),
            'gain': spoken(row['gain'], sign=True) if k else ''} for k, row in enumerate(results['rows'])]
-  page = _template('comparison.html.jinja').render(
-      title=f'Selection methods on {config["target"]["name"]}', results=results, rows=rows, dots=_svg(dots(results['rows'])),
-      settings=_flat(config))
+  page = template('comparison.html.jinja').render(
+      title=f'Selection methods on {config["target"]["name"]}', results=results, rows=rows, dots=svg(dots(results['rows'])),
+      settings=setting_rows(config))
   write_text(work.report_html, page)
 
 
@@ -73,11 +73,11 @@ def write_stability(path: epath.Path, results: Mapping[str, Any], config: Mappin
   if not parallel.is_main():
     return
   kernels = [row for row in results['parameters'] if row['name'].endswith('/kernel')]
-  page = _template('stability.html.jinja').render(
+  page = template('stability.html.jinja').render(
       title=f'Stability: {_title(config)}', results=results, kernels=kernels,
-      noise=_svg(noise(results['noise'])) if results['noise'] else '',
-      distance=_svg(distances(kernels)) if results['start']['from'] else '',
-      trace=_svg(traces(kernels)) if results['trace'] else '', vectors=_svg(vectors(results['trace'])) if results['trace'] else '')
+      noise=svg(noise(results['noise'])) if results['noise'] else '',
+      distance=svg(distances(kernels)) if results['start']['from'] else '',
+      trace=svg(traces(kernels)) if results['trace'] else '', vectors=svg(vectors(results['trace'])) if results['trace'] else '')
   write_text(path, page)
 
 
@@ -144,7 +144,7 @@ def distances(rows: Sequence[Mapping[str, Any]]) -> Figure:
   rows = [row for row in rows if row['relative'] is not None]
   figure = Figure(figsize=(11, 4.2), layout='constrained')
   far, relative = figure.subplots(1, 2)
-  names = [_label(row['name'].removesuffix('/kernel'), 28) for row in rows]
+  names = [axis_label(row['name'].removesuffix('/kernel'), 28) for row in rows]
   far.bar(range(len(rows)), [row['distance'] for row in rows], color=BLUE)
   far.set_title('Distance from the start', fontsize=10)
   relative.bar(range(len(rows)), [100 * row['relative'] for row in rows], color=BLUE)
@@ -166,7 +166,7 @@ def traces(rows: Sequence[Mapping[str, Any]]) -> Figure:
     axes.set_yscale('log')
   else:
     axes.axhline(0, color=GREY, linewidth=0.8)
-  axes.set_xticks(range(len(rows)), [_label(row['name'].removesuffix('/kernel'), 28) for row in rows], rotation=90,
+  axes.set_xticks(range(len(rows)), [axis_label(row['name'].removesuffix('/kernel'), 28) for row in rows], rotation=90,
                   fontsize=7 if len(rows) < 40 else 5)
   axes.set_title('Trace of the Hessian by kernel', fontsize=10)
   axes.spines[['top', 'right']].set_visible(False)
@@ -232,7 +232,7 @@ def per_class(rows: Sequence[Mapping[str, Any]]) -> Figure:
     figure = Figure(figsize=(7, 0.8 + 0.2 * len(rows)), layout='constrained')
     axes = figure.subplots()
     axes.barh(range(len(rows)), values, color=BLUE)
-    axes.set_yticks(range(len(rows)), [f'{_label(row["name"], 28)} ({row["right"]}/{row["images"]})' for row in rows], fontsize=8)
+    axes.set_yticks(range(len(rows)), [f'{axis_label(row["name"], 28)} ({row["right"]}/{row["images"]})' for row in rows], fontsize=8)
     axes.set(xlabel='accuracy', xlim=(0, 1), ylim=(len(rows) - 0.4, -0.6))
   axes.spines[['top', 'right']].set_visible(False)
   return figure
@@ -253,8 +253,8 @@ def confusion(evaluation: Mapping[str, Any]) -> Figure:
   figure.colorbar(image, ax=axes, shrink=0.6, label='part of the true class')
   axes.set(xlabel='predicted', ylabel='true')
   if named:
-    axes.set_xticks(range(len(names)), [_label(name, 20) for name in names], rotation=90, fontsize=7)
-    axes.set_yticks(range(len(names)), [_label(name, 20) for name in names], fontsize=7)
+    axes.set_xticks(range(len(names)), [axis_label(name, 20) for name in names], rotation=90, fontsize=7)
+    axes.set_yticks(range(len(names)), [axis_label(name, 20) for name in names], fontsize=7)
   return figure
 
 
@@ -265,8 +265,8 @@ def most_confused(evaluation: Mapping[str, Any], most: int = 8) -> list[tuple[st
   return [(rows[true]['name'], rows[predicted]['name'], count, rows[true]['images']) for count, true, predicted in wrong[:most]]
 
 
-def _label(name: str, length: int) -> str:
-  """A class name for an axis: short, of characters that are UTF-8, and no formula even where it has dollar signs."""
+def axis_label(name: str, length: int) -> str:
+  """A name for an axis: short, of characters that are UTF-8, and no formula even where it has dollar signs."""
   return name[:length].encode(errors='replace').decode().replace('$', r'\$')
 
 
@@ -276,12 +276,13 @@ def _title(config: Mapping[str, Any]) -> str:
   return f'Fine-tuning on {config["target"]["name"]}'
 
 
-def _flat(config: Mapping[str, Any], prefix: str = 'config') -> list[tuple[str, str]]:
+def setting_rows(config: Mapping[str, Any], prefix: str = 'config') -> list[tuple[str, str]]:
+  """Every field of a config with its value, as text."""
   return [row for key, value in config.items()
-          for row in (_flat(value, f'{prefix}.{key}') if isinstance(value, dict) else [(f'{prefix}.{key}', str(value))])]
+          for row in (setting_rows(value, f'{prefix}.{key}') if isinstance(value, dict) else [(f'{prefix}.{key}', str(value))])]
 
 
-def _svg(figure: Figure) -> str:
+def svg(figure: Figure) -> str:
   """The figure as SVG text, with a fixed salt so that the same figure gives the same text."""
   import matplotlib
 
@@ -292,7 +293,8 @@ def _svg(figure: Figure) -> str:
   return text.getvalue()[text.getvalue().index('<svg'):]
 
 
-def _template(name: str) -> jinja2.Template:
+def template(name: str) -> jinja2.Template:
+  """A page of templates/, with the filters that pages share."""
   # Class names come from folders and files: everything is escaped but the pictures made here.
   environment = jinja2.Environment(loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent / 'templates'), autoescape=True,
                                    trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)

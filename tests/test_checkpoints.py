@@ -40,6 +40,20 @@ def test_newest_and_best_are_kept_and_restored(tmp_path):
   checkpoints.close()
 
 
+def test_kept_steps_stay_over_restarts(tmp_path):
+  """Each with its metrics and what it was made from, which tells two runs apart."""
+  metrics = lambda step: {'score': step / 10, 'loss': 1.0}
+  for first in (1, 4):
+    checkpoints = Checkpoints(tmp_path, {'images': str(first)}, keep=(2, 5))
+    for step in range(first, first + 3):
+      checkpoints.save(step, state_at(step), metrics(step))
+    checkpoints.close()
+  assert steps(tmp_path) == [2, 5, 6]
+  assert checkpoints_module.history(tmp_path) == [
+      (2, metrics(2), {'images': '1'}), (5, metrics(5), {'images': '4'}), (6, metrics(6), {'images': '4'})]
+  assert checkpoints_module.history(tmp_path / 'checkpoints') == []
+
+
 def test_equal_scores_go_by_loss_and_then_to_the_later_step(tmp_path):
   scores = {1: (0.5, 0.4), 2: (0.5, 0.3), 3: (0.5, 0.3), 4: (0.1, 0.1), 5: (0.2, 0.1)}
   checkpoints = save(tmp_path, {k: {'score': s, 'loss': loss} for k, (s, loss) in scores.items()})

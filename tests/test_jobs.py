@@ -21,7 +21,8 @@ TINY = ['--config=configs/digits.py', '--config.model.width=4', '--config.image_
         '--config.selection.size=5']
 PRETRAIN = ['--config.job=pretrain', '--config.model.weights=', "--config.train.learning_rate_groups=(('.*',1.0),)",
             '--config.train.steps=20', '--config.train.eval_every=10']
-FINETUNE = ['--config.train.steps=24', '--config.train.eval_every=8', '--config.train.log_every=4', '--config.train.batch_size=16']
+FINETUNE = ['--config.train.steps=24', '--config.train.eval_every=8', '--config.train.log_every=4', '--config.train.batch_size=16',
+            '--config.train.keep_epochs=(1.2,)']  # step 6
 
 
 def environment(devices: int, optimize: bool = False) -> dict[str, str]:
@@ -67,13 +68,14 @@ def test_workdir_holds_what_the_readme_says(finished):
     assert results[split]['images'] == images == sum(row['images'] for row in results[split]['per_class'])
     assert results[split]['top1'] == sum(row['right'] for row in results[split]['per_class']) / images
     assert {'top1', 'mean_per_class', 'loss'} <= set(results[split])
-  assert results['best_step'] in (8, 16, 24) and results['seed'] == 0 and results['versions']['jax'] == jax.__version__
+  assert results['best_step'] in (6, 8, 16, 24) and results['seed'] == 0 and results['versions']['jax'] == jax.__version__
   assert results['batch_norm'] == 'statistics of each of 2 devices'
   assert results['weights']['revision'] is None and len(results['weights']['fingerprint']) == 16
   assert 'tensors used; dropped: optimizer (of that training); heads/source (old classifier)' in printed
   lines = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
-  assert [line['step'] for line in lines] == [4, 8, 12, 16, 20, 24]
-  assert [line['step'] for line in lines if 'val/top1' in line] == [8, 16, 24]
+  assert [line['step'] for line in lines] == [4, 6, 8, 12, 16, 20, 24]
+  assert [line['step'] for line in lines if 'val/top1' in line] == [6, 8, 16, 24]
+  assert {int(p.name) for p in (workdir / 'checkpoints').iterdir()} == {6, results['best_step'], 24}
   best = max((line for line in lines if 'val/top1' in line), key=lambda line: (line['val/top1'], -line['val/loss']))
   assert best['step'] == results['best_step'] and best['val/top1'] == results['val']['top1']
   assert 'converged in' in printed and 'drawn by' in printed and 'report.html' in printed
@@ -137,6 +139,7 @@ def test_interrupted_equals_uninterrupted(finished, weights, tmp_path, number):
   assert {'params', 'batch_stats', 'opt_state', 'step'} <= set(state)
   jax.tree.map(np.testing.assert_array_equal, state, whole_state)
   assert results == whole_results
+  assert {p.name for p in (workdir / 'checkpoints').iterdir()} == {p.name for p in (whole / 'checkpoints').iterdir()}
   # A stop on request ends a window early, so the means of the training batches may be over other windows; nothing else may differ.
   evaluated = lambda lines: [{k: v for k, v in line.items() if not k.startswith('train/')} for line in lines if 'val/top1' in line]
   assert evaluated(lines) == evaluated(whole_lines)

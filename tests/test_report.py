@@ -54,7 +54,7 @@ def test_pictures_are_whole_and_hold_the_numbers(work):
   results = work.results()
   pictures = [report.curves(work.metrics(), 2), report.per_class(results['test']['per_class']), report.confusion(results['test'])]
   for picture in pictures:
-    xml.etree.ElementTree.fromstring(report._svg(picture))
+    xml.etree.ElementTree.fromstring(report.svg(picture))
   accuracy = pictures[0].axes[1]
   assert [line.get_ydata() for line in accuracy.lines if line.get_label() == 'val'][0] == (0.5,)
   assert [bar.get_width() for bar in pictures[1].axes[0].patches] == pytest.approx([4 / 6, 3 / 4])  # lowest first

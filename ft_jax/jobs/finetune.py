@@ -2,22 +2,20 @@
 
 from collections.abc import Mapping, Sequence
 import dataclasses
-import functools
 import os
 import pathlib
 from typing import Any
 
 from etils import epath
-import jax
 from ml_collections import ConfigDict
 import numpy as np
 
-from ft_jax import methods, parallel, progress, report
+from ft_jax import methods, parallel, report
 from ft_jax.data import augment
-from ft_jax.data.pipeline import EvalBatches, Transform
-from ft_jax.data.sources import digest, open_source, Source
+from ft_jax.data.pipeline import Transform
+from ft_jax.data.sources import open_source, Source
 from ft_jax.jobs import fit, noise, pretrain, setup
-from ft_jax.models import pretrained
+from ft_jax.jobs.embedding import embedded
 from ft_jax.progress import log
 from ft_jax.workdir import Workdir, write_results
 import selection
@@ -327,25 +325,11 @@ def _embedded(config: ConfigDict, folder: epath.Path, weights: setup.Weights | N
   `selection.features` of 'projection' are the 128 numbers behind MoCo-v2's projection head (Liu et al., NeurIPS 2022).
   """
   means = config.selection.by == 'class' and _parameters(config).get('cost') != 'bures'
-  model = setup.build_model(config.model, {})
-  variables = setup.init_variables(model, config.image_size, config.seed, weights.variables if weights else None)
+  variables = setup.init_variables(setup.build_model(config.model, {}), config.image_size, config.seed,
+                                   weights.variables if weights else None)
   if _projects(config):
     variables['projection'] = weights.variables['projection']
-  encoder = digest(setup.weights_fingerprint(variables), config.model.name, config.model.dtype, f'{transform.size}/{transform.short_side}')
-  path = folder / f'{"class_means" if means else "named_features"}-{digest(encoder, source.fingerprint)}.npz'
-  if path.exists():
-    return selection.Embeddings.load(path)
-  batches = EvalBatches(source, transform, -(-config.train.batch_size // jax.device_count()) * jax.device_count())
-  log.info('embedding %s: %s images', what, f'{len(source):,d}')
-
-  def encode(variables: dict[str, Any], images: jax.Array) -> jax.Array:
-    features = model.apply(variables, images, train=False).features
-    return pretrained.project(variables['projection'], features) if 'projection' in variables else features
-
-  embeddings = (selection.embed_class_means if means else functools.partial(selection.embed, ids=source.ids))(
-      encode, variables, progress.bar(batches, f'embedding {what}', len(batches)), class_names=source.class_names, fingerprint=encoder)
-  embeddings.save(path)
-  return embeddings
+  return embedded(folder, config.model, variables, source, transform, config.train.batch_size, what, means)
 
 
 def _selection_section(target: Source, pool: Source, chosen: selection.Selection, most: int = 120) -> report.SelectionSection:

@@ -1,0 +1,54 @@
+"""Features of images by the backbone of some weights, kept in files: what selection and the study of checkpoints work on."""
+
+from collections.abc import Mapping
+import functools
+from typing import Any
+
+from etils import epath
+import jax
+from ml_collections import ConfigDict
+
+from ft_jax import progress
+from ft_jax.data.pipeline import EvalBatches, Transform
+from ft_jax.data.sources import digest, Source
+from ft_jax.jobs import setup
+from ft_jax.models import pretrained
+from ft_jax.progress import log
+import selection
+
+
+def embedded(folder: epath.Path | None, network: ConfigDict, variables: Mapping[str, Any], source: Source, transform: Transform,
+             batch_size: int, what: str, means: bool = False) -> selection.Embeddings:
+  """Features of a source, or the means of its classes; made once for these weights, images and preprocessing.
+
+  Args:
+    folder: where they are kept; None keeps them nowhere.
+    network: the fields of `config.model`.
+    variables: of the network without heads, numpy arrays; with MoCo-v2's `projection`, features are those behind it.
+    source: the images.
+    transform: what they go through.
+    batch_size: images at a time, over all devices; rounded up to what they can share.
+    what: a name for messages, such as 'target'.
+    means: of classes instead of images.
+
+  Raises:
+    ValueError: features that are not finite.
+  """
+  model = setup.build_model(network, {})
+  encoder = digest(setup.weights_fingerprint(variables), network.name, network.dtype, f'{transform.size}/{transform.short_side}')
+  path = folder / f'{"class_means" if means else "named_features"}-{digest(encoder, source.fingerprint)}.npz' if folder else None
+  if path and path.exists():
+    return selection.Embeddings.load(path)
+  batches = EvalBatches(source, transform, -(-batch_size // jax.device_count()) * jax.device_count())
+  if folder:
+    log.info('embedding %s: %s images', what, f'{len(source):,d}')
+
+  def encode(variables: dict[str, Any], images: jax.Array) -> jax.Array:
+    features = model.apply(variables, images, train=False).features
+    return pretrained.project(variables['projection'], features) if 'projection' in variables else features
+
+  embeddings = (selection.embed_class_means if means else functools.partial(selection.embed, ids=source.ids))(
+      encode, variables, progress.bar(batches, f'embedding {what}', len(batches)), class_names=source.class_names, fingerprint=encoder)
+  if path:
+    embeddings.save(path)
+  return embeddings

@@ -1,0 +1,123 @@
+"""The whole study on real images: every part is there and agrees with its own definition, nothing finished is done again."""
+
+import csv
+import json
+import shutil
+
+from conftest import quick_main
+from ml_collections import ConfigDict
+import numpy as np
+import pytest
+
+from configs import study as study_config
+from ft_jax.jobs import study
+
+SIZES = ['--config.model.width=4', '--config.image_size=32', '--config.augment.short_side=36']
+
+
+@pytest.fixture(scope='module')
+def run(pool, photos, tmp_path_factory):
+  """Pre-training with three checkpoints, and a study of them; (workdir of the first, of the second, command of the second, its output)."""
+  folder = tmp_path_factory.mktemp('study')
+  made = quick_main(
+      '--config=configs/miniature.py:history', f'--config.source.name=folder:{pool}', *SIZES, '--config.train.batch_size=8',
+      '--config.train.epochs=4', '--config.train.keep_epochs=(1,2)', '--config.source.val_fraction=0.2', f'--workdir={folder / "history"}')
+  assert made.returncode == 0, made.stderr
+  command = ['--config=configs/study.py', f'--config.checkpoints={folder / "history"}', f'--config.target.name=folder:{photos}', *SIZES[1:],
+             '--config.study.seeds=(0,1)', '--config.train.epochs=0', '--config.train.steps=6', '--config.train.batch_size=8',
+             '--config.train.eval_every=6', '--config.target.val_fraction=0.25', f'--workdir={folder / "out"}']
+  done = quick_main(*command)
+  assert done.returncode == 0, done.stderr
+  return folder / 'history', folder / 'out', command, done.stderr
+
+
+def results(run):
+  return json.loads((run[1] / 'study.json').read_text())
+
+
+def test_everything_is_there(run):
+  found, printed = results(run), run[3]
+  assert [entry['name'] for entry in found['history']] == ['epoch 1', 'epoch 2', 'epoch 4']
+  target, = found['targets']
+  assert (target['train'], target['val'], target['test'], target['classes']) == (36, 12, 20, 4)
+  for each in target['rows']:
+    assert set(each['fe']) == {'linear', 'nearest_mean', 'neighbours', 'main', 'residual'}
+    assert all(len(rate['test']) == 2 for rate in (*each['fe'].values(), each['ft']))
+    assert set(each['scores']) == {'h_score', 'h_score_regularised', 'leep', 'nce', 'logme', 'transrate'}
+    for which in ('plain', 'centred'):
+      numbers = each['spectrum'][which]
+      assert numbers['images'] == 48 and numbers['dimensions'] == 32 and numbers['share'] >= 0.8
+    assert each['fine_tuned']['residual'] > 0
+  assert target['rows'][0]['change'] is None and target['rows'][2]['change']['since'] == 'epoch 2'
+  assert {'source accuracy', 'leep'} <= set(target['correlations'])
+  assert target['recommended']['fe']['sentence'] in printed and target['recommended']['ft']['sentence'] in printed
+  assert (run[1] / 'report.html').stat().st_size > 10_000
+  rows = list(csv.DictReader((run[1] / 'study.csv').open()))
+  assert len(rows) == 3
+
+
+def test_source_accuracy_is_that_of_the_run(run):
+  lines = [json.loads(line) for line in (run[0] / 'metrics.jsonl').read_text().splitlines()]
+  of_step = {line['step']: line['val/top1'] for line in lines if 'val/top1' in line}
+  assert [entry['source']['top1'] for entry in results(run)['history']] == [of_step[entry['step']] for entry in results(run)['history']]
+
+
+def test_fine_tuning_is_that_of_the_job(run):
+  """Its test accuracy, taken from features and the head, is that in the run's own results.json."""
+  target, = results(run)['targets']
+  for each in target['rows']:
+    for rate, page in zip(each['ft']['test'], each['ft']['report']):
+      own = json.loads((run[1] / page).with_name('results.json').read_text())
+      assert rate == own['test']['top1']
+      assert not (run[1] / page).with_name('checkpoints').exists()
+
+
+def test_what_is_finished_is_not_done_again(run, tmp_path):
+  """The same command trains nothing; a lost part is made again; a seed is added to what is there."""
+  _, out, command, _ = run
+  before = {path: path.stat().st_mtime_ns for path in out.rglob('*.json')}
+  again = quick_main(*command)
+  assert again.returncode == 0 and 'training' not in again.stderr and 'embedding' not in again.stderr
+  parts = {path: time for path, time in before.items() if path.parent.name == 'parts'}
+  assert len(parts) == 3 + 3 * 2 + 2 + 3 * 2 and all(path.stat().st_mtime_ns == time for path, time in parts.items())
+
+
+def test_bad_settings_are_refused_before_anything_long(run, photos):
+  config = study_config.get_config()
+  config.checkpoints, config.target.name = str(run[0]), f'folder:{photos}'
+
+  def refused(words, **fields):
+    other = ConfigDict(config.to_dict())
+    other.update_from_flattened_dict(fields)
+    with pytest.raises(ValueError, match=words):
+      study.run(other, '/nowhere')
+
+  refused('config.study.seeds is empty', **{'study.seeds': ()})
+  refused('config.study.seeds has 1 twice', **{'study.seeds': (1, 1)})
+  refused('config.study.threshold is 1.0', **{'study.threshold': 1.0})
+  refused("config.noise.kind is 'symmetric'", **{'noise.kind': 'symmetric'})
+  refused('config.target.test is empty', **{'target.test': ''})
+  refused('config.target.name is empty', **{'target.name': ''})
+  refused('config.checkpoints is empty', checkpoints='')
+  refused('config.study.epochs has 3, and .* there are epoch 1, epoch 2, epoch 4', **{'study.epochs': (3,)})
+  refused('holds no checkpoints', checkpoints=str(photos))
+
+
+def test_checkpoints_of_two_runs_are_refused(run, tmp_path):
+  mixed = tmp_path / 'mixed'
+  shutil.copytree(run[0], mixed)
+  about = mixed / 'checkpoints' / '6' / 'about' / 'metadata'
+  about.write_text(about.read_text().replace('pre-trained weights": "', 'pre-trained weights": "x'))
+  with pytest.raises(ValueError, match='checkpoints of two runs: those of step 6 and step 24 differ in pre-trained weights'):
+    study.history.read(str(mixed), study_config.get_config().model)
+
+
+def test_classes_with_one_image_and_few_images_are_told():
+  labels = np.array([0, 0, 0, 1, 1, 1, 2])
+  source = type('Source', (), {'class_names': ('a', 'b', 'lone'), 'labels': labels})
+  target = study.Target('folder:x', (source,), {}, {0: (np.array([0, 1, 3, 4, 6]), np.array([2, 5]), np.array([]))}, {})
+  config = study_config.get_config()
+  found = [{'about': {'spectrum': {'plain': {'images': 7, 'dimensions': 512}}, 'scores': {'leep': None}}, 'probes': {}}]
+  one, few, without = study._notes(config, target, found)
+  assert one.startswith('1 of 3 classes have one training image (lone), which is trained on')
+  assert few.startswith('7 images are fewer than the 512 dimensions') and 'no LEEP' in without
