@@ -85,9 +85,8 @@ def table(results: Mapping[str, Any]) -> str:
   text = io.StringIO()
   writer = csv.writer(text, lineterminator='\n')
   rows = [_record(results, target, k) for target in results['targets'] for k in range(len(results['history']))]
-  for k, row in enumerate(rows):
-    if k == 0:
-      writer.writerow(row)
+  writer.writerows(list(row) for row in rows[:1])
+  for row in rows:
     writer.writerow(f'{value:.9g}' if isinstance(value, float) else '' if value is None else value for value in row.values())
   return text.getvalue()
 
@@ -114,7 +113,7 @@ def answer(results: Mapping[str, Any], target: Mapping[str, Any], way: str) -> d
   best, last, other = choice['row'], choice['last'], choice['best_other']
   margin = last or other
   verdict = 'none' if not choice['difference'] else 'clear' if margin['margin'] > 0 else 'against'
-  said = {'clear': f'better than the {"last" if last else "others"}', 'against': 'val and test do not agree',
+  said = {'clear': f'better than {"the last" if last or margin is None else names[margin["row"]]}', 'against': 'val and test do not agree',
           'none': 'no difference to be seen'}[verdict]
   # What the sentence is not about.
   second = other if last and other and other['row'] != last['row'] else None
@@ -320,7 +319,7 @@ def singular_values(results: Mapping[str, Any], target: Mapping[str, Any], kind:
       shown = shown[values[shown - 1] > values[0] * _SMALLEST]
       axes.plot(shown, values[shown - 1], color=colors(k), linewidth=1.3)
       axes.plot(spectrum['main'], values[spectrum['main'] - 1], 'o', color=colors(k), markersize=dot, markeredgecolor='white',
-                markeredgewidth=0.7)
+                markeredgewidth=0.7, zorder=3)
       drawn = True
   if drawn:
     axes.set(xscale='log', yscale='log')

@@ -106,6 +106,7 @@ def test_what_is_called_like_code_is_text(tmp_path):
   for checkpoint in results['history']:
     checkpoint['name'] = HOSTILE + checkpoint['name']
   results['targets'][0]['notes'] = [HOSTILE]
+  results['targets'][0]['recommended']['fe']['sentence'] = HOSTILE
   text = page(tmp_path, results)
   assert '<script' not in text and '&lt;script&gt;' in text
   pictures = re.findall('<svg.*?</svg>', text, re.DOTALL)
@@ -126,6 +127,7 @@ def test_what_is_missing_is_left_out(tmp_path, case):
   shown = re.sub('<[^>]*>', ' ', text)
   assert 'None' not in shown and 'nan' not in shown
   assert ('Not measured.' in shown) == (case.get('fine_tuned') == 0)
+  assert ('Change by fine-tuning' in shown) == (case.get('fine_tuned') != 0)
   assert ('pre-trained on' in shown) == case.get('source', True)
   assert ('2 of 8 checkpoints measured so far; no answer yet.' in shown) == (case.get('fine_tuned') == 1)
   assert ('nothing to compare with' in shown) == (case['checkpoints'] == 1 if 'checkpoints' in case else False)
@@ -143,6 +145,9 @@ def test_the_answer_comes_first(tmp_path):
   assert (found['name'], found['verdict'], found['said'], found['accuracy']) == ('epoch 3', 'clear', 'better than the last', '42.0 ± 1.2')
   assert found['second'] == ('epoch 2', '-0.2 ± 1.1 points')
   assert found['marks'] == [('epoch 1', 'other'), ('epoch 2', 'similar'), ('epoch 3', 'best'), ('epoch 5', 'other')]
+  target['recommended']['fe']['best_other']['row'] = 3
+  assert study_page.answer(results, target, 'fe')['second'] is None, 'the best other is the last, which the sentence is about'
+  target['recommended']['fe']['best_other']['row'] = 1
   text = page(tmp_path, results)
   first = text[:text.index('<svg')]
   for words in ('Start from epoch 3: 3.1 ± 0.5 points above the last one.', '42.0 ± 1.2', '-0.2 ± 1.1 points', 'better than the last'):
@@ -200,6 +205,7 @@ def test_singular_values_end_where_the_main_part_does():
   target = results['targets'][0]
   spectrum = target['rows'][0]['spectrum']['centred']
   spectrum['values'][100:] = [1e-9] * 2900
+  spectrum['main'] = 7
   target['rows'][1] = {}
   target['rows'][2]['spectrum']['centred']['values'] = [0.0] * 3000
   figure = study_page.singular_values(results, target, 'centred')
@@ -208,7 +214,7 @@ def test_singular_values_end_where_the_main_part_does():
   x, y = curves[0].get_data()
   assert x[-1] <= 100 and len(curves[1].get_xdata()) <= 150 and curves[1].get_xdata()[-1] == 3000
   np.testing.assert_array_equal(y, np.asarray(spectrum['values'])[x - 1])
-  assert dots[0].get_xydata().tolist() == [[spectrum['main'], spectrum['values'][spectrum['main'] - 1]]]
+  assert dots[0].get_xydata().tolist() == [[7, spectrum['values'][6]]]
   lightness = [np.dot(curve.get_color()[:3], (0.2126, 0.7152, 0.0722)) for curve in curves]
   assert (np.diff(lightness) > 0).all()
 

@@ -189,7 +189,9 @@ def changed(before: Frozen, after: Frozen, which: str, threshold: float) -> dict
   first, second = before.spectra[which], after.spectra[which]
   sizes = [spectrum.main_size(each.values, threshold) for each in (first, second)]
   change = spectrum.change(first, sizes[0], second, sizes[1], spectrum.cross(before.learnt, after.learnt))
-  return {'angles': spectrum.principal_angles(first, sizes[0], second, sizes[1]).tolist(), **change._asdict()}
+  # JSON has no infinity: what something is more than nothing is not known.
+  return {'angles': spectrum.principal_angles(first, sizes[0], second, sizes[1]).tolist(),
+          **{name: value if np.isfinite(value) else None for name, value in change._asdict().items()}}
 
 
 def described(spectra: Mapping[str, spectrum.Spectrum], threshold: float) -> dict[str, dict[str, Any]]:
@@ -198,7 +200,8 @@ def described(spectra: Mapping[str, spectrum.Spectrum], threshold: float) -> dic
   for which, each in spectra.items():
     k = spectrum.main_size(each.values, threshold)
     told[which] = {'images': each.images, 'dimensions': len(each.mean), 'values': each.values.tolist(), 'main': k,
-                   'share': float(each.values[:k].sum() / each.values.sum()), 'energy': spectrum.energy(each.values, k),
+                   'share': float(each.values[:k].sum() / each.values.sum()) if each.values.any() else 0.0,
+                   'energy': spectrum.energy(each.values, k),
                    'effective_rank': spectrum.effective_rank(each.values), 'stable_rank': spectrum.stable_rank(each.values)}
   return told
 
@@ -279,7 +282,8 @@ class _Study:
       probabilities /= probabilities.sum(1, keepdims=True)
     try:
       scores = transferability.scores(frozen.learnt, target.labels[target.learnt], probabilities)
-      return self._parts.put(*key, found={'spectrum': described(frozen.spectra, self._config.study.threshold), 'scores': scores})
+      return self._parts.put(*key, found={'spectrum': described(frozen.spectra, self._config.study.threshold), 'scores': scores,
+                                          'note': frozen.spectra['plain'].note})
     except ValueError as error:
       raise ValueError(f'{target.name} by {entry.name}: {error}') from error
 
@@ -327,11 +331,14 @@ class _Study:
         log.info('[%d/%d] %s from %s, seed %d', count + 1, len(todo), target.name, entry.name, seed)
         found = self._parts.put(*key, found=self._fine_tuned(own, target, c, seed, digest(*map(str, key))))
       self._found[t][c]['ft'][seed] = found
-      self.write()
+      # Its pictures take longer than a short fine-tuning.
+      self.write(page=entry is self._history.kept[-1])
 
   def _fine_tuned(self, own: ConfigDict, target: Target, checkpoint: int, seed: int, name: str) -> dict[str, Any]:
     """Runs a fine-tuning, or goes on with it; its report stays, its checkpoints do not."""
     folder = self._folder / 'fine_tuned' / f'{self._history.kept[checkpoint].name.replace(" ", "-")}-seed-{seed}-{name}'
+    if (folder / 'results.json').exists() and not (folder / 'checkpoints').exists():
+      folder.rmtree()  # what was found with it is lost
     finetune.run(own, folder, self._folder / 'embeddings')
     tuned = trained.load(str(folder))
     head = tuned.variables['params'].pop('heads')[tuned.head]
@@ -343,7 +350,7 @@ class _Study:
     (folder / 'checkpoints').rmtree()
     return found
 
-  def write(self) -> dict[str, Any]:
+  def write(self, page: bool = True) -> dict[str, Any]:
     """Writes what is known; returns what study.json holds."""
     settings, kept = self._config.study, self._history
     results = {
@@ -355,7 +362,8 @@ class _Study:
         'targets': [self._told(target, found) for target, found in zip(self._targets, self._found)]}
     write_text(self._folder / 'study.json', json.dumps(results, indent=1, allow_nan=False) + '\n')
     write_bytes(self._folder / 'study.csv', study_page.table(results).encode())
-    study_page.write(self._folder / 'report.html', results, self._config.to_dict())
+    if page:
+      study_page.write(self._folder / 'report.html', results, self._config.to_dict())
     return results
 
   def _told(self, target: Target, found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -408,7 +416,8 @@ def _mean_change(done: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     return None
   size = min(len(each['angles']) for each in done)
   return {'angles': np.mean([each['angles'][:size] for each in done], 0).tolist(),
-          **{key: float(np.mean([each[key] for each in done])) for key in ('main', 'residual')}}
+          **{key: None if None in values else float(np.mean(values))
+             for key, values in ((key, [each[key] for each in done]) for key in ('main', 'residual'))}}
 
 
 def correlations(source: Sequence[Mapping[str, float] | None], rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -437,10 +446,8 @@ def _notes(config: ConfigDict, target: Target, found: Sequence[Mapping[str, Any]
   if config.target.val:
     yield 'val is a split of its own, so on frozen features every seed gives the same: what is left is the error of the test images.'
   about = [each['about'] for each in found if each['about']]
-  if about and about[0]['spectrum']['plain']['images'] < about[0]['spectrum']['plain']['dimensions']:
-    each = about[0]['spectrum']['plain']
-    yield (f'{each["images"]:,d} images are fewer than the {each["dimensions"]:,d} dimensions of a feature: there are no more singular '
-           'values than images, and ranks and sizes of main parts are bounded by them.')
+  if about and about[0]['note']:
+    yield about[0]['note']
   if about and about[0]['scores'].get('leep', 0.0) is None:
     yield 'The checkpoints have no classifier, so there is no LEEP and no NCE.'
   if any(probed['linear']['at_edge'] for each in found for probed in each['probes'].values()):
