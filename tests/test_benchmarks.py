@@ -23,3 +23,14 @@ def test_benchmark_of_the_pipeline():
                        cwd=ROOT, capture_output=True, text=True, check=False)
   assert run.returncode == 0, run.stderr
   assert 'ours ' in run.stdout and 'with config.data.cache: ' in run.stdout
+
+
+def test_benchmark_of_studies():
+  """At small sizes; the objectives of logistic regression must be as low as scikit-learn's."""
+  run = subprocess.run([sys.executable, '-W', 'error', 'benchmarks/studies.py', '--small', '--rounds', '1'],
+                       cwd=ROOT, capture_output=True, text=True, check=False)
+  assert run.returncode == 0, run.stderr
+  rows = [line.split('|') for line in run.stdout.splitlines() if line.startswith('|  ')]  # neither titles nor the line below them
+  assert len(rows) == 3 and all(abs(float(row[3])) < 1e-4 and abs(float(row[6])) < 1e-4 for row in rows)
+  assert 'not at equal loss' not in run.stdout
+  assert 'below 2,000 MB: met' in run.stdout and 'logme' in run.stdout

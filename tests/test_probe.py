@@ -151,6 +151,8 @@ def test_neighbours_edges():
   wrong = Labelled(at, np.array([1, 1, 1]))
   edges = {grid: probe.neighbours(square, wrong, at, 3, numbers=grid).at_edge for grid in ((1,), (1, 3), (1, 4), (4,))}
   assert edges == {(1,): True, (1, 3): True, (1, 4): False, (4,): True}  # more than 1; more than 3; nothing; fewer than 4
+  # 0.2 + 0.1 is more than 0.3 by rounding alone.
+  assert probe._elected(np.array([[1, 0, 0], [1, 0, 0]]), np.array([[0.3, 0.2, 0.1], [0.3, 0.2, 0.11]]), 3).tolist() == [1, 0]
   zeros = probe.neighbours(square, wrong, np.zeros((1, 2)), 3, numbers=[1])
   assert zeros.test.tolist() == [2]  # similar to all alike
 

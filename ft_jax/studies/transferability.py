@@ -185,7 +185,7 @@ def _shrinkage(centred: _Centred) -> float:
   lengths = np.sum((centred.u * centred.values) ** 2, 1)
   apart = np.sum(squares ** 2) / n ** 2 - squares.sum() ** 2 / (n ** 2 * d)  # |S - m I|^2
   noise = (np.sum(lengths ** 2) / n - np.sum(squares ** 2) / n ** 2) / n  # of S
-  return 0.0 if d == 1 or noise <= 0 or apart <= 0 else float(min(noise / apart, 1.0))
+  return 0.0 if noise <= 0 or apart <= 0 else float(min(noise / apart, 1.0))
 
 
 def _transrate(centred: _Centred, groups: _Groups, epsilon: float = 1e-4) -> float:
