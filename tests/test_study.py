@@ -124,4 +124,4 @@ def test_classes_with_one_image_and_few_images_are_told():
   found = [{'about': {'note': '7 images are fewer ...', 'scores': {'leep': None}}, 'probes': {}}]
   one, few, without = study._notes(config, target, found)
   assert one.startswith('1 of 3 classes have one training image (lone), which is trained on')
-  assert few == '7 images are fewer ...' and 'no LEEP' in without
+  assert few.startswith('7 images are fewer ...') and 'no LEEP' in without

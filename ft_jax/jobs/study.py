@@ -448,7 +448,7 @@ def _notes(config: ConfigDict, target: Target, found: Sequence[Mapping[str, Any]
     yield 'val is a split of its own, so on frozen features every seed gives the same: what is left is the error of the test images.'
   about = [each['about'] for each in found if each['about']]
   if about and about[0]['note']:
-    yield about[0]['note']
+    yield about[0]['note'] + '. H-score is then at its bound for every checkpoint, and only the regularised one says anything.'
   if about and about[0]['scores'].get('leep', 0.0) is None:
     yield 'The checkpoints have no classifier, so there is no LEEP and no NCE.'
   if any(probed['linear']['at_edge'] for each in found for probed in each['probes'].values()):
