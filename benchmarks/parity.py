@@ -17,6 +17,7 @@ import pathlib
 import statistics
 import sys
 import tempfile
+from typing import Any
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / 'tests' / 'data'))
@@ -66,7 +67,7 @@ def ours(state: dict[str, np.ndarray], name: str, images: np.ndarray, labels: np
     exported = load_file(f'{folder}/exported.safetensors')
   model = resnet.build(name, {'source': CLASSES})
 
-  def loss_fn(params):
+  def loss_fn(params: Any) -> tuple[jax.Array, tuple[resnet.Outputs, Any]]:
     outputs, updates = model.apply({**variables, 'params': params}, images, train=True, mutable=['batch_stats'])
     return optax.softmax_cross_entropy_with_integer_labels(outputs.logits['source'], labels).mean(), (outputs, updates)
 

@@ -91,7 +91,7 @@ def ours(source: Source, seed: int, **kwargs: Any) -> Iterator[Any]:
 def tf_data(folder: pathlib.Path, seed: int) -> Iterator[Any]:
   import tensorflow as tf
 
-  def load(path, label):
+  def load(path: Any, label: Any) -> tuple[Any, Any]:
     data = tf.io.read_file(path)
     begin, size, _ = tf.image.sample_distorted_bounding_box(
         tf.io.extract_jpeg_shape(data), tf.constant([0.0, 0.0, 1.0, 1.0], shape=[1, 1, 4]), min_object_covered=0.0,

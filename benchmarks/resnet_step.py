@@ -6,11 +6,13 @@ The forms take turns in one process; the medians and their ratio are printed.
 """
 
 import argparse
+from collections.abc import Callable
 import os
 import pathlib
 import statistics
 import sys
 import time
+from typing import Any
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
@@ -22,7 +24,7 @@ from ft_jax import parallel, train
 from ft_jax.models import conv, resnet
 
 
-def make_step(name: str, width: int, size: int, batch: int):
+def make_step(name: str, width: int, size: int, batch: int) -> Callable[[], None]:
   """A function of no arguments that runs one step and waits for it."""
   model = resnet.build(name, {'source': 200}, width=width)
   images = np.random.default_rng(0).integers(0, 255, (batch, size, size, 3)).astype(np.uint8)
@@ -32,19 +34,19 @@ def make_step(name: str, width: int, size: int, batch: int):
   state = [parallel.replicate(train.create_state(variables, optimizer))]
   data = {'source': parallel.shard({'image': images, 'label': np.zeros(batch, np.int32)})}
 
-  def run():
+  def run() -> None:
     state[0], _ = step(state[0], data)
     jax.block_until_ready(state[0])
 
   return run
 
 
-def with_xla(function, *args):
+def with_xla(function: Callable[..., Callable[[], None]], *args: Any) -> Callable[[], None]:
   """The same with XLA's own convolution and pooling."""
   ours = resnet.conv2d, resnet.max_pool
   step = function(*args)
 
-  def run():
+  def run() -> None:
     # In every run: nothing of ours can come in where the step is traced again.
     resnet.conv2d, resnet.max_pool = conv.conv2d_xla, conv.max_pool_xla
     try:
@@ -55,7 +57,7 @@ def with_xla(function, *args):
   return run
 
 
-def torch_step(name: str, width: int, size: int, batch: int):
+def torch_step(name: str, width: int, size: int, batch: int) -> Callable[[], None] | None:
   """The same network and optimiser in torch, or None without it."""
   try:
     import torch
@@ -69,7 +71,7 @@ def torch_step(name: str, width: int, size: int, batch: int):
   images = torch.randn(batch, 3, size, size).to(memory_format=torch.channels_last)
   labels = torch.zeros(batch, dtype=torch.long)
 
-  def run():
+  def run() -> None:
     optimizer.zero_grad()
     torch.nn.functional.cross_entropy(model(images)['logits'], labels).backward()
     optimizer.step()

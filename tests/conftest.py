@@ -16,9 +16,13 @@ jax.config.update('jax_num_cpu_devices', 4)
 
 
 @pytest.fixture(scope='session', autouse=True)
-def _cache_folder(tmp_path_factory):
-  """Label caches of the tests stay away from the user's."""
+def _cache_folders(tmp_path_factory):
+  """Label caches of the tests stay away from the user's; what one test compiled, the next one and its processes need not compile again."""
   os.environ['XDG_CACHE_HOME'] = str(tmp_path_factory.mktemp('cache'))
+  os.environ['JAX_COMPILATION_CACHE_DIR'] = compiled = str(tmp_path_factory.mktemp('compiled'))
+  os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.3'
+  jax.config.update('jax_compilation_cache_dir', compiled)
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.3)
 
 
 @pytest.fixture(scope='session')
