@@ -128,14 +128,12 @@ def _of_run(folder: epath.Path, stored: Mapping[str, Any]) -> History:
     every = [kept for kept in every if kept.step in steps]
   config = ConfigDict(stored)
   split = config['target' if config.job == 'finetune' else 'source']
-  found = tuple(Kept(_named(kept.step, a_epoch), kept.step / a_epoch if a_epoch else None, kept.step,
-                     {'top1': kept.metrics['score'], 'loss': kept.metrics['loss']}, str(folder / 'checkpoints' / str(kept.step)))
-                for kept in every)
-  return History(str(folder), config.model, split.name, config.image_size, found)
-
-
-def _named(step: int, a_epoch: float | None) -> str:
-  return f'epoch {step / a_epoch:.3g}' if a_epoch else f'step {step}'
+  found = []
+  for step, metrics, _ in every:
+    epoch = round(step / a_epoch, 2) if a_epoch else None  # an epoch of 445.3 steps ends at step 445
+    found.append(Kept(f'step {step}' if epoch is None else f'epoch {epoch:g}', epoch, step,
+                      {'top1': metrics['score'], 'loss': metrics['loss']}, str(folder / 'checkpoints' / str(step))))
+  return History(str(folder), config.model, split.name, config.image_size, tuple(found))
 
 
 def _of_files(folder: epath.Path, network: ConfigDict) -> History:

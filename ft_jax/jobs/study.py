@@ -232,17 +232,17 @@ class _Study:
 
     def make() -> np.ndarray:
       variables = history.load(entry, self._config.model, self._config.image_size).variables
-      return self._embedded(self._folder / 'features', target, variables, f'{target.name} by {entry.name}')
+      return self._embedded(self._folder / 'features', target, variables, entry.name)
 
     return Frozen(make, target.learnt)
 
-  def _embedded(self, folder: epath.Path | None, target: Target, variables: Mapping[str, Any], what: str) -> np.ndarray:
+  def _embedded(self, folder: epath.Path | None, target: Target, variables: Mapping[str, Any], network: str) -> np.ndarray:
     try:
       return np.concatenate([
-          embedded(folder, self._config.model, variables, source, self._transform, self._config.train.batch_size, what).features
-          for source in target.sources])
+          embedded(folder, self._config.model, variables, source, self._transform, self._config.train.batch_size,
+                   f'{source.name} by {network}').features for source in target.sources])
     except ValueError as error:
-      raise ValueError(f'{what}: {error}') from error
+      raise ValueError(f'{target.name} by {network}: {error}') from error
 
   def freeze(self) -> None:
     """All that frozen features tell: of each target and checkpoint once."""
@@ -343,7 +343,7 @@ class _Study:
     finetune.run(own, folder, self._folder / 'embeddings')
     tuned = trained.load(str(folder))
     head = tuned.variables['params'].pop('heads')[tuned.head]
-    after = Frozen(lambda: self._embedded(None, target, tuned.variables, f'{target.name} by the network of {folder}'), target.learnt)
+    after = Frozen(lambda: self._embedded(None, target, tuned.variables, f'the network of {folder}'), target.learnt)
     predictions = (after.all @ head['kernel'] + head['bias']).argmax(1)
     _, val, test = target.rows[seed]
     found = {**self._scored(target, seed, predictions[val], predictions[test]), 'report': f'fine_tuned/{folder.name}/report.html',
