@@ -27,6 +27,20 @@ def test_standard_error_is_the_spread_of_repeated_experiments():
   assert scatter < said < 1.25 * scatter
 
 
+def test_standard_error_of_class_means_is_the_spread_of_repeated_experiments():
+  """Unbalanced classes, in one of which the second network is always wrong: within that class there is nothing to scatter."""
+  rng, labels = np.random.default_rng(0), np.repeat([0, 1, 2], [180, 15, 40])
+
+  def experiment():
+    first, second = (rng.random(len(labels)) < np.array(rates)[labels] for rates in ((0.6, 1.0, 0.5), (0.5, 0.0, 0.4)))
+    each = [choice.contributions(right, labels, per_class=True)[None] for right in (first, second)]
+    return choice.margin(*each, labels)
+
+  margins = [experiment() for _ in range(400)]
+  said = np.sqrt(np.mean([m.standard_error ** 2 for m in margins]))
+  assert 0.9 * said < np.std([m.mean for m in margins]) < 1.1 * said
+
+
 def test_of_one_seed_it_is_the_paired_error_of_the_mean():
   rng = np.random.default_rng(1)
   first, second = rng.integers(0, 2, (2, 1, 50))

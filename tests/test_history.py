@@ -30,7 +30,8 @@ def write(path, classes=3, **fields):
 
 @pytest.mark.parametrize('name, counts', [
     ('epoch_12.pth', ('epoch', 12)), ('checkpoint_0012.pth.tar', ('epoch', 12)), ('resnet18-epoch5-top1_71.2.pth', ('epoch', 5)),
-    ('ckpt12.pt', ('epoch', 12)), ('step_400.safetensors', ('step', 400)), ('resnet18-7.pth', ('epoch', 7)), ('007.pth', ('epoch', 7)),
+    ('ckpt12.pt', ('epoch', 12)), ('ckpt_e12.pt', ('epoch', 12)), ('epoch_0.5.pth', ('epoch', 0.5)),
+    ('step_400.safetensors', ('step', 400)), ('resnet18-7.pth', ('epoch', 7)), ('007.pth', ('epoch', 7)),
     ('Epoch 3.pth', ('epoch', 3)), ('model_best.pth', None), ('resnet18.pth', None), ('resnet18-5c106cde.pth', None),
     ('run_1_of_3.pth', None)])
 def test_what_a_file_name_counts(name, counts):

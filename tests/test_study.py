@@ -8,9 +8,13 @@ from conftest import quick_main
 from ml_collections import ConfigDict
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from configs import study as study_config
-from ft_jax.jobs import study
+from ft_jax.checkpoints import load_variables
+from ft_jax.jobs import history, study, study_results
+from ft_jax.jobs.study_data import open_target, Rows, Target
+from ft_jax.models import to_torch
 
 SIZES = ['--config.model.width=4', '--config.image_size=32', '--config.augment.short_side=36']
 
@@ -69,6 +73,8 @@ def test_fine_tuning_is_that_of_the_job(run):
     for rate, page in zip(each['ft']['test'], each['ft']['report']):
       own = json.loads((run[1] / page).with_name('results.json').read_text())
       assert rate == own['test']['top1']
+      # It goes on where it was stopped, whatever else is asked of the study.
+      assert not {'study', 'checkpoints'} & set(json.loads((run[1] / page).with_name('config.json').read_text()))
       assert not (run[1] / page).with_name('checkpoints').exists()
 
 
@@ -76,14 +82,15 @@ def test_what_is_finished_is_not_done_again(run):
   """Of all parts but two nothing is run again; those, of which one is lost and one damaged, come back as they were."""
   _, out, command, _ = run
   before = {path: (path.read_text(), path.stat().st_mtime_ns) for path in (out / 'parts').iterdir()}
-  assert len(before) == 3 + 3 + 2 + 3
+  assert len(before) == 3 + 3 + 2 + 3 + 3
   lost, damaged = (next(path for path in before if path.name.startswith(kind)) for kind in ('fine_tuned', 'change'))
   lost.unlink()
   damaged.write_text(before[damaged][0][:20])
   again = quick_main(*command)
   assert again.returncode == 0 and again.stderr.count('training 6 steps') == 1 and 'embedding' not in again.stderr, again.stderr
   assert {path: path.read_text() for path in (out / 'parts').iterdir()} == {path: text for path, (text, _) in before.items()}
-  assert {path for path in before if path.stat().st_mtime_ns != before[path][1]} == {lost, damaged}
+  written = {path for path in before if path.stat().st_mtime_ns != before[path][1]}
+  assert written - {lost, damaged} == {path for path in written if path.name.startswith('tuned_change')} and len(written) == 3
 
 
 def test_bad_settings_are_refused_before_anything_long(run, photos):
@@ -104,7 +111,9 @@ def test_bad_settings_are_refused_before_anything_long(run, photos):
   refused('config.target.name is empty', **{'target.name': ''})
   refused('config.checkpoints is empty', checkpoints='')
   refused('config.study.epochs has 3, and .* there are epoch 1, epoch 2, epoch 4', **{'study.epochs': (3,)})
-  refused('is no workdir of a run', checkpoints=str(photos))
+  refused('config.checkpoints: .* holds no checkpoints: it is no workdir of a run', checkpoints=str(photos))
+  with pytest.raises(ValueError, match='holds a run, whose files would be mixed'):
+    study.run(config, run[0])
 
 
 def test_checkpoints_of_two_runs_are_refused(run, tmp_path):
@@ -113,15 +122,50 @@ def test_checkpoints_of_two_runs_are_refused(run, tmp_path):
   about = mixed / 'checkpoints' / '6' / 'about' / 'metadata'
   about.write_text(about.read_text().replace('pre-trained weights": "', 'pre-trained weights": "x'))
   with pytest.raises(ValueError, match='checkpoints of two runs: those of step 6 and step 24 differ in pre-trained weights'):
-    study.history.read(str(mixed), study_config.get_config().model)
+    history.read(str(mixed), study_config.get_config().model)
+
+
+def test_no_seed_learns_from_its_test_images(photos):
+  """Where each seed draws its own training images and the rest is test."""
+  config = study_config.get_config()
+  config.target.update({'train_per_class': 5, 'test': 'rest', 'val_fraction': 0.2})
+  target = open_target(config, f'folder:{photos}')
+  for rows in target.rows.values():
+    assert len(rows.learnt) == 20 and len(rows.test) == 28 and not set(rows.learnt) & set(rows.test)
+  assert len(set(target.stamp.values())) == 3
+
+
+def test_a_folder_of_files(run, photos, tmp_path):
+  """The same networks as files without classifiers: the same numbers, but for the scores that need one; then with them, these too."""
+  config = study_config.get_config()
+  config.update_from_flattened_dict({
+      'checkpoints': str(tmp_path / 'files'), 'target.name': f'folder:{photos}', 'target.val_fraction': 0.25, 'image_size': 32,
+      'augment.short_side': 36, 'model.name': 'resnet18', 'model.width': 4, 'study.fine_tune': False, 'study.seeds': (0,)})
+  (tmp_path / 'files').mkdir()
+
+  def study_files(head):
+    for entry in results(run)['history'][::2]:
+      variables = load_variables(run[0], entry['step'])
+      save_file(to_torch.state_dict(variables, head), tmp_path / 'files' / f'checkpoint_{entry["epoch"]:03.0f}.safetensors')
+    return study.run(config, tmp_path / 'out')
+
+  found = study_files(None)
+  assert [(entry['name'], entry['source']) for entry in found['history']] == [('epoch 1', None), ('epoch 4', None)]
+  theirs, ours = results(run)['targets'][0]['rows'][::2], found['targets'][0]['rows']
+  assert [each['scores']['leep'] for each in ours] == [None, None] and 'source accuracy' not in found['targets'][0]['correlations']
+  for one, other in zip(theirs, ours):
+    values = [each['spectrum']['plain']['values'] for each in (one, other)]
+    np.testing.assert_allclose(*values, rtol=0, atol=1e-6 * values[0][0])  # compiled with another effort
+    assert one['scores']['h_score_regularised'] == pytest.approx(other['scores']['h_score_regularised'], rel=1e-4)
+  again = study_files('source')['targets'][0]['rows']
+  assert [each['scores']['leep'] for each in again] == pytest.approx([each['scores']['leep'] for each in theirs], rel=1e-4)
 
 
 def test_classes_with_one_image_and_few_images_are_told():
-  labels = np.array([0, 0, 0, 1, 1, 1, 2])
-  source = type('Source', (), {'class_names': ('a', 'b', 'lone'), 'labels': labels})
-  target = study.Target('folder:x', (source,), {}, {0: (np.array([0, 1, 3, 4, 6]), np.array([2, 5]), np.array([]))}, {})
-  config = study_config.get_config()
-  found = [{'about': {'note': '7 images are fewer ...', 'scores': {'leep': None}}, 'probes': {}}]
-  one, few, without = study._notes(config, target, found)
-  assert one.startswith('1 of 3 classes have one training image (lone), which is trained on')
-  assert few.startswith('7 images are fewer ...') and 'no LEEP' in without
+  source = type('Source', (), {'class_names': ('two', 'absent', 'lone')})
+  target = Target('folder:x', (source,), np.array([0, 0, 1, 1, 2]), {0: Rows(np.array([0, 2, 3, 4]), np.array([1]), np.array([]))}, {})
+  found = [{'about': {'note': '5 images are fewer ...', 'scores': {'leep': None}}, 'probes': {}, 'ft': {0: {}}, 'ft_change': {}}]
+  one, absent, few, without, moved = study_results.notes(target, 0, found, named_val=False)
+  assert one.startswith('1 of 3 classes have one image for training and val together (lone), which is trained on')
+  assert absent == '1 of 3 classes have no image in val (absent).'
+  assert few.startswith('5 images are fewer ...') and 'no LEEP' in without and 'not known for all networks' in moved

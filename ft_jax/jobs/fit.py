@@ -69,7 +69,6 @@ def make_plan(config: ConfigDict, examples: int) -> Plan:
   if steps < 1:
     raise ValueError(f'train.epochs {config.epochs} of {examples} images in batches of {config.batch_size} are {steps} steps; '
                      'expected at least one (train.steps sets the number itself)')
-  # A nested pre-training of an older config has no such field.
   keep = {max(1, round(epoch * examples / config.batch_size)) for epoch in config.keep_epochs}
   return Plan(steps, config.eval_every or math.ceil(steps / 10), config.log_every or math.ceil(steps / 100),
               tuple(sorted(step for step in keep if step <= steps)))

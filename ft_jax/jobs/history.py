@@ -9,8 +9,9 @@ from etils import epath
 from ml_collections import ConfigDict
 import numpy as np
 
-from ft_jax import checkpoints
-from ft_jax.jobs import setup, trained
+from ft_jax import checkpoints, progress
+from ft_jax.data.sources import digest
+from ft_jax.jobs import setup
 from ft_jax.methods.base import flat
 from ft_jax.models import pretrained
 from ft_jax.progress import log
@@ -18,7 +19,7 @@ from ft_jax.workdir import read_config
 
 ENDINGS = ('.safetensors', '.pth', '.pth.tar', '.pt')
 # What stands before the number that counts: epoch_12, checkpoint-0012, ckpt12.
-_COUNTER = re.compile(r'(?:epoch|ep|checkpoint|ckpt|step)[^a-z0-9]*$', re.IGNORECASE)
+_COUNTER = re.compile(r'(?:epoch|ep|(?<![a-z])e|checkpoint|ckpt|step)[^a-z0-9]*$', re.IGNORECASE)
 
 
 class Kept(NamedTuple):
@@ -51,7 +52,7 @@ class History(NamedTuple):
 
 
 class Loaded(NamedTuple):
-  """The network of a checkpoint without heads, its fingerprint, and `{'kernel': [d, K], 'bias': [K]}` of its classifier, or None."""
+  """The network of a checkpoint without heads, a fingerprint of all of it, and its classifier `{'kernel': [d, K], 'bias': [K]}` or None."""
   variables: dict[str, Any]
   fingerprint: str
   classifier: Mapping[str, np.ndarray] | None
@@ -78,10 +79,10 @@ def read(path: str, network: ConfigDict, epochs: Sequence[float] = ()) -> Histor
   found = _of_files(folder, network) if stored is None else _of_run(folder, stored)
   if not epochs:
     return found
-  if missing := [epoch for epoch in epochs if not any(_same(kept.epoch, epoch) for kept in found.kept)]:
+  if missing := [epoch for epoch in epochs if epoch not in {kept.epoch for kept in found.kept}]:
     raise ValueError(f'config.study.epochs has {missing[0]}, and {path} holds no checkpoint of it; there are '
                      f'{", ".join(kept.name for kept in found.kept)}')
-  return found._replace(kept=tuple(kept for kept in found.kept if any(_same(kept.epoch, epoch) for epoch in epochs)))
+  return found._replace(kept=tuple(kept for kept in found.kept if kept.epoch in epochs))
 
 
 def load(kept: Kept, network: ConfigDict, image_size: int) -> Loaded:
@@ -101,15 +102,32 @@ def load(kept: Kept, network: ConfigDict, image_size: int) -> Loaded:
     if not np.isfinite(value).all():
       raise ValueError(f'{kept.name} ({kept.weights}) has numbers that are not finite in {name}: its training diverged, or it is damaged; '
                        'leave it out by config.study.epochs')
-  return Loaded(merged, setup.weights_fingerprint(merged), heads.get('source'))
+  classifier = heads.get('source')
+  numbers = [] if classifier is None else [classifier[name].tobytes() for name in ('kernel', 'bias')]
+  return Loaded(merged, digest(setup.weights_fingerprint(merged), *numbers), classifier)
 
 
-def _same(epoch: float | None, wanted: float) -> bool:
-  return epoch is not None and abs(epoch - wanted) < 0.05
+def fingerprints(found: History, image_size: int) -> list[str]:
+  """Reads each checkpoint; what it holds, as a fingerprint.
+
+  Raises:
+    ValueError: as of `load`; or classifiers of different classes.
+  """
+  prints, classifiers = [], {}
+  for entry in progress.bar(found.kept, 'reading checkpoints', len(found.kept), 'checkpoint'):
+    loaded = load(entry, found.network, image_size)
+    prints.append(loaded.fingerprint)
+    classifiers.setdefault(None if loaded.classifier is None else loaded.classifier['kernel'].shape[1], entry.name)
+  if len(classifiers) > 1:
+    (one, first), (other, second) = list(classifiers.items())[:2]
+    spoken = lambda classes: 'no classifier' if classes is None else f'a classifier of {classes} classes'
+    raise ValueError(f'config.checkpoints: {found.path} holds checkpoints of two runs: {first} has {spoken(one)}, {second} '
+                     f'{spoken(other)}; put each run into a folder of its own')
+  return prints
 
 
 def _of_run(folder: epath.Path, stored: Mapping[str, Any]) -> History:
-  if stored['job'] not in trained.HEADS:
+  if stored['job'] != 'pretrain':
     raise ValueError(f'config.checkpoints: {folder} is of job {stored["job"]}; give the workdir of a pre-training '
                      '(configs/pretrain.py keeps checkpoints)')
   every = [kept for kept in checkpoints.history(folder) if kept.metrics]
@@ -120,20 +138,20 @@ def _of_run(folder: epath.Path, stored: Mapping[str, Any]) -> History:
     if differing := sorted(name for name in {*made_from, *kept.made_from} if made_from.get(name) != kept.made_from.get(name)):
       raise ValueError(f'config.checkpoints: {folder} holds checkpoints of two runs: those of step {kept.step} and step {every[-1].step} '
                        f'differ in {", ".join(differing)}; put each run into a folder of its own')
+  config = ConfigDict(stored)
   results = json.loads((folder / 'results.json').read_text()) if (folder / 'results.json').exists() else {}
   a_epoch = results.get('steps_per_epoch')
-  wanted = stored['train'].get('keep_epochs')
-  if a_epoch and wanted:  # not the best one, which lies somewhere between them
-    steps = {max(1, round(epoch * a_epoch)) for epoch in wanted} | {results['steps']}
-    every = [kept for kept in every if kept.step in steps]
-  config = ConfigDict(stored)
-  split = config['target' if config.job == 'finetune' else 'source']
+  asked = {max(1, round(epoch * a_epoch)): epoch for epoch in config.train.get('keep_epochs', ())} if a_epoch else {}
+  if asked:  # not the best one, which lies somewhere between them
+    every = [kept for kept in every if kept.step in {*asked, results['steps']}]
+  if not a_epoch:
+    log.info('%s: epochs are not known before the run is finished; its checkpoints go by their steps', folder)
   found = []
   for step, metrics, _ in every:
-    epoch = round(step / a_epoch, 2) if a_epoch else None  # an epoch of 445.3 steps ends at step 445
+    epoch = float(asked.get(step, round(step / a_epoch, 2))) if a_epoch else None  # an epoch of 445.3 steps ends at step 445
     found.append(Kept(f'step {step}' if epoch is None else f'epoch {epoch:g}', epoch, step,
                       {'top1': metrics['score'], 'loss': metrics['loss']}, str(folder / 'checkpoints' / str(step))))
-  return History(str(folder), config.model, split.name, config.image_size, tuple(found))
+  return History(str(folder), config.model, config.source.name, config.image_size, tuple(found))
 
 
 def _of_files(folder: epath.Path, network: ConfigDict) -> History:
@@ -150,19 +168,18 @@ def _of_files(folder: epath.Path, network: ConfigDict) -> History:
   for first, second in zip(counted, counted[1:]):
     if numbers[first] == numbers[second]:
       raise ValueError(f'config.checkpoints: {folder} holds checkpoints of two runs: {first.name} and {second.name} are both of '
-                       f'{" ".join(map(str, numbers[first]))}; put each run into a folder of its own')
+                       f'{numbers[first][0]} {numbers[first][1]:g}; put each run into a folder of its own')
   if len(patterns := {re.sub(r'\d+([.]\d+)?', '#', path.name): path.name for path in counted}) > 1:
     raise ValueError(f'config.checkpoints: {folder} holds checkpoints of two runs, by their names: {", ".join(patterns.values())}; put '
                      'each run into a folder of its own')
   found = []
   for path in counted:
     unit, number = numbers[path]
-    found.append(Kept(f'{unit} {number}', float(number) if unit == 'epoch' else None, number if unit == 'step' else None, None,
-                      str(path)))
+    found.append(Kept(f'{unit} {number:g}', number if unit == 'epoch' else None, int(number) if unit == 'step' else None, None, str(path)))
   return History(str(folder), network, None, 0, tuple(found))
 
 
-def _number(name: str) -> tuple[str, int] | None:
+def _number(name: str) -> tuple[str, float] | None:
   """What a file's name counts and how far, as ('epoch', 3) or ('step', 400); None where it does not say.
 
   It is the number behind 'epoch', 'step' or the like, else the only one; digits beside other letters are part of a word, as in resnet18.
@@ -170,9 +187,8 @@ def _number(name: str) -> tuple[str, int] | None:
   stem = name
   for ending in sorted(ENDINGS, key=len, reverse=True):
     stem = stem.removesuffix(ending)
-  groups = list(re.finditer(r'\d+', stem))
-  for group in reversed(groups):
+  for group in reversed(list(re.finditer(r'\d+([.]\d+)?', stem))):
     if counter := _COUNTER.search(stem[:group.start()]):
-      return 'step' if counter[0].lower().startswith('step') else 'epoch', int(group[0])
+      return 'step' if counter[0].lower().startswith('step') else 'epoch', float(group[0])
   alone = re.findall(r'(?<![a-z\d])\d+(?![a-z\d])', stem, re.IGNORECASE)
-  return ('epoch', int(alone[0])) if len(alone) == 1 else None
+  return ('epoch', float(alone[0])) if len(alone) == 1 else None

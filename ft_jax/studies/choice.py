@@ -49,7 +49,7 @@ def contributions(right: np.ndarray, labels: np.ndarray, per_class: bool) -> np.
   return right / (counts[labels] * np.count_nonzero(counts))
 
 
-def margin(first: np.ndarray, second: np.ndarray) -> Margin:
+def margin(first: np.ndarray, second: np.ndarray, labels: np.ndarray | None = None) -> Margin:
   """The difference of two mean scores on the same test images.
 
   Its variance is that over seeds, var(d_s) / S of the differences d_s of each seed, plus that of the test images as a sample,
@@ -59,19 +59,22 @@ def margin(first: np.ndarray, second: np.ndarray) -> Margin:
 
   Args:
     first, second: `[S, n]`, `contributions` of each seed; 0 where an image is not in that seed's test split.
+    labels: int `[n]`, where scores are means of the classes' accuracies: the images are then a sample of each class by itself, and the
+      sum above is over the classes. A class of one image counts with g_i^2, as if its mean were 0.
   """
   differences = np.asarray(first, np.float64) - np.asarray(second, np.float64)
   seeds, images = differences.shape
   by_seed, by_image = differences.sum(1), differences.mean(0)
   if images < 2:
     return Margin(float(by_seed.mean()), None)
-  variance = images * by_image.var(ddof=1)
+  groups = [by_image] if labels is None else [by_image[labels == k] for k in np.unique(labels)]
+  variance = sum(len(group) * group.var(ddof=1) if len(group) > 1 else float(group[0] ** 2) for group in groups)
   if seeds > 1:
     variance += by_seed.var(ddof=1) / seeds
   return Margin(float(by_seed.mean()), float(np.sqrt(variance)))
 
 
-def choose(val: Sequence[float], test: Sequence[np.ndarray]) -> Choice:
+def choose(val: Sequence[float], test: Sequence[np.ndarray], labels: np.ndarray | None = None) -> Choice:
   """The checkpoint with the highest score on val (of equals the later one), and its margins on test.
 
   Choosing on val leaves the margins on test without the optimism of the best of many.
@@ -79,6 +82,7 @@ def choose(val: Sequence[float], test: Sequence[np.ndarray]) -> Choice:
   Args:
     val: the mean score of each checkpoint on val, in the order of the training.
     test: `[S, n]` of each checkpoint; see `margin`.
+    labels: likewise.
 
   Raises:
     ValueError: nothing to choose from.
@@ -87,7 +91,7 @@ def choose(val: Sequence[float], test: Sequence[np.ndarray]) -> Choice:
     raise ValueError(f'there are {len(val)} scores on val and {len(test)} on test; expected one of each for at least one checkpoint')
   order = sorted(range(len(val)), key=lambda row: (val[row], row), reverse=True)
   best = order[0]
-  margins = tuple(margin(test[best], other) for other in test)
+  margins = tuple(margin(test[best], other, labels) for other in test)
   similar = tuple(row for row, to in enumerate(margins) if row != best and not to.seen)
   return Choice(best, margins, order[1] if len(order) > 1 else None, similar)
 
