@@ -1,14 +1,24 @@
 """Checkpoints of a run: the newest and the best on val; the only file that imports orbax."""
 
 from collections.abc import Collection, Mapping
+import hashlib
+import json
 from typing import Any, NamedTuple
 
 from etils import epath
 import jax
+import numpy as np
 from orbax import checkpoint as ocp
 import tensorstore
 
+from ft_jax import parallel
+from ft_jax.progress import log
+
 FORMAT_VERSION = 3
+
+
+class Damaged(ValueError):
+  """A checkpoint that is there and not whole, or not what was saved."""
 
 
 class Checkpoints:
@@ -25,18 +35,20 @@ class Checkpoints:
       keep: steps whose checkpoints stay, beside the newest and the best.
     """
     self._about = {'format_version': FORMAT_VERSION, 'made_from': dict(made_from or {})}
+    folder = epath.Path(workdir).resolve() / 'checkpoints'
+    _check_metrics(folder, read_only)
     policies = ocp.checkpoint_managers
     policy = policies.AnyPreservationPolicy([
         policies.LatestN(1), policies.BestN(get_metric_fn=_rank, n=1, keep_checkpoints_without_metrics=False), policies.CustomSteps(keep)])
     self._manager = ocp.CheckpointManager(
-        epath.Path(workdir).resolve() / 'checkpoints', item_names=('state', 'about'),
+        folder, item_names=('state', 'about'),
         options=ocp.CheckpointManagerOptions(best_fn=_rank, preservation_policy=policy, create=not read_only,
                                              cleanup_tmp_directories=not read_only))
 
   def save(self, step: int, state: Any, metrics: dict[str, float] | None) -> None:
     """Saves a state (on the host) after `step` steps, with val's `score` (best is highest) and `loss` where it was evaluated."""
     self._manager.save(step, metrics=metrics, args=ocp.args.Composite(
-        state=ocp.args.StandardSave(state), about=ocp.args.JsonSave({**self._about, 'step': step})))
+        state=ocp.args.StandardSave(state), about=ocp.args.JsonSave({**self._about, 'step': step, 'digest': _digest(state)})))
 
   @property
   def latest_step(self) -> int | None:
@@ -53,11 +65,13 @@ class Checkpoints:
     """The state saved at `step`, in the structure, shapes and types of `like`.
 
     Raises:
-      ValueError: it has another format version, or was made from something else, by name; or it cannot be read.
+      ValueError: it has another format version, or was made from something else, by name.
+      Damaged: it cannot be read, or holds other numbers than were saved.
     """
-    _check_whole(epath.Path(self._manager.directory) / str(step))
+    folder = epath.Path(self._manager.directory) / str(step)
+    saved = _check_whole(folder)
     # First what it says of itself: a state of another version has another structure.
-    about = self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))['about']
+    about = _about(self._manager, step)
     if about['format_version'] != FORMAT_VERSION:
       raise ValueError(f'{self._manager.directory} has format version {about["format_version"]}; this program goes on from '
                        f'{FORMAT_VERSION}. Give another --workdir; as model.weights it can still be used')
@@ -67,18 +81,31 @@ class Checkpoints:
       raise ValueError(f'{self._manager.directory} goes on from other data: changed since then: {", ".join(changed)}; '
                        'bring it back, or give another --workdir')
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-    return self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))['state']
+    try:
+      state = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))['state']
+    except (ValueError, OSError, RuntimeError) as error:
+      if _shapes(saved) != _shapes(abstract):  # it is whole, but not what is wanted
+        raise
+      raise Damaged(f'the checkpoint {folder} cannot be read ({_short(error)})') from error
+    _check_same(folder, state, about)
+    return state
+
+  def set_aside(self, step: int, why: str) -> None:
+    """Moves a damaged checkpoint to `damaged/` beside this folder, and says so; those that are left are as before.
+
+    Raises:
+      Damaged: there is no other one to go on from; it stays where it is.
+    """
+    _set_aside(epath.Path(self._manager.directory) / str(step), why)
+    self._manager.reload()
 
   def structure(self, step: int) -> dict[str, Any]:
     """Shapes and types of the state saved at `step`, as nested dicts.
 
     Raises:
-      ValueError: it cannot be read.
+      Damaged: it cannot be read.
     """
-    _check_whole(epath.Path(self._manager.directory) / str(step))
-    # Not the manager, which knows no structure before it has restored something.
-    saved = ocp.StandardCheckpointHandler().metadata(epath.Path(self._manager.directory) / str(step) / 'state').tree
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), saved)
+    return _check_whole(epath.Path(self._manager.directory) / str(step))
 
   def wait(self) -> None:
     """Waits until everything is written."""
@@ -102,8 +129,7 @@ def history(workdir: epath.PathLike) -> list[Kept]:
     return []
   checkpoints = Checkpoints(workdir, read_only=True)
   manager = checkpoints._manager
-  restore = lambda step: manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))['about']
-  kept = [Kept(step, manager.metrics(step), restore(step)['made_from']) for step in sorted(manager.all_steps())]
+  kept = [Kept(step, manager.metrics(step), _about(manager, step)['made_from']) for step in sorted(manager.all_steps())]
   checkpoints.close()
   return kept
 
@@ -146,13 +172,58 @@ def _load_state(workdir: epath.PathLike, step: int | None) -> dict[str, Any]:
   if step not in steps:
     raise ValueError(f'{folder} holds no checkpoint of step {step}; there are {", ".join(map(str, sorted(steps)))}')
   _check_whole(folder / str(step))
-  state = checkpoints._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore()))['state']
+  about = _about(checkpoints._manager, step)
+  try:
+    state = checkpoints._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore()))['state']
+  except (ValueError, OSError, RuntimeError) as error:
+    raise Damaged(f'the checkpoint {folder / str(step)} cannot be read ({_short(error)})') from error
   checkpoints.close()
+  _check_same(folder / str(step), state, about)
   return state
 
 
-def _check_whole(folder: epath.Path) -> None:
-  """Reads all there is of a checkpoint's state, one after the other.
+def _about(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
+  """What a checkpoint says of itself."""
+  folder = manager.directory / str(step)
+  try:
+    about = manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))['about']
+  except (ValueError, OSError) as error:
+    raise Damaged(f'the checkpoint {folder} cannot be read ({_short(error)})') from error
+  if not {'format_version', 'made_from'} <= set(about):
+    raise Damaged(f'the checkpoint {folder} does not say what it is')
+  return about
+
+
+def _check_metrics(folder: epath.Path, read_only: bool) -> None:
+  """Sets aside checkpoints whose metrics cannot be read, which the manager reads at once; raises Damaged where it may not."""
+  for step in sorted(path for path in folder.iterdir() if path.name.isdigit()) if folder.exists() else ():
+    metrics = step / 'metrics' / 'metrics'
+    try:
+      if metrics.exists() and not {'score', 'loss'} <= set(json.loads(metrics.read_text())):
+        raise ValueError('no score and loss')
+    except (ValueError, TypeError) as error:
+      why = f'the metrics of the checkpoint {step} cannot be read ({_short(error)})'
+      if read_only:
+        raise Damaged(f'{why}; remove it, or run the command of {folder.parent} again, which sets it aside') from error
+      _set_aside(step, why)
+
+
+def _set_aside(checkpoint: epath.Path, why: str) -> None:
+  """See `Checkpoints.set_aside`."""
+  folder = checkpoint.parent
+  if sum(path.name.isdigit() for path in folder.iterdir()) < 2:
+    raise Damaged(f'{why}. There is no other checkpoint in {folder}: give another --workdir, or remove {folder} to begin anew')
+  aside = folder.parent / 'damaged' / checkpoint.name
+  if parallel.is_main():
+    aside.parent.mkdir(exist_ok=True)
+    if aside.exists():
+      aside.rmtree()
+    checkpoint.rename(aside)
+  log.warning('warning: %s. It is set aside in %s', why, aside)
+
+
+def _check_whole(folder: epath.Path) -> dict[str, Any]:
+  """Reads all there is of a checkpoint's state, one after the other; returns its shapes and types, as nested dicts.
 
   Orbax reads everything at once, and where files are missing or cut short, its threads print tracebacks beside the error.
   """
@@ -164,8 +235,32 @@ def _check_whole(folder: epath.Path) -> None:
     store = tensorstore.KvStore.open({'driver': 'ocdbt', 'base': f'{base if "://" in base else f"file://{base}"}/'}).result()
     for key in store.list().result():
       store.read(key).result()
-  except (ValueError, OSError, RuntimeError) as error:
-    raise ValueError(f'the checkpoint {folder} cannot be read; it is not whole ({" ".join(str(error).split())[:300]})') from error
+    # Not the manager, which knows no structure before it has restored something.
+    saved = ocp.StandardCheckpointHandler().metadata(state).tree
+  except (KeyError, ValueError, OSError, RuntimeError) as error:
+    raise Damaged(f'the checkpoint {folder} cannot be read; it is not whole ({_short(error)})') from error
+  return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), saved)
+
+
+def _short(error: Exception) -> str:
+  return ' '.join(str(error).split())[:300]
+
+
+def _shapes(tree: Any) -> list[str]:
+  return sorted(f'{leaf.dtype} {leaf.shape}' for leaf in jax.tree.leaves(tree))
+
+
+def _digest(state: Any) -> str:
+  """Sixteen hexadecimal digits that depend on every number, and not on what the parts are called: a restored tree has other containers."""
+  leaves = (np.asarray(leaf) for leaf in jax.tree.leaves(jax.device_get(state)))
+  each = sorted(hashlib.sha256(f'{leaf.dtype} {leaf.shape} '.encode() + np.ascontiguousarray(leaf).tobytes()).digest() for leaf in leaves)
+  return hashlib.sha256(b''.join(each)).hexdigest()[:16]
+
+
+def _check_same(folder: epath.Path, state: Any, about: Mapping[str, Any]) -> None:
+  """Raises Damaged for numbers other than those that were saved; checkpoints of before have no digest."""
+  if about.get('digest') not in (None, _digest(state)):
+    raise Damaged(f'the checkpoint {folder} holds other numbers than were saved')
 
 
 def _rank(metrics: dict[str, float]) -> tuple[float, float]:

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from ft_jax import checkpoints as checkpoints_module
-from ft_jax.checkpoints import Checkpoints, load_variables
+from ft_jax.checkpoints import Checkpoints, Damaged, load_variables
 from ft_jax.train import create_state, TrainState
 
 
@@ -126,3 +126,48 @@ def test_folders_without_checkpoints(tmp_path):
   (tmp_path / 'checkpoints').mkdir()
   with pytest.raises(ValueError, match='holds no finished checkpoint'):
     load_variables(tmp_path)
+
+
+def damage(folder, file, how):
+  """Cuts a file of a checkpoint short, flips a bit in its middle, or removes it."""
+  (path,) = {'data': [max((folder / 'state' / 'd').iterdir(), key=lambda path: path.stat().st_size)],
+             'metadata': [folder / 'state' / '_METADATA'], 'about': [folder / 'about' / 'metadata']}[file]
+  data = bytearray(path.read_bytes())
+  cut = data[:len(data) // 2]
+  data[len(data) // 2] ^= 1
+  {'cut': lambda: path.write_bytes(cut), 'flipped': lambda: path.write_bytes(data), 'gone': path.unlink}[how]()
+
+
+@pytest.mark.parametrize('file, how', [('data', 'cut'), ('data', 'flipped'), ('data', 'gone'), ('metadata', 'cut'), ('metadata', 'gone'),
+                                       ('about', 'cut'), ('about', 'gone')])
+def test_damage_is_seen_and_set_aside(tmp_path, file, how):
+  """The one before is there to go on from; the last one is never given up for a fresh start."""
+  save(tmp_path, {1: {'score': 0.9, 'loss': 1.0}, 2: {'score': 0.2, 'loss': 1.0}}).close()
+  damage(tmp_path / 'checkpoints' / '2', file, how)
+  with pytest.raises(Damaged, match='checkpoints/2 '):
+    load_variables(tmp_path, 2)
+  checkpoints = Checkpoints(tmp_path)
+  with pytest.raises(Damaged, match='checkpoints/2 ') as error:
+    checkpoints.restore(2, state_at(0))
+  checkpoints.set_aside(2, str(error.value))
+  assert checkpoints.latest_step == 1 and steps(tmp_path) == [1] and (tmp_path / 'damaged' / '2').exists()
+  jax.tree.map(np.testing.assert_array_equal, checkpoints.restore(1, state_at(0)), state_at(1))
+  checkpoints.save(2, state_at(2), {'score': 0.3, 'loss': 1.0})
+  checkpoints.wait()
+  jax.tree.map(np.testing.assert_array_equal, checkpoints.restore(2, state_at(0)), state_at(2))
+  checkpoints.set_aside(1, 'it is damaged')
+  with pytest.raises(Damaged, match='There is no other checkpoint in .*: give another --workdir'):
+    checkpoints.set_aside(2, 'it is damaged')
+  assert steps(tmp_path) == [2]
+  checkpoints.close()
+
+
+def test_metrics_that_cannot_be_read(tmp_path):
+  """Orbax reads those of all checkpoints at once: a damaged one must not keep the others from being used."""
+  save(tmp_path, {1: {'score': 0.9, 'loss': 1.0}, 2: {'score': 0.2, 'loss': 1.0}}).close()
+  (tmp_path / 'checkpoints' / '2' / 'metrics' / 'metrics').write_text('{"score": 0.2, "lo')
+  with pytest.raises(Damaged, match='the metrics of the checkpoint .*/2 cannot be read .*; remove it, or run the command of'):
+    load_variables(tmp_path)
+  checkpoints = Checkpoints(tmp_path)
+  assert checkpoints.latest_step == checkpoints.best_step == 1 and (tmp_path / 'damaged' / '2').exists()
+  checkpoints.close()

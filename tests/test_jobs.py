@@ -119,7 +119,10 @@ def comparable(workdir: pathlib.Path) -> tuple[dict, list[dict], dict]:
 
 @pytest.mark.parametrize('number', [signal.SIGKILL, signal.SIGTERM])
 def test_interrupted_equals_uninterrupted(finished, weights, tmp_path, number):
-  """Killed (or asked to stop) in the middle and started again: the same parameters bit for bit, each step once."""
+  """Killed (or asked to stop) in the middle and started again: the same parameters bit for bit, each step once.
+
+  The one that is killed also finds its newest checkpoint damaged, and goes on from the one before.
+  """
   whole, _ = finished
   workdir = tmp_path / 'run'
   flags = [*TINY, *FINETUNE, f'--config.model.weights={weights}']
@@ -133,8 +136,14 @@ def test_interrupted_equals_uninterrupted(finished, weights, tmp_path, number):
   assert not (workdir / 'results.json').exists()
   if number == signal.SIGTERM:
     assert process.returncode == 128 + number and 'the same command goes on from there' in printed
+  if number == signal.SIGKILL:
+    newest = max((workdir / 'checkpoints').glob('[0-9]*[0-9]'), key=lambda path: int(path.name))
+    largest = max((newest / 'state' / 'd').iterdir(), key=lambda path: path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:-100])
   again = main(workdir, *flags)
   assert again.returncode == 0 and re.search(r'going on from step \d+ of 24', again.stderr), again.stderr
+  if number == signal.SIGKILL:
+    assert f'It is set aside in {workdir / "damaged" / newest.name}' in again.stderr
   (state, lines, results), (whole_state, whole_lines, whole_results) = comparable(workdir), comparable(whole)
   assert {'params', 'batch_stats', 'opt_state', 'step'} <= set(state)
   jax.tree.map(np.testing.assert_array_equal, state, whole_state)

@@ -19,7 +19,7 @@ import numpy as np
 import optax
 
 from ft_jax import optimizer, parallel, progress
-from ft_jax.checkpoints import Checkpoints
+from ft_jax.checkpoints import Checkpoints, Damaged
 from ft_jax.data.pipeline import EvalBatches, train_batches, Transform
 from ft_jax.data.sources import Source
 from ft_jax.evaluate import evaluate, Evaluation, make_predict, PredictFn
@@ -141,14 +141,26 @@ def _begin(config: ConfigDict, checkpoints: Checkpoints, schedule: optax.Schedul
   tx = _optimizer(config, schedule, variables['params'], fresh)
   needs = all_needs(methods, begin.model)
   kept = begin.start if needs.start or needs.teacher else None
-  done = checkpoints.latest_step
-  if done is None:
-    states = {name: method.setup(begin) for name, method in methods.items()}
-  else:  # what was made then is in the checkpoint
-    saved = checkpoints.structure(done).get('methods', {})
-    states = {name: saved.get(name, {}) for name in methods}
-  state = create_state(variables, tx, start=kept, methods=states, averaged=config.average > 0)
-  return (state, tx, 0) if done is None else (checkpoints.restore(done, state), tx, done)
+  state_with = lambda states: create_state(variables, tx, start=kept, methods=states, averaged=config.average > 0)
+
+  def restore(step: int) -> TrainState:
+    saved = checkpoints.structure(step).get('methods', {})  # what was made then is in the checkpoint
+    return checkpoints.restore(step, state_with({name: saved.get(name, {}) for name in methods}))
+
+  if checkpoints.latest_step is None:
+    return state_with({name: method.setup(begin) for name, method in methods.items()}), tx, 0
+  state, done = _whole(checkpoints, lambda: checkpoints.latest_step, restore)
+  return state, tx, done
+
+
+def _whole(checkpoints: Checkpoints, choose: Callable[[], int | None], restore: Callable[[int], TrainState]) -> tuple[TrainState, int]:
+  """The state of the step that `choose` names, and the step; what is damaged is set aside until one is whole."""
+  while True:
+    step = choose()
+    try:
+      return restore(step), step
+    except Damaged as error:
+      checkpoints.set_aside(step, str(error))
 
 
 def fit(config: ConfigDict, work: Workdir, *, model: ResNet, variables: Mapping[str, Any], streams: Mapping[str, Stream],
@@ -202,8 +214,8 @@ def fit(config: ConfigDict, work: Workdir, *, model: ResNet, variables: Mapping[
   if start < plan.steps:
     step = make_train_step(model, tx, labelled, methods=methods, seed=seed, parts=config.accumulate, average=config.average)
     state = _train(run, step, state, start, _device_batches(streams, transform, seed, start, all_needs(methods, model).views))
-  best = checkpoints.best_step
-  state = parallel.replicate(checkpoints.restore(best, state))
+  state, best = _whole(checkpoints, lambda: checkpoints.best_step, lambda step: checkpoints.restore(step, state))
+  state = parallel.replicate(state)
   checkpoints.close()
   return {'best_step': best, 'steps': plan.steps, 'steps_per_epoch': len(streams[head].source) / streams[head].batch_size, 'seed': seed,
           'metric': metric, **_environment(model), **_final(run, state, best)}
