@@ -70,6 +70,8 @@ def test_workdir_holds_what_the_readme_says(finished):
     assert {'top1', 'mean_per_class', 'loss'} <= set(results[split])
   assert results['best_step'] in (6, 8, 16, 24) and results['seed'] == 0 and results['versions']['jax'] == jax.__version__
   assert results['batch_norm'] == 'statistics of each of 2 devices'
+  commit = subprocess.run(['git', 'rev-parse', 'HEAD'], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip() or None
+  assert results['commit'] in (commit, f'{commit}+')
   assert results['weights']['revision'] is None and len(results['weights']['fingerprint']) == 16
   assert 'tensors used; dropped: optimizer (of that training); heads/source (old classifier)' in printed
   lines = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]

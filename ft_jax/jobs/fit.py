@@ -5,8 +5,10 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import math
+import pathlib
 import platform
 import signal
+import subprocess
 import sys
 import time
 from typing import Any, NamedTuple
@@ -384,9 +386,21 @@ def _environment(model: ResNet) -> dict[str, Any]:
   return {
       'devices': f'{len(devices)} x {devices[0].device_kind}',
       'batch_norm': _batch_norm(model, len(devices)),
+      'commit': _commit(),
       'versions': {'python': platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}},
       'command': sys.argv,
   }
+
+
+def _commit() -> str | None:
+  """The commit of this program, with a + where files differ from it; None where it is no git checkout."""
+  git = ('git', '-C', str(pathlib.Path(__file__).parents[2]))
+  try:
+    commit = subprocess.run((*git, 'rev-parse', 'HEAD'), capture_output=True, text=True, check=True).stdout.strip()
+    changed = subprocess.run((*git, 'status', '--porcelain', '--untracked-files=no'), capture_output=True, text=True, check=True).stdout
+  except (OSError, subprocess.CalledProcessError):
+    return None
+  return commit + ('+' if changed else '')
 
 
 def _batch_norm(model: ResNet, devices: int) -> str:
