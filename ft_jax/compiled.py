@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 import contextlib
+import gc
 import tempfile
 
 import jax
@@ -28,6 +29,16 @@ def once() -> Iterator[None]:
       yield
     finally:
       _use(None, before)
+
+
+def forget() -> None:
+  """Gives back what the programs of a finished training hold.
+
+  On the CPU each of them is hundreds of mappings of memory, of which a process may have so many (Linux: vm.max_map_count, 65,530 by
+  default): after some seventy trainings the next program would find no memory.
+  """
+  jax.clear_caches()
+  gc.collect()
 
 
 def _use(folder: str | None, seconds: float) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 from etils import epath
 from ml_collections import ConfigDict
 
-from ft_jax import report
+from ft_jax import compiled, report
 from ft_jax.jobs import finetune
 from ft_jax.methods import METHODS
 from ft_jax.progress import log
@@ -30,10 +30,12 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
     finetune.check(_one_run(config, method, seeds[0]))
   work = Workdir(workdir, config.to_dict())
   results: dict[str, list[dict[str, Any]]] = {method: [] for method in methods}
-  for count, (seed, method) in enumerate((seed, method) for seed in seeds for method in methods):
-    log.info('[%d/%d] %s, seed %d', count + 1, len(methods) * len(seeds), method, seed)
-    # The images are embedded once for all of them.
-    results[method].append(finetune.run(_one_run(config, method, seed), work.path / f'{method}-{seed}', work.embeddings))
+  with compiled.once():
+    for count, (seed, method) in enumerate((seed, method) for seed in seeds for method in methods):
+      log.info('[%d/%d] %s, seed %d', count + 1, len(methods) * len(seeds), method, seed)
+      # The images are embedded once for all of them.
+      results[method].append(finetune.run(_one_run(config, method, seed), work.path / f'{method}-{seed}', work.embeddings))
+      compiled.forget()
 
   split = 'test' if results[methods[0]][0]['test'] else 'val'
   rows = [{'method': method, **{key: [run[split][key] for run in results[method]] for key in ('top1', 'mean_per_class')}}

@@ -160,6 +160,7 @@ class _Study:
         if before is not None:
           found['change'] = {'since': entries[c - 1].name, **self._changed(target, c, before, frozen)}
         before = frozen
+        compiled.forget()
         told = ', '.join(f'{name} {report.spoken([found["probes"][seed][key]["test"] for seed in seeds])}'
                          for name, key in (('linear', 'linear'), ('k-NN', 'neighbours'), ('nearest mean', 'nearest_mean')))
         log.info('[%d/%d] %s, frozen %s: %s %%', t * len(entries) + c + 1, len(entries) * len(self._targets), target.name, entry.name, told)
@@ -234,6 +235,7 @@ class _Study:
       if seed not in self._found[t][c]['ft']:
         log.info('[%d/%d] %s from %s, seed %d', count + 1, len(todo), self._targets[t].name, self._history.kept[c].name, seed)
         self._fine_tune(own, t, c, seed, folder)
+        compiled.forget()
         self.write(page=c == len(self._history.kept) - 1)  # its pictures take longer than a short fine-tuning
       if parallel.is_main() and (folder / 'checkpoints').exists():
         (folder / 'checkpoints').rmtree()  # only now: what was found with it is kept
