@@ -97,8 +97,8 @@ def get_config() -> ConfigDict:
   config.stability.probes = 100  # random vectors for the trace of the Hessian, at most; 0 leaves it out
   config.stability.tolerance = 1e-3  # relative change of the trace at which no more vectors are drawn, from ten on; 0 draws all
 
-  # job study: the workdir of a pre-training that kept checkpoints (train.keep_epochs), or a folder of files with the epoch in their names
-  config.checkpoints = ''
+  # a pre-training with train.keep_epochs keeps them; files have the epoch in their names: epoch_3.pth
+  config.checkpoints = ''  # job study: the workdir of a pre-training, or a folder of checkpoint files
   config.study = ConfigDict()  # job study: which of these checkpoints to start from
   config.study.targets = ()  # more targets beside target.name, whose splits have the same names
   config.study.seeds = (0, 1, 2)  # of the carved val split, of new heads and of the order of images

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from ft_jax import study_page
-from ft_jax.jobs import study
+from ft_jax.jobs import study_results
 from ft_jax.studies import transferability
 
 HOSTILE = '<script>alert(1)</script> & "quoted" $^$'
@@ -223,7 +223,7 @@ def test_singular_values_end_where_the_main_part_does():
 
 def test_all_that_a_study_measures_has_a_name():
   assert list(study_page.SCORES) == list(transferability.SCORES)
-  assert set(study_page.PROBES) == set(study.PROBES)
+  assert set(study_page.PROBES) == set(study_results.PROBES)
 
 
 def test_table():
