@@ -35,7 +35,7 @@ lint: $(VENV)/.installed-dev
 	@$(VENV)/bin/ruff check .
 
 bench: $(VENV)/.installed-dev
-	@for file in benchmarks/*.py; do echo "== $$file"; $(RUN) $$file; done
+	@for file in benchmarks/[a-z]*.py; do echo "== $$file"; $(RUN) $$file; done
 
 clean:
 	rm -rf $(VENV)

@@ -24,16 +24,15 @@ import importlib.util
 import json
 import os
 import pathlib
-import resource
 import subprocess
 import sys
 import tempfile
-import time
 from typing import Any
 import warnings
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
+from _measure import best, peak_megabytes, timed, verdict
 import numpy as np
 
 # POT loads every array library that it finds, unless it is told not to.
@@ -51,7 +50,7 @@ EPSILON, RHOS = 0.1, {'rho_source': 0.1, 'rho_target': 10.0}
 CHUNK = 4096
 
 
-# Data, clocks, words.
+# Data and words.
 
 def features(n: int, m: int, d: int, path: pathlib.Path | None = None) -> tuple[np.ndarray, np.ndarray]:
   """Source and target: 300 clusters, 200 of them in the source, 100 in the target, 50 in both; `path`: a file for the source."""
@@ -72,35 +71,6 @@ def _filled(rows: np.ndarray, centres: np.ndarray, seed: int) -> np.ndarray:
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
     list(pool.map(fill, range(0, len(rows), CHUNK)))
   return rows
-
-
-def timed(function: Callable[[], Any]) -> tuple[float, Any]:
-  start = time.perf_counter()
-  result = function()
-  return time.perf_counter() - start, result
-
-
-def best(functions: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-  """The best time of each, after one run that compiles; they take turns."""
-  times: dict[str, list[float]] = {name: [] for name in functions}
-  for k in range(rounds + 1):
-    for name, function in functions.items():
-      seconds = timed(function)[0]
-      if k:
-        times[name].append(seconds)
-  return {name: min(values) for name, values in times.items()}
-
-
-def peak_megabytes() -> float:
-  """Peak resident memory of this process, of mapped files too."""
-  status = pathlib.Path('/proc/self/status')
-  if status.exists():  # ru_maxrss begins with that of the process which started this one
-    return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith('VmHWM')) * 1024 / 1e6
-  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # bytes on macOS
-
-
-def verdict(met: bool, what: str) -> str:
-  return f'target: {what}: {"met" if met else "MISSED"}'
 
 
 def show(what: str, value: str, *words: str) -> None:

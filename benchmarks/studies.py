@@ -17,16 +17,15 @@ from collections.abc import Callable
 import json
 import os
 import pathlib
-import resource
 import subprocess
 import sys
 import tempfile
-import time
-from typing import Any, NamedTuple
+from typing import NamedTuple
 import warnings
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
+from _measure import best, peak_megabytes, timed, verdict
 import numpy as np
 
 STRENGTHS = (1e-3, 1e-4, 1e-5)  # on features of total variance 1, as the study makes them: those that it chooses
@@ -47,7 +46,7 @@ class Sizes(NamedTuple):
 SMALL = Sizes(300, 24, 9, 12, 3000, 64)
 
 
-# Data, clocks, words.
+# Data.
 
 def target(sizes: Sizes) -> tuple[np.ndarray, np.ndarray]:
   """Overlapping classes behind a ReLU, the variance of directions falling as in a network's features; total variance 1."""
@@ -58,33 +57,6 @@ def target(sizes: Sizes) -> tuple[np.ndarray, np.ndarray]:
   features = np.maximum(inner @ directions + 0.1, 0)
   features -= features.mean(0)
   return (features / np.sqrt(np.mean(np.sum(features ** 2, 1)))).astype(np.float32), labels
-
-
-def timed(function: Callable[[], Any]) -> tuple[float, Any]:
-  start = time.perf_counter()
-  result = function()
-  return time.perf_counter() - start, result
-
-
-def best(functions: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-  """The best time of each; they take turns."""
-  times: dict[str, list[float]] = {name: [] for name in functions}
-  for _ in range(rounds):
-    for name, function in functions.items():
-      times[name].append(timed(function)[0])
-  return {name: min(values) for name, values in times.items()}
-
-
-def peak_megabytes() -> float:
-  """Peak resident memory of this process, of mapped files too."""
-  status = pathlib.Path('/proc/self/status')
-  if status.exists():  # ru_maxrss begins with that of the process which started this one
-    return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith('VmHWM')) * 1024 / 1e6
-  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # bytes on macOS
-
-
-def verdict(met: bool, what: str) -> str:
-  return f'target: {what}: {"met" if met else "MISSED"}'
 
 
 # Logistic regression.
