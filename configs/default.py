@@ -69,6 +69,7 @@ def get_config() -> ConfigDict:
 
   config.data = ConfigDict()
   config.data.on_error = 'raise'  # an image that cannot be read: raise, or skip (all are tried first; results.json counts them)
+  config.data.timeout = 600.0  # seconds that the next images may take before a training saves its state and ends; 0 waits for ever
   config.data.cache = False  # keep the target's decoded images in memory: its size is printed first; later epochs need no decoding
 
   config.augment = ConfigDict()
@@ -140,5 +141,7 @@ def train_config() -> ConfigDict:
   train.accumulate = 1  # parts that a step's batch goes through the network in, one after the other: memory for one (GPU, TPU)
   train.eval_every = 0  # steps between evaluations on val, each with a checkpoint; 0 is a tenth of the run
   train.keep_epochs = ()  # epochs whose checkpoints stay for good, evaluated on val too, as (1, 2, 3, 5, 8); the end stays anyway
+  train.nonfinite_steps = 1  # steps in a row whose loss or gradient is not finite after which the run stops
+  train.skip_diverged = 0  # times that it goes back to its last checkpoint then, and on without the batch where it began; 0 ends it
   train.log_every = 0  # steps between lines of metrics.jsonl; 0 is a hundredth of the run
   return train

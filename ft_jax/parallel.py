@@ -1,9 +1,11 @@
-"""Devices: how a batch is shared out, how state is copied to all of them and read back."""
+"""Devices and processes: how a batch is shared out, how state is copied to all and read back, how processes agree."""
 
 from collections.abc import Mapping
+import json
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 import numpy as np
 
 # The pmapped axis: all devices of all hosts.
@@ -13,6 +15,29 @@ AXIS = 'batch'
 def is_main() -> bool:
   """Whether this process writes what is written once."""
   return jax.process_index() == 0
+
+
+def agreed(value: Any) -> Any:
+  """Process 0's value, on every process, which all must ask for alike.
+
+  What follows from the clock or from a file decides what is computed together; where processes decided differently they would wait for
+  each other for ever.
+
+  Args:
+    value: anything that JSON has; only that of process 0 counts.
+  """
+  if jax.process_count() == 1:
+    return value
+  text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+  length = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
+  # What other processes bring must have the same shape.
+  text = multihost_utils.broadcast_one_to_all(text if is_main() else np.zeros(length, np.uint8))
+  return json.loads(bytes(text.astype(np.uint8)).decode())
+
+
+def barrier(name: str) -> None:
+  """Waits until every process is here: behind it all see what process 0 wrote before it."""
+  multihost_utils.sync_global_devices(name)
 
 
 def check_batch(size: int, what: str) -> None:
