@@ -75,7 +75,7 @@ def _below(folder: pathlib.Path, above: tuple[tuple[int, int], ...] = ()) -> Ite
 def _listed(path: pathlib.Path, name: str) -> list[str]:
   try:
     # Editors on Windows begin a file with a mark.
-    lines = [line.strip() for line in path.read_text(encoding='utf-8-sig').splitlines() if line.strip()]
+    lines = [line.strip() for line in path.read_text(encoding='utf-8-sig').split('\n') if line.strip()]
   except UnicodeDecodeError as error:
     raise ValueError(f'config.predict.images: {name} is neither text, one path a line, nor does its name end as that of an image: '
                      f'{", ".join(IMAGE_ENDINGS)}') from error

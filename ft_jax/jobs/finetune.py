@@ -291,6 +291,7 @@ def _given(path: str, pool: Source, unreadable: Sequence[str] = ()) -> selection
     return _of_ids(path, _read_ids(path, str(pool.ids[0])), pool, unreadable)
   chosen = selection.Selection.load(path)
   if chosen.source.get('fingerprint') == pool.fingerprint:
+    _check_fits(path, chosen, pool)
     return chosen
   if chosen.by == 'class' and tuple(chosen.names) == pool.class_names:
     return dataclasses.replace(chosen, rows=None, ids=None, row_units=None, counts=np.bincount(pool.labels, minlength=len(chosen.scores)))
@@ -300,9 +301,17 @@ def _given(path: str, pool: Source, unreadable: Sequence[str] = ()) -> selection
   return _of_ids(path, chosen.ids.tolist(), pool, unreadable)
 
 
+def _check_fits(path: str, chosen: selection.Selection, pool: Source) -> None:
+  """Raises ValueError where a file that says it was made for the pool was not: anybody can write that."""
+  known = chosen.by == 'class' or chosen.rows is not None
+  if not known or chosen.by == 'class' and tuple(chosen.names) != pool.class_names or \
+      chosen.rows is not None and len(chosen.rows) and chosen.rows.max() >= len(pool):
+    raise ValueError(f'{path} says that it was made for {pool.name}, but its {NOUNS[chosen.by]} are not of it; select again')
+
+
 def _read_ids(path: str, example: str) -> list[str]:
   try:
-    lines = pathlib.Path(path).read_text(encoding='utf-8-sig').splitlines()  # with or without a mark at its start
+    lines = pathlib.Path(path).read_text(encoding='utf-8-sig').split('\n')  # with or without a mark at its start
   except UnicodeDecodeError as error:
     raise ValueError(f'{path} is no text (UTF-8); expected ids of images, one a line, such as {example!r}') from error
   ids = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
