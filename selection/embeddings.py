@@ -131,11 +131,20 @@ class Embeddings:
   def load(cls, path: str | os.PathLike[str]) -> 'Embeddings':
     """Reads what `save` wrote; raises ValueError for anything else."""
     try:
+      _check_sizes(path)
       with open(path, 'rb') as stream, np.load(stream, allow_pickle=False) as saved:
         fields = {name: saved[name] for name in saved.files}
       return cls(**{**fields, 'fingerprint': str(fields.get('fingerprint', ''))})
-    except (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
-      raise ValueError(f'{path} holds no embeddings ({error}); remove it to have it made again') from error
+    except Exception as error:  # a damaged zip file makes the libraries raise almost anything: zlib.error, MemoryError, ...
+      raise ValueError(f'{path} holds no embeddings ({error or type(error).__name__}); remove it to have it made again') from error
+
+
+def _check_sizes(path: str | os.PathLike[str]) -> None:
+  """Raises ValueError where a small file would fill the memory: parts that are compressed, or lie on each other."""
+  with zipfile.ZipFile(path) as archive:
+    parts = archive.infolist()
+  if any(part.compress_type != zipfile.ZIP_STORED for part in parts) or sum(part.file_size for part in parts) > os.path.getsize(path):
+    raise ValueError('it is compressed, or says that it is larger than it is')
 
 
 def check_same_encoder(dimensions: tuple[int, int], fingerprints: tuple[str, str]) -> None:

@@ -91,12 +91,14 @@ def _train(config: ConfigDict, work: Workdir, splits: setup.Splits, pool: Source
   return {
       'job': 'finetune', **results,
       'target': {'name': config.target.name, 'classes': len(splits.train.class_names), 'fingerprint': splits.train.fingerprint,
-                 'train': len(splits.train), 'val': len(splits.val), 'test': len(splits.test) if splits.test else 0},
+                 'train': len(splits.train), 'val': len(splits.val), 'test': len(splits.test) if splits.test else 0,
+                 'fingerprints': setup.split_fingerprints(splits)},
       'source': None if pool is None else {
           'name': config.source.name, 'classes': len(pool.class_names), 'images': len(pool), 'fingerprint': pool.fingerprint},
       'selection': None if chosen is None else {
           'method': chosen.method, 'by': chosen.by, 'noun': NOUNS[chosen.by], 'units': len(chosen.units),
-          'classes': list(chosen.class_names), 'images': len(streams['source'].source)},
+          'classes': list(chosen.class_names), 'images': len(streams['source'].source),
+          'fingerprint': streams['source'].source.fingerprint},
       'weights': weights.about if weights else None}
 
 
