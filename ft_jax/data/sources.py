@@ -282,12 +282,13 @@ def _list_classes(root: pathlib.Path, part: SplitPart, name: str) -> dict[str, l
 
 
 def _folders(path: pathlib.Path) -> list[str]:
-  return sorted(e.name for e in os.scandir(path) if e.is_dir() and not e.name.startswith('.'))
+  # Not the entry's own methods, which raise for a link to itself.
+  return sorted(e.name for e in os.scandir(path) if os.path.isdir(e.path) and not e.name.startswith('.'))
 
 
 def _images(path: pathlib.Path) -> list[pathlib.Path]:
   return [path / e.name for e in os.scandir(path)
-          if e.name.lower().endswith(IMAGE_ENDINGS) and not e.name.startswith('.') and e.is_file()]
+          if e.name.lower().endswith(IMAGE_ENDINGS) and not e.name.startswith('.') and os.path.isfile(e.path)]
 
 
 # --- TFDS ---
