@@ -485,7 +485,7 @@ NAMES = st.text(st.sampled_from('<>&"\'/!-$\\{}^_%=`;#]\x00\x1b\r\n\t\u202e\u05d
 
 
 @pytest.mark.filterwarnings('ignore:.*Glyph:UserWarning', 'ignore:Matplotlib currently does not support:UserWarning')
-@settings(max_examples=EXAMPLES or 3, **FUZZ)
+@settings(max_examples=EXAMPLES or 2, **FUZZ)
 @given(given=st.lists(NAMES, min_size=4, max_size=4))
 def test_a_report_shows_names_and_nothing_else(tmp_path_factory, given):
   check_page(tmp_path_factory.getbasetemp() / 'page', given)
