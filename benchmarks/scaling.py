@@ -173,8 +173,9 @@ def show_times(args: argparse.Namespace) -> None:
     print(f'| {devices} | {processes} | {1e3 * of["seconds"]:.0f} | {of["seconds"] / one["seconds"]:.2f} | {of["loss"]:.5f} |')
   two = found[2, 2]['seconds'] / found[2, 1]['seconds']
   losses = Counter(round(of['loss'], 3) for of in found.values())
-  print(f'So the same work takes {found[8, 1]["seconds"] / one["seconds"]:.2f} times as long on 8 devices of one machine as on one, and {two:.2f} '
-        f'times as long on two processes as on two devices of one; the loss is {"the same" if len(losses) == 1 else "NOT the same"}.')
+  eight = found[8, 1]['seconds'] / one['seconds']
+  print(f'So the same work takes {eight:.2f} times as long on 8 devices of one machine as on one, and {two:.2f} times as long on two '
+        f'processes as on two devices of one; the loss is {"the same" if len(losses) == 1 else "NOT the same"}.')
 
 
 def main() -> None:
