@@ -158,7 +158,7 @@ def show_bytes(args: argparse.Namespace) -> None:
           f'({reduced.operations}, {reduced.arrays}) | {sum(of.size for of in other) / 1e6:.3f} | {total[row["case"]]:.3f} |')
   if 'plain' in total:
     print(f'So a plain step sends its gradients, its running statistics and a few numbers: {100 * (total["plain"] - 1):.1f} % more than '
-          f'the gradients alone; the case that sends most sends {max(total.values()):.2f} times its gradients.')
+          f'the gradients alone; the case that sends most sends {max(total.values()):.3f} times its gradients.')
 
 
 def show_times(args: argparse.Namespace) -> None:

@@ -2,6 +2,7 @@
 
 import ast
 from collections.abc import Iterator
+import copy
 import csv
 import dataclasses
 import html.parser
@@ -103,20 +104,12 @@ def test_a_small_file_cannot_hold_many_numbers(tmp_path):
     archive.writestr('a/data.pkl', state(tensor(b'a', size)))
     archive.writestr('a/data/0', data)
     for k in range(1, 50):  # further names of the same bytes
-      info = archive.getinfo('a/data/0')
-      info = dataclasses.replace(info) if dataclasses.is_dataclass(info) else _copied(info)
+      info = copy.copy(archive.getinfo('a/data/0'))
       info.filename = f'a/data/{k}'
       archive.filelist.append(info)
     archive._didModify = True
-  with pytest.raises(ValueError, match='its parts are larger than the file|cannot be read as a state dict'):
+  with pytest.raises(ValueError, match='its parts are larger than the file'):
     torch_files.read(path)
-
-
-def _copied(info: zipfile.ZipInfo) -> zipfile.ZipInfo:
-  copied = zipfile.ZipInfo(info.filename, info.date_time)
-  for name in ('CRC', 'compress_size', 'file_size', 'header_offset', 'compress_type', 'external_attr'):
-    setattr(copied, name, getattr(info, name))
-  return copied
 
 
 def test_a_zip_file_writes_nothing(tmp_path):
