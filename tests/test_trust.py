@@ -80,6 +80,14 @@ def test_a_pickle_cannot_take_all_memory_or_time(tmp_path, content):
     torch_files.read(torch_zip(tmp_path / 'a.pth', b'\x80\x02' + content))
 
 
+def test_a_size_is_made_of_numbers(tmp_path):
+  """Else a list that grows after it was counted would become a tuple of tuples, twenty times over."""
+  levels = b''.join(b']q%c(h%ch%ce0ctorch\nSize\nh%c\x85Rq%c' % (2 * k + 1, 2 * k, 2 * k, 2 * k + 1, 2 * k + 2) for k in range(24))
+  content = b'\x80\x02}(K\x01\x85q\x00' + levels + b'K\x01u.'
+  with pytest.raises(ValueError, match='a.pth is damaged: it describes a size as'):
+    torch_files.read(torch_zip(tmp_path / 'a.pth', content))
+
+
 def tensor(name: bytes, size: int) -> bytes:
   """Of `size` float16 numbers of the storage '0', in the pickle of a state dict."""
   text = lambda value: b'X' + len(value).to_bytes(4, 'little') + value

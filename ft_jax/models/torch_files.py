@@ -250,7 +250,8 @@ def _check_size(stream: BinaryIO) -> None:
   A few bytes name a place of the memo far away, and all the places before it are made; or they put a tuple twice into a tuple, and that
   again, sixty times, whose hash or text takes for ever.
   """
-  # Of each object on the stack and in the memo, how many there are in it, counted as often as they are in it.
+  # Of each object on the stack and in the memo, how many there are in it, counted as often as they are in it. Lists and dicts may grow
+  # later; they have no hash, and nothing that a pickle may call makes a tuple of what is in them.
   stack: list[int | None] = []  # None is a mark
   memo: dict[int, int] = {}
   for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
@@ -264,12 +265,11 @@ def _check_size(stream: BinaryIO) -> None:
     if opcode.name in ('GET', 'BINGET', 'LONG_BINGET'):
       inside = memo.get(argument, 1)
     stack += [None if kind is pickletools.markobject else inside for kind in opcode.stack_after]
-    if opcode.name in ('PUT', 'BINPUT', 'LONG_BINPUT', 'MEMOIZE') and stack:
-      argument = len(memo) if argument is None else argument
-      memo[argument] = stack[-1] or 0
-      if argument > count:
-        inside = _MOST_OBJECTS + 1
-    if max(inside, count) > _MOST_OBJECTS:
+    place = 0
+    if opcode.name in ('PUT', 'BINPUT', 'LONG_BINPUT', 'MEMOIZE'):
+      place = len(memo) if argument is None else argument
+      memo[place] = stack[-1] or 0 if stack else 0
+    if place > count or max(inside, count) > _MOST_OBJECTS:
       raise _Unreadable('is not read: its pickle would take far more memory or time than a state dict')
 
 
@@ -310,13 +310,20 @@ def _rebuild_tensor(storage: _Storage, offset: int, shape: tuple[int, ...], stri
   return _Tensor(storage, offset, tuple(shape), tuple(stride))
 
 
+def _size(numbers: tuple[int, ...] = ()) -> tuple[int, ...]:
+  """`torch.Size`."""
+  if not isinstance(numbers, (tuple, list)) or not all(isinstance(n, int) for n in numbers):
+    raise _Unreadable(f'is damaged: it describes a size as {reprlib.repr(numbers)}')
+  return tuple(numbers)
+
+
 def _rebuild_parameter(data: _Tensor, *_: Any) -> _Tensor:
   return data
 
 
 _ALLOWED: dict[tuple[str, str], Any] = {
     ('collections', 'OrderedDict'): collections.OrderedDict,
-    ('torch', 'Size'): tuple,
+    ('torch', 'Size'): _size,
     ('torch._utils', '_rebuild_tensor'): _rebuild_tensor,
     ('torch._utils', '_rebuild_tensor_v2'): _rebuild_tensor,
     ('torch._utils', '_rebuild_parameter'): _rebuild_parameter,
