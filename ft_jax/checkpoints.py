@@ -64,7 +64,7 @@ class Checkpoints:
     self.wait()
     path = self._folder / str(step)
     with self._written(path):
-      if not self._folder.exists():  # orbax would make it anew, and in it a run without its beginning
+      if not files.is_url(path) and not self._folder.exists():  # orbax would make it anew, and in it a run without its beginning
         raise FileNotFoundError(errno.ENOENT, 'there is no such folder any more', str(self._folder))
       self._saving = step
       self._manager.save(step, metrics=metrics, args=ocp.args.Composite(
@@ -264,9 +264,9 @@ def _move(folder: epath.Path, to: epath.Path) -> None:
 
 def _objects(folder: epath.Path) -> Iterator[epath.Path]:
   for path in folder.iterdir():
-    if path.name != folder.name and path.is_dir():
+    if path.is_dir():
       yield from _objects(path)
-    elif path.name != folder.name:  # which some clients list in itself
+    elif path.exists():  # some clients list a folder in itself
       yield path
 
 

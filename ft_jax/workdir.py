@@ -41,7 +41,10 @@ class Workdir:
     if files.is_url(self.path):
       files.make_folder(self.path)
     wanted = json.loads(json.dumps(config))
-    before = read_config(self.path)
+    try:
+      before = read_config(self.path)
+    except OSError as error:  # nobody may even look
+      raise files.Unwritable(self.path, error) from error
     if before is None:
       if self.path.exists() and (not self.path.is_dir() or not all(files.is_leftover(entry.name) for entry in self.path.iterdir())):
         raise ValueError(f'workdir {self.path} is not empty and holds no run (no config.json of one); give another --workdir')

@@ -40,11 +40,14 @@ class Unwritable(OSError):
       then: what to do when it is mended.
       before: what is to be said of what was written before.
     """
-    number = _number(error)
+    number, text = _number(error), ' '.join(str(error).split())[:300]
     if isinstance(error, Unwritable):
       self.problem, self.mend = error.problem, error.mend
+    elif is_url(path):  # nobody misses a folder there
+      missing = f'there is no bucket {_bucket(path)}, or it may not be seen from here'
+      self.problem, self.mend = f'{os.fspath(path)} cannot be written: {missing if isinstance(error, FileNotFoundError) else text}', ''
     else:
-      what, self.mend = _REASONS.get(number, (' '.join(str(error).split())[:300], ''))
+      what, self.mend = _REASONS.get(number, (text, ''))
       self.problem = f'{os.fspath(path)} cannot be written: {what}{_room(path) if number in _OF_ROOM else ""}'
     self.mend = self.mend.format(user=_user())
     super().__init__(f'{self.problem}. {before or "What was written before stays as it was"}; '
@@ -99,9 +102,8 @@ def make_folder(path: epath.PathLike) -> epath.Path:
   try:
     path.exists()
   except Exception as error:  # its client, the network and the login have errors of their own
-    bucket = os.fspath(path).split('/')[2]
     reason = ' '.join(f'{type(error).__name__}: {error}'.split())[:300]
-    raise OSError(f'{path} cannot be reached ({reason}); is there a bucket {bucket}, and may this machine use it '
+    raise OSError(f'{path} cannot be reached ({reason}); is there a bucket {_bucket(path)}, and may this machine use it '
                   '(gcloud auth application-default login)?') from error
   return path
 
@@ -164,8 +166,13 @@ def is_leftover(name: str) -> bool:
   return name.startswith('.') and name.endswith('.tmp')
 
 
-def append(path: epath.PathLike, data: bytes) -> None:
+def append(path: epath.PathLike, data: bytes, sync: bool = False) -> None:
   """Adds to a file that is there, wholly or not at all; not to an object.
+
+  Args:
+    path: the file.
+    data: what is added.
+    sync: whether it is there after a power cut too.
 
   Raises:
     Unwritable: it cannot be written, or is not there any more.
@@ -178,6 +185,8 @@ def append(path: epath.PathLike, data: bytes) -> None:
         rest = memoryview(data)
         while rest:
           rest = rest[os.write(file, rest):]
+        if sync:
+          os.fsync(file)
       except OSError:
         with contextlib.suppress(OSError):
           os.ftruncate(file, before)
@@ -196,6 +205,10 @@ def _number(error: BaseException | None) -> int | None:
     return error.errno
   found = re.search(r"os_error_code='(\d+)'", str(error))
   return int(found[1]) if found else _number(error.__cause__)
+
+
+def _bucket(path: epath.PathLike) -> str:
+  return os.fspath(path).split('/')[2]
 
 
 def _room(path: epath.PathLike) -> str:

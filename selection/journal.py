@@ -101,13 +101,9 @@ class ScoreFile:
     del begin
     if self._path is None:
       return
-    try:
-      with open(self._path, 'ab') as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())  # the length of the file says how far the pass is, also after a power cut
-    except OSError as error:
-      raise files.Unwritable(self._path, error) from error
+    if not self._path.exists():
+      files.write_whole(self._path, b'')
+    files.append(self._path, data, sync=True)  # the length of the file says how far the pass is
 
   def all(self) -> np.ndarray:
     """All scores, float32 `[n]`."""
