@@ -33,6 +33,8 @@ class Checkpoints:
                keep: Collection[int] = ()):
     """Takes up what is there.
 
+    With each checkpoint goes how many devices the run had, from which step on: `devices`.
+
     Args:
       workdir: the run's.
       made_from: what the run depends on beside its config, as fingerprints by name; kept with each checkpoint.
@@ -42,6 +44,7 @@ class Checkpoints:
     self._about = {'format_version': FORMAT_VERSION, 'made_from': dict(made_from or {})}
     self._folder = folder = files.absolute(workdir) / 'checkpoints'
     self._saving: int | None = None
+    self.devices: list[list[int]] = [[0, jax.device_count()]]
     _check_metrics(folder, read_only)
     logging.getLogger('absl').addFilter(_is_news)
     policies = ocp.checkpoint_managers
@@ -58,17 +61,27 @@ class Checkpoints:
   def save(self, step: int, state: Any, metrics: dict[str, float] | None) -> None:
     """Saves a state (on the host) after `step` steps, with val's `score` (best is highest) and `loss` where it was evaluated.
 
+    A step that is there already was evaluated later than it was saved, or else needs no saving.
+
     Raises:
       OSError: this one or the one before, which was written in the background, could not be written; those before it are as they were.
     """
-    self.wait()
+    self.wait()  # what is being written cannot be looked at
     path = self._folder / str(step)
     with self._written(path):
       if not files.is_url(path) and not self._folder.exists():  # orbax would make it anew, and in it a run without its beginning
         raise FileNotFoundError(errno.ENOENT, 'there is no such folder any more', str(self._folder))
+      if step in self._manager.all_steps():
+        if metrics is None or self.evaluated(step):
+          return
+        self._manager.delete(step)
       self._saving = step
-      self._manager.save(step, metrics=metrics, args=ocp.args.Composite(
-          state=ocp.args.StandardSave(state), about=ocp.args.JsonSave({**self._about, 'step': step, 'digest': _digest(state)})))
+      about = {**self._about, 'step': step, 'devices': self.devices, 'digest': _digest(state)}
+      self._manager.save(step, metrics=metrics, args=ocp.args.Composite(state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(about)))
+
+  def evaluated(self, step: int) -> bool:
+    """Whether the checkpoint of a step has metrics."""
+    return bool(self._manager.metrics(step))
 
   @property
   def latest_step(self) -> int | None:
@@ -108,6 +121,9 @@ class Checkpoints:
         raise
       raise Damaged(f'the checkpoint {folder} cannot be read ({_short(error)})') from error
     _check_same(folder, state, about)
+    self.devices = about.get('devices') or self.devices  # checkpoints of before do not say
+    if self.devices[-1][1] != jax.device_count():
+      self.devices = [*self.devices, [step, jax.device_count()]]
     return state
 
   def set_aside(self, step: int, why: str) -> None:

@@ -18,7 +18,8 @@ from ft_jax import parallel
 from selection import files
 
 # Fields that may change between two starts of one run. What they do to its images, the checkpoints notice.
-FREE = ('config.data.cache ', 'config.data.on_error ')
+FREE = ('config.data.cache ', 'config.data.on_error ', 'config.data.timeout ', 'config.train.nonfinite_steps ',
+        'config.train.skip_diverged ', 'config.pretrain.nonfinite_steps ', 'config.pretrain.skip_diverged ')
 # Where nothing can be added to, a growing file is written again so often at most, in seconds.
 EVERY = 10.0
 # A checkpoint on object storage is whole when this is in it: orbax writes it last, as nothing can be renamed there.
@@ -112,23 +113,35 @@ class MetricsWriter:
       OSError: as of every other function here, where something cannot be written.
     """
     self._lines = self._events = None
+    self._begun: dict[str, float] = {}
     if not parallel.is_main():
       return
     path = workdir.metrics_jsonl
     text = path.read_text() if path.exists() else ''
     # A line that was cut short has no newline at its end.
     whole = [line for line in text.splitlines(keepends=True) if line.endswith('\n')]
-    self._lines = _Growing(path, ''.join(line for line in whole if json.loads(line)['step'] <= start).encode())
+    lines = [line for line in whole if json.loads(line)['step'] <= start]
+    self._lines = _Growing(path, ''.join(lines).encode())
+    if lines and (last := json.loads(lines[-1]))['step'] == start:
+      self._begun, self._before = last, ''.join(lines[:-1])
     name = f'events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}'
     begin = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
     self._events = _Growing(workdir.path / 'tensorboard' / name, _record(event_pb2.Event(file_version='brain.Event:2')) + _record(
         event_pb2.Event(step=start + 1, session_log=begin)))  # what follows replaces what an earlier start wrote of these steps
 
-  def write(self, step: int, metrics: Mapping[str, float]) -> None:
-    """Adds the metrics of one step."""
-    if self._lines is not None:
-      self._lines.add((json.dumps({'step': step, **metrics}) + '\n').encode())
-      self._events.add(b''.join(_record(event_pb2.Event(step=step, summary=scalar(key, value))) for key, value in metrics.items()))
+  def write(self, step: int, metrics: Mapping[str, float]) -> dict[str, float]:
+    """Adds the metrics of one step, to those that it has where it is the one to go on from; returns them all."""
+    before = self._begun if self._begun.get('step') == step else {}
+    line = {'step': step, **before, **metrics}
+    if self._lines is None:
+      return line
+    text = json.dumps(line) + '\n'
+    if before:
+      self._lines.replace((self._before + text).encode())
+    else:
+      self._lines.add(text.encode())
+    self._events.add(b''.join(_record(event_pb2.Event(step=step, summary=scalar(key, value))) for key, value in metrics.items()))
+    return line
 
   def flush(self) -> None:
     """Writes what is kept back, on object storage; called before each checkpoint, behind which no line may be missing."""
@@ -145,14 +158,20 @@ class _Growing:
   """A file that is added to; on object storage it is kept in memory, and written again as a whole from time to time."""
 
   def __init__(self, path: epath.Path, begin: bytes):
-    """Replaces what is there by `begin`, where it is not that."""
-    self._path, self._data, self._written = path, bytearray(begin), time.monotonic()
-    self._url, self._behind = files.is_url(path), False
+    """Begins with `begin`, whatever is there."""
+    self._path, self._url = path, files.is_url(path)
     with resumable(path):
       if not self._url:
         path.parent.mkdir(exist_ok=True)
-      if not path.exists() or path.read_bytes() != begin:
-        files.write_whole(path, begin)
+      same = path.exists() and path.read_bytes() == begin
+    self._data, self._behind, self._written = bytearray(begin), False, time.monotonic()
+    if not same:
+      self.replace(begin)
+
+  def replace(self, data: bytes) -> None:
+    """Puts this in the place of all that is there."""
+    self._data, self._behind = bytearray(data), True
+    self.flush()
 
   def add(self, data: bytes) -> None:
     """Adds to it."""
