@@ -3,9 +3,13 @@
 from collections.abc import Collection, Iterator, Mapping
 import contextlib
 import errno
+import functools
 import hashlib
 import json
 import logging
+import os
+import shutil
+import sys
 from typing import Any, NamedTuple
 
 from etils import epath
@@ -46,7 +50,7 @@ class Checkpoints:
     self._saving: int | None = None
     self.devices: list[list[int]] = [[0, jax.device_count()]]
     _check_metrics(folder, read_only)
-    logging.getLogger('absl').addFilter(_is_news)
+    _quieten()
     policies = ocp.checkpoint_managers
     policy = policies.AnyPreservationPolicy([
         policies.LatestN(1), policies.BestN(get_metric_fn=_rank, n=1, keep_checkpoints_without_metrics=False), policies.CustomSteps(keep)])
@@ -69,8 +73,7 @@ class Checkpoints:
     self.wait()  # what is being written cannot be looked at
     path = self._folder / str(step)
     with self._written(path):
-      if not files.is_url(path) and not self._folder.exists():  # orbax would make it anew, and in it a run without its beginning
-        raise FileNotFoundError(errno.ENOENT, 'there is no such folder any more', str(self._folder))
+      self._check_folder()
       if step in self._manager.all_steps():
         if metrics is None or self.evaluated(step):
           return
@@ -78,6 +81,18 @@ class Checkpoints:
       self._saving = step
       about = {**self._about, 'step': step, 'devices': self.devices, 'digest': _digest(state)}
       self._manager.save(step, metrics=metrics, args=ocp.args.Composite(state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(about)))
+
+  def _check_folder(self) -> None:
+    """Raises OSError where it can be foreseen that a checkpoint cannot be written: in the background it is noticed an evaluation later."""
+    if files.is_url(self._folder):
+      return
+    if not self._folder.exists():  # orbax would make it anew, and in it a run without its beginning
+      raise FileNotFoundError(errno.ENOENT, 'there is no such folder any more', str(self._folder))
+    if (steps := saved_steps(self._folder.parent)) and parallel.is_main():
+      last = sum(os.path.getsize(os.path.join(folder, name))
+                 for folder, _, names in os.walk(self._folder / str(steps[-1])) for name in names)
+      if shutil.disk_usage(self._folder).free < 0.9 * last:  # it is about as large as the one before, which goes when it is whole
+        raise OSError(errno.ENOSPC, 'less room than the last checkpoint takes', str(self._folder))
 
   def evaluated(self, step: int) -> bool:
     """Whether the checkpoint of a step has metrics."""
@@ -286,9 +301,18 @@ def _objects(folder: epath.Path) -> Iterator[epath.Path]:
       yield path
 
 
-def _is_news(record: logging.LogRecord) -> bool:
-  """False for the pages that orbax's threads write of errors that `save` or `wait` raises."""
-  return record.levelno < logging.ERROR or '/orbax/' not in record.pathname
+@functools.cache
+def _quieten() -> None:
+  """Keeps the pages back that orbax's and tensorstore's threads write of errors that `save` or `wait` raises."""
+  logging.getLogger('absl').addFilter(lambda record: record.levelno < logging.ERROR or '/orbax/' not in record.pathname)
+  show = sys.unraisablehook
+
+  def show_others(raised: Any) -> None:
+    # Where one part of a checkpoint could not be written, nobody waits for the others any more, which tensorstore then tells.
+    if str(raised.exc_value) != 'Event loop is closed':
+      show(raised)
+
+  sys.unraisablehook = show_others
 
 
 def _check_whole(folder: epath.Path) -> dict[str, Any]:

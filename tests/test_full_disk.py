@@ -19,8 +19,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 FIELDS = {'model.width': 4, 'image_size': 16, 'augment.short_side': 16, 'model.weights': '', 'source.name': '', 'selection.method': 'none',
           'train.steps': 12, 'train.eval_every': 4, 'train.log_every': 2, 'train.batch_size': 16,
           'train.learning_rate_groups': (('.*', 1.0),)}
-# Room for one checkpoint of such a run (480 kB) and not for two.
-SMALL = '800k'
+# Room for no checkpoint of such a run (480 kB), and for one, but not for two.
+TINY, SMALL = '300k', '800k'
 IN_NAMESPACE = ['unshare', '--user', '--map-root-user', '--mount']
 
 
@@ -45,14 +45,22 @@ def found(tmp_path_factory):
   return json.loads(run.stdout.splitlines()[-1])
 
 
-def test_a_full_disk_ends_the_run_and_room_lets_it_go_on(found):
-  """The checkpoint is written in the background, so its error comes late; the one before it stays, and so does every line."""
+def test_a_full_disk_ends_the_run(found):
+  """The first checkpoint is written in the background, so its error comes late, from a thread; every line of metrics stays."""
   first = found['full']
   assert first['status'] == 1 and 'Traceback' not in first['printed'] and first['printed'].count('\nerror: ') == 1
   error = first['printed'].splitlines()[-1]
-  assert 'run/checkpoints/8 cannot be written: the disk is full (' in error and ' are free)' in error
+  assert 'PLACE/run/checkpoints/4 cannot be written: the disk is full (' in error and ' are free)' in error
+  assert error.endswith('What was written before stays as it was; make room there, and the same command goes on')
+  assert first['steps'] == [] and len(first['lines']) >= 2 and first['lines'] == found['undisturbed']['lines'][:len(first['lines'])]
+
+
+def test_too_little_room_for_a_second_checkpoint(found):
+  """It is foreseen; the one before it stays."""
+  error, left = found['small']
+  assert 'PLACE/run/checkpoints/8 cannot be written: the disk is full (' in error
   assert error.endswith('the newest whole checkpoint is PLACE/run/checkpoints/4; make room there, and the same command goes on')
-  assert first['steps'] == [4] and first['lines'][:3] == found['undisturbed']['lines'][:3]
+  assert left['steps'] == [4] and [line['step'] for line in left['lines']] == [2, 4, 6, 8]
 
 
 def test_a_disk_that_becomes_read_only(found):
@@ -122,7 +130,7 @@ def left(workdir: pathlib.Path) -> dict:
   lines = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
   results = json.loads((workdir / 'results.json').read_text()) if (workdir / 'results.json').exists() else {}
   return {'steps': steps, 'lines': [{k: v for k, v in line.items() if k not in ('images_per_second', 'waiting_share')} for line in lines],
-          'digest': json.loads((workdir / 'checkpoints' / str(steps[-1]) / 'about' / 'metadata').read_text())['digest'],
+          'digest': steps and json.loads((workdir / 'checkpoints' / str(steps[-1]) / 'about' / 'metadata').read_text())['digest'],
           'results': {k: v for k, v in results.items() if k != 'command'}}
 
 
@@ -162,11 +170,14 @@ def disks(place: str) -> dict:
   finetune.run(config(), work)
   result['undisturbed'] = left(work)
 
-  mount(place, f'size={SMALL}')
+  mount(place, f'size={TINY}')
   flags = [f'--config.{name}={value}' for name, value in FIELDS.items()]
   run = subprocess.run([sys.executable, 'main.py', '--config=configs/digits.py', *flags, f'--workdir={work}'], cwd=ROOT,
                        capture_output=True, text=True, check=False)
   result['full'] = {'status': run.returncode, 'printed': run.stderr.replace(place, 'PLACE'), **left(work)}
+
+  subprocess.run(['mount', '-o', f'remount,size={SMALL}', place], check=True)
+  result['small'] = said(finetune.run, config(), work).replace(place, 'PLACE'), left(work)
   subprocess.run(['mount', '-o', 'remount,size=16m', place], check=True)
 
   with before_checkpoint(8, lambda: subprocess.run(['mount', '-o', 'remount,ro', place], check=True)):

@@ -216,4 +216,4 @@ def test_a_whole_run_is_killed_and_goes_on(bucket):
   assert results['test']['images'] == 252 and saved_steps('gs://bucket/runs/one')[-1] == 12
   assert b'</html>' in bucket.read('runs/one/report.html') and not bucket.refused
   assert {name.split('/')[2] for name in bucket.names('runs/one/')} == {
-      'config.json', 'selection.json', 'metrics.jsonl', 'tensorboard', 'checkpoints', 'results.json', 'report.html'}
+      'config.json', 'selection.json', 'embeddings', 'metrics.jsonl', 'tensorboard', 'checkpoints', 'results.json', 'report.html'}
