@@ -7,7 +7,6 @@ place and moved there, which comes to the same.
 from collections.abc import Iterator
 import contextlib
 import errno
-import getpass
 import importlib.util
 import io
 import os
@@ -225,9 +224,11 @@ def _room(path: epath.PathLike) -> str:
 
 def _user() -> str:
   try:
-    return getpass.getuser()
-  except (KeyError, OSError):  # one without a name, as in some containers
-    return f'user {os.getuid()}'
+    import pwd
+
+    return pwd.getpwuid(os.geteuid()).pw_name
+  except (ImportError, KeyError):  # on Windows; one without a name, as in some containers
+    return 'this user'
 
 
 def _without_caches(kind: str) -> None:
