@@ -1,17 +1,29 @@
 """The folder of a run: what lies where, and how it is written. Every file is written whole or not at all."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+import contextlib
 import json
+import os
+import socket
+import struct
+import time
 from typing import Any
 
 from etils import epath
-import tensorboardX
+from tensorboardX.proto import event_pb2
+from tensorboardX.record_writer import masked_crc32c
+from tensorboardX.summary import scalar
 
 from ft_jax import parallel
+from selection import files
 
 # Fields that may change between two starts of one run. What they do to its images, the checkpoints notice.
 FREE = ('config.data.cache ', 'config.data.on_error ', 'config.data.timeout ', 'config.train.nonfinite_steps ',
         'config.train.skip_diverged ', 'config.pretrain.nonfinite_steps ', 'config.pretrain.skip_diverged ')
+# Where nothing can be added to, a growing file is written again so often at most, in seconds.
+EVERY = 10.0
+# A checkpoint on object storage is whole when this is in it: orbax writes it last, as nothing can be renamed there.
+_COMMITTED = 'commit_success.txt'
 
 
 class Workdir:
@@ -24,14 +36,21 @@ class Workdir:
 
     Raises:
       ValueError: it belongs to a run with another config, and names the fields that differ; or to something else.
+      OSError: it cannot be made, written to or reached.
     """
-    self.path = epath.Path(path)
+    self.path = files.located(path)
+    if files.is_url(self.path):
+      files.make_folder(self.path)
     wanted = json.loads(json.dumps(config))
-    before = read_config(self.path)
+    try:
+      before = read_config(self.path)
+    except OSError as error:  # nobody may even look
+      raise files.Unwritable(self.path, error) from error
     if before is None:
-      if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+      if self.path.exists() and (not self.path.is_dir() or not all(files.is_leftover(entry.name) for entry in self.path.iterdir())):
         raise ValueError(f'workdir {self.path} is not empty and holds no run (no config.json of one); give another --workdir')
-      self.path.mkdir(parents=True, exist_ok=True)
+      if parallel.is_main():
+        files.make_folder(self.path)
     else:
       every = _differences(before, wanted)
       if not every:
@@ -53,8 +72,7 @@ class Workdir:
 
   def has_checkpoint(self) -> bool:
     """Whether there is a state to go on from."""
-    folder = self.path / 'checkpoints'
-    return folder.exists() and any(step.name.isdigit() for step in folder.iterdir())
+    return bool(saved_steps(self.path))
 
   def results(self) -> dict[str, Any] | None:
     """What results.json holds, or None where the run has not come to its end."""
@@ -76,44 +94,113 @@ def read_config(path: epath.PathLike) -> dict[str, Any] | None:
   return config if isinstance(config, dict) and {'job', 'seed', 'train'} <= set(config) else None
 
 
+def saved_steps(path: epath.PathLike) -> list[int]:
+  """The steps of the whole checkpoints of a run, in order, as far as names tell; [] where there are none."""
+  try:
+    found = [folder for folder in (epath.Path(path) / 'checkpoints').iterdir() if folder.name.isdigit()]
+  except (FileNotFoundError, NotADirectoryError):
+    return []
+  return sorted(int(folder.name) for folder in found if not files.is_url(folder) or (folder / _COMMITTED).exists())
+
+
 class MetricsWriter:
   """metrics.jsonl, one JSON object a line with its `step`, and the same as TensorBoard events; process 0 writes."""
 
   def __init__(self, workdir: Workdir, start: int):
-    """Takes up at `start`: lines of later steps, which are about to be run again, go."""
-    self._path = workdir.metrics_jsonl
+    """Takes up at `start`: lines of later steps, which are about to be run again, go.
+
+    Raises:
+      OSError: as of every other function here, where something cannot be written.
+    """
+    self._lines = self._events = None
     self._begun: dict[str, float] = {}
     if not parallel.is_main():
-      self._events = None
       return
-    text = self._path.read_text() if self._path.exists() else ''
+    path = workdir.metrics_jsonl
+    text = path.read_text() if path.exists() else ''
     # A line that was cut short has no newline at its end.
     whole = [line for line in text.splitlines(keepends=True) if line.endswith('\n')]
     lines = [line for line in whole if json.loads(line)['step'] <= start]
-    write_text(self._path, ''.join(lines))
+    self._lines = _Growing(path, ''.join(lines).encode())
     if lines and (last := json.loads(lines[-1]))['step'] == start:
-      self._begun = last
-    self._events = tensorboardX.SummaryWriter(str(workdir.path / 'tensorboard'), purge_step=start + 1)
+      self._begun, self._before = last, ''.join(lines[:-1])
+    name = f'events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}'
+    begin = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+    self._events = _Growing(workdir.path / 'tensorboard' / name, _record(event_pb2.Event(file_version='brain.Event:2')) + _record(
+        event_pb2.Event(step=start + 1, session_log=begin)))  # what follows replaces what an earlier start wrote of these steps
 
   def write(self, step: int, metrics: Mapping[str, float]) -> dict[str, float]:
     """Adds the metrics of one step, to those that it has where it is the one to go on from; returns them all."""
     before = self._begun if self._begun.get('step') == step else {}
     line = {'step': step, **before, **metrics}
-    if self._events is None:
+    if self._lines is None:
       return line
+    text = json.dumps(line) + '\n'
     if before:
-      write_text(self._path, ''.join(self._path.read_text().splitlines(keepends=True)[:-1]) + json.dumps(line) + '\n')
+      self._lines.replace((self._before + text).encode())
     else:
-      with self._path.open('a') as stream:
-        stream.write(json.dumps(line) + '\n')
-    for key, value in metrics.items():
-      self._events.add_scalar(key, value, step)
+      self._lines.add(text.encode())
+    self._events.add(b''.join(_record(event_pb2.Event(step=step, summary=scalar(key, value))) for key, value in metrics.items()))
     return line
 
+  def flush(self) -> None:
+    """Writes what is kept back, on object storage; called before each checkpoint, behind which no line may be missing."""
+    if self._lines is not None:
+      self._lines.flush()
+      self._events.flush()
+
   def close(self) -> None:
-    """Writes what is buffered."""
-    if self._events is not None:
-      self._events.close()
+    """Likewise, at the end."""
+    self.flush()
+
+
+class _Growing:
+  """A file that is added to; on object storage it is kept in memory, and written again as a whole from time to time."""
+
+  def __init__(self, path: epath.Path, begin: bytes):
+    """Begins with `begin`, whatever is there."""
+    self._path, self._url = path, files.is_url(path)
+    with resumable(path):
+      if not self._url:
+        path.parent.mkdir(exist_ok=True)
+      same = path.exists() and path.read_bytes() == begin
+    self._data, self._behind, self._written = bytearray(begin), False, time.monotonic()
+    if not same:
+      self.replace(begin)
+
+  def replace(self, data: bytes) -> None:
+    """Puts this in the place of all that is there."""
+    self._data, self._behind = bytearray(data), True
+    self.flush()
+
+  def add(self, data: bytes) -> None:
+    """Adds to it."""
+    if self._url:
+      self._data += data
+      self._behind = True
+      if time.monotonic() - self._written > EVERY:
+        self.flush()
+      return
+    with resumable(self._path):
+      files.append(self._path, data)
+
+  def flush(self) -> None:
+    """Writes what is in memory alone."""
+    if self._behind:
+      with resumable(self._path):
+        files.write_whole(self._path, bytes(self._data))
+      self._behind, self._written = False, time.monotonic()
+
+
+def _record(event: event_pb2.Event) -> bytes:
+  """An event as TensorBoard's files hold it: its length, the data, and a checksum of each.
+
+  Written here, and not by tensorboardX's own writer: a full disk ends its thread, and what comes next waits for that thread for ever.
+  """
+  event.wall_time = time.time()
+  data = event.SerializeToString()
+  length = struct.pack('<Q', len(data))
+  return length + struct.pack('<I', masked_crc32c(length)) + data + struct.pack('<I', masked_crc32c(data))
 
 
 def write_results(workdir: Workdir, results: Mapping[str, Any]) -> None:
@@ -132,9 +219,28 @@ def write_text(path: epath.Path, text: str) -> None:
 def write_bytes(path: epath.Path, data: bytes) -> None:
   """Likewise."""
   if parallel.is_main():
-    temporary = path.parent / f'.{path.name}.tmp'
-    temporary.write_bytes(data)
-    temporary.replace(path)
+    with resumable(path):
+      files.write_whole(path, data)
+
+
+@contextlib.contextmanager
+def resumable(path: epath.Path) -> Iterator[None]:
+  """Where a file of a run cannot be written, the error also says from where the run goes on once that is mended."""
+  try:
+    yield
+  except OSError as error:
+    raise cannot_write(path, error) from error
+
+
+def cannot_write(path: epath.Path, error: BaseException) -> files.Unwritable:
+  """The error that says that `path`, a file of a run, cannot be written; see `resumable`."""
+  try:
+    run = next((folder for folder in path.parents if saved_steps(folder)), None)
+    newest = run / 'checkpoints' / str(saved_steps(run)[-1]) if run else None
+  except OSError:  # the disk is gone
+    newest = None
+  before = f'What was written before stays as it was, the newest whole checkpoint is {newest}' if newest else ''
+  return files.Unwritable(path, error, 'the same command goes on', before)
 
 
 def _differences(before: Any, now: Any, name: str = 'config') -> list[str]:

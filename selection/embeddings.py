@@ -3,13 +3,13 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import dataclasses
 import os
-import pathlib
 from typing import Any, BinaryIO
-import uuid
 import zipfile
 
 import jax
 import numpy as np
+
+from selection import files
 
 Batch = Mapping[str, np.ndarray]
 
@@ -116,22 +116,18 @@ class Embeddings:
     return int(self.labels.max()) + 1
 
   def save(self, path: str | os.PathLike[str]) -> None:
-    """Writes one .npz file, whole or not at all."""
-    path = pathlib.Path(path)
+    """Writes one .npz file, whole or not at all, on a disk or on object storage (`gs://`)."""
+    path = files.located(path)
     arrays = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if getattr(self, f.name) is not None}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f'.{path.name}.{uuid.uuid4().hex}.npz')
-    try:
-      np.savez(temporary, **arrays)
-      os.replace(temporary, path)
-    finally:
-      temporary.unlink(missing_ok=True)
+    files.make_folder(path.parent)
+    with files.whole_file(path) as stream:
+      np.savez(stream, **arrays)
 
   @classmethod
   def load(cls, path: str | os.PathLike[str]) -> 'Embeddings':
     """Reads what `save` wrote; raises ValueError for anything else."""
     try:
-      with open(path, 'rb') as stream, np.load(_checked(stream), allow_pickle=False) as saved:
+      with files.located(path).open('rb') as stream, np.load(_checked(stream), allow_pickle=False) as saved:
         fields = {name: saved[name] for name in saved.files}
       return cls(**{**fields, 'fingerprint': str(fields.get('fingerprint', ''))})
     except Exception as error:  # a damaged zip file makes the libraries raise almost anything: zlib.error, MemoryError, ...

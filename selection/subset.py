@@ -5,13 +5,11 @@ import dataclasses
 import functools
 import json
 import os
-import pathlib
 from typing import Any, NamedTuple
-import uuid
 
 import numpy as np
 
-from selection import document
+from selection import document, files
 from selection.embeddings import Embeddings
 
 FORMAT_VERSION = 2
@@ -273,7 +271,7 @@ class Selection:
     return f'<pre style="font-family: monospace; white-space: pre">{html.escape(self.table())}</pre>'
 
   def save(self, path: str | os.PathLike[str]) -> None:
-    """Writes one JSON file, whole or not at all; of a large pool mostly the scores, 11 bytes a row."""
+    """Writes one JSON file, whole or not at all, on a disk or on object storage; of a large pool mostly the scores, 11 bytes a row."""
     fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
     saved = {'format_version': FORMAT_VERSION, **{key: _packed(value) for key, value in fields.items()}}
     # Names of examples would be all file names of the pool; those of the chosen ones are among the ids.
@@ -310,7 +308,7 @@ class Selection:
       ValueError: no such file, a damaged one, one of another version, or one made for another data set.
     """
     try:
-      saved = document.read(pathlib.Path(path).read_text(encoding='utf-8'))
+      saved = document.read(files.located(path).read_bytes().decode())
       version = saved.pop('format_version', None)
       if version != FORMAT_VERSION:
         raise ValueError(f'it has format version {version!r:.20}; this program reads {FORMAT_VERSION}')
@@ -417,11 +415,5 @@ def _packed(value: Any) -> Any:
 
 
 def _write(path: str | os.PathLike[str], text: str) -> None:
-  path = pathlib.Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name(f'.{path.name}.{uuid.uuid4().hex}')
-  try:
-    temporary.write_bytes(text.encode('utf-8', 'surrogateescape'))  # file names as the file system has them
-    os.replace(temporary, path)
-  finally:
-    temporary.unlink(missing_ok=True)
+  files.make_folder(files.located(path).parent)
+  files.write_whole(path, text.encode('utf-8', 'surrogateescape'))  # file names as the file system has them

@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 import csv
 import dataclasses
-import os
+import io
 from typing import NamedTuple
 
+from etils import epath
 import numpy as np
 
 from ft_jax.data.sources import digest, Source
@@ -87,7 +88,7 @@ def read_predictions(path: str, source: Source) -> np.ndarray:
     ValueError: no such table, an example that is not in it, or a class that the source lacks.
   """
   try:
-    with open(os.path.expanduser(path), newline='', encoding='utf-8', errors='surrogateescape') as stream:
+    with io.StringIO(epath.Path(path).expanduser().read_bytes().decode('utf-8', 'surrogateescape'), newline='') as stream:
       reader = csv.DictReader(stream)
       if not {'file', 'class_1'} <= set(reader.fieldnames or ()):
         raise ValueError(f'config.noise.labels: {path} has the columns {", ".join(reader.fieldnames or ()) or "of an empty file"}; '

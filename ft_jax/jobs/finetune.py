@@ -2,8 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 import dataclasses
-import os
-import pathlib
 from typing import Any
 
 from etils import epath
@@ -19,7 +17,7 @@ from ft_jax.jobs.embedding import embedded
 from ft_jax.progress import log
 from ft_jax.workdir import Workdir, write_results
 import selection
-from selection import plots, strategies
+from selection import files, plots, strategies
 from selection.subset import NOUNS
 
 
@@ -45,7 +43,7 @@ def run(config: ConfigDict, workdir: epath.PathLike, embeddings: epath.PathLike 
     _describe(splits, pool)
     if config.selection.method != 'none':
       _check_pool(config, pool)
-    folder = epath.Path(config.embeddings_dir or embeddings or work.embeddings)
+    folder = files.located(config.embeddings_dir or embeddings or work.embeddings)
     splits = setup.in_memory(splits, 'target', config.data.cache)
     results = _train(config, work, splits, pool, folder, skipped.get('source pool', ()), true_labels)
     write_results(work, {**results, 'noise': noise_told, 'skipped': setup.skipped_summary(skipped)})
@@ -164,7 +162,7 @@ def _check_selection(config: ConfigDict) -> None:
     raise ValueError(f'config.selection.method is {settings.method!r}; known: {", ".join(selection.STRATEGIES)}')
   if settings.file and settings.method == 'none':
     raise ValueError("config.selection.file is set, but config.selection.method is 'none', which uses no selection; set either")
-  if settings.file and not os.path.isfile(os.path.expanduser(settings.file)):
+  if settings.file and not files.located(settings.file).is_file():
     raise ValueError(f'config.selection.file: there is no file {settings.file}; expected a selection.json, or ids as text, one a line')
   if settings.by not in selection.UNITS:
     raise ValueError(f'config.selection.by is {settings.by!r}; known: {", ".join(selection.UNITS)}')
@@ -289,7 +287,6 @@ def _given(path: str, pool: Source, unreadable: Sequence[str] = ()) -> selection
   Raises:
     ValueError: it was made from other classes, or with ids that are not in the pool.
   """
-  path = os.path.expanduser(path)
   if not path.endswith('.json'):
     return _of_ids(path, _read_ids(path, str(pool.ids[0])), pool, unreadable)
   chosen = selection.Selection.load(path)
@@ -314,7 +311,7 @@ def _check_fits(path: str, chosen: selection.Selection, pool: Source) -> None:
 
 def _read_ids(path: str, example: str) -> list[str]:
   try:
-    lines = pathlib.Path(path).read_text(encoding='utf-8-sig').split('\n')  # with or without a mark at its start
+    lines = files.located(path).read_bytes().decode('utf-8-sig').split('\n')  # with or without a mark at its start
   except UnicodeDecodeError as error:
     raise ValueError(f'{path} is no text (UTF-8); expected ids of images, one a line, such as {example!r}') from error
   ids = list(dict.fromkeys(line.strip() for line in lines if line.strip()))

@@ -12,6 +12,7 @@ from ft_jax.data.pipeline import Transform
 from ft_jax.jobs import setup
 from ft_jax.models import resnet
 from ft_jax.workdir import read_config
+from selection import files
 
 
 class Trained(NamedTuple):
@@ -51,7 +52,7 @@ def load(workdir: str, field: str = 'config.workdir') -> Trained:
   """
   if not workdir:
     raise ValueError(f'{field} is empty; give the workdir of a finished run, such as --{field}=runs/pets')
-  path = epath.Path(workdir).expanduser()
+  path = files.located(workdir)
   stored = read_config(path)
   if stored is None:
     raise ValueError(f'{field}: {workdir} holds no run (no config.json of one); give the workdir of a finished fine-tuning')
@@ -80,12 +81,12 @@ def output_folder(workdir: epath.PathLike) -> epath.Path:
 
   Raises:
     ValueError: it is a file.
+    OSError: it cannot be made.
   """
-  folder = epath.Path(workdir).expanduser()
+  folder = files.located(workdir)
   if folder.exists() and not folder.is_dir():
     raise ValueError(f'--workdir={workdir} is a file; give a folder to write to')
-  folder.mkdir(parents=True, exist_ok=True)
-  return folder
+  return files.make_folder(folder)
 
 
 def _of_head(variables: Mapping[str, Any], head: str) -> dict[str, Any]:
