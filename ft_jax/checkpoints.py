@@ -1,9 +1,9 @@
 """Checkpoints of a run: the newest and the best on val; the only file that imports orbax."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 import hashlib
 import json
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from etils import epath
 import jax
@@ -13,6 +13,8 @@ import tensorstore
 
 from ft_jax import parallel
 from ft_jax.progress import log
+
+T = TypeVar('T')
 
 FORMAT_VERSION = 3
 
@@ -36,7 +38,7 @@ class Checkpoints:
     """
     self._about = {'format_version': FORMAT_VERSION, 'made_from': dict(made_from or {})}
     folder = epath.Path(workdir).resolve() / 'checkpoints'
-    _check_metrics(folder, read_only)
+    parallel.agreed(lambda: _check_metrics(folder, read_only))
     policies = ocp.checkpoint_managers
     policy = policies.AnyPreservationPolicy([
         policies.LatestN(1), policies.BestN(get_metric_fn=_rank, n=1, keep_checkpoints_without_metrics=False), policies.CustomSteps(keep)])
@@ -53,13 +55,16 @@ class Checkpoints:
   @property
   def latest_step(self) -> int | None:
     """The newest step there is, or None."""
-    return self._manager.latest_step()
+    return parallel.agreed(self._manager.latest_step)
 
   @property
   def best_step(self) -> int | None:
     """The step that is best on val: highest score, then lowest loss, then latest; None where none was evaluated."""
-    metrics = {step: self._manager.metrics(step) for step in self._manager.all_steps()}
-    return max((step for step in metrics if metrics[step]), key=lambda step: (*_rank(metrics[step]), step), default=None)
+    def best() -> int | None:
+      metrics = {step: self._manager.metrics(step) for step in self._manager.all_steps()}
+      return max((step for step in metrics if metrics[step]), key=lambda step: (*_rank(metrics[step]), step), default=None)
+
+    return parallel.agreed(best)
 
   def restore(self, step: int, like: Any) -> Any:
     """The state saved at `step`, in the structure, shapes and types of `like`.
@@ -69,7 +74,7 @@ class Checkpoints:
       Damaged: it cannot be read, or holds other numbers than were saved.
     """
     folder = epath.Path(self._manager.directory) / str(step)
-    saved = _check_whole(folder)
+    saved = _together(lambda: _check_whole(folder))
     # First what it says of itself: a state of another version has another structure.
     about = _about(self._manager, step)
     if about['format_version'] != FORMAT_VERSION:
@@ -81,14 +86,18 @@ class Checkpoints:
       raise ValueError(f'{self._manager.directory} goes on from other data: changed since then: {", ".join(changed)}; '
                        'bring it back, or give another --workdir')
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-    try:
-      state = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))['state']
-    except (ValueError, OSError, RuntimeError) as error:
-      if _shapes(saved) != _shapes(abstract):  # it is whole, but not what is wanted
-        raise
-      raise Damaged(f'the checkpoint {folder} cannot be read ({_short(error)})') from error
-    _check_same(folder, state, about)
-    return state
+
+    def read() -> Any:
+      try:
+        state = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))['state']
+      except (ValueError, OSError, RuntimeError) as error:
+        if _shapes(saved) != _shapes(abstract):  # it is whole, but not what is wanted
+          raise
+        raise Damaged(f'the checkpoint {folder} cannot be read ({_short(error)})') from error
+      _check_same(folder, state, about)
+      return state
+
+    return _together(read)
 
   def set_aside(self, step: int, why: str) -> None:
     """Moves a damaged checkpoint to `damaged/` beside this folder, and says so; those that are left are as before.
@@ -96,7 +105,7 @@ class Checkpoints:
     Raises:
       Damaged: there is no other one to go on from; it stays where it is.
     """
-    _set_aside(epath.Path(self._manager.directory) / str(step), why)
+    parallel.agreed(lambda: _set_aside(epath.Path(self._manager.directory) / str(step), why))
     self._manager.reload()
 
   def structure(self, step: int) -> dict[str, Any]:
@@ -208,17 +217,29 @@ def _check_metrics(folder: epath.Path, read_only: bool) -> None:
       _set_aside(step, why)
 
 
+def _together(read: Callable[[], T]) -> T:
+  """What `read` gives; where it raises Damaged on one process, as a disk may do to one host alone, it does so on all of them."""
+  found, problem = None, None
+  try:
+    found = read()
+  except Damaged as error:
+    problem = error
+  for said in parallel.everyone(None if problem is None else str(problem)):
+    if said is not None:
+      raise Damaged(said) from problem
+  return found
+
+
 def _set_aside(checkpoint: epath.Path, why: str) -> None:
-  """See `Checkpoints.set_aside`."""
+  """See `Checkpoints.set_aside`; on process 0."""
   folder = checkpoint.parent
   if sum(path.name.isdigit() for path in folder.iterdir()) < 2:
     raise Damaged(f'{why}. There is no other checkpoint in {folder}: give another --workdir, or remove {folder} to begin anew')
   aside = folder.parent / 'damaged' / checkpoint.name
-  if parallel.is_main():
-    aside.parent.mkdir(exist_ok=True)
-    if aside.exists():
-      aside.rmtree()
-    checkpoint.rename(aside)
+  aside.parent.mkdir(exist_ok=True)
+  if aside.exists():
+    aside.rmtree()
+  checkpoint.rename(aside)
   log.warning('warning: %s. It is set aside in %s', why, aside)
 
 

@@ -22,10 +22,15 @@ class Workdir:
     A run that has no checkpoint yet has nothing to lose: it takes the new config, and selects again.
 
     Raises:
-      ValueError: it belongs to a run with another config, and names the fields that differ; or to something else.
+      ValueError: it belongs to a run with another config, and names the fields that differ; or to something else; or another process
+        does not see the same folder.
     """
     self.path = epath.Path(path)
-    wanted = json.loads(json.dumps(config))
+    parallel.agreed(lambda: self._take_up(json.loads(json.dumps(config))))
+    parallel.check_shared(self.path, '--workdir')
+
+  def _take_up(self, wanted: dict[str, Any]) -> None:
+    """See `__init__`; on process 0."""
     before = read_config(self.path)
     if before is None:
       if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):

@@ -86,7 +86,7 @@ def train_batches(source: Source, transform: Transform, batch_size: int, *, stre
 
   def make(step: int) -> Batch:
     # The random numbers of an example follow from its place in the global order, not from the host that reads it.
-    places = range(step * batch_size + host, (step + 1) * batch_size, hosts)
+    places = _share(step * batch_size, batch_size, host, hosts)
     bits = np.random.Philox(key=key)
     rng, state = np.random.Generator(bits), bits.state
 
@@ -101,6 +101,12 @@ def train_batches(source: Source, transform: Transform, batch_size: int, *, stre
     return _batch(source, [order(place) for place in places], load, transform.size, tuple(transforms))
 
   return _prefetched(grain.MapDataset.range(sys.maxsize).map(make), start)
+
+
+def _share(first: int, size: int, host: int, hosts: int) -> range:
+  """The places of a host in the batch of all, which begins at `first`: neighbours, as they lie on its devices."""
+  each = size // hosts
+  return range(first + host * each, first + (host + 1) * each)
 
 
 def _order(source: Source, key: int) -> Callable[[int], int]:
@@ -140,8 +146,7 @@ class EvalBatches:
 
   def __init__(self, source: Source, transform: Transform, batch_size: int):
     """`batch_size` is that of all hosts together."""
-    self._source, self._transform = source, transform
-    self._batch_size = batch_size // jax.process_count()
+    self._source, self._transform, self._batch_size = source, transform, batch_size
     self._steps = -(-len(source) // batch_size)
 
   def __len__(self) -> int:
@@ -154,10 +159,10 @@ class EvalBatches:
       out['image'][:] = self._transform.evaluate(example)
 
     def make(step: int) -> Batch:
-      first = step * self._batch_size * hosts + host
-      rows = np.arange(first, min(first + self._batch_size * hosts, len(self._source)), hosts)
+      share = _share(step * self._batch_size, self._batch_size, host, hosts)
+      rows = np.arange(share.start, max(share.start, min(share.stop, len(self._source))))
       batch = _batch(self._source, rows, load, self._transform.size, ('image',))
-      missing = self._batch_size - len(rows)
+      missing = len(share) - len(rows)
       return {key: np.pad(value, [(0, missing)] + [(0, 0)] * (value.ndim - 1)) if missing else value for key, value in batch.items()}
 
     return _prefetched(grain.MapDataset.range(self._steps).map(make), 0)
