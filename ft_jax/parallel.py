@@ -111,8 +111,8 @@ def check_shared(folder: epath.Path, what: str) -> None:
   if is_main():
     mark.unlink()
   if blind:
-    raise ValueError(f'process {blind[0]} ({len(blind)} of {jax.process_count()} processes) does not see what process 0 writes to {folder}; '
-                     f'{what} must be a folder that all hosts share, such as one on NFS or gs://')
+    raise ValueError(f'process {blind[0]} ({len(blind)} of {jax.process_count()} processes) does not see what process 0 writes to '
+                     f'{folder}; {what} must be a folder that all hosts share, such as one on NFS or gs://')
 
 
 def check_batch(size: int, what: str) -> None:
