@@ -175,10 +175,10 @@ def _tpu_hosts(environment: Mapping[str, str]) -> bool:
 def _advice(place: Place) -> str:
   if place.found == 'the flags':
     host, _, port = place.coordinator.rpartition(':')
-    return (f'Start all {place.processes} with the same --coordinator and --num_processes, and --process_id 0 to {place.processes - 1}, each '
-            f'once; process 0 must run on {host}, with port {port} free and reachable from the others')
-  return (f'{place.found[0].upper()}{place.found[1:]} says that there are others: run the same command in all of them, or this one alone with '
-          '--num_processes=1')
+    return (f'Start all {place.processes} with the same --coordinator and --num_processes, and --process_id 0 to {place.processes - 1}, '
+            f'each once; process 0 must run on {host}, with port {port} free and reachable from the others')
+  return (f'{place.found[0].upper()}{place.found[1:]} says that there are others: run the same command in all of them, or this one '
+          'alone with --num_processes=1')
 
 
 def _not_all_came(message: str) -> None:
