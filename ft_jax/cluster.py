@@ -6,6 +6,7 @@ Process 0 carries jax's coordination service, which all report to; where one end
 from collections.abc import Mapping
 import os
 import re
+import socket
 import sys
 import threading
 import time
@@ -30,8 +31,8 @@ _LOST = re.compile(r'gloo|nccl|rccl|coordination service|heartbeat|socket closed
 _SLURM = ('SLURM_JOB_ID', 'SLURM_STEP_NODELIST', 'SLURM_NTASKS', 'SLURM_PROCID', 'SLURM_LOCALID')
 
 
-# The number of this process among several; None before they have met. jax would look for devices to tell it.
-_joined: int | None = None
+# Whether this process was started as one of several, and its number once they have met: jax would look for devices to tell it.
+_started, _joined = False, None
 
 
 class Place(NamedTuple):
@@ -68,13 +69,17 @@ def start(coordinator: str | None = None, processes: int | None = None, process:
   Raises:
     ValueError: arguments of which some are missing or wrong; others that cannot be joined. Where time runs out, the program ends.
   """
+  global _started, _joined
   place = _place(coordinator, processes, process, os.environ)
   if place is None:
     return 0
+  _started = True
   who = f'process {place.process} of {place.processes}' if place.process is not None else f'a process of {place.found}'
   where = place.coordinator or f'the address that {place.found} gives'
   if not place.process:
     log.info('waiting for %s at %s', f'{place.processes} processes' if place.processes else f'all processes of {place.found}', where)
+  if place.coordinator and not place.process:
+    _check_port(place)
   # jax ends the program itself where the time is up, with a page about its insides; this comes before it.
   watch = threading.Timer(seconds, _not_all_came, (f'{who} has not met the others at {where} within {seconds:g} s. {_advice(place)}',))
   watch.daemon = True
@@ -88,7 +93,6 @@ def start(coordinator: str | None = None, processes: int | None = None, process:
     raise ValueError(f'{who} cannot be started at {where} ({_short(error)}). {_advice(place)}') from error
   finally:
     watch.cancel()
-  global _joined
   _joined = jax.process_index()
   if not _joined:
     log.info('%d processes with %d devices', jax.process_count(), jax.device_count())
@@ -97,7 +101,7 @@ def start(coordinator: str | None = None, processes: int | None = None, process:
 
 def several() -> bool:
   """Whether this process was started as one of several, also where it has not met them yet."""
-  return jax.distributed.is_initialized()
+  return _started
 
 
 def described(error: BaseException) -> str:
@@ -170,6 +174,16 @@ def _tpu_hosts(environment: Mapping[str, str]) -> bool:
   names = environment.get('TPU_PROCESS_ADDRESSES') or environment.get('TPU_WORKER_HOSTNAMES')
   alone = names is not None and len(names.split(',')) == 1  # in notebooks, on one host of Kubernetes
   return not alone or int(environment.get('MEGASCALE_NUM_SLICES') or 1) > 1
+
+
+def _check_port(place: Place) -> None:
+  """Raises ValueError where process 0 cannot listen: jax may crash there."""
+  port = int(place.coordinator.rpartition(':')[2])
+  family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
+  try:
+    socket.create_server(('', port), family=family, dualstack_ipv6=family == socket.AF_INET6).close()
+  except OSError as error:
+    raise ValueError(f'process 0 of {place.processes} cannot listen on port {port} ({os.strerror(error.errno).lower()}). {_advice(place)}') from error
 
 
 def _advice(place: Place) -> str:
