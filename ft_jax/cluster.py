@@ -183,7 +183,8 @@ def _check_port(place: Place) -> None:
   try:
     socket.create_server(('', port), family=family, dualstack_ipv6=family == socket.AF_INET6).close()
   except OSError as error:
-    raise ValueError(f'process 0 of {place.processes} cannot listen on port {port} ({os.strerror(error.errno).lower()}). {_advice(place)}') from error
+    why = os.strerror(error.errno).lower()
+    raise ValueError(f'process 0 of {place.processes} cannot listen on port {port} ({why}). {_advice(place)}') from error
 
 
 def _advice(place: Place) -> str:

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,10 +19,14 @@ from ft_jax import cluster
 
 ROOT = pathlib.Path(__file__).parents[1]
 STEPS = 12
-FLAGS = ['--config=configs/digits.py', '--config.model.width=4', '--config.image_size=16', '--config.augment.short_side=16',
-         '--config.model.weights=', '--config.model.sync_batch_norm=true', '--config.selection.size=5', '--config.train.batch_size=16',
-         f'--config.train.steps={STEPS}', '--config.train.eval_every=4', '--config.train.log_every=1', '--config.train.keep_epochs=(0.8,)',
-         '--config.train.learning_rate=0.003']  # 0.8 epochs are step 4
+FLAGS = ['--config=configs/miniature.py:finetune', '--config.model.weights=', '--config.model.width=4', '--config.image_size=16',
+         '--config.augment.short_side=18', '--config.model.sync_batch_norm=true', '--config.selection.size=2',
+         '--config.train.batch_size=8', f'--config.train.steps={STEPS}', '--config.train.eval_every=4', '--config.train.log_every=1',
+         '--config.train.keep_epochs=(0.73,)',  # step 4
+         # With more, such small batches make so much of a rounding that nothing could be compared.
+         '--config.train.learning_rate=0.0003']
+# The long form begins with as many processes as there are devices.
+FIRST = 4 if os.environ.get('FT_JAX_STRESS') else 2
 
 
 def free_port() -> int:
@@ -38,15 +43,15 @@ def start(command: list[str], devices: int) -> subprocess.Popen:
   return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
-def job(workdir: pathlib.Path, processes: int) -> list[subprocess.Popen]:
+def job(workdir: pathlib.Path, data: list[str], processes: int) -> list[subprocess.Popen]:
   """The job on four devices, shared by so many processes."""
   port = free_port()
-  common = [sys.executable, 'main.py', *FLAGS, f'--workdir={workdir}']
+  common = [sys.executable, 'main.py', *FLAGS, *data, f'--workdir={workdir}']
   several = [[f'--coordinator=localhost:{port}', f'--num_processes={processes}', f'--process_id={i}'] for i in range(processes)]
   return [start(common + flags, 4 // processes) for flags in (several if processes > 1 else [[]])]
 
 
-def ended(processes: list[subprocess.Popen], seconds: float = 180) -> list[tuple[int, str]]:
+def ended(processes: list[subprocess.Popen], seconds: float = 300) -> list[tuple[int, str]]:
   """Exit codes and what was printed; a process that hangs is a failure, and does not outlive the test."""
   try:
     return [(process.returncode, printed) for process, (_, printed) in [(p, p.communicate(timeout=seconds)) for p in processes]]
@@ -71,35 +76,35 @@ def state(workdir: pathlib.Path) -> dict:
 
 def told(workdir: pathlib.Path) -> tuple[dict, list[dict], dict]:
   """The selection, the metrics and the results of a run."""
-  read = lambda name: (workdir / name).read_text()
-  return json.loads(read('selection.json')), [json.loads(line) for line in read('metrics.jsonl').splitlines()], json.loads(read('results.json'))
+  selection, metrics, results = ((workdir / name).read_text() for name in ('selection.json', 'metrics.jsonl', 'results.json'))
+  return json.loads(selection), [json.loads(line) for line in metrics.splitlines()], json.loads(results)
 
 
-def test_any_number_of_processes_comes_to_the_same(tmp_path):
-  """A whole job by one process, and the same by four that embed, select and begin, and by two that go on and finish.
+def test_any_number_of_processes_comes_to_the_same(photos, pool, tmp_path):
+  """A whole job by one process, and the same by several that embed, select and begin, and by two that go on and finish.
 
-  On the way one of the four is killed, and the others end by themselves; the newest checkpoint is damaged, and both of the two go on from
-  the one before; and one of the two is asked to stop, and both save the same step.
+  On the way one of them is killed, and the others end by themselves; the newest checkpoint is damaged, and all of the next go on from
+  the one before; and one of those is asked to stop, and both save the same step.
   """
-  one, many = tmp_path / 'one', tmp_path / 'many'
-  [(code, printed)] = ended(job(one, 1))
+  one, many, data = tmp_path / 'one', tmp_path / 'many', [f'--config.target.name=folder:{photos}', f'--config.source.name=folder:{pool}']
+  [(code, printed)] = ended(job(one, data, 1))
   assert code == 0, printed
 
-  four = job(many, 4)
-  wait_for(many / 'checkpoints' / '8', four)
-  four[3].kill()
-  first, *others, (killed, _) = ended(four)
+  started = job(many, data, FIRST)
+  wait_for(many / 'checkpoints' / '8', started)
+  started[-1].kill()
+  first, *others, (killed, _) = ended(started)
   assert killed == -signal.SIGKILL
   for code, printed in (first, *others):
     assert code in (1, -signal.SIGABRT) and ('another process ended' in printed or 'another task died' in printed), printed
-  assert '4 processes with 4 devices' in first[1] and 'training 12 steps' in first[1]
+  assert f'{FIRST} processes with 4 devices' in first[1] and 'training 12 steps' in first[1]
   for number, (_, printed) in enumerate(others, 1):  # the first one alone tells how it goes
     assert 'training' not in printed and f'process {number}: warning: config.model.weights is empty' in printed
 
   newest = max((path for path in (many / 'checkpoints').iterdir() if path.name.isdigit()), key=lambda path: int(path.name))
   largest = max((newest / 'state' / 'd').iterdir(), key=lambda path: path.stat().st_size)
   largest.write_bytes(largest.read_bytes()[:-100])
-  two = job(many, 2)
+  two = job(many, data, 2)
   wait_for(many / 'damaged' / newest.name, two)
   wait_for(many / 'checkpoints' / newest.name, two)
   two[1].terminate()
@@ -108,7 +113,7 @@ def test_any_number_of_processes_comes_to_the_same(tmp_path):
   assert f'It is set aside in {many / "damaged" / newest.name}' in printed[0] and 'going on from step' in printed[0]
   assert 'the same command goes on from there' in printed[0] and 'the same command' not in printed[1]
 
-  codes, printed = zip(*ended(job(many, 2)))
+  codes, printed = zip(*ended(job(many, data, 2)))
   assert codes == (0, 0) and 'going on from step' in printed[0], printed
 
   (chosen, lines, results), (chosen_many, lines_many, results_many) = told(one), told(many)
@@ -122,7 +127,7 @@ def test_any_number_of_processes_comes_to_the_same(tmp_path):
             found[name], expected[name], rtol=1e-4, atol=1e-5)
   assert [line['step'] for line in lines_many] == [line['step'] for line in lines] == list(range(1, STEPS + 1))
   np.testing.assert_allclose([line['train/loss'] for line in lines_many], [line['train/loss'] for line in lines], rtol=1e-2)
-  for split, images in (('val', 130), ('test', 252)):  # neither a multiple of the batch
+  for split, images in (('val', 4), ('test', 20)):  # neither a multiple of the batch
     assert results_many[split]['images'] == results[split]['images'] == images
     assert [row['images'] for row in results_many[split]['per_class']] == [row['images'] for row in results[split]['per_class']]
   assert results_many['best_step'] == results['best_step'] and results_many['devices'] == results['devices']
@@ -158,8 +163,9 @@ with command.ending(False):
     raise ValueError('only process 0 asks')
 
   told = {'agreed': parallel.agreed([process, 'x' * 300]), 'asked': parallel.agreed(lambda: {'process': process}),
-          'everyone': parallel.everyone({'process': process, 'padding': 'x' * (10 + 500 * process)}), 'refused': refusal(parallel.agreed, no_such),
-          'same': refusal(parallel.check_same, {'a': 1, 'b': 2}, 'files'), 'differ': refusal(parallel.check_same, {'a': 1, 'b': process}, 'files')}
+          'everyone': parallel.everyone({'process': process, 'padding': 'x' * (10 + 500 * process)}),
+          'refused': refusal(parallel.agreed, no_such), 'same': refusal(parallel.check_same, {'a': 1, 'b': 2}, 'files'),
+          'differ': refusal(parallel.check_same, {'a': 1, 'b': process}, 'files')}
   parallel._SEEN_SECONDS = 1
   told['shared'] = refusal(parallel.check_shared, folder / 'shared', '--workdir')
   told['apart'] = refusal(parallel.check_shared, folder / f'of_{process}', '--workdir')
@@ -180,13 +186,13 @@ def test_what_two_processes_agree_on_and_share_and_how_one_ends_the_other(photos
   from ft_jax.data.sources import open_source
 
   for name in ('good', 'damaged'):
-    (tmp_path / name).symlink_to(photos) if name == 'good' else __import__('shutil').copytree(photos, tmp_path / name)
+    shutil.copytree(photos, tmp_path / name)
   broken = tmp_path / 'damaged' / 'train' / 'wall' / '11.jpg'  # the last one, of the second process
   broken.write_bytes(broken.read_bytes()[:200])
   port = str(free_port())
   both = [start([sys.executable, '-c', TOGETHER, str(i), port, str(tmp_path)], 2) for i in range(2)]
   (code, printed), (other_code, other_printed) = ended(both, 120)
-  assert other_code == 1 and 'process 1: error: wall/11.jpg' in other_printed or 'process 1: error: train/wall/11.jpg' in other_printed, other_printed
+  assert other_code == 1 and 'process 1: error: train/wall/11.jpg is no image that can be read' in other_printed, other_printed
   assert code in (1, -signal.SIGABRT) and ('error: another process ended' in printed or 'another task died' in printed), printed
   assert 'Traceback' not in printed + other_printed
   first, second = (json.loads((tmp_path / f'{i}.json').read_text()) for i in range(2))
@@ -277,5 +283,5 @@ def test_a_coordinator_that_nobody_reaches_is_named():
   results = ended(started, 60)
   taken.close()
   for i, (code, printed) in enumerate(results[:2]):
-    assert code == 1 and f'error: process {i} of 2 has not met the others at localhost:{port + i} within 2 s. Start all 2' in printed, printed
+    assert code == 1 and f'error: process {i} of 2 has not met the others at localhost:{port + i} within 2 s. ' in printed, printed
   assert results[2][0] == 1 and 'process 0 of 2 cannot listen on port' in results[2][1] and 'in use' in results[2][1], results[2][1]
