@@ -218,16 +218,15 @@ def _kept(fixed: Any, old: Any, new: Any) -> Any:
 
 
 class Diverged(RuntimeError):
-  """The loss or the gradient is not finite any more.
+  """Loss, gradient or parameters are not finite any more.
 
   Attributes:
-    step: the first such step; counted from 1.
-    loss, gradient_norm: of that step.
+    step: the first step that shows it; counted from 1.
+    what: is not finite.
   """
 
-  def __init__(self, step: int, loss: float, gradient_norm: float, message: str = ''):
-    self.step, self.loss, self.gradient_norm = step, loss, gradient_norm
-    what = f'the norm of the gradient is {gradient_norm}' if math.isfinite(loss) else f'the loss is {loss}'
+  def __init__(self, step: int, what: str, message: str = ''):
+    self.step, self.what = step, what
     super().__init__(message or f'{what} at step {step}')
 
 
@@ -241,7 +240,11 @@ class Observer(Protocol):
     """Val metrics of the state after `step` steps; None where the run was asked to stop meanwhile."""
 
   def save(self, step: int, state: TrainState, val: dict[str, float] | None) -> None:
-    """Keeps the state after `step` steps, with its val metrics where it was evaluated. What was told of `step` was told before."""
+    """Keeps the state after `step` steps, with its val metrics where it was evaluated; what there is to tell of `step` was told before.
+
+    Raises:
+      Diverged: a parameter is not finite: a step is measured before its update, which may have been too much.
+    """
 
 
 def run_steps(
@@ -271,7 +274,7 @@ def run_steps(
     clock: gives seconds.
 
   Raises:
-    Diverged: loss or gradient were not finite.
+    Diverged: loss, gradient or the loss on val were not finite.
   """
   window: list[dict[str, float]] = []
   unread: dict[str, jax.Array] | None = None
@@ -284,11 +287,13 @@ def run_steps(
       return
     metrics = {key: float(value) for key, value in parallel.unreplicate(unread).items()}
     unread = None
-    if math.isfinite(metrics['loss']) and math.isfinite(metrics['gradient_norm']):
+    if not math.isfinite(metrics['loss']):
+      bad.append(Diverged(step, f'the loss is {metrics["loss"]}'))
+    elif not math.isfinite(metrics['gradient_norm']):
+      bad.append(Diverged(step, f'the norm of the gradient is {metrics["gradient_norm"]}'))
+    else:
       bad.clear()
       window.append(metrics)
-    else:
-      bad.append(Diverged(step, metrics['loss'], metrics['gradient_norm']))
     if len(bad) >= nonfinite_steps:
       raise bad[0]
     progress(step, metrics['loss'])
@@ -298,6 +303,8 @@ def run_steps(
     if bad:
       raise bad[0]
     val = observer.evaluate(step, state) if evaluates else None
+    if val and not math.isfinite(val['val/loss']):
+      raise Diverged(step, f'the loss on val is {val["val/loss"]}')
     if means or val:
       observer.wrote(step, means | (val or {}))
     observer.save(step, state, val)

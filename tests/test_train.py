@@ -144,24 +144,25 @@ def test_frozen_batch_norm_normalises_with_running_statistics(setting):
 
 class Recorder:
 
-  def __init__(self, unfinished=()):
-    self.lines, self.evaluated, self.saved, self._unfinished = [], [], [], unfinished
+  def __init__(self, unfinished=(), bad=None):
+    self.lines, self.evaluated, self.saved, self._unfinished, self._bad = [], [], [], unfinished, bad
 
   def wrote(self, step, metrics):
     self.lines.append((step, metrics))
 
   def evaluate(self, step, state):
     self.evaluated.append((step, state))
-    return None if step in self._unfinished else {'val/loss': 0.5}
+    return None if step in self._unfinished else {'val/loss': 0.5 if step != self._bad else float('inf')}
 
   def save(self, step, state, val):
     assert not self.lines or step <= self.lines[-1][0], 'saved before it was told of'
     self.saved.append((step, state, val is not None))
 
 
-def loop(steps=10, start=0, losses=None, norms=None, stop=lambda: False, log_every=3, eval_every=4, last=1000, unfinished=(), **kwargs):
+def loop(steps=10, start=0, losses=None, norms=None, stop=lambda: False, log_every=3, eval_every=4, last=1000, unfinished=(), bad=None,
+         **kwargs):
   """The loop around a step that counts."""
-  seen, recorder = [], Recorder(unfinished)
+  seen, recorder = [], Recorder(unfinished, bad)
 
   def step(state, batch):
     assert batch == state, 'the batch of another step'
@@ -227,6 +228,11 @@ def test_loop_stops_when_loss_or_gradient_are_not_finite(what, at):
   with pytest.raises(train.Diverged, match=f'at step {at + 1}$') as caught:
     loop(**{what: values})
   assert caught.value.step == at + 1
+
+
+def test_loop_stops_when_the_loss_on_val_is_not_finite():
+  with pytest.raises(train.Diverged, match='the loss on val is inf at step 4$'):
+    loop(bad=4)
 
 
 def test_loop_waits_for_so_many_steps_that_are_not_finite():

@@ -38,8 +38,7 @@ def handle(diverged: Diverged, run: Run, losses: Divergences, most: int) -> None
   ids = {name: stream.source.ids[rows_at(stream.source, place, stream.batch_size, stream=name, seed=run.seed,
                                          balanced=stream.balanced)].tolist() for name, stream in run.streams.items()}
   skips = len(losses.skipped) < most
-  losses.add(place, {'step': diverged.step, 'loss': str(diverged.loss), 'gradient_norm': str(diverged.gradient_norm), 'skipped': skips,
-                     'examples': ids})
+  losses.add(place, {'step': diverged.step, 'what': diverged.what, 'skipped': skips, 'examples': ids})
   run.checkpoints.wait()
   good = run.checkpoints.latest_step
   last = f'the checkpoint of step {good} in {run.work.path / "checkpoints"}' if good else 'the beginning, there is no checkpoint yet'
@@ -49,6 +48,9 @@ def handle(diverged: Diverged, run: Run, losses: Divergences, most: int) -> None
     log.warning('warning: %s. Going on from there without this batch', told)
     return
   run.checkpoints.close()
-  raise Diverged(diverged.step, diverged.loss, diverged.gradient_norm,
-                 f'{told}. Use a smaller train.learning_rate or some train.warmup; or, if it is the images, go on with '
-                 f'--config.train.skip_diverged={most + 1}, which leaves such a batch out')
+  advice = 'use a smaller train.learning_rate or some train.warmup'
+  if most:
+    advice = f'{most} batches were left out before, so it is hardly the images: {advice}'
+  else:
+    advice += '; or, if it is the images, go on with --config.train.skip_diverged=1, which leaves such a batch out'
+  raise Diverged(diverged.step, diverged.what, f'{told}; {advice}')

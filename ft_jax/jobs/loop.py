@@ -17,7 +17,7 @@ from ft_jax.data.sources import Source
 from ft_jax.evaluate import evaluate, Evaluation, PredictFn
 from ft_jax.jobs.setup import Splits
 from ft_jax.progress import log
-from ft_jax.train import run_steps, StepFn, TrainState
+from ft_jax.train import Diverged, run_steps, StepFn, TrainState
 from ft_jax.workdir import MetricsWriter, Workdir
 
 # A waiting device is worth a line from this share of the time on, and from so many steps on.
@@ -97,9 +97,9 @@ def train(run: Run, step: StepFn, state: TrainState, start: int, skip: Sequence[
       shown.update(step - shown.n)
 
     shown.set_postfix_str('compiling the step')
-    batches = _device_batches(run, start, skip, views, lambda: stop.asked)
+    batches = jax_utils.prefetch_to_device(observer.until_stalled(_batches(run, start, skip, views, lambda: stop.asked)), 2)
     try:
-      state, done = run_steps(step, parallel.replicate(state), observer.until_stalled(batches), start=start, steps=plan.steps,
+      state, done = run_steps(step, parallel.replicate(state), batches, start=start, steps=plan.steps,
                               log_every=plan.log_every, due=plan.due, observer=observer, stop=stop, progress=show,
                               evaluated=not plan.due(start) or run.checkpoints.evaluated(start), nonfinite_steps=nonfinite_steps)
       run.checkpoints.wait()
@@ -191,7 +191,10 @@ class Observer:
     """See `train.Observer`."""
     spent = time.perf_counter()
     metrics = {'score': val[f'val/{self._run.metric}'], 'loss': val['val/loss']} if val else None
-    self._run.checkpoints.save(step, parallel.unreplicate(state), metrics)
+    state = parallel.unreplicate(state)
+    if not all(np.isfinite(x).all() for x in jax.tree.leaves((state.params, state.batch_stats))):
+      raise Diverged(step, 'a parameter is not finite any more')
+    self._run.checkpoints.save(step, state, metrics)
     self.complete = val is not None
     self._time += time.perf_counter() - spent
 
@@ -219,19 +222,15 @@ class Observer:
                100 * share)
 
 
-def _device_batches(run: Run, start: int, skip: Sequence[int], views: Collection[tuple[str, str]],
-                    cancelled: Callable[[], bool]) -> Iterator[Any]:
-  """Batches of all streams side by side, on the devices one step ahead; see `train_batches`."""
+def _batches(run: Run, start: int, skip: Sequence[int], views: Collection[tuple[str, str]],
+             cancelled: Callable[[], bool]) -> Iterator[dict[str, dict[str, np.ndarray]]]:
+  """Batches of all streams side by side, in the devices' parts; see `train_batches`."""
   each = {name: train_batches(stream.source, run.transform, stream.batch_size, stream=name, seed=run.seed, start=start,
                               balanced=stream.balanced, views={view: VIEWS[view](run.transform) for of, view in views if of == name},
                               skip=skip, timeout=run.timeout, cancelled=cancelled)
           for name, stream in run.streams.items()}
-
-  def joined() -> Iterator[dict[str, dict[str, np.ndarray]]]:
-    for batches in zip(*each.values()):
-      yield {name: parallel.shard(batch) for name, batch in zip(each, batches)}
-
-  return jax_utils.prefetch_to_device(joined(), 2)
+  for batches in zip(*each.values()):
+    yield {name: parallel.shard(batch) for name, batch in zip(each, batches)}
 
 
 def spoken(summary: Mapping[str, float]) -> str:
