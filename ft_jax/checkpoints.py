@@ -1,6 +1,6 @@
 """Checkpoints of a run: the newest and the best on val; the only file that imports orbax."""
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 import contextlib
 import errno
 import functools
@@ -10,7 +10,7 @@ import logging
 import os
 import shutil
 import sys
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from etils import epath
 import jax
@@ -22,6 +22,8 @@ from ft_jax import parallel
 from ft_jax.progress import log
 from ft_jax.workdir import cannot_write, saved_steps
 from selection import files
+
+T = TypeVar('T')
 
 FORMAT_VERSION = 3
 
@@ -49,7 +51,7 @@ class Checkpoints:
     self._folder = folder = files.absolute(workdir) / 'checkpoints'
     self._saving: int | None = None
     self.devices: list[list[int]] = [[0, jax.device_count()]]
-    _check_metrics(folder, read_only)
+    parallel.agreed(lambda: _check_metrics(folder, read_only))
     _quieten()
     policies = ocp.checkpoint_managers
     policy = policies.AnyPreservationPolicy([
@@ -96,18 +98,21 @@ class Checkpoints:
 
   def evaluated(self, step: int) -> bool:
     """Whether the checkpoint of a step has metrics."""
-    return bool(self._manager.metrics(step))
+    return parallel.agreed(lambda: bool(self._manager.metrics(step)))
 
   @property
   def latest_step(self) -> int | None:
     """The newest step there is, or None."""
-    return self._manager.latest_step()
+    return parallel.agreed(self._manager.latest_step)
 
   @property
   def best_step(self) -> int | None:
     """The step that is best on val: highest score, then lowest loss, then latest; None where none was evaluated."""
-    metrics = {step: self._manager.metrics(step) for step in self._manager.all_steps()}
-    return max((step for step in metrics if metrics[step]), key=lambda step: (*_rank(metrics[step]), step), default=None)
+    def best() -> int | None:
+      metrics = {step: self._manager.metrics(step) for step in self._manager.all_steps()}
+      return max((step for step in metrics if metrics[step]), key=lambda step: (*_rank(metrics[step]), step), default=None)
+
+    return parallel.agreed(best)
 
   def restore(self, step: int, like: Any) -> Any:
     """The state saved at `step`, in the structure, shapes and types of `like`.
@@ -117,7 +122,7 @@ class Checkpoints:
       Damaged: it cannot be read, or holds other numbers than were saved.
     """
     folder = epath.Path(self._manager.directory) / str(step)
-    saved = _check_whole(folder)
+    saved = _together(lambda: _check_whole(folder))
     # First what it says of itself: a state of another version has another structure.
     about = _about(self._manager, step)
     if about['format_version'] != FORMAT_VERSION:
@@ -129,13 +134,18 @@ class Checkpoints:
       raise ValueError(f'{self._manager.directory} goes on from other data: changed since then: {", ".join(changed)}; '
                        'bring it back, or give another --workdir')
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-    try:
-      state = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))['state']
-    except (ValueError, OSError, RuntimeError) as error:
-      if _shapes(saved) != _shapes(abstract):  # it is whole, but not what is wanted
-        raise
-      raise Damaged(f'the checkpoint {folder} cannot be read ({_short(error)})') from error
-    _check_same(folder, state, about)
+
+    def read() -> Any:
+      try:
+        state = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))['state']
+      except (ValueError, OSError, RuntimeError) as error:
+        if _shapes(saved) != _shapes(abstract):  # it is whole, but not what is wanted
+          raise
+        raise Damaged(f'the checkpoint {folder} cannot be read ({_short(error)})') from error
+      _check_same(folder, state, about)
+      return state
+
+    state = _together(read)
     self.devices = about.get('devices') or self.devices  # checkpoints of before do not say
     if self.devices[-1][1] != jax.device_count():
       self.devices = [*self.devices, [step, jax.device_count()]]
@@ -147,7 +157,7 @@ class Checkpoints:
     Raises:
       Damaged: there is no other one to go on from; it stays where it is.
     """
-    _set_aside(epath.Path(self._manager.directory) / str(step), why)
+    parallel.agreed(lambda: _set_aside(epath.Path(self._manager.directory) / str(step), why))
     self._manager.reload()
 
   def structure(self, step: int) -> dict[str, Any]:
@@ -269,16 +279,28 @@ def _check_metrics(folder: epath.Path, read_only: bool) -> None:
       _set_aside(step, why)
 
 
+def _together(read: Callable[[], T]) -> T:
+  """What `read` gives; where it raises Damaged on one process, as a disk may do to one host alone, it does so on all of them."""
+  found, problem = None, None
+  try:
+    found = read()
+  except Damaged as error:
+    problem = error
+  for said in parallel.everyone(None if problem is None else str(problem)):
+    if said is not None:
+      raise Damaged(said) from problem
+  return found
+
+
 def _set_aside(checkpoint: epath.Path, why: str) -> None:
-  """See `Checkpoints.set_aside`."""
+  """See `Checkpoints.set_aside`; on process 0."""
   folder = checkpoint.parent
   if len(saved_steps(folder.parent)) < 2:
     raise Damaged(f'{why}. There is no other checkpoint in {folder}: give another --workdir, or remove {folder} to begin anew')
   aside = folder.parent / 'damaged' / checkpoint.name
-  if parallel.is_main():
-    if aside.exists():
-      aside.rmtree()
-    _move(checkpoint, aside)
+  if aside.exists():
+    aside.rmtree()
+  _move(checkpoint, aside)
   log.warning('warning: %s. It is set aside in %s', why, aside)
 
 

@@ -2,14 +2,19 @@
 
 from collections.abc import Mapping
 import json
+import time
 from typing import Any
+import uuid
 
+from etils import epath
 import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
 # The pmapped axis: all devices of all hosts.
 AXIS = 'batch'
+# Seconds after which a shared disk shows a new file for sure: NFS may look for changes of a folder once a minute only.
+_SEEN_SECONDS = 90
 
 
 def is_main() -> bool:
@@ -21,23 +26,93 @@ def agreed(value: Any) -> Any:
   """Process 0's value, on every process, which all must ask for alike.
 
   What follows from the clock or from a file decides what is computed together; where processes decided differently they would wait for
-  each other for ever.
+  each other for ever. Behind it all see what process 0 wrote before it.
 
   Args:
-    value: anything that JSON has; only that of process 0 counts.
+    value: anything that JSON has; only that of process 0 counts. Of a function without arguments, which process 0 alone calls, it is what
+      that returns.
+
+  Raises:
+    ValueError: what the function raised there, on every process.
   """
   if jax.process_count() == 1:
-    return value
-  text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    return value() if callable(value) else value
+  told, cause = None, None
+  if is_main():
+    try:
+      told = {'value': value() if callable(value) else value}
+    except (ValueError, OSError, RuntimeError) as error:
+      told, cause = {'error': str(error)}, error
+  told = _from_main(told)
+  if cause is not None:
+    raise cause
+  if 'error' in told:
+    raise ValueError(told['error'])
+  return told['value']
+
+
+def everyone(value: Any) -> list[Any]:
+  """The value of each process (anything that JSON has), in their order, on every process."""
+  if jax.process_count() == 1:
+    return [value]
+  text = json.dumps(value).encode()
+  lengths = multihost_utils.process_allgather(np.int32(len(text)))
+  texts = multihost_utils.process_allgather(_padded(text, _room(int(lengths.max()))))
+  return [json.loads(bytes(row[:length].astype(np.uint8))) for row, length in zip(texts, lengths.tolist())]
+
+
+def _from_main(value: Any) -> Any:
+  """Process 0's value on all of them; what the others bring does not count."""
+  text = json.dumps(value).encode()
   length = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
   # What other processes bring must have the same shape.
-  text = multihost_utils.broadcast_one_to_all(text if is_main() else np.zeros(length, np.uint8))
-  return json.loads(bytes(text.astype(np.uint8)).decode())
+  padded = _padded(text if is_main() else b'', _room(length))
+  return json.loads(bytes(multihost_utils.broadcast_one_to_all(padded)[:length].astype(np.uint8)))
+
+
+def _room(length: int) -> int:
+  """A length that texts of about one length share: for each a program is compiled."""
+  return max(256, 1 << (length - 1).bit_length())
+
+
+def _padded(text: bytes, length: int) -> np.ndarray:
+  return np.frombuffer(text.ljust(length, b' '), np.uint8)
 
 
 def barrier(name: str) -> None:
   """Waits until every process is here: behind it all see what process 0 wrote before it."""
   multihost_utils.sync_global_devices(name)
+
+
+def check_same(values: Mapping[str, Any], what: str) -> None:
+  """Raises ValueError, on every process, where one has other values than process 0; `what` says what they are of."""
+  first, *others = everyone(dict(values))
+  for process, other in enumerate(others, 1):
+    if differing := [name for name, value in first.items() if other.get(name) != value]:
+      raise ValueError(f'process {process} has other {what} than process 0: {", ".join(differing)}; every host must see the same files')
+
+
+def check_shared(folder: epath.Path, what: str) -> None:
+  """Raises ValueError, on every process, where a folder is not the same one on every host; it is made. `what` names its setting."""
+  if jax.process_count() == 1:
+    return
+
+  def leave_mark() -> str:
+    folder.mkdir(parents=True, exist_ok=True)
+    name = f'.seen-by-all-{uuid.uuid4().hex}'  # not a file that is there: its copy may be, from before
+    (folder / name).write_text('')
+    return name
+
+  mark = folder / agreed(leave_mark)
+  until = time.monotonic() + _SEEN_SECONDS
+  while not (seen := mark.exists()) and time.monotonic() < until:
+    time.sleep(0.2)
+  blind = [process for process, sees in enumerate(everyone(seen)) if not sees]
+  if is_main():
+    mark.unlink()
+  if blind:
+    raise ValueError(f'process {blind[0]} ({len(blind)} of {jax.process_count()} processes) does not see what process 0 writes to '
+                     f'{folder}; {what} must be a folder that all hosts share, such as one on NFS or gs://')
 
 
 def check_batch(size: int, what: str) -> None:

@@ -38,9 +38,16 @@ class Handler(logging.Handler):
     tqdm.tqdm.write(visible(self.format(record)), file=sys.stderr)
 
 
-def show_log() -> None:
-  """Sends the project's log lines to the terminal: what main.py does, and a notebook may."""
-  log.setLevel(logging.INFO)
+def show_log(process: int = 0) -> None:
+  """Sends the project's log lines to the terminal: what main.py does, and a notebook may.
+
+  Args:
+    process: the number of this one, where several work together: the first one tells how it goes, the others only what is wrong.
+  """
+  log.setLevel(logging.WARNING if process else logging.INFO)
   log.propagate = False
   if not any(isinstance(handler, Handler) for handler in log.handlers):
     log.addHandler(Handler())
+  for handler in log.handlers:
+    if isinstance(handler, Handler):
+      handler.setFormatter(logging.Formatter(f'process {process}: %(message)s' if process else None))

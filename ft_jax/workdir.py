@@ -35,13 +35,18 @@ class Workdir:
     A run that has no checkpoint yet has nothing to lose: it takes the new config, and selects again.
 
     Raises:
-      ValueError: it belongs to a run with another config, and names the fields that differ; or to something else.
+      ValueError: it belongs to a run with another config, and names the fields that differ; or to something else; or another process
+        does not see the same folder.
       OSError: it cannot be made, written to or reached.
     """
     self.path = files.located(path)
     if files.is_url(self.path):
       files.make_folder(self.path)
-    wanted = json.loads(json.dumps(config))
+    parallel.agreed(lambda: self._take_up(json.loads(json.dumps(config))))
+    parallel.check_shared(self.path, '--workdir')
+
+  def _take_up(self, wanted: dict[str, Any]) -> None:
+    """See `__init__`; on process 0."""
     try:
       before = read_config(self.path)
     except OSError as error:  # nobody may even look
@@ -49,8 +54,7 @@ class Workdir:
     if before is None:
       if self.path.exists() and (not self.path.is_dir() or not all(files.is_leftover(entry.name) for entry in self.path.iterdir())):
         raise ValueError(f'workdir {self.path} is not empty and holds no run (no config.json of one); give another --workdir')
-      if parallel.is_main():
-        files.make_folder(self.path)
+      files.make_folder(self.path)
     else:
       every = _differences(before, wanted)
       if not every:
@@ -113,21 +117,23 @@ class MetricsWriter:
       OSError: as of every other function here, where something cannot be written.
     """
     self._lines = self._events = None
-    self._begun: dict[str, float] = {}
-    if not parallel.is_main():
-      return
+    self._begun: dict[str, float] = parallel.agreed(lambda: self._take_up(workdir, start))
+
+  def _take_up(self, workdir: Workdir, start: int) -> dict[str, float]:
+    """See `__init__`; on process 0; returns the line of the step `start`, where there is one."""
     path = workdir.metrics_jsonl
     text = path.read_text() if path.exists() else ''
     # A line that was cut short has no newline at its end.
     whole = [line for line in text.splitlines(keepends=True) if line.endswith('\n')]
     lines = [line for line in whole if json.loads(line)['step'] <= start]
     self._lines = _Growing(path, ''.join(lines).encode())
-    if lines and (last := json.loads(lines[-1]))['step'] == start:
-      self._begun, self._before = last, ''.join(lines[:-1])
     name = f'events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}'
     begin = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
     self._events = _Growing(workdir.path / 'tensorboard' / name, _record(event_pb2.Event(file_version='brain.Event:2')) + _record(
         event_pb2.Event(step=start + 1, session_log=begin)))  # what follows replaces what an earlier start wrote of these steps
+    last = json.loads(lines[-1]) if lines else {}
+    self._before = ''.join(lines[:-1])
+    return last if last.get('step') == start else {}
 
   def write(self, step: int, metrics: Mapping[str, float]) -> dict[str, float]:
     """Adds the metrics of one step, to those that it has where it is the one to go on from; returns them all."""

@@ -182,8 +182,7 @@ class Blocks:
         start += count
       return
     size = self._chunk_rows()
-    shown = self.settings.progress and jax.process_index() == 0
-    with bar(what, self.pool.known_length, 'rows', shown=shown, initial=first, unit_scale=True) as progress:
+    with bar(what, self.pool.known_length, 'rows', shown=self.settings.progress, initial=first, unit_scale=True) as progress:
       for start, chunk in self.pool.read(size, first):
         count = len(chunk)
         if count < size:  # the last chunk; all others have one shape, so that they are compiled once

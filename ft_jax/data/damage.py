@@ -4,9 +4,10 @@ from concurrent import futures
 import importlib.metadata
 import os
 
+import jax
 import numpy as np
 
-from ft_jax import progress
+from ft_jax import parallel, progress
 from ft_jax.data import augment
 from ft_jax.data.kept import kept
 from ft_jax.data.sources import digest, Source
@@ -39,20 +40,23 @@ def without_damaged(source: Source, what: str, every_class: bool) -> tuple[Sourc
 
 
 def _damaged(source: Source, what: str) -> list[str]:
-  """The ids of the images that cannot be decoded, in the order of the source."""
+  """The ids of the images that cannot be decoded, in the order of the source; each host tries its share."""
   # Another version of a decoder may read what this one does not.
   versions = [importlib.metadata.version(name) for name in ('pillow', 'simplejpeg')]
-  key = digest(source.fingerprint, source.stamp, *versions, str(augment.MOST_PIXELS))
+  hosts, host = jax.process_count(), jax.process_index()
+  first, end = len(source) * host // hosts, len(source) * (host + 1) // hosts
+  part = [f'{first} to {end}'] if hosts > 1 else []
+  key = digest(source.fingerprint, source.stamp, *versions, str(augment.MOST_PIXELS), *part)
 
   def find() -> dict[str, np.ndarray]:
-    damaged, starts = [], range(0, len(source), 512)
+    damaged, starts = [], range(first, end, 512)
     with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
       for start in progress.bar(starts, f'trying the images of {what}', len(starts), 'x 512 images'):
-        rows = range(start, min(start + 512, len(source)))
+        rows = range(start, min(start + 512, end))
         damaged += [str(source.ids[i]) for i, readable in zip(rows, pool.map(lambda i: _readable(source, i), rows)) if not readable]
     return {'ids': np.asarray(damaged, str)}
 
-  return kept('damaged', key, find)['ids'].tolist()
+  return [name for found in parallel.everyone(kept('damaged', key, find)['ids'].tolist()) for name in found]
 
 
 def _readable(source: Source, i: int) -> bool:

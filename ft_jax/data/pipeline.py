@@ -104,8 +104,7 @@ def train_batches(source: Source, transform: Transform, batch_size: int, *, stre
 
   def make(step: int) -> Batch:
     # The random numbers of an example follow from its place in the global order, not from the host that reads it.
-    first = place_of(step, skip) * batch_size
-    places = range(first + host, first + batch_size, hosts)
+    places = _share(place_of(step, skip) * batch_size, batch_size, host, hosts)
     bits = np.random.Philox(key=key)
     rng, state = np.random.Generator(bits), bits.state
 
@@ -133,6 +132,12 @@ def rows_at(source: Source, place: int, batch_size: int, *, stream: str, seed: i
   """The rows of the batch at a place in the order, over all hosts; arguments as of `train_batches`."""
   order = (_balanced_order if balanced else _order)(source, zlib.crc32(f'{stream}/{seed}'.encode()))
   return [order(example) for example in range(place * batch_size, (place + 1) * batch_size)]
+
+
+def _share(first: int, size: int, host: int, hosts: int) -> range:
+  """The places of a host in the batch of all, which begins at `first`: neighbours, as they lie on its devices."""
+  each = size // hosts
+  return range(first + host * each, first + (host + 1) * each)
 
 
 def _order(source: Source, key: int) -> Callable[[int], int]:
@@ -172,8 +177,7 @@ class EvalBatches:
 
   def __init__(self, source: Source, transform: Transform, batch_size: int, timeout: float = TIMEOUT):
     """`batch_size` is that of all hosts together; a batch that takes longer than `timeout` seconds raises Stalled."""
-    self._source, self._transform, self._timeout = source, transform, timeout
-    self._batch_size = batch_size // jax.process_count()
+    self._source, self._transform, self._batch_size, self._timeout = source, transform, batch_size, timeout
     self._steps = -(-len(source) // batch_size)
 
   def __len__(self) -> int:
@@ -187,10 +191,10 @@ class EvalBatches:
       out['image'][:] = self._transform.evaluate(example)
 
     def make(step: int) -> Batch:
-      first = step * self._batch_size * hosts + host
-      rows = np.arange(first, min(first + self._batch_size * hosts, len(self._source)), hosts)
+      share = _share(step * self._batch_size, self._batch_size, host, hosts)
+      rows = np.arange(share.start, max(share.start, min(share.stop, len(self._source))))
       batch = _batch(reading, rows, load, self._transform.size, ('image',))
-      missing = self._batch_size - len(rows)
+      missing = len(share) - len(rows)
       return {key: np.pad(value, [(0, missing)] + [(0, 0)] * (value.ndim - 1)) if missing else value for key, value in batch.items()}
 
     return _watched(_prefetched(grain.MapDataset.range(self._steps).map(make), 0), reading, self._timeout)

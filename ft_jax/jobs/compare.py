@@ -42,12 +42,12 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
           for method in methods]
   for row in rows:
     row['gain'] = [a - b for a, b in zip(row['top1'], rows[0]['top1'])]
-  write_results(work, {'job': 'compare', 'split': split, 'seeds': seeds, 'images': results[methods[0]][0][split]['images'],
-                       'rows': rows})
-  log.info('%s', report.comparison_table(work.results()))
+  done = {'job': 'compare', 'split': split, 'seeds': seeds, 'images': results[methods[0]][0][split]['images'], 'rows': rows}
+  write_results(work, done)
+  log.info('%s', report.comparison_table(done))
   report.write_comparison(work)
   log.info('report: %s', work.report_html)
-  return work.results()
+  return done
 
 
 def _one_run(config: ConfigDict, method: str, seed: int) -> ConfigDict:

@@ -8,7 +8,7 @@ from etils import epath
 import jax
 from ml_collections import ConfigDict
 
-from ft_jax import progress
+from ft_jax import parallel, progress
 from ft_jax.data.pipeline import EvalBatches, Transform
 from ft_jax.data.sources import digest, Source
 from ft_jax.jobs import setup
@@ -37,7 +37,8 @@ def embedded(folder: epath.Path | None, network: ConfigDict, variables: Mapping[
   model = setup.build_model(network, {})
   encoder = digest(setup.weights_fingerprint(variables), network.name, network.dtype, f'{transform.size}/{transform.short_side}')
   path = folder / f'{"class_means" if means else "named_features"}-{digest(encoder, source.fingerprint)}.npz' if folder else None
-  if path and path.exists():
+  if path and parallel.agreed(path.exists):
+    parallel.check_shared(folder, 'the folder of embeddings (config.embeddings_dir)')
     return selection.Embeddings.load(path)
   batches = EvalBatches(source, transform, -(-batch_size // jax.device_count()) * jax.device_count())
   if folder:
@@ -49,6 +50,6 @@ def embedded(folder: epath.Path | None, network: ConfigDict, variables: Mapping[
 
   embeddings = (selection.embed_class_means if means else functools.partial(selection.embed, ids=source.ids))(
       encode, variables, progress.bar(batches, f'embedding {what}', len(batches)), class_names=source.class_names, fingerprint=encoder)
-  if path:
+  if path and parallel.is_main():
     embeddings.save(path)
   return embeddings

@@ -22,6 +22,8 @@ _TEMPLATES = pathlib.Path(__file__).parents[1] / 'templates'
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
   """Writes model.safetensors, model.stablehlo, classes.txt, model.json and example.py; returns what model.json holds."""
+  if jax.process_count() > 1:
+    raise ValueError('job export runs in one process; start it on one host alone, with --num_processes=1')
   run = trained.load(config.workdir)
   about = describe(run)
   # Everything is made before anything is written, so that the files are of one network.

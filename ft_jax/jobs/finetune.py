@@ -11,7 +11,7 @@ import numpy as np
 from ft_jax import methods, parallel, report
 from ft_jax.data import augment
 from ft_jax.data.pipeline import Transform
-from ft_jax.data.sources import open_source, Source
+from ft_jax.data.sources import digest, open_source, Source
 from ft_jax.jobs import fit, noise, pretrain, setup
 from ft_jax.jobs.embedding import embedded
 from ft_jax.progress import log
@@ -28,9 +28,10 @@ def run(config: ConfigDict, workdir: epath.PathLike, embeddings: epath.PathLike 
   """
   check(config)
   work = Workdir(workdir, config.to_dict())
-  if work.results() and work.report_html.exists():
+  done = parallel.agreed(work.results)
+  if done and parallel.agreed(work.report_html.exists):
     log.info('%s is finished: %s', work.path, work.report_html)
-    return work.results()
+    return done
 
   log.info('fine-tuning %s -> %s', config.model.name, work.path)
   splits = setup.open_splits(config.target, config.data_dir, config.seed)
@@ -38,8 +39,9 @@ def run(config: ConfigDict, workdir: epath.PathLike, embeddings: epath.PathLike 
   needed = pool if config.selection.method != 'none' else None
   splits, readable, skipped = setup.readable(splits, 'target', config.data.on_error, needed)
   pool = pool if needed is None else readable
+  setup.check_same_images(splits, pool)
   splits, true_labels, noise_told = noise.add(config.noise, config.seed, splits)
-  if not work.results():
+  if not done:
     _describe(splits, pool)
     if config.selection.method != 'none':
       _check_pool(config, pool)
@@ -47,9 +49,15 @@ def run(config: ConfigDict, workdir: epath.PathLike, embeddings: epath.PathLike 
     splits = setup.in_memory(splits, 'target', config.data.cache)
     results = _train(config, work, splits, pool, folder, skipped.get('source pool', ()), true_labels)
     write_results(work, {**results, 'noise': noise_told, 'skipped': setup.skipped_summary(skipped)})
-  chosen = selection.Selection.load(work.selection_json, pool.fingerprint) if work.selection_json.exists() else None
-  report.write(work, _selection_section(splits.train, pool, chosen) if chosen else None)
+  done = parallel.agreed(lambda: _reported(work, splits.train, pool))
   log.info('report: %s', work.report_html)
+  return done
+
+
+def _reported(work: Workdir, target: Source, pool: Source | None) -> dict[str, Any]:
+  """Writes the report of a finished run; returns its results."""
+  chosen = selection.Selection.load(work.selection_json, pool.fingerprint) if work.selection_json.exists() else None
+  report.write(work, _selection_section(target, pool, chosen) if chosen else None)
   return work.results()
 
 
@@ -259,19 +267,23 @@ def _select(config: ConfigDict, work: Workdir, weights: setup.Weights | None, ta
   settings = config.selection
   if pool is None or settings.method == 'none':
     return None
-  if work.has_checkpoint() and work.selection_json.exists():
+  if parallel.agreed(lambda: work.has_checkpoint() and work.selection_json.exists()):
     return selection.Selection.load(work.selection_json, pool.fingerprint)
   if settings.file:
-    chosen = dataclasses.replace(_given(settings.file, pool, unreadable), source={'name': pool.name, 'fingerprint': pool.fingerprint})
-    chosen.save(work.selection_json)
-    log.info('%s', chosen.table(12))
-    return chosen
+    return _kept(_given(settings.file, pool, unreadable), work, pool)
   embedded = [_embedded(config, folder, weights, source, transform, what) for source, what in ((pool, 'source'), (target, 'target'))]
   size = settings.size if settings.size < 1 else int(settings.size)
   chosen = selection.select(*embedded, size, by=settings.by, method=settings.method, seed=config.seed,
                             clusters=settings.clusters if settings.by == 'cluster' else None, **_parameters(config))
+  return _kept(chosen, work, pool)
+
+
+def _kept(chosen: selection.Selection, work: Workdir, pool: Source) -> selection.Selection:
+  """The selection with the name of its source, written to the workdir."""
   chosen = dataclasses.replace(chosen, source={'name': pool.name, 'fingerprint': pool.fingerprint})
-  chosen.save(work.selection_json)
+  if parallel.is_main():
+    chosen.save(work.selection_json)
+  parallel.check_same({'selection': digest(chosen.units.tobytes().hex())}, 'units')
   log.info('%s', chosen.table(12))
   return chosen
 

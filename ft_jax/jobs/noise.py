@@ -84,7 +84,7 @@ def _predicted(labels: str, source: Source) -> np.ndarray:
     raise ValueError(f'config.noise.labels: the run in {labels} is of other classes: '
                      + class_difference('the run', run.class_names, source.name, source.class_names))
   if jax.process_count() > 1:  # what one host has kept, another may not have
-    raise ValueError('config.noise.labels is a run, which predicts on one host alone; give the CSV file of its job predict')
+    raise ValueError('config.noise.labels is a run, which predicts in one process alone; give the CSV file of its job predict')
   head = run.variables['params']['heads'][run.head]
   key = digest(setup.weights_fingerprint(run.variables), head['kernel'].tobytes(), head['bias'].tobytes(), str(run.transform),
                source.fingerprint, source.stamp)

@@ -35,7 +35,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
   if config.data.on_error not in setup.ON_ERROR:
     raise ValueError(f'config.data.on_error is {config.data.on_error!r}; known: {", ".join(setup.ON_ERROR)}')
   if jax.process_count() > 1:
-    raise ValueError('job predict runs on one host; start it on one alone')
+    raise ValueError('job predict runs in one process; start it on one host alone, with --num_processes=1')
   names, source, problems, listed = open_files(config.predict.images)
   skip = config.data.on_error == 'skip'
   if problems and not skip:

@@ -5,7 +5,7 @@ from typing import Any
 from etils import epath
 from ml_collections import ConfigDict
 
-from ft_jax import methods, report
+from ft_jax import methods, parallel, report
 from ft_jax.jobs import fit, setup
 from ft_jax.progress import log
 from ft_jax.workdir import Workdir, write_results
@@ -28,12 +28,18 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
   model = setup.build_model(config.model, {'source': 2}, config.train.freeze)
   fit.check(config.train, 'top1', model, config.image_size, ('source',) if config.model.weights else ())
   work = Workdir(workdir, config.to_dict())
-  if not work.results():
+  if not parallel.agreed(work.results):
     log.info('pre-training %s -> %s', config.model.name, work.path)
     write_results(work, _train(config, work))
+  done = parallel.agreed(lambda: _reported(work))
+  log.info('pre-trained weights: %s', work.path)
+  return done
+
+
+def _reported(work: Workdir) -> dict[str, Any]:
+  """Writes the report of a finished run where it is not there; returns its results."""
   if not work.report_html.exists():
     report.write(work)
-  log.info('pre-trained weights: %s', work.path)
   return work.results()
 
 
@@ -42,6 +48,7 @@ def _train(config: ConfigDict, work: Workdir) -> dict[str, Any]:
   log.info('data: %s: %s train, %s val images of %d classes', splits.train.name, f'{len(splits.train):,d}', f'{len(splits.val):,d}',
            len(splits.train.class_names))
   splits, _, skipped = setup.readable(splits, 'source', config.data.on_error)
+  setup.check_same_images(splits)
   splits = setup.in_memory(splits, 'source', config.data.cache)
   classes = len(splits.train.class_names)
   weights = None

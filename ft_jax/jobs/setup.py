@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 import numpy as np
 
+from ft_jax import parallel
 from ft_jax.checkpoints import load_variables
 from ft_jax.data.cache import cached
 from ft_jax.data.damage import without_damaged
@@ -18,7 +19,6 @@ from ft_jax.data.pipeline import Transform
 from ft_jax.data.randaugment import STRONGEST
 from ft_jax.data.sources import carve, class_difference, draw, open_source, Source, UNLABELLED
 from ft_jax.models import hub, pretrained, resnet
-from ft_jax.parallel import AXIS
 from ft_jax.progress import log
 from selection import files
 
@@ -107,6 +107,12 @@ def split_fingerprints(splits: Splits) -> dict[str, str | None]:
   return {name: None if source is None else source.fingerprint for name, source in splits._asdict().items()}
 
 
+def check_same_images(splits: Splits, pool: Source | None = None) -> None:
+  """Raises ValueError, on every process, where one reads other images than process 0."""
+  named = {**splits._asdict(), 'pool': pool}
+  parallel.check_same({name: source.fingerprint for name, source in named.items() if source is not None}, 'images')
+
+
 def skipped_summary(skipped: Mapping[str, list[str]]) -> dict[str, dict[str, Any]]:
   """What results.json says of images that cannot be read: how many of each split, and the ids of a hundred."""
   return {name: {'images': len(ids), 'first': ids[:100]} for name, ids in skipped.items()}
@@ -147,7 +153,7 @@ def build_model(config: ConfigDict, heads: Mapping[str, int], freeze: str = '') 
   if config.dtype not in DTYPES:
     raise ValueError(f'model.dtype is {config.dtype!r}; known: {", ".join(DTYPES)}')
   return resnet.build(config.name, heads, width=config.width, stem=config.stem, dtype=DTYPES[config.dtype],
-                      axis_name=AXIS if config.sync_batch_norm else None, batch_norm=config.batch_norm, frozen=freeze)
+                      axis_name=parallel.AXIS if config.sync_batch_norm else None, batch_norm=config.batch_norm, frozen=freeze)
 
 
 def init_variables(model: resnet.ResNet, image_size: int, seed: int, weights: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -42,6 +42,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
   check(config)
   run = trained.load(config.workdir)
   folder = trained.output_folder(workdir)
+  parallel.check_shared(folder, '--workdir')
   log.info('stability of %s -> %s', run.described(), folder)
   split, source = _images(config, run)
   start = _start(run)
@@ -127,15 +128,18 @@ class Estimates:
     self.loss: float | None = None
     self.draws: list[float] = []
     self.probes: list[dict[str, float]] = []
-    try:
-      kept = json.loads(path.read_text()) if path.exists() else {}
-    except ValueError:  # not ours, or damaged: it is made again
-      kept = {}
+    kept = parallel.agreed(self._read)
     before = kept.get('made_of', {})
     if before.get('network') == made_of['network']:
       self.loss = kept['loss']
       self.probes = [dict(zip(kept['parameters'], values)) for values in kept['probes']]
       self.draws = kept['draws'] if before['noise'] == made_of['noise'] else []
+
+  def _read(self) -> dict[str, Any]:
+    try:
+      return json.loads(self._path.read_text()) if self._path.exists() else {}
+    except ValueError:  # not ours, or damaged: it is made again
+      return {}
 
   def write(self) -> None:
     """Writes what there is."""
@@ -150,7 +154,7 @@ def _estimated(settings: ConfigDict, seed: int, model: ResNet, run: trained.Trai
   transform = f'{run.transform.size}/{run.transform.short_side}'
   numbers = b''.join(np.ascontiguousarray(value).tobytes() for _, value in sorted(flat(run.variables).items()))
   made_of = {'network': digest(numbers, source.fingerprint, source.stamp, transform, str(seed)), 'noise': repr(float(settings.sigma))}
-  estimates = Estimates(folder / 'estimates.json', made_of)
+  estimates = Estimates(folder / 'estimates.json', parallel.agreed(made_of))
   variables = parallel.replicate(run.variables)
   noise = dict(classes=len(run.class_names), seed=seed)
   if estimates.loss is None:

@@ -42,6 +42,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
   folder = trained.output_folder(workdir)
   if read_config(folder):
     raise ValueError(f'--workdir={workdir} holds a run, whose files would be mixed with those of the study; give another --workdir')
+  parallel.check_shared(folder, '--workdir')
   log.info('study of %d checkpoints of %s (%s) on %s -> %s', len(kept.kept), kept.path, ', '.join(entry.name for entry in kept.kept),
            ', '.join(target.name for target in targets), folder)
   if kept.image_size not in (0, config.image_size):

@@ -9,6 +9,7 @@ from etils import epath
 from ml_collections import ConfigDict
 import numpy as np
 
+from ft_jax import parallel
 from ft_jax.data.damage import without_damaged
 from ft_jax.data.sources import digest, open_source, Source
 from ft_jax.jobs import setup
@@ -125,6 +126,9 @@ class Parts:
 
   def get(self, kind: str, *made_of: Any) -> dict[str, Any] | None:
     """What was found before, or None; a damaged file is as good as none."""
+    return parallel.agreed(lambda: self._read(kind, made_of))
+
+  def _read(self, kind: str, made_of: Sequence[Any]) -> dict[str, Any] | None:
     try:
       return json.loads(self._path(kind, made_of).read_text())
     except (FileNotFoundError, ValueError):

@@ -116,7 +116,7 @@ class Begin:
     def taught(split: str) -> dict[str, np.ndarray]:
       results = [parallel.unreplicate(mapped(variables, parallel.shard(batch))) for batch in self.batches(split)]
       whole = {key: np.concatenate([result[key][result['mask']] for result in results]) for key in results[0] if key != 'mask'}
-      order = np.argsort(whole.pop('index'))  # hosts take turns at the examples
+      order = np.argsort(whole.pop('index'))
       return {key: value[order] for key, value in whole.items()}
 
     return taught

@@ -128,9 +128,12 @@ def loss_rises(model: ResNet, variables: Mapping[str, Any], classifier: logistic
 
 def _examples(batches: Iterable[Mapping[str, np.ndarray]], count: int) -> dict[str, np.ndarray]:
   """This host's examples in groups: `[local devices, groups, images a group, ...]`, masked; as many on every host."""
+  batches = list(batches)
+  each = len(batches[0]['mask'])  # of a host; the first one has the most, as the padding is at the end of the last batch
+  most = (len(batches) - 1) * each + min(each, count - (len(batches) - 1) * each * jax.process_count())
   kept = [{key: batch[key][batch['mask']] for key in ('image', 'label', 'mask')} for batch in batches]
   examples = {key: np.concatenate([part[key] for part in kept]) for key in kept[0]}
-  devices, most = jax.local_device_count(), -(-count // jax.process_count())
+  devices = jax.local_device_count()
   groups = -(-most // (devices * _IMAGES))
   images = -(-most // (devices * groups))
   padding = devices * groups * images - len(examples['mask'])

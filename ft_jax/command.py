@@ -1,0 +1,86 @@
+"""The command line around the jobs: flags that are read with clear errors, and how a job's end is told."""
+
+from collections.abc import Iterator
+import contextlib
+import os
+import pathlib
+import re
+import signal
+import sys
+import traceback
+
+from absl import flags
+from ml_collections import ConfigDict
+
+_CONFIGS = pathlib.Path(__file__).parents[1] / 'configs'
+
+
+def default_workdir(file_name: str, used: str = '') -> str:
+  """`runs/pets` for configs/pets.py, `runs/pets-mocov2` for configs/pets.py:mocov2; `<used>/export` for a job that uses a run."""
+  path, _, argument = file_name.partition(':')
+  return os.path.join(used or 'runs', pathlib.Path(path).stem + (f'-{argument}' if argument else ''))
+
+
+def parse(argv: list[str]) -> list[str]:
+  """Reads the flags; an unknown field, there or in the config's file, is refused with the known ones."""
+  if file_name := re.search(r'\0--?config[=\0]([^\0]+)', '\0'.join(argv)):
+    check_config_file(file_name[1])
+  try:
+    return flags.FLAGS(argv)
+  except OSError as error:  # of a config that opens files of its own
+    sys.exit(f'error: {error}')
+  except flags.Error as error:
+    # What a config raises comes with its traceback.
+    *_, reason = str(error).strip().splitlines()
+    if 'takes 0 positional arguments' in reason:
+      reason = 'that config takes no argument behind a colon'
+    sys.exit(f'error: {re.sub(r"^[A-Za-z]+Error: ", "", reason.strip())}\n(python main.py --help lists the flags)')
+  except (AttributeError, KeyError) as error:
+    from configs import default
+
+    for flag in (arg[len('--config.'):].partition('=')[0] for arg in argv if arg.startswith('--config.')):
+      group, known = '', default.get_config()
+      for name in flag.split('.'):
+        if not isinstance(known, ConfigDict) or name not in known:
+          fields = f'has {", ".join(known)}' if isinstance(known, ConfigDict) else 'is one value'
+          sys.exit(f'error: the config has no field {flag!r}; {("config." + group).rstrip(".")} {fields}')
+        group, known = f'{group}{name}.', known[name]
+    if wrong := re.search(r'Key "(\w+)" does not exist', str(error)):
+      meant = re.search(r'Did you mean "\w+"', str(error))
+      sys.exit(f'error: the file of --config sets {wrong[1]!r}, which is no field of configs/default.py. {meant[0] + "?" if meant else ""}')
+    raise
+
+
+def check_config_file(file_name: str) -> None:
+  """Ends the program where there is no such file, and says which there are: ml_collections says it late, and over five lines."""
+  path = file_name.partition(':')[0]
+  if not os.path.isfile(path):
+    known = sorted(file.name for file in _CONFIGS.glob('*.py'))
+    sys.exit(f'error: --config: there is no file {path}; in configs/ are {", ".join(known)}')
+
+
+@contextlib.contextmanager
+def ending(show_traceback: bool) -> Iterator[None]:
+  """What a job ends with: an error is one line (or its traceback, where that is wanted), and of several processes all end."""
+  from ft_jax import cluster, progress
+
+  try:
+    yield
+  except SystemExit as stopped:  # a signal asked for it, and what it was at is saved
+    message = getattr(stopped, 'message', '')
+    if message:
+      progress.log.info('%s', message)
+    if not message or cluster.several():  # of several, all are about to leave, and say good-bye
+      raise
+    cluster.leave(stopped.code)
+  except KeyboardInterrupt:
+    progress.log.info('stopped; the same command goes on from what is finished')
+    cluster.leave(128 + signal.SIGINT)
+  except Exception as error:
+    in_words = isinstance(error, (ValueError, OSError, RuntimeError)) and not show_traceback
+    if not in_words and not cluster.several():
+      raise
+    if not in_words:
+      traceback.print_exc()
+    progress.log.error('error: %s', cluster.described(error))
+    cluster.leave(1)
