@@ -27,7 +27,7 @@ def main(argv: list[str]) -> None:
   logging.get_absl_logger().addFilter(lambda record: 'tracked_metric' not in record.getMessage())
   # After the flags, so that --help answers at once.
   from ft_jax import progress
-  from ft_jax.jobs import compare, export, finetune, fit, predict, pretrain, stability, study
+  from ft_jax.jobs import compare, export, finetune, loop, predict, pretrain, stability, study
 
   jobs = {'finetune': finetune.run, 'pretrain': pretrain.run, 'compare': compare.run, 'export': export.run, 'predict': predict.run,
           'stability': stability.run, 'study': study.run}
@@ -41,7 +41,7 @@ def main(argv: list[str]) -> None:
       raise ValueError('config.workdir is the run that export, predict and stability use, and this is job '
                        f'{config.job}; its own folder is --workdir')
     jobs[config.job](config, _WORKDIR.value or default_workdir(file_name, config.workdir))
-  except fit.Interrupted as stopped:
+  except loop.Interrupted as stopped:
     progress.log.info('%s', stopped.message)
     raise
   except (ValueError, OSError, RuntimeError) as error:

@@ -28,6 +28,8 @@ class Checkpoints:
                keep: Collection[int] = ()):
     """Takes up what is there.
 
+    With each checkpoint goes how many devices the run had, from which step on: `devices`.
+
     Args:
       workdir: the run's.
       made_from: what the run depends on beside its config, as fingerprints by name; kept with each checkpoint.
@@ -35,6 +37,7 @@ class Checkpoints:
       keep: steps whose checkpoints stay, beside the newest and the best.
     """
     self._about = {'format_version': FORMAT_VERSION, 'made_from': dict(made_from or {})}
+    self.devices: list[list[int]] = [[0, jax.device_count()]]
     folder = epath.Path(workdir).resolve() / 'checkpoints'
     _check_metrics(folder, read_only)
     policies = ocp.checkpoint_managers
@@ -46,9 +49,20 @@ class Checkpoints:
                                              cleanup_tmp_directories=not read_only))
 
   def save(self, step: int, state: Any, metrics: dict[str, float] | None) -> None:
-    """Saves a state (on the host) after `step` steps, with val's `score` (best is highest) and `loss` where it was evaluated."""
-    self._manager.save(step, metrics=metrics, args=ocp.args.Composite(
-        state=ocp.args.StandardSave(state), about=ocp.args.JsonSave({**self._about, 'step': step, 'digest': _digest(state)})))
+    """Saves a state (on the host) after `step` steps, with val's `score` (best is highest) and `loss` where it was evaluated.
+
+    A step that is there already was evaluated later than it was saved, or else needs no saving.
+    """
+    if step in self._manager.all_steps():
+      if metrics is None or self.evaluated(step):
+        return
+      self._manager.delete(step)
+    about = {**self._about, 'step': step, 'devices': self.devices, 'digest': _digest(state)}
+    self._manager.save(step, metrics=metrics, args=ocp.args.Composite(state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(about)))
+
+  def evaluated(self, step: int) -> bool:
+    """Whether the checkpoint of a step has metrics."""
+    return bool(self._manager.metrics(step))
 
   @property
   def latest_step(self) -> int | None:
@@ -88,6 +102,9 @@ class Checkpoints:
         raise
       raise Damaged(f'the checkpoint {folder} cannot be read ({_short(error)})') from error
     _check_same(folder, state, about)
+    self.devices = about.get('devices') or self.devices  # checkpoints of before do not say
+    if self.devices[-1][1] != jax.device_count():
+      self.devices = [*self.devices, [step, jax.device_count()]]
     return state
 
   def set_aside(self, step: int, why: str) -> None:

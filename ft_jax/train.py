@@ -5,7 +5,7 @@ the head of its own name; all streams go through the network in one forward pass
 (Liu et al., NeurIPS 2022). The loss is the weighted sum of the streams' cross-entropies, and what the methods add.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 import functools
 import math
 import time
@@ -81,7 +81,8 @@ def make_step(model: ResNet, optimizer: optax.GradientTransformation, loss_weigh
     average: the part of the moving averages that a step keeps, where the state has averages; less in the first steps.
 
   Returns:
-    A function to be mapped over devices by the name `parallel.AXIS`. Metrics (the same everywhere): `loss`; for each labelled stream
+    A function to be mapped over devices by the name `parallel.AXIS`. Metrics (the same everywhere): `loss`; `gradient_norm`, over all
+    parameters; for each labelled stream
     `loss_<stream>` and `top1_<stream>` on the training batch; for each method `loss_<method>` and `<method>/<metric>`.
   """
   methods = methods or {}
@@ -122,6 +123,7 @@ def make_step(model: ResNet, optimizer: optax.GradientTransformation, loss_weigh
     gradients, (batch_stats, states, metrics) = jax.grad(loss_fn, has_aux=True)(state.params)
     # Running statistics are averaged too, so that the state is the same on every device.
     gradients, batch_stats, metrics = jax.lax.pmean((gradients, batch_stats, metrics), parallel.AXIS)
+    metrics['gradient_norm'] = optax.tree.norm(gradients)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     for method in methods.values():
@@ -216,7 +218,16 @@ def _kept(fixed: Any, old: Any, new: Any) -> Any:
 
 
 class Diverged(RuntimeError):
-  """The loss is not finite any more."""
+  """Loss, gradient or parameters are not finite any more.
+
+  Attributes:
+    step: the first step that shows it; counted from 1.
+    what: is not finite.
+  """
+
+  def __init__(self, step: int, what: str, message: str = ''):
+    self.step, self.what = step, what
+    super().__init__(message or f'{what} at step {step}')
 
 
 class Observer(Protocol):
@@ -225,17 +236,26 @@ class Observer(Protocol):
   def wrote(self, step: int, metrics: dict[str, float]) -> None:
     """A window of steps ended at `step`: means of its metrics, with those of val where it was evaluated."""
 
-  def evaluate(self, step: int, state: TrainState) -> dict[str, float]:
-    """Val metrics of the state after `step` steps; also the place to keep a checkpoint."""
+  def evaluate(self, step: int, state: TrainState) -> dict[str, float] | None:
+    """Val metrics of the state after `step` steps; None where the run was asked to stop meanwhile."""
+
+  def save(self, step: int, state: TrainState, val: dict[str, float] | None) -> None:
+    """Keeps the state after `step` steps, with its val metrics where it was evaluated; what there is to tell of `step` was told before.
+
+    Raises:
+      Diverged: a parameter is not finite: a step is measured before its update, which may have been too much.
+    """
 
 
 def run_steps(
     train_step: StepFn, state: TrainState, batches: Iterator[Mapping[str, Mapping[str, jax.Array]]], *, start: int, steps: int,
-    log_every: int, eval_every: int, observer: Observer, stop: Callable[[], bool], progress: Callable[[int, float], None],
-    evaluate_at: Collection[int] = (), clock: Callable[[], float] = time.perf_counter) -> tuple[TrainState, int]:
-  """Runs steps `start` to `steps`; returns the state and the number of steps done, fewer than `steps` if `stop()` said so.
+    log_every: int, due: Callable[[int], bool], observer: Observer, stop: Callable[[], bool], progress: Callable[[int, float], None],
+    evaluated: bool = True, nonfinite_steps: int = 1, clock: Callable[[], float] = time.perf_counter) -> tuple[TrainState, int]:
+  """Runs steps `start` to `steps`; returns the state and the number of steps done.
 
-  The loss of a step is read when the next one is under way, so the device does not wait for the host. Whether it waits for images is
+  It ends before `steps` where `stop()` said so or the batches came to an end; what was done is saved then.
+
+  The metrics of a step are read when the next one is under way, so the device does not wait for the host. Whether it waits for images is
   measured: the metrics of a window have `waiting_share`, the part of its time (without evaluation) that went by until a batch was there,
   counted where the device was through with everything before. It had been for a part of that wait at least, so this is an upper bound.
 
@@ -244,18 +264,21 @@ def run_steps(
     state: replicated; donated.
     batches: sharded, from step `start` on.
     start, steps: steps done before, and in the end.
-    log_every, eval_every: in steps; both also happen at the end.
-    observer: gets metrics and evaluates.
+    log_every: steps of a window of metrics; one also ends where the state is evaluated.
+    due: whether the state after so many steps is evaluated and saved; at the end it always is.
+    observer: gets metrics, evaluates and saves.
     stop: asked after each step.
     progress: told (steps done, loss) after each step, one step late.
-    evaluate_at: numbers of steps after which it is evaluated as well.
+    evaluated: whether that was done for `start`, where it is due.
+    nonfinite_steps: so many steps in a row whose loss or gradient is not finite end the run. After a single one, nothing is saved.
     clock: gives seconds.
 
   Raises:
-    Diverged: the loss is not finite; says at which step.
+    Diverged: loss, gradient or the loss on val were not finite.
   """
   window: list[dict[str, float]] = []
   unread: dict[str, jax.Array] | None = None
+  bad: list[Diverged] = []
 
   def read(step: int) -> None:
     """Reads the metrics of the step that ended with `step` steps done."""
@@ -265,35 +288,59 @@ def run_steps(
     metrics = {key: float(value) for key, value in parallel.unreplicate(unread).items()}
     unread = None
     if not math.isfinite(metrics['loss']):
-      raise Diverged(f'the loss is {metrics["loss"]} at step {step}; use a smaller train.learning_rate or some train.warmup')
-    window.append(metrics)
+      bad.append(Diverged(step, f'the loss is {metrics["loss"]}'))
+    elif not math.isfinite(metrics['gradient_norm']):
+      bad.append(Diverged(step, f'the norm of the gradient is {metrics["gradient_norm"]}'))
+    else:
+      bad.clear()
+      window.append(metrics)
+    if len(bad) >= nonfinite_steps:
+      raise bad[0]
     progress(step, metrics['loss'])
 
+  def keep(step: int, evaluates: bool, means: dict[str, float]) -> bool:
+    """Evaluates, tells and saves, in this order: what is saved has been told of. Whether the evaluation came to its end."""
+    if bad:
+      raise bad[0]
+    val = observer.evaluate(step, state) if evaluates else None
+    if val and not math.isfinite(val['val/loss']):
+      raise Diverged(step, f'the loss on val is {val["val/loss"]}')
+    if means or val:
+      observer.wrote(step, means | (val or {}))
+    observer.save(step, state, val)
+    return val is not None or not evaluates
+
+  # A run that was stopped in the middle of an evaluation.
+  if not evaluated and (start == steps or due(start)) and not keep(start, True, {}):
+    return state, start
   done, waited, began = start, 0.0, None
   while done < steps:
     asked = clock()
-    batch = next(batches)
-    # The first batch of a run is not counted, nor is compiling the step: both come once.
-    if began is not None and (unread is None or all(value.is_ready() for value in unread.values())):
-      waited += clock() - asked
-    state, metrics = train_step(state, batch)
-    if began is None:
-      began = clock()
-    read(done)
-    unread = metrics
-    done += 1
-    last = done == steps or stop()
-    evaluates = done == steps or done % eval_every == 0 or done in evaluate_at
-    if last or evaluates or done % log_every == 0:
+    batch = next(batches, None)
+    if batch is not None:
+      # The first batch of a run is not counted, nor is compiling the step: both come once.
+      if began is not None and (unread is None or all(value.is_ready() for value in unread.values())):
+        waited += clock() - asked
+      state, metrics = train_step(state, batch)
+      if began is None:
+        began = clock()
       read(done)
-      means = {f'train/{key}': sum(m[key] for m in window) / len(window) for key in window[0]}
-      elapsed = clock() - began
-      means['waiting_share'] = waited / elapsed if elapsed > 0 else 0.0
+      unread = metrics
+      done += 1
+    stops = batch is None or done < steps and stop()
+    evaluates = batch is not None and (done == steps or due(done))
+    if stops or evaluates or done % log_every == 0:
+      read(done)
+      means = {f'train/{key}': sum(m[key] for m in window) / len(window) for key in window[0]} if window else {}
+      if means:
+        elapsed = clock() - began
+        means['waiting_share'] = waited / elapsed if elapsed > 0 else 0.0
       window.clear()
-      if evaluates:
-        means |= observer.evaluate(done, state)
-      observer.wrote(done, means)
+      if stops and done > start or evaluates:
+        stops = not keep(done, evaluates and not stops, means) or stops
+      elif means:
+        observer.wrote(done, means)
       waited, began = 0.0, clock()
-    if last:
+    if stops:
       break
   return state, done

@@ -10,7 +10,8 @@ import tensorboardX
 from ft_jax import parallel
 
 # Fields that may change between two starts of one run. What they do to its images, the checkpoints notice.
-FREE = ('config.data.cache ', 'config.data.on_error ')
+FREE = ('config.data.cache ', 'config.data.on_error ', 'config.data.timeout ', 'config.train.nonfinite_steps ',
+        'config.train.skip_diverged ', 'config.pretrain.nonfinite_steps ', 'config.pretrain.skip_diverged ')
 
 
 class Workdir:
@@ -81,23 +82,33 @@ class MetricsWriter:
   def __init__(self, workdir: Workdir, start: int):
     """Takes up at `start`: lines of later steps, which are about to be run again, go."""
     self._path = workdir.metrics_jsonl
+    self._begun: dict[str, float] = {}
     if not parallel.is_main():
       self._events = None
       return
     text = self._path.read_text() if self._path.exists() else ''
     # A line that was cut short has no newline at its end.
     whole = [line for line in text.splitlines(keepends=True) if line.endswith('\n')]
-    write_text(self._path, ''.join(line for line in whole if json.loads(line)['step'] <= start))
+    lines = [line for line in whole if json.loads(line)['step'] <= start]
+    write_text(self._path, ''.join(lines))
+    if lines and (last := json.loads(lines[-1]))['step'] == start:
+      self._begun = last
     self._events = tensorboardX.SummaryWriter(str(workdir.path / 'tensorboard'), purge_step=start + 1)
 
-  def write(self, step: int, metrics: Mapping[str, float]) -> None:
-    """Adds the metrics of one step."""
+  def write(self, step: int, metrics: Mapping[str, float]) -> dict[str, float]:
+    """Adds the metrics of one step, to those that it has where it is the one to go on from; returns them all."""
+    before = self._begun if self._begun.get('step') == step else {}
+    line = {'step': step, **before, **metrics}
     if self._events is None:
-      return
-    with self._path.open('a') as stream:
-      stream.write(json.dumps({'step': step, **metrics}) + '\n')
+      return line
+    if before:
+      write_text(self._path, ''.join(self._path.read_text().splitlines(keepends=True)[:-1]) + json.dumps(line) + '\n')
+    else:
+      with self._path.open('a') as stream:
+        stream.write(json.dumps(line) + '\n')
     for key, value in metrics.items():
       self._events.add_scalar(key, value, step)
+    return line
 
   def close(self) -> None:
     """Writes what is buffered."""

@@ -12,7 +12,7 @@ import pytest
 from torch_record import error, Record
 
 from ft_jax import parallel, train
-from ft_jax.jobs import fit
+from ft_jax.jobs.loop import Observer, Stream
 from ft_jax.models import resnet, to_torch
 from ft_jax.optimizer import make_optimizer
 
@@ -144,28 +144,34 @@ def test_frozen_batch_norm_normalises_with_running_statistics(setting):
 
 class Recorder:
 
-  def __init__(self):
-    self.lines, self.evaluated = [], []
+  def __init__(self, unfinished=(), bad=None):
+    self.lines, self.evaluated, self.saved, self._unfinished, self._bad = [], [], [], unfinished, bad
 
   def wrote(self, step, metrics):
     self.lines.append((step, metrics))
 
   def evaluate(self, step, state):
     self.evaluated.append((step, state))
-    return {'val/loss': 0.5}
+    return None if step in self._unfinished else {'val/loss': 0.5 if step != self._bad else float('inf')}
+
+  def save(self, step, state, val):
+    assert not self.lines or step <= self.lines[-1][0], 'saved before it was told of'
+    self.saved.append((step, state, val is not None))
 
 
-def loop(steps=10, start=0, losses=None, stop=lambda: False, log_every=3, eval_every=4):
+def loop(steps=10, start=0, losses=None, norms=None, stop=lambda: False, log_every=3, eval_every=4, last=1000, unfinished=(), bad=None,
+         **kwargs):
   """The loop around a step that counts."""
-  seen, recorder = [], Recorder()
+  seen, recorder = [], Recorder(unfinished, bad)
 
   def step(state, batch):
     assert batch == state, 'the batch of another step'
-    return state + 1, parallel.replicate({'loss': np.float32(state if losses is None else losses[state])})
+    return state + 1, parallel.replicate({'loss': np.float32(state if losses is None else losses[state]),
+                                          'gradient_norm': np.float32(1 if norms is None else norms[state])})
 
-  state, done = train.run_steps(step, start, iter(range(start, 1000)), start=start, steps=steps, log_every=log_every, eval_every=eval_every,
-                                observer=recorder, stop=stop, progress=lambda step, loss: seen.append((step, loss)),
-                                clock=lambda: 0.0)
+  state, done = train.run_steps(step, start, iter(range(start, last)), start=start, steps=steps, log_every=log_every,
+                                due=lambda step: step > 0 and step % eval_every == 0, observer=recorder, stop=stop,
+                                progress=lambda step, loss: seen.append((step, loss)), clock=lambda: 0.0, **kwargs)
   return state, done, recorder, seen
 
 
@@ -177,6 +183,7 @@ def test_loop_writes_means_of_windows_and_each_step_once():
       (3, 1.0), (4, 3.0), (6, 4.5), (8, 6.5), (9, 8.0), (10, 9.0)]
   assert [step for step, metrics in recorder.lines if 'val/loss' in metrics] == [4, 8, 10]
   assert recorder.evaluated == [(4, 4), (8, 8), (10, 10)]
+  assert recorder.saved == [(4, 4, True), (8, 8, True), (10, 10, True)]
   assert seen == [(k + 1, float(k)) for k in range(10)]
 
 
@@ -189,15 +196,54 @@ def test_loop_goes_on_from_a_step():
 def test_loop_stops_when_asked():
   asked = iter([False, False, True])
   state, done, recorder, _ = loop(stop=lambda: next(asked))
-  assert state == done == 3 and not recorder.evaluated
+  assert state == done == 3 and not recorder.evaluated and recorder.saved == [(3, 3, False)]
 
 
-@pytest.mark.parametrize('at', [0, 5, 9])
-def test_loop_stops_when_the_loss_is_not_finite(at):
+def test_loop_that_is_stopped_where_it_evaluates_does_so_when_it_goes_on():
+  """Asked before the evaluation of step 4 or in the middle of it: saved without, and the next start begins with it."""
+  asked = iter([False, False, False, True])
+  for stopped in (loop(stop=lambda: next(asked)), loop(unfinished=(4,))):
+    state, done, recorder, _ = stopped
+    assert state == done == 4 and recorder.saved == [(4, 4, False)]
+    assert [(step, set(metrics)) for step, metrics in recorder.lines][-1] == (
+        4, {'train/loss', 'train/gradient_norm', 'waiting_share'})
+  _, _, again, _ = loop(start=4, evaluated=False)
+  assert again.lines[0] == (4, {'val/loss': 0.5}) and again.saved == [(4, 4, True), (8, 8, True), (10, 10, True)]
+  _, _, at_the_end, _ = loop(start=10, evaluated=False)
+  assert at_the_end.saved == [(10, 10, True)]
+
+
+def test_loop_saves_where_the_batches_end():
+  """As where images do not come any more."""
+  state, done, recorder, _ = loop(last=6)
+  assert state == done == 6 and recorder.saved == [(4, 4, True), (6, 6, False)]
+  assert loop(last=0)[2].saved == []
+
+
+@pytest.mark.parametrize('what', ['losses', 'norms'])
+@pytest.mark.parametrize('at', [0, 3, 5, 9])
+def test_loop_stops_when_loss_or_gradient_are_not_finite(what, at):
   """Named with its step, and before anything of it is written or kept."""
-  losses = [float('nan') if k == at else 1.0 for k in range(10)]
-  with pytest.raises(train.Diverged, match=f'at step {at + 1};'):
-    loop(losses=losses)
+  values = [float('nan') if k == at else 1.0 for k in range(10)]
+  with pytest.raises(train.Diverged, match=f'at step {at + 1}$') as caught:
+    loop(**{what: values})
+  assert caught.value.step == at + 1
+
+
+def test_loop_stops_when_the_loss_on_val_is_not_finite():
+  with pytest.raises(train.Diverged, match='the loss on val is inf at step 4$'):
+    loop(bad=4)
+
+
+def test_loop_waits_for_so_many_steps_that_are_not_finite():
+  """Two in a row end it, one alone does not, and is in no mean; but nothing is saved right after one."""
+  nan = float('nan')
+  _, done, recorder, _ = loop(losses=[1, nan, 1, 1, 1, 1, nan, 1, 1, 1], nonfinite_steps=2)
+  assert done == 10 and all(metrics['train/loss'] == 1 for _, metrics in recorder.lines)
+  with pytest.raises(train.Diverged, match='nan at step 6'):
+    loop(losses=[1, nan, 1, 1, 1, nan, nan, 1, 1, 1], nonfinite_steps=2)
+  with pytest.raises(train.Diverged, match='nan at step 4'):
+    loop(losses=[1, 1, 1, nan, 1, 1, 1, 1, 1, 1], nonfinite_steps=2)
 
 
 class Metric(float):
@@ -226,13 +272,13 @@ def test_share_of_time_waiting_for_images(ready, shares, monkeypatch):
   def batches():
     while True:
       now[0] += 1
-      yield None
+      yield 'batch'
 
   def step(state, batch):
     now[0] += 3
-    return state, {'loss': Metric(ready)}
+    return state, {'loss': Metric(ready), 'gradient_norm': Metric(ready)}
 
-  train.run_steps(step, 0, batches(), start=0, steps=6, log_every=3, eval_every=3, observer=recorder, stop=lambda: False,
+  train.run_steps(step, 0, batches(), start=0, steps=6, log_every=3, due=lambda step: step == 3, observer=recorder, stop=lambda: False,
                   progress=lambda step, loss: None, clock=lambda: now[0])
   assert [metrics['waiting_share'] for _, metrics in recorder.lines] == pytest.approx(shares)
 
@@ -241,8 +287,9 @@ def test_share_of_time_waiting_for_images(ready, shares, monkeypatch):
 def test_a_device_that_waits_for_images_is_told_of_once(share, told, caplog):
   """After twenty steps, over all of them; a metrics line has the share of its own window."""
   lines = []
-  writer = types.SimpleNamespace(write=lambda step, metrics: lines.append(metrics))
-  observer = fit._Observer(fit.Plan(100, 100, 10), writer, None, 'top1', 0, 8, None, lambda step: 0.1)
+  writer = types.SimpleNamespace(write=lambda step, metrics: lines.append(metrics) or metrics)
+  run = types.SimpleNamespace(streams={'target': Stream(None, 8, 1.0)}, schedule=lambda step: 0.1)
+  observer = Observer(run, writer, 0, lambda: False)
   with caplog.at_level('INFO', 'ft_jax'):
     observer.wrote(10, {'train/loss': 1.0, 'waiting_share': 2 * share})
     assert not caplog.text

@@ -5,10 +5,13 @@ example's row in the source and `mask` is False for padding; further views of th
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+import concurrent.futures
 import dataclasses
 import functools
 import os
 import sys
+import threading
+import time
 import zlib
 
 import grain
@@ -18,8 +21,15 @@ import numpy as np
 from ft_jax.data import augment
 from ft_jax.data.randaugment import cutout, randaugment
 from ft_jax.data.sources import Example, Source
+from ft_jax.progress import log
 
 Batch = dict[str, np.ndarray]
+# Seconds: how long images may take (see `train_batches`), and after which it is told what is being read.
+TIMEOUT, SLOW = 600.0, 30.0
+
+
+class Stalled(OSError):
+  """No images came for a long time."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +73,8 @@ class Transform:
 
 
 def train_batches(source: Source, transform: Transform, batch_size: int, *, stream: str, seed: int, start: int,
-                  views: Mapping[str, Transform] | None = None, balanced: bool = False) -> Iterator[Batch]:
+                  views: Mapping[str, Transform] | None = None, balanced: bool = False, skip: Sequence[int] = (),
+                  timeout: float = TIMEOUT, cancelled: Callable[[], bool] = lambda: False) -> Iterator[Batch]:
   """Endless training batches from step `start` on.
 
   The order is one permutation of the source after another, each with its own shuffle, cut into batches: every example
@@ -78,15 +89,23 @@ def train_batches(source: Source, transform: Transform, batch_size: int, *, stre
     start: the first step wanted.
     views: further views of each image, by their name in the batch, each with random numbers of its own.
     balanced: every class comes once a turn of all classes, and its examples one permutation after another: each class equally often.
+    skip: places of batches in the order that are left out; see `place_of`.
+    timeout: seconds that a batch may take; 0 for any.
+    cancelled: asked while a batch takes long; the batches end where it says so.
+
+  Raises:
+    Stalled: a batch took longer; says what was being read.
   """
   hosts, host = jax.process_count(), jax.process_index()
   key = zlib.crc32(f'{stream}/{seed}'.encode())
   order = (_balanced_order if balanced else _order)(source, key)
   transforms = {'image': transform, **(views or {})}
+  reading = _Reading(source)
 
   def make(step: int) -> Batch:
     # The random numbers of an example follow from its place in the global order, not from the host that reads it.
-    places = range(step * batch_size + host, (step + 1) * batch_size, hosts)
+    first = place_of(step, skip) * batch_size
+    places = range(first + host, first + batch_size, hosts)
     bits = np.random.Philox(key=key)
     rng, state = np.random.Generator(bits), bits.state
 
@@ -98,9 +117,22 @@ def train_batches(source: Source, transform: Transform, batch_size: int, *, stre
         bits.state = state  # a third of the time that a new generator takes
         transform.train(example, rng, out[name])
 
-    return _batch(source, [order(place) for place in places], load, transform.size, tuple(transforms))
+    return _batch(reading, [order(place) for place in places], load, transform.size, tuple(transforms))
 
-  return _prefetched(grain.MapDataset.range(sys.maxsize).map(make), start)
+  return _watched(_prefetched(grain.MapDataset.range(sys.maxsize).map(make), start), reading, timeout, cancelled)
+
+
+def place_of(step: int, skip: Sequence[int]) -> int:
+  """The place in the order of the batch of a step (both counted from 0), where the batches at the places `skip` are left out."""
+  for place in sorted(skip):
+    step += place <= step
+  return step
+
+
+def rows_at(source: Source, place: int, batch_size: int, *, stream: str, seed: int, balanced: bool = False) -> list[int]:
+  """The rows of the batch at a place in the order, over all hosts; arguments as of `train_batches`."""
+  order = (_balanced_order if balanced else _order)(source, zlib.crc32(f'{stream}/{seed}'.encode()))
+  return [order(example) for example in range(place * batch_size, (place + 1) * batch_size)]
 
 
 def _order(source: Source, key: int) -> Callable[[int], int]:
@@ -138,9 +170,9 @@ def _balanced_order(source: Source, key: int) -> Callable[[int], int]:
 class EvalBatches:
   """Every example once, in order, in batches of one size; the last ones padded and masked so that all hosts make as many."""
 
-  def __init__(self, source: Source, transform: Transform, batch_size: int):
-    """`batch_size` is that of all hosts together."""
-    self._source, self._transform = source, transform
+  def __init__(self, source: Source, transform: Transform, batch_size: int, timeout: float = TIMEOUT):
+    """`batch_size` is that of all hosts together; a batch that takes longer than `timeout` seconds raises Stalled."""
+    self._source, self._transform, self._timeout = source, transform, timeout
     self._batch_size = batch_size // jax.process_count()
     self._steps = -(-len(source) // batch_size)
 
@@ -149,6 +181,7 @@ class EvalBatches:
 
   def __iter__(self) -> Iterator[Batch]:
     hosts, host = jax.process_count(), jax.process_index()
+    reading = _Reading(self._source)
 
     def load(i: int, example: Example, out: Mapping[str, np.ndarray]) -> None:
       out['image'][:] = self._transform.evaluate(example)
@@ -156,22 +189,38 @@ class EvalBatches:
     def make(step: int) -> Batch:
       first = step * self._batch_size * hosts + host
       rows = np.arange(first, min(first + self._batch_size * hosts, len(self._source)), hosts)
-      batch = _batch(self._source, rows, load, self._transform.size, ('image',))
+      batch = _batch(reading, rows, load, self._transform.size, ('image',))
       missing = self._batch_size - len(rows)
       return {key: np.pad(value, [(0, missing)] + [(0, 0)] * (value.ndim - 1)) if missing else value for key, value in batch.items()}
 
-    return _prefetched(grain.MapDataset.range(self._steps).map(make), 0)
+    return _watched(_prefetched(grain.MapDataset.range(self._steps).map(make), 0), reading, self._timeout)
 
 
-def _batch(source: Source, rows: Sequence[int], load: Callable[[int, Example, Mapping[str, np.ndarray]], None], size: int,
+class _Reading:
+  """A source, and which of its examples are being read, by thread."""
+
+  def __init__(self, source: Source):
+    self.source = source
+    self.now: dict[int, tuple[int, float]] = {}
+
+  def __str__(self) -> str:
+    # A copy: threads go on changing it.
+    slow = sorted(self.now.copy().values(), key=lambda row_since: row_since[1])
+    return ', '.join(f'{self.source.ids[row]} for {time.monotonic() - since:.0f} s' for row, since in slow[:3]) or 'nothing'
+
+
+def _batch(reading: _Reading, rows: Sequence[int], load: Callable[[int, Example, Mapping[str, np.ndarray]], None], size: int,
            views: Sequence[str]) -> Batch:
   """The examples of some rows; `load` gets each one's place in the batch, the example, and where its views go."""
+  source, thread = reading.source, threading.get_ident()
   images = {view: np.empty((len(rows), size, size, 3), np.uint8) for view in views}
   labels = np.empty(len(rows), np.int32)
   for i, row in enumerate(rows):
+    reading.now[thread] = row, time.monotonic()
     example = source[row]
     load(i, example, {view: images[view][i] for view in views})
     labels[i] = example.label
+  reading.now.pop(thread, None)
   return {**images, 'label': labels, 'index': np.asarray(rows, np.int32), 'mask': np.ones(len(rows), bool)}
 
 
@@ -182,3 +231,26 @@ def _prefetched(batches: grain.MapDataset, start: int) -> Iterator[Batch]:
   iterator = iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 1)))
   iterator.set_state({'next_index': start})
   return iterator
+
+
+def _watched(batches: Iterator[Batch], reading: _Reading, timeout: float, cancelled: Callable[[], bool] = lambda: False) -> Iterator[Batch]:
+  """The batches, taken by a thread, so that a file system that hangs does not hang the program; see `train_batches`."""
+  pool = concurrent.futures.ThreadPoolExecutor(1, 'batches')
+  try:
+    while True:
+      future, began, told = pool.submit(next, batches, None), time.monotonic(), SLOW
+      while not concurrent.futures.wait([future], 1.0).done:
+        waited = time.monotonic() - began
+        if cancelled():
+          return
+        if timeout and waited > timeout:
+          raise Stalled(f'no images of {reading.source.name} came for {waited:.0f} seconds (config.data.timeout); being read: {reading}')
+        if waited > told:
+          log.warning('warning: waiting for images of %s for %.0f s; being read: %s', reading.source.name, waited, reading)
+          told *= 2
+      batch = future.result()
+      if batch is None:
+        return
+      yield batch
+  finally:
+    pool.shutdown(wait=False)

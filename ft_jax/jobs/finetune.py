@@ -87,7 +87,8 @@ def _train(config: ConfigDict, work: Workdir, splits: setup.Splits, pool: Source
   model = setup.build_model(config.model, heads, config.train.freeze)
   variables = setup.init_variables(model, config.image_size, config.seed, start)
   results = fit.fit(config.train, work, model=model, variables=variables, streams=streams, splits=splits, transform=transform,
-                    metric=config.target.metric, seed=config.seed, start=start, methods=active, true_labels=true_labels)
+                    metric=config.target.metric, seed=config.seed, start=start, methods=active, true_labels=true_labels,
+                    timeout=config.data.timeout)
   return {
       'job': 'finetune', **results,
       'target': {'name': config.target.name, 'classes': len(splits.train.class_names), 'fingerprint': splits.train.fingerprint,

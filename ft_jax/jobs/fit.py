@@ -1,20 +1,15 @@
 """One training, from the first step to the test split: what fine-tuning and pre-training share."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-import contextlib
-import dataclasses
 import importlib.metadata
 import math
 import pathlib
 import platform
-import signal
 import subprocess
 import sys
-import time
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax
-from flax import jax_utils
 import jax
 from ml_collections import ConfigDict
 import numpy as np
@@ -22,43 +17,20 @@ import optax
 
 from ft_jax import optimizer, parallel, progress
 from ft_jax.checkpoints import Checkpoints, Damaged
-from ft_jax.data.pipeline import EvalBatches, train_batches, Transform
-from ft_jax.data.sources import Source
-from ft_jax.evaluate import evaluate, Evaluation, make_predict, PredictFn
+from ft_jax.data.pipeline import EvalBatches, TIMEOUT, Transform
+from ft_jax.evaluate import Evaluation, make_predict
+from ft_jax.jobs.divergence import Divergences, handle
+from ft_jax.jobs.loop import evaluated, Plan, Run, spoken, Stream, train
 from ft_jax.jobs.setup import Splits, weights_fingerprint
 from ft_jax.methods import all_needs, Begin, Method
 from ft_jax.models import resnet
 from ft_jax.models.resnet import ResNet
 from ft_jax.progress import log
-from ft_jax.train import create_state, make_train_step, run_steps, StepFn, TrainState
-from ft_jax.workdir import MetricsWriter, Workdir
+from ft_jax.train import create_state, Diverged, make_train_step, TrainState
+from ft_jax.workdir import Workdir
 
 METRICS = ('top1', 'mean_per_class')
-# A waiting device is worth a line from this share of the time on, and from so many steps on.
-WAITING, WAITING_STEPS = 0.2, 20
 
-
-class Stream(NamedTuple):
-  """Images of one kind in every step.
-
-  Attributes:
-    source: they are drawn from it.
-    batch_size: of them over all devices.
-    weight: of their loss; None where their labels are not used.
-    balanced: every class comes equally often.
-  """
-  source: Source
-  batch_size: int
-  weight: float | None
-  balanced: bool = False
-
-
-class Plan(NamedTuple):
-  """Lengths in steps."""
-  steps: int
-  eval_every: int
-  log_every: int
-  keep: tuple[int, ...] = ()
 
 
 def make_plan(config: ConfigDict, examples: int) -> Plan:
@@ -90,7 +62,9 @@ def check(config: ConfigDict, metric: str, model: ResNet, image_size: int, fresh
   """
   if metric not in METRICS:
     raise ValueError(f'metric is {metric!r}; known: {", ".join(METRICS)}')
-  for name in ('steps', 'epochs', 'eval_every', 'log_every', 'learning_rate', 'weight_decay'):
+  if config.nonfinite_steps < 1:
+    raise ValueError(f'train.nonfinite_steps is {config.nonfinite_steps}; expected a number of steps from 1')
+  for name in ('steps', 'epochs', 'eval_every', 'log_every', 'learning_rate', 'weight_decay', 'skip_diverged'):
     if not 0 <= config[name] < float('inf'):
       raise ValueError(f'train.{name} is {config[name]}; expected a number from 0')
   if wrong := [epoch for epoch in config.keep_epochs if not 0 < epoch < float('inf')]:
@@ -167,7 +141,7 @@ def _whole(checkpoints: Checkpoints, choose: Callable[[], int | None], restore: 
 
 def fit(config: ConfigDict, work: Workdir, *, model: ResNet, variables: Mapping[str, Any], streams: Mapping[str, Stream],
         splits: Splits, transform: Transform, metric: str, seed: int, start: Mapping[str, Any] | None = None,
-        methods: Mapping[str, Method] | None = None, true_labels: np.ndarray | None = None) -> dict[str, Any]:
+        methods: Mapping[str, Method] | None = None, true_labels: np.ndarray | None = None, timeout: float = TIMEOUT) -> dict[str, Any]:
   """Trains, keeps the newest and the best checkpoint, evaluates the best one, and returns the results.
 
   Args:
@@ -183,10 +157,13 @@ def fit(config: ConfigDict, work: Workdir, *, model: ResNet, variables: Mapping[
     start: the pre-trained part of `variables`: heads that are not in it start fresh. None where nothing is pre-trained.
     methods: what is done beside the cross-entropies, by name.
     true_labels: int32 `[n]`, labels of the training examples before noise was put in, where it was.
+    timeout: seconds that a batch of images may take; 0 for any.
 
   Raises:
     ValueError: a setting that does not fit.
     Interrupted: a signal asked to stop; the state is saved.
+    Stalled: images did not come; the state is saved.
+    Diverged: the loss or the gradient is not finite any more.
   """
   head = next(iter(streams))
   plan = make_plan(config, len(streams[head].source))
@@ -211,77 +188,50 @@ def fit(config: ConfigDict, work: Workdir, *, model: ResNet, variables: Mapping[
     raise
   if start:
     log.info('going on from step %d of %d', start, plan.steps)
+  devices = checkpoints.devices
+  _tell_devices(devices, model, config.batch_size)
   labelled = {name: stream.weight for name, stream in streams.items() if stream.weight is not None}
-  run = _Run(work, plan, streams, splits, transform, make_predict(model, head), checkpoints, metric, schedule)
-  if start < plan.steps:
+  views = all_needs(methods, model).views
+  run = Run(work, plan, streams, splits, transform, make_predict(model, head), checkpoints, metric, schedule, seed, timeout)
+  losses = Divergences(work.path / 'diverged.json')
+  if start < plan.steps or not checkpoints.evaluated(start):
     step = make_train_step(model, tx, labelled, methods=methods, seed=seed, parts=config.accumulate, average=config.average)
-    state = _train(run, step, state, start, _device_batches(streams, transform, seed, start, all_needs(methods, model).views))
+    again = lambda: _begin(config, checkpoints, schedule, variables, begin, methods)
+    while True:
+      try:
+        state = train(run, step, state, start, losses.skipped, views, config.nonfinite_steps)
+        break
+      except Diverged as diverged:
+        handle(diverged, run, losses, config.skip_diverged)
+        state, _, start = again()
   state, best = _whole(checkpoints, lambda: checkpoints.best_step, lambda step: checkpoints.restore(step, state))
   state = parallel.replicate(state)
   checkpoints.close()
   return {'best_step': best, 'steps': plan.steps, 'steps_per_epoch': len(streams[head].source) / streams[head].batch_size, 'seed': seed,
-          'metric': metric, **_environment(model), **_final(run, state, best)}
+          'metric': metric, **_environment(model), 'devices_from_step': devices, 'skipped_batches': len(losses.skipped),
+          **_final(run, state, best)}
 
 
-class _Run(NamedTuple):
-  """What the parts of a training share; see `fit`."""
-  work: Workdir
-  plan: Plan
-  streams: Mapping[str, Stream]
-  splits: Splits
-  transform: Transform
-  predict: PredictFn
-  checkpoints: Checkpoints
-  metric: str
-  schedule: optax.Schedule
+def _tell_devices(devices: Sequence[Sequence[int]], model: ResNet, batch_size: int) -> None:
+  """Says what it means where a run goes on with another number of devices."""
+  if len(devices) < 2 or devices[-1][0] == 0:
+    return
+  before, now = devices[-2][1], devices[-1][1]
+  if model.axis_name or model.batch_norm == 'frozen':
+    log.info('on %d devices now, %d before: the same batches and, but for rounding, the same result', now, before)
+  else:
+    log.warning('warning: on %d devices now, %d before: BatchNorm takes its statistics of the %d images of each device now, of %d '
+                'before, so the rest of the run is not what it would have been (with model.sync_batch_norm=true it is)',
+                now, before, batch_size // now, batch_size // before)
 
 
-def _train(run: _Run, step: StepFn, state: TrainState, start: int, batches: Iterator[Any]) -> TrainState:
-  """The steps from `start` on; raises Interrupted, with the state saved, where a signal asks to stop."""
-  plan = run.plan
-  log.info('training %d steps of %s', plan.steps, ' + '.join(f'{stream.batch_size} {name} images' for name, stream in run.streams.items()))
-  observer = _Observer(plan, MetricsWriter(run.work, start), run.checkpoints, run.metric, start,
-                       sum(stream.batch_size for stream in run.streams.values()), lambda state: _val_metrics(run, state), run.schedule)
-  with _signals() as stop, progress.counter('training', plan.steps, initial=start) as shown:
-
-    def show(step: int, loss: float) -> None:
-      shown.set_postfix(loss=f'{loss:.3f}', refresh=False)
-      shown.update(step - shown.n)
-
-    shown.set_postfix_str('compiling the step')
-    state, done = run_steps(step, parallel.replicate(state), batches, start=start, steps=plan.steps, log_every=plan.log_every,
-                            eval_every=plan.eval_every, observer=observer, stop=lambda: bool(stop), progress=show,
-                            evaluate_at=plan.keep)
-    if done < plan.steps:
-      run.checkpoints.save(done, parallel.unreplicate(state), None)
-      run.checkpoints.close()
-      observer.writer.close()
-      raise Interrupted(stop[0], f'stopped at step {done} of {plan.steps}, saved in {run.work.path}; the same command goes on from there')
-    run.checkpoints.wait()
-  observer.writer.close()
-  return parallel.unreplicate(state)
-
-
-def _evaluate(run: _Run, state: TrainState, source: Source, what: str) -> Evaluation:
-  batches = EvalBatches(source, run.transform, next(iter(run.streams.values())).batch_size)
-  return evaluate(run.predict, state.evaluated, progress.bar(batches, what, len(batches)), len(source.class_names))
-
-
-def _val_metrics(run: _Run, state: TrainState) -> dict[str, float]:
-  metrics = {f'val/{key}': value for key, value in _evaluate(run, state, run.splits.val, 'val').summary().items()}
-  if state.average:  # what the parameters themselves are worth
-    alone = _evaluate(run, state.replace(average={}), run.splits.val, 'val, without average')
-    metrics |= {f'val_without_average/{key}': value for key, value in alone.summary().items()}
-  return metrics
-
-
-def _final(run: _Run, state: TrainState, best: int) -> dict[str, Any]:
+def _final(run: Run, state: TrainState, best: int) -> dict[str, Any]:
   """What results.json says of val and test (None where there is none) at the best checkpoint."""
   results: dict[str, Any] = {'val': None, 'test': None}
   for name, source in (('val', run.splits.val), ('test', run.splits.test)):
     if source is not None:
-      evaluation = _evaluate(run, state, source, name)
-      log.info('%s (%s images, checkpoint of step %d): %s', name, f'{len(source):,d}', best, _spoken(evaluation.summary()))
+      evaluation = evaluated(run, state, source, name)
+      log.info('%s (%s images, checkpoint of step %d): %s', name, f'{len(source):,d}', best, spoken(evaluation.summary()))
       results[name] = _split_results(evaluation, source.class_names)
   return results
 
@@ -292,91 +242,6 @@ def _split_results(evaluation: Evaluation, class_names: Sequence[str]) -> dict[s
   per_class = [{'name': name, 'images': int(row.sum()), 'right': int(row[k])} for k, (name, row) in enumerate(zip(class_names, confusion))]
   return {**evaluation.summary(), 'images': int(confusion.sum()), 'per_class': per_class,
           'confusion': [[int(t), int(p), int(confusion[t, p])] for t, p in np.argwhere(confusion)]}
-
-
-class Interrupted(SystemExit):
-  """A signal asked the run to stop; it is saved and can go on."""
-
-  def __init__(self, number: int, message: str):
-    super().__init__(128 + number)
-    self.message = message
-
-
-class _Observer:
-  """Writes metrics, evaluates on val, keeps checkpoints."""
-
-  def __init__(self, plan: Plan, writer: MetricsWriter, checkpoints: Checkpoints, metric: str, start: int, images_per_step: int,
-               evaluate_val: Any, schedule: Any):
-    self.writer = writer
-    self._plan, self._checkpoints, self._metric, self._images = plan, checkpoints, metric, images_per_step
-    self._evaluate, self._schedule = evaluate_val, schedule
-    self._last, self._time = start, time.perf_counter()
-    self._start, self._waited, self._told = start, 0.0, False
-
-  def evaluate(self, step: int, state: TrainState) -> dict[str, float]:
-    spent = time.perf_counter()
-    metrics = self._evaluate(state)
-    self._checkpoints.save(step, parallel.unreplicate(state), {'score': metrics[f'val/{self._metric}'], 'loss': metrics['val/loss']})
-    self._time += time.perf_counter() - spent  # the rate is that of training alone
-    return metrics
-
-  def wrote(self, step: int, metrics: dict[str, float]) -> None:
-    now = time.perf_counter()
-    rate = (step - self._last) * self._images / max(now - self._time, 1e-9)
-    steps, self._last, self._time = step - self._last, step, now
-    self.writer.write(step, {**metrics, 'learning_rate': float(self._schedule(step - 1)), 'images_per_second': rate})
-    self._tell_waiting(step, steps * metrics['waiting_share'])
-    if 'val/loss' in metrics:
-      val = {key.removeprefix('val/'): value for key, value in metrics.items() if key.startswith('val/')}
-      log.info('  step %*d/%d   training loss %.3f   val %s   %s images/s', len(str(self._plan.steps)), step, self._plan.steps,
-               metrics['train/loss'], _spoken(val), f'{rate:,.0f}')
-
-  def _tell_waiting(self, step: int, waited: float) -> None:
-    """Says once that the images hold the training up; `waited` is in steps."""
-    self._waited += waited
-    share = self._waited / (step - self._start)
-    if not self._told and share > WAITING and step - self._start >= WAITING_STEPS:
-      self._told = True
-      log.info('  the device waits for images %.0f %% of the time: more CPU cores help, and for small targets --config.data.cache=true',
-               100 * share)
-
-
-def _device_batches(streams: Mapping[str, Stream], transform: Transform, seed: int, start: int,
-                    views: Collection[tuple[str, str]]) -> Iterator[Any]:
-  """Batches of all streams side by side, on the devices one step ahead."""
-  each = {name: train_batches(stream.source, transform, stream.batch_size, stream=name, seed=seed, start=start, balanced=stream.balanced,
-                              views={view: VIEWS[view](transform) for of, view in views if of == name})
-          for name, stream in streams.items()}
-
-  def joined() -> Iterator[dict[str, dict[str, np.ndarray]]]:
-    while True:
-      yield {name: parallel.shard(next(batches)) for name, batches in each.items()}
-
-  return jax_utils.prefetch_to_device(joined(), 2)
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
-  """A list that fills when SIGTERM or Ctrl-C asks to stop; a second Ctrl-C stops at once."""
-  asked: list[int] = []
-
-  def handle(number: int, frame: Any) -> None:
-    del frame
-    if asked and number == signal.SIGINT:
-      raise KeyboardInterrupt
-    if not asked:
-      log.info('stopping after this step (%s)', signal.Signals(number).name)
-    asked.append(number)
-
-  try:
-    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
-  except ValueError:  # not in the main thread, as in some notebooks: nobody can ask
-    before = {}
-  try:
-    yield asked
-  finally:
-    for number, handler in before.items():
-      signal.signal(number, handler)
 
 
 def _environment(model: ResNet) -> dict[str, Any]:
@@ -407,14 +272,3 @@ def _batch_norm(model: ResNet, devices: int) -> str:
   if model.batch_norm == 'frozen':
     return 'frozen: statistics, scales and biases of the weights'
   return 'statistics of the whole batch' if model.axis_name else f'statistics of each of {devices} devices'
-
-
-def _spoken(summary: Mapping[str, float]) -> str:
-  return f'top-1 {summary["top1"]:.1%}, mean per class {summary["mean_per_class"]:.1%}, loss {summary["loss"]:.3f}'
-
-
-# Further views of an image, as methods ask for them.
-VIEWS: dict[str, Callable[[Transform], Transform]] = {
-    'key': lambda transform: transform,
-    'strong': lambda transform: dataclasses.replace(transform, randaugment=2, magnitude=10, cutout=0.5),
-}

@@ -52,5 +52,5 @@ def _train(config: ConfigDict, work: Workdir) -> dict[str, Any]:
   stream = fit.Stream(splits.train, config.train.batch_size, 1.0)
   results = fit.fit(config.train, work, model=model, variables=variables, streams={'source': stream}, splits=splits,
                     transform=setup.make_transform(config), metric='top1', seed=config.seed,
-                    start=weights.variables if weights else None)
+                    start=weights.variables if weights else None, timeout=config.data.timeout)
   return {'job': 'pretrain', **results, 'skipped': setup.skipped_summary(skipped), 'weights': weights.about if weights else None}

@@ -74,6 +74,8 @@ def check_data(config: ConfigDict) -> None:
   """Raises ValueError where `config.data` says what is not known."""
   if config.on_error not in ON_ERROR:
     raise ValueError(f'config.data.on_error is {config.on_error!r}; known: {", ".join(ON_ERROR)}')
+  if not 0 <= config.timeout < float('inf'):
+    raise ValueError(f'config.data.timeout is {config.timeout}; expected seconds from 0 (for any)')
 
 
 def readable(splits: Splits, what: str, on_error: str, pool: Source | None = None) -> tuple[Splits, Source | None, dict[str, list[str]]]:
