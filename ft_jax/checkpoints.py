@@ -53,6 +53,7 @@ class Checkpoints:
 
     A step that is there already was evaluated later than it was saved, or else needs no saving.
     """
+    self.wait()  # what is being written cannot be looked at
     if step in self._manager.all_steps():
       if metrics is None or self.evaluated(step):
         return

@@ -171,3 +171,20 @@ def test_metrics_that_cannot_be_read(tmp_path):
   checkpoints = Checkpoints(tmp_path)
   assert checkpoints.latest_step == checkpoints.best_step == 1 and (tmp_path / 'damaged' / '2').exists()
   checkpoints.close()
+
+
+def test_a_step_that_was_saved_before_it_was_evaluated(tmp_path):
+  """Stopped before its evaluation and evaluated at the next start, it has metrics then; what has them is not saved again."""
+  checkpoints = Checkpoints(tmp_path)
+  checkpoints.save(4, state_at(4), {'score': 0.1, 'loss': 1.0})
+  checkpoints.save(5, state_at(5), None)
+  checkpoints.close()
+  again = Checkpoints(tmp_path)
+  assert (again.latest_step, again.best_step, again.evaluated(5), again.evaluated(4)) == (5, 4, False, True)
+  again.save(5, state_at(5), None)
+  again.save(5, state_at(5), {'score': 0.5, 'loss': 0.5})
+  again.save(5, state_at(6), {'score': 0.9, 'loss': 0.5})
+  again.wait()
+  assert (again.latest_step, again.best_step, again.evaluated(5)) == (5, 5, True)
+  jax.tree.map(np.testing.assert_array_equal, again.restore(5, state_at(0)), state_at(5))
+  again.close()
