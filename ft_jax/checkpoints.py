@@ -37,6 +37,7 @@ class Checkpoints:
       keep: steps whose checkpoints stay, beside the newest and the best.
     """
     self._about = {'format_version': FORMAT_VERSION, 'made_from': dict(made_from or {})}
+    self._keep = frozenset(keep)
     self.devices: list[list[int]] = [[0, jax.device_count()]]
     folder = epath.Path(workdir).resolve() / 'checkpoints'
     _check_metrics(folder, read_only)
@@ -55,11 +56,23 @@ class Checkpoints:
     """
     self.wait()  # what is being written cannot be looked at
     if step in self._manager.all_steps():
-      if metrics is None or self.evaluated(step):
-        return
-      self._manager.delete(step)
+      if metrics is not None and not self.evaluated(step):
+        self._add_metrics(step, metrics)
+      return
     about = {**self._about, 'step': step, 'devices': self.devices, 'digest': _digest(state)}
     self._manager.save(step, metrics=metrics, args=ocp.args.Composite(state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(about)))
+
+  def _add_metrics(self, step: int, metrics: dict[str, float]) -> None:
+    """To a step that has none: it is there all the while, and may be all there is to go on from."""
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler(filename='metrics')) as writer:
+      writer.save(epath.Path(self._manager.directory) / str(step) / 'metrics', metrics)
+    self._manager.reload()
+
+  def tidy(self) -> None:
+    """Removes what is neither the newest nor the best nor to be kept, as far as no `save` did: killed within, one leaves half of it."""
+    self.wait()
+    for step in set(self._manager.all_steps()) - {self.latest_step, self.best_step, *self._keep}:
+      self._manager.delete(step)
 
   def evaluated(self, step: int) -> bool:
     """Whether the checkpoint of a step has metrics."""

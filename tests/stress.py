@@ -27,8 +27,8 @@ from killed import Done, Moment
 
 TINY = ('--config=configs/digits.py', '--config.model.width=4', '--config.image_size=16', '--config.augment.short_side=16',
         '--config.selection.size=5', '--config.pretrain.epochs=0', '--config.train.log_every=2', '--config.train.batch_size=16')
-SMALL = (*TINY, '--config.pretrain.steps=8', '--config.pretrain.eval_every=4', '--config.pretrain.log_every=2', '--config.train.steps=12',
-         '--config.train.eval_every=4')
+SMALL = (*TINY, '--config.pretrain.steps=8', '--config.pretrain.eval_every=2', '--config.pretrain.log_every=2', '--config.train.steps=12',
+         '--config.train.eval_every=3')
 
 
 def _methods(**fields: Mapping[str, float]) -> tuple[str, ...]:
@@ -49,7 +49,7 @@ class Workload(NamedTuple):
 WORKLOADS = {
     # The shortest run with all its parts, which `make test` kills too: pre-training, selection, a method with a state, averages.
     'short': Workload((
-        *TINY, '--config.pretrain.steps=4', '--config.pretrain.eval_every=2', '--config.train.steps=8', '--config.train.eval_every=4',
+        *TINY, '--config.pretrain.steps=4', '--config.pretrain.eval_every=1', '--config.train.steps=8', '--config.train.eval_every=2',
         '--config.selection.method=nearest', '--config.train.average=0.9',
         *_methods(self_label={'enabled': True, 'reweight_epoch': 1, 'correct_epoch': 2, 'threshold': 0.5}))),
     # Pre-training, embedding, selection and joint fine-tuning with all methods that can go together and have labels of the source.
@@ -129,6 +129,7 @@ def chain(name: str, number: int, seed: int, wanted: int, whole: Reference, cach
         problems.append(f'it ended with code {done.code} undisturbed: {_last(done)}')
       break
     history.append(f'{kind} in {done.met}{f" ({done.what})" if done.what else ""}')
+    say(f'  {name} run{number}: {history[-1]}')
     stopped = stopped or when.signal != signal.SIGKILL
     problems += [f'{history[-1]}: {line}' for line in [*left(kind, when, done), *killed.broken(workdir)]]
     with tally.lock:
@@ -160,7 +161,7 @@ def left(kind: str, when: Moment, done: Done) -> list[str]:
   if done.code not in expected:
     found.append(f'exit code {done.code} and not {expected[0]}: {_last(done)}')
   if when.signal != signal.SIGKILL and done.leaving > SECONDS_TO_LEAVE:
-    found.append(f'it took {done.leaving:.0f} s to leave')
+    found.append(f'it took {done.leaving:.0f} s to leave with code {done.code}: {_last(done)}')
   if 'Traceback' in done.printed:
     found.append(f'it printed a traceback: {_last(done, 2000)}')
   return found
