@@ -49,6 +49,7 @@ class Checkpoints:
     """
     self._about = {'format_version': FORMAT_VERSION, 'made_from': dict(made_from or {})}
     self._folder = folder = files.absolute(workdir) / 'checkpoints'
+    self._keep = frozenset(keep)
     self._saving: int | None = None
     self.devices: list[list[int]] = [[0, jax.device_count()]]
     parallel.agreed(lambda: _check_metrics(folder, read_only))
@@ -73,13 +74,12 @@ class Checkpoints:
       OSError: this one or the one before, which was written in the background, could not be written; those before it are as they were.
     """
     self.wait()  # what is being written cannot be looked at
-    path = self._folder / str(step)
-    with self._written(path):
-      self._check_folder()
+    with self._written(self._folder / str(step)):
+      parallel.agreed(self._check_folder)
       if step in self._manager.all_steps():
-        if metrics is None or self.evaluated(step):
-          return
-        self._manager.delete(step)
+        if metrics is not None and not self.evaluated(step):
+          self._add_metrics(step, metrics)
+        return
       self._saving = step
       about = {**self._about, 'step': step, 'devices': self.devices, 'digest': _digest(state)}
       self._manager.save(step, metrics=metrics, args=ocp.args.Composite(state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(about)))
@@ -90,11 +90,23 @@ class Checkpoints:
       return
     if not self._folder.exists():  # orbax would make it anew, and in it a run without its beginning
       raise FileNotFoundError(errno.ENOENT, 'there is no such folder any more', str(self._folder))
-    if (steps := saved_steps(self._folder.parent)) and parallel.is_main():
+    if steps := saved_steps(self._folder.parent):
       last = sum(os.path.getsize(os.path.join(folder, name))
                  for folder, _, names in os.walk(self._folder / str(steps[-1])) for name in names)
       if shutil.disk_usage(self._folder).free < 0.9 * last:  # it is about as large as the one before, which goes when it is whole
         raise OSError(errno.ENOSPC, 'less room than the last checkpoint takes', str(self._folder))
+
+  def _add_metrics(self, step: int, metrics: dict[str, float]) -> None:
+    """To a step that has none: it is there all the while, and may be all there is to go on from."""
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler(filename='metrics')) as writer:
+      writer.save(epath.Path(self._manager.directory) / str(step) / 'metrics', metrics)
+    self._manager.reload()
+
+  def tidy(self) -> None:
+    """Removes what is neither the newest nor the best nor to be kept, as far as no `save` did: killed within, one leaves half of it."""
+    self.wait()
+    for step in parallel.agreed(sorted({*self._manager.all_steps()} - {self.latest_step, self.best_step, *self._keep})):
+      self._manager.delete(step)
 
   def evaluated(self, step: int) -> bool:
     """Whether the checkpoint of a step has metrics."""

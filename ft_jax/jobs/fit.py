@@ -205,6 +205,7 @@ def fit(config: ConfigDict, work: Workdir, *, model: ResNet, variables: Mapping[
       except Diverged as diverged:
         handle(diverged, run, losses, config.skip_diverged)
         state, _, start = again()
+  checkpoints.tidy()
   state, best = _whole(checkpoints, lambda: checkpoints.best_step, lambda step: checkpoints.restore(step, state))
   state = parallel.replicate(state)
   checkpoints.close()
