@@ -2,12 +2,14 @@
 
 from collections.abc import Iterator, Mapping
 import contextlib
+import fcntl
 import json
 import os
 import socket
 import struct
 import time
 from typing import Any
+import weakref
 
 from etils import epath
 from tensorboardX.proto import event_pb2
@@ -15,6 +17,7 @@ from tensorboardX.record_writer import masked_crc32c
 from tensorboardX.summary import scalar
 
 from ft_jax import parallel
+from ft_jax.progress import log
 from selection import files
 
 # Fields that may change between two starts of one run. What they do to its images, the checkpoints notice.
@@ -22,6 +25,8 @@ FREE = ('config.data.cache ', 'config.data.on_error ', 'config.data.timeout ', '
         'config.train.skip_diverged ', 'config.pretrain.nonfinite_steps ', 'config.pretrain.skip_diverged ')
 # Where nothing can be added to, a growing file is written again so often at most, in seconds.
 EVERY = 10.0
+# Seconds to wait for another process to leave, as one that was asked to stop does.
+PATIENCE = 60.0
 # A checkpoint on object storage is whole when this is in it: orbax writes it last, as nothing can be renamed there.
 _COMMITTED = 'commit_success.txt'
 
@@ -37,7 +42,7 @@ class Workdir:
     Raises:
       ValueError: it belongs to a run with another config, and names the fields that differ; or to something else; or another process
         does not see the same folder.
-      OSError: it cannot be made, written to or reached.
+      OSError: it cannot be made, written to or reached; or another process is at work in it and does not leave.
     """
     self.path = files.located(path)
     if files.is_url(self.path):
@@ -51,10 +56,13 @@ class Workdir:
       before = read_config(self.path)
     except OSError as error:  # nobody may even look
       raise files.Unwritable(self.path, error) from error
+    if self.path.is_dir():
+      self._owned = _own(self.path)
     if before is None:
       if self.path.exists() and (not self.path.is_dir() or not all(files.is_leftover(entry.name) for entry in self.path.iterdir())):
         raise ValueError(f'workdir {self.path} is not empty and holds no run (no config.json of one); give another --workdir')
       files.make_folder(self.path)
+      self._owned = _own(self.path)
     else:
       every = _differences(before, wanted)
       if not every:
@@ -87,6 +95,46 @@ class Workdir:
     if not self.metrics_jsonl.exists():
       return []
     return [json.loads(line) for line in self.metrics_jsonl.read_text().splitlines()]
+
+
+class _Owned:
+  """A folder that other processes are kept out of, on a disk that can do so, as long as this object lives; none outlives its process."""
+
+  def __init__(self, folder: epath.Path):
+    """Waits for a process that is there; raises OSError where it does not leave."""
+    self._handle = os.open(folder, os.O_RDONLY)
+    until, told = time.monotonic() + PATIENCE, False
+    while not self._locked():
+      if time.monotonic() > until:
+        raise OSError(f'another process is at work in {folder}: two at once would spoil it. Stop that one first, or give another --workdir')
+      if not told:
+        log.info('waiting for another process that is at work in %s', folder)
+      told = True
+      time.sleep(0.5)
+
+  def _locked(self) -> bool:
+    try:
+      fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      return False
+    except OSError:  # some network disks have no locks
+      pass
+    return True
+
+  def __del__(self):
+    os.close(self._handle)
+
+
+# By folder: a process may take up its own run once more.
+_OWNED: weakref.WeakValueDictionary[str, _Owned] = weakref.WeakValueDictionary()
+
+
+def _own(folder: epath.Path) -> _Owned | None:
+  """Keeps other processes out of a run while the result lives; on object storage nothing does."""
+  if files.is_url(folder):
+    return None
+  name = os.path.realpath(folder)
+  return _OWNED.get(name) or _OWNED.setdefault(name, _Owned(folder))
 
 
 def read_config(path: epath.PathLike) -> dict[str, Any] | None:
