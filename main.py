@@ -26,7 +26,7 @@ def main(argv: list[str]) -> None:
   # A checkpoint between two evaluations has no metrics, and is meant so.
   logging.get_absl_logger().addFilter(lambda record: 'tracked_metric' not in record.getMessage())
   # After the flags, so that --help answers at once.
-  from ft_jax import progress
+  from ft_jax import names, progress
   from ft_jax.jobs import compare, export, finetune, loop, predict, pretrain, stability, study
 
   jobs = {'finetune': finetune.run, 'pretrain': pretrain.run, 'compare': compare.run, 'export': export.run, 'predict': predict.run,
@@ -47,7 +47,7 @@ def main(argv: list[str]) -> None:
   except (ValueError, OSError, RuntimeError) as error:
     if _TRACEBACK.value:
       raise
-    sys.exit(f'error: {error}')
+    sys.exit(names.visible(f'error: {error}'))
   except KeyboardInterrupt:
     progress.log.info('stopped; the same command goes on from what is finished')
     # At once: threads that still read images would be torn down under their feet.

@@ -89,7 +89,7 @@ def read_config(path: epath.PathLike) -> dict[str, Any] | None:
   """The config of the run in a folder, or None where there is no run; other programs have files of that name too."""
   try:
     config = json.loads((epath.Path(path) / 'config.json').read_text())
-  except (FileNotFoundError, NotADirectoryError, ValueError):
+  except (FileNotFoundError, NotADirectoryError, RecursionError, ValueError):
     return None
   return config if isinstance(config, dict) and {'job', 'seed', 'train'} <= set(config) else None
 

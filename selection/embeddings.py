@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import dataclasses
 import os
-from typing import Any
+from typing import Any, BinaryIO
 import zipfile
 
 import jax
@@ -127,11 +127,21 @@ class Embeddings:
   def load(cls, path: str | os.PathLike[str]) -> 'Embeddings':
     """Reads what `save` wrote; raises ValueError for anything else."""
     try:
-      with files.located(path).open('rb') as stream, np.load(stream, allow_pickle=False) as saved:
+      with files.located(path).open('rb') as stream, np.load(_checked(stream), allow_pickle=False) as saved:
         fields = {name: saved[name] for name in saved.files}
       return cls(**{**fields, 'fingerprint': str(fields.get('fingerprint', ''))})
-    except (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
-      raise ValueError(f'{path} holds no embeddings ({error}); remove it to have it made again') from error
+    except Exception as error:  # a damaged zip file makes the libraries raise almost anything: zlib.error, MemoryError, ...
+      raise ValueError(f'{path} holds no embeddings ({error or type(error).__name__}); remove it to have it made again') from error
+
+
+def _checked(stream: BinaryIO) -> BinaryIO:
+  """The stream of an .npz file; ValueError where a small one would fill the memory: parts that are compressed, or lie on each other."""
+  parts = zipfile.ZipFile(stream).infolist()
+  size = stream.seek(0, os.SEEK_END)
+  stream.seek(0)
+  if any(part.compress_type != zipfile.ZIP_STORED for part in parts) or sum(part.file_size for part in parts) > size:
+    raise ValueError('it is compressed, or says that it is larger than it is')
+  return stream
 
 
 def check_same_encoder(dimensions: tuple[int, int], fingerprints: tuple[str, str]) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 import dataclasses
+import io
 from typing import Any
 
 from etils import epath
@@ -90,12 +91,14 @@ def _train(config: ConfigDict, work: Workdir, splits: setup.Splits, pool: Source
   return {
       'job': 'finetune', **results,
       'target': {'name': config.target.name, 'classes': len(splits.train.class_names), 'fingerprint': splits.train.fingerprint,
-                 'train': len(splits.train), 'val': len(splits.val), 'test': len(splits.test) if splits.test else 0},
+                 'train': len(splits.train), 'val': len(splits.val), 'test': len(splits.test) if splits.test else 0,
+                 'fingerprints': setup.split_fingerprints(splits)},
       'source': None if pool is None else {
           'name': config.source.name, 'classes': len(pool.class_names), 'images': len(pool), 'fingerprint': pool.fingerprint},
       'selection': None if chosen is None else {
           'method': chosen.method, 'by': chosen.by, 'noun': NOUNS[chosen.by], 'units': len(chosen.units),
-          'classes': list(chosen.class_names), 'images': len(streams['source'].source)},
+          'classes': list(chosen.class_names), 'images': len(streams['source'].source),
+          'fingerprint': streams['source'].source.fingerprint},
       'weights': weights.about if weights else None}
 
 
@@ -289,6 +292,7 @@ def _given(path: str, pool: Source, unreadable: Sequence[str] = ()) -> selection
     return _of_ids(path, _read_ids(path, str(pool.ids[0])), pool, unreadable)
   chosen = selection.Selection.load(path)
   if chosen.source.get('fingerprint') == pool.fingerprint:
+    _check_fits(path, chosen, pool)
     return chosen
   if chosen.by == 'class' and tuple(chosen.names) == pool.class_names:
     return dataclasses.replace(chosen, rows=None, ids=None, row_units=None, counts=np.bincount(pool.labels, minlength=len(chosen.scores)))
@@ -298,9 +302,18 @@ def _given(path: str, pool: Source, unreadable: Sequence[str] = ()) -> selection
   return _of_ids(path, chosen.ids.tolist(), pool, unreadable)
 
 
+def _check_fits(path: str, chosen: selection.Selection, pool: Source) -> None:
+  """Raises ValueError where a file that says it was made for the pool was not: anybody can write that."""
+  known = chosen.by == 'class' or chosen.rows is not None
+  if not known or chosen.by == 'class' and tuple(chosen.names) != pool.class_names or \
+      chosen.rows is not None and len(chosen.rows) and chosen.rows.max() >= len(pool):
+    raise ValueError(f'{path} says that it was made for {pool.name}, but its {NOUNS[chosen.by]} are not of it; select again')
+
+
 def _read_ids(path: str, example: str) -> list[str]:
   try:
-    lines = files.located(path).read_bytes().decode('utf-8-sig').splitlines()  # with or without a mark at its start
+    text = files.located(path).read_bytes().decode('utf-8-sig')  # with or without a mark at its start
+    lines = io.StringIO(text, newline=None).read().split('\n')
   except UnicodeDecodeError as error:
     raise ValueError(f'{path} is no text (UTF-8); expected ids of images, one a line, such as {example!r}') from error
   ids = list(dict.fromkeys(line.strip() for line in lines if line.strip()))

@@ -102,6 +102,11 @@ def readable(splits: Splits, what: str, on_error: str, pool: Source | None = Non
   return Splits(*kept), pool, {name: ids for name, (_, ids) in tried.items() if ids}
 
 
+def split_fingerprints(splits: Splits) -> dict[str, str | None]:
+  """What results.json says of the images, their order and their labels, by split."""
+  return {name: None if source is None else source.fingerprint for name, source in splits._asdict().items()}
+
+
 def skipped_summary(skipped: Mapping[str, list[str]]) -> dict[str, dict[str, Any]]:
   """What results.json says of images that cannot be read: how many of each split, and the ids of a hundred."""
   return {name: {'images': len(ids), 'first': ids[:100]} for name, ids in skipped.items()}
