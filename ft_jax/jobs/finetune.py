@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 import dataclasses
+import io
 from typing import Any
 
 from etils import epath
@@ -323,7 +324,8 @@ def _check_fits(path: str, chosen: selection.Selection, pool: Source) -> None:
 
 def _read_ids(path: str, example: str) -> list[str]:
   try:
-    lines = files.located(path).read_bytes().decode('utf-8-sig').split('\n')  # with or without a mark at its start
+    text = files.located(path).read_bytes().decode('utf-8-sig')  # with or without a mark at its start
+    lines = io.StringIO(text, newline=None).read().split('\n')
   except UnicodeDecodeError as error:
     raise ValueError(f'{path} is no text (UTF-8); expected ids of images, one a line, such as {example!r}') from error
   ids = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
