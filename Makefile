@@ -1,5 +1,6 @@
 # make demo   a whole run on real images: pre-train, select, fine-tune, report (no download of data or weights)
 # make test   the tests
+# make stress real runs killed at least 100 times at random moments; nothing may be lost or differ (half an hour on two cores)
 # make bench  speed, beside its peers (needs torch for some; see benchmarks/)
 # make lint   ruff
 # Each makes .venv and installs what is missing first.
@@ -8,7 +9,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test stress bench lint clean
 .DEFAULT_GOAL := demo
 
 $(VENV)/.installed: requirements.txt
@@ -30,6 +31,10 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	@echo "== tests"
 	@$(RUN) -m pytest --numprocesses=logical --maxprocesses=4 --dist=worksteal
+
+stress: $(VENV)/.installed-dev
+	@echo "== runs killed at random moments (KILLS=100 SEED=0)"
+	@$(RUN) tests/stress.py --kills=$(or $(KILLS),100) --seed=$(or $(SEED),0)
 
 lint: $(VENV)/.installed-dev
 	@$(VENV)/bin/ruff check .

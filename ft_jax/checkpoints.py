@@ -1,8 +1,15 @@
 """Checkpoints of a run: the newest and the best on val; the only file that imports orbax."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+import contextlib
+import errno
+import functools
 import hashlib
 import json
+import logging
+import os
+import shutil
+import sys
 from typing import Any, NamedTuple, TypeVar
 
 from etils import epath
@@ -13,6 +20,8 @@ import tensorstore
 
 from ft_jax import parallel
 from ft_jax.progress import log
+from ft_jax.workdir import cannot_write, saved_steps
+from selection import files
 
 T = TypeVar('T')
 
@@ -39,29 +48,65 @@ class Checkpoints:
       keep: steps whose checkpoints stay, beside the newest and the best.
     """
     self._about = {'format_version': FORMAT_VERSION, 'made_from': dict(made_from or {})}
+    self._folder = folder = files.absolute(workdir) / 'checkpoints'
+    self._keep = frozenset(keep)
+    self._saving: int | None = None
     self.devices: list[list[int]] = [[0, jax.device_count()]]
-    folder = epath.Path(workdir).resolve() / 'checkpoints'
     parallel.agreed(lambda: _check_metrics(folder, read_only))
+    _quieten()
     policies = ocp.checkpoint_managers
     policy = policies.AnyPreservationPolicy([
         policies.LatestN(1), policies.BestN(get_metric_fn=_rank, n=1, keep_checkpoints_without_metrics=False), policies.CustomSteps(keep)])
-    self._manager = ocp.CheckpointManager(
-        folder, item_names=('state', 'about'),
-        options=ocp.CheckpointManagerOptions(best_fn=_rank, preservation_policy=policy, create=not read_only,
-                                             cleanup_tmp_directories=not read_only))
+    # Where folders were made in the background and could not be, orbax's other threads would wait for them for ten minutes.
+    own_threads = ocp.AsyncOptions(create_directories_asynchronously=False)
+    with contextlib.nullcontext() if read_only else self._written(folder):
+      self._manager = ocp.CheckpointManager(
+          folder, item_names=('state', 'about'),
+          options=ocp.CheckpointManagerOptions(best_fn=_rank, preservation_policy=policy, create=not read_only,
+                                               cleanup_tmp_directories=not read_only, async_options=own_threads))
 
   def save(self, step: int, state: Any, metrics: dict[str, float] | None) -> None:
     """Saves a state (on the host) after `step` steps, with val's `score` (best is highest) and `loss` where it was evaluated.
 
     A step that is there already was evaluated later than it was saved, or else needs no saving.
+
+    Raises:
+      OSError: this one or the one before, which was written in the background, could not be written; those before it are as they were.
     """
     self.wait()  # what is being written cannot be looked at
-    if step in self._manager.all_steps():
-      if metrics is None or self.evaluated(step):
+    with self._written(self._folder / str(step)):
+      parallel.agreed(self._check_folder)
+      if step in self._manager.all_steps():
+        if metrics is not None and not self.evaluated(step):
+          self._add_metrics(step, metrics)
         return
+      self._saving = step
+      about = {**self._about, 'step': step, 'devices': self.devices, 'digest': _digest(state)}
+      self._manager.save(step, metrics=metrics, args=ocp.args.Composite(state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(about)))
+
+  def _check_folder(self) -> None:
+    """Raises OSError where it can be foreseen that a checkpoint cannot be written: in the background it is noticed an evaluation later."""
+    if files.is_url(self._folder):
+      return
+    if not self._folder.exists():  # orbax would make it anew, and in it a run without its beginning
+      raise FileNotFoundError(errno.ENOENT, 'there is no such folder any more', str(self._folder))
+    if steps := saved_steps(self._folder.parent):
+      last = sum(os.path.getsize(os.path.join(folder, name))
+                 for folder, _, names in os.walk(self._folder / str(steps[-1])) for name in names)
+      if shutil.disk_usage(self._folder).free < 0.9 * last:  # it is about as large as the one before, which goes when it is whole
+        raise OSError(errno.ENOSPC, 'less room than the last checkpoint takes', str(self._folder))
+
+  def _add_metrics(self, step: int, metrics: dict[str, float]) -> None:
+    """To a step that has none: it is there all the while, and may be all there is to go on from."""
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler(filename='metrics')) as writer:
+      writer.save(epath.Path(self._manager.directory) / str(step) / 'metrics', metrics)
+    self._manager.reload()
+
+  def tidy(self) -> None:
+    """Removes what is neither the newest nor the best nor to be kept, as far as no `save` did: killed within, one leaves half of it."""
+    self.wait()
+    for step in parallel.agreed(sorted({*self._manager.all_steps()} - {self.latest_step, self.best_step, *self._keep})):
       self._manager.delete(step)
-    about = {**self._about, 'step': step, 'devices': self.devices, 'digest': _digest(state)}
-    self._manager.save(step, metrics=metrics, args=ocp.args.Composite(state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(about)))
 
   def evaluated(self, step: int) -> bool:
     """Whether the checkpoint of a step has metrics."""
@@ -136,12 +181,22 @@ class Checkpoints:
     return _check_whole(epath.Path(self._manager.directory) / str(step))
 
   def wait(self) -> None:
-    """Waits until everything is written."""
-    self._manager.wait_until_finished()
+    """Waits until everything is written; raises OSError as of `save`."""
+    with self._written(self._folder / str(self._saving)):
+      self._manager.wait_until_finished()
 
   def close(self) -> None:
-    """Waits until everything is written, and ends."""
-    self._manager.close()
+    """Waits until everything is written, and ends; raises OSError as of `save`."""
+    with self._written(self._folder / str(self._saving)):
+      self._manager.close()
+
+  @contextlib.contextmanager
+  def _written(self, path: epath.Path) -> Iterator[None]:
+    """Whatever keeps `path` from being written is an OSError of one line; orbax, tensorstore and clients of object storage have many."""
+    try:
+      yield
+    except Exception as error:
+      raise cannot_write(path, error) from error
 
 
 class Kept(NamedTuple):
@@ -153,7 +208,7 @@ class Kept(NamedTuple):
 
 def history(workdir: epath.PathLike) -> list[Kept]:
   """The checkpoints of a run, in order; [] where there are none."""
-  if not (epath.Path(workdir).resolve() / 'checkpoints').exists():
+  if not (files.absolute(workdir) / 'checkpoints').exists():
     return []
   checkpoints = Checkpoints(workdir, read_only=True)
   manager = checkpoints._manager
@@ -188,7 +243,7 @@ def load_start(workdir: epath.PathLike, step: int | None = None) -> dict[str, An
 
 def _load_state(workdir: epath.PathLike, step: int | None) -> dict[str, Any]:
   """See `load_variables`."""
-  folder = epath.Path(workdir).resolve() / 'checkpoints'  # as a URL it must not begin somewhere
+  folder = files.absolute(workdir) / 'checkpoints'  # what orbax is given must not begin somewhere
   if not folder.exists():
     raise ValueError(f'{workdir} holds no checkpoints; give the workdir of a finished run, such as runs/pretrain')
   checkpoints = Checkpoints(workdir, read_only=True)
@@ -224,7 +279,7 @@ def _about(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
 
 def _check_metrics(folder: epath.Path, read_only: bool) -> None:
   """Sets aside checkpoints whose metrics cannot be read, which the manager reads at once; raises Damaged where it may not."""
-  for step in sorted(path for path in folder.iterdir() if path.name.isdigit()) if folder.exists() else ():
+  for step in (folder / str(step) for step in saved_steps(folder.parent)):
     metrics = step / 'metrics' / 'metrics'
     try:
       if metrics.exists() and not {'score', 'loss'} <= set(json.loads(metrics.read_text())):
@@ -252,14 +307,46 @@ def _together(read: Callable[[], T]) -> T:
 def _set_aside(checkpoint: epath.Path, why: str) -> None:
   """See `Checkpoints.set_aside`; on process 0."""
   folder = checkpoint.parent
-  if sum(path.name.isdigit() for path in folder.iterdir()) < 2:
+  if len(saved_steps(folder.parent)) < 2:
     raise Damaged(f'{why}. There is no other checkpoint in {folder}: give another --workdir, or remove {folder} to begin anew')
   aside = folder.parent / 'damaged' / checkpoint.name
-  aside.parent.mkdir(exist_ok=True)
   if aside.exists():
     aside.rmtree()
-  checkpoint.rename(aside)
+  _move(checkpoint, aside)
   log.warning('warning: %s. It is set aside in %s', why, aside)
+
+
+def _move(folder: epath.Path, to: epath.Path) -> None:
+  """Moves a folder; on object storage one object after the other, and nothing is removed before all are there."""
+  if not files.is_url(folder):
+    to.parent.mkdir(exist_ok=True)
+    folder.rename(to)
+    return
+  for source in _objects(folder):
+    (to / source.relative_to(folder)).write_bytes(source.read_bytes())
+  folder.rmtree()
+
+
+def _objects(folder: epath.Path) -> Iterator[epath.Path]:
+  for path in folder.iterdir():
+    if path.is_dir():
+      yield from _objects(path)
+    elif path.exists():  # some clients list a folder in itself
+      yield path
+
+
+@functools.cache
+def _quieten() -> None:
+  """Keeps the pages back that orbax's and tensorstore's threads write of errors that `save` or `wait` raises."""
+  logging.getLogger('absl').addFilter(lambda record: record.levelno < logging.ERROR or '/orbax/' not in record.pathname)
+  show = sys.unraisablehook
+
+  def show_others(raised: Any) -> None:
+    # Where one part of a checkpoint could not be written, nobody waits for the others any more, which tensorstore then tells.
+    if str(raised.exc_value) != 'Event loop is closed':
+      show(raised)
+
+  sys.unraisablehook = show_others
 
 
 def _check_whole(folder: epath.Path) -> dict[str, Any]:
@@ -271,7 +358,7 @@ def _check_whole(folder: epath.Path) -> dict[str, Any]:
   try:
     if not (state / '_METADATA').exists():
       raise FileNotFoundError(state / '_METADATA')
-    base = state.resolve().as_posix()
+    base = files.absolute(state).as_posix()
     store = tensorstore.KvStore.open({'driver': 'ocdbt', 'base': f'{base if "://" in base else f"file://{base}"}/'}).result()
     for key in store.list().result():
       store.read(key).result()

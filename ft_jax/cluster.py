@@ -112,14 +112,12 @@ def described(error: BaseException) -> str:
 
 
 def leave(code: int) -> NoReturn:
-  """Ends this process after an error; where there are others, at once, so that they are not waited for but learn of it."""
-  if not several():
-    sys.exit(code)
+  """Ends this process at once. The usual way out waits for other processes to come to their end, and for threads that hang on a disk."""
   if _joined == 0:
     time.sleep(_SAYING)
   sys.stdout.flush()
   sys.stderr.flush()
-  os._exit(code)  # the usual way out waits for all processes to come to their end
+  os._exit(code)
 
 
 def _place(coordinator: str | None, processes: int | None, process: int | None, environment: Mapping[str, str]) -> Place | None:

@@ -67,14 +67,15 @@ def ending(show_traceback: bool) -> Iterator[None]:
   try:
     yield
   except SystemExit as stopped:  # a signal asked for it, and what it was at is saved
-    if message := getattr(stopped, 'message', ''):
+    message = getattr(stopped, 'message', '')
+    if message:
       progress.log.info('%s', message)
-    raise
+    if not message or cluster.several():  # of several, all are about to leave, and say good-bye
+      raise
+    cluster.leave(stopped.code)
   except KeyboardInterrupt:
     progress.log.info('stopped; the same command goes on from what is finished')
-    # At once: threads that still read images would be torn down under their feet.
-    sys.stderr.flush()
-    os._exit(128 + signal.SIGINT)
+    cluster.leave(128 + signal.SIGINT)
   except Exception as error:
     in_words = isinstance(error, (ValueError, OSError, RuntimeError)) and not show_traceback
     if not in_words and not cluster.several():

@@ -7,6 +7,8 @@ from typing import TypeVar
 
 import tqdm
 
+from ft_jax.names import visible
+
 T = TypeVar('T')
 
 log = logging.getLogger('ft_jax')
@@ -24,16 +26,16 @@ def counter(what: str, total: int | None, unit: str = 'step', initial: int = 0) 
   """A progress bar that is moved by `update`; hidden without a terminal or notebook, or where log lines are."""
   seen = sys.stderr.isatty() or 'ipykernel' in sys.modules  # a terminal or a notebook
   hidden = not seen or not log.isEnabledFor(logging.INFO)
-  return tqdm.tqdm(desc=f'  {what}', total=total, unit=f' {unit}', initial=initial, disable=hidden, leave=False,
+  return tqdm.tqdm(desc=f'  {visible(what)}', total=total, unit=f' {unit}', initial=initial, disable=hidden, leave=False,
                    dynamic_ncols=True, smoothing=0.1)
 
 
 class Handler(logging.Handler):
-  """Log lines above the bar, as they are."""
+  """Log lines above the bar, with what a terminal would obey spelt out."""
 
   def emit(self, record: logging.LogRecord) -> None:
     """Writes one record."""
-    tqdm.tqdm.write(self.format(record), file=sys.stderr)
+    tqdm.tqdm.write(visible(self.format(record)), file=sys.stderr)
 
 
 def show_log(process: int = 0) -> None:

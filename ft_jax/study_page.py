@@ -1,8 +1,6 @@
 """The page and the table of job study: which checkpoint to start from, how sure that is, and what was measured of each checkpoint."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-import csv
-import io
 import math
 from typing import Any, NamedTuple
 
@@ -12,6 +10,7 @@ from matplotlib.figure import Figure
 import numpy as np
 
 from ft_jax import parallel, report
+from ft_jax.names import cell, csv_line
 from ft_jax.report import axis_label, BLUE, GREEN, GREY, RED
 from ft_jax.studies.stability import estimate
 from ft_jax.workdir import write_text
@@ -82,13 +81,11 @@ def table(results: Mapping[str, Any]) -> str:
 
   Accuracies are means over the seeds, with their standard errors, of val and test, from 0 to 1; the angles are in degrees.
   """
-  text = io.StringIO()
-  writer = csv.writer(text, lineterminator='\n')
   rows = [_record(results, target, k) for target in results['targets'] for k in range(len(results['history']))]
-  writer.writerows(list(row) for row in rows[:1])
-  for row in rows:
-    writer.writerow(f'{value:.9g}' if isinstance(value, float) else '' if value is None else value for value in row.values())
-  return text.getvalue()
+  lines = [csv_line(row) for row in rows[:1]]
+  lines += [csv_line(f'{value:.9g}' if isinstance(value, float) else '' if value is None else value for value in row.values())
+            for row in rows]
+  return ''.join(lines)
 
 
 def spread(values: Sequence[float] | None) -> Spread:
@@ -391,7 +388,7 @@ def _table(results: Mapping[str, Any], target: Mapping[str, Any], title: str, co
 def _record(results: Mapping[str, Any], target: Mapping[str, Any], row: int) -> dict[str, Any]:
   """A row of the CSV by the names of its columns."""
   checkpoint = results['history'][row]
-  record = {'target': _harmless(target['name']), 'checkpoint': _harmless(checkpoint['name']), 'epoch': checkpoint['epoch'],
+  record = {'target': cell(target['name']), 'checkpoint': cell(checkpoint['name']), 'epoch': checkpoint['epoch'],
             'step': checkpoint['step'], 'source_top1': _source(results, 'top1')[row], 'source_loss': _source(results, 'loss')[row]}
   for name, way, probe in (*((f'fe_{probe}', 'fe', probe) for probe in PROBES), ('ft', 'ft', '')):
     by_split = {split: _values(target, way, probe, split)[row] for split in ('val', 'test')}
@@ -407,8 +404,3 @@ def _record(results: Mapping[str, Any], target: Mapping[str, Any], row: int) -> 
     record[f'{key}_median_angle'] = float(np.median(turned)) if turned else None
   record |= {name: _numbers(target, 'scores', name)[row] for name in SCORES}
   return record | {f'recommended_{way}': int(_recommended(target, way) == row) for way in WAYS}
-
-
-def _harmless(name: str) -> str:
-  """A name that a spreadsheet does not take for a formula."""
-  return f"'{name}" if name.startswith(('=', '+', '-', '@', '\t', '\r')) else name

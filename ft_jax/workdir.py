@@ -1,17 +1,34 @@
 """The folder of a run: what lies where, and how it is written. Every file is written whole or not at all."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+import contextlib
+import fcntl
 import json
+import os
+import socket
+import struct
+import time
 from typing import Any
+import weakref
 
 from etils import epath
-import tensorboardX
+from tensorboardX.proto import event_pb2
+from tensorboardX.record_writer import masked_crc32c
+from tensorboardX.summary import scalar
 
 from ft_jax import parallel
+from ft_jax.progress import log
+from selection import files
 
 # Fields that may change between two starts of one run. What they do to its images, the checkpoints notice.
 FREE = ('config.data.cache ', 'config.data.on_error ', 'config.data.timeout ', 'config.train.nonfinite_steps ',
         'config.train.skip_diverged ', 'config.pretrain.nonfinite_steps ', 'config.pretrain.skip_diverged ')
+# Where nothing can be added to, a growing file is written again so often at most, in seconds.
+EVERY = 10.0
+# Seconds to wait for another process to leave, as one that was asked to stop does.
+PATIENCE = 60.0
+# A checkpoint on object storage is whole when this is in it: orbax writes it last, as nothing can be renamed there.
+_COMMITTED = 'commit_success.txt'
 
 
 class Workdir:
@@ -25,18 +42,27 @@ class Workdir:
     Raises:
       ValueError: it belongs to a run with another config, and names the fields that differ; or to something else; or another process
         does not see the same folder.
+      OSError: it cannot be made, written to or reached; or another process is at work in it and does not leave.
     """
-    self.path = epath.Path(path)
+    self.path = files.located(path)
+    if files.is_url(self.path):
+      files.make_folder(self.path)
     parallel.agreed(lambda: self._take_up(json.loads(json.dumps(config))))
     parallel.check_shared(self.path, '--workdir')
 
   def _take_up(self, wanted: dict[str, Any]) -> None:
     """See `__init__`; on process 0."""
-    before = read_config(self.path)
+    try:
+      before = read_config(self.path)
+    except OSError as error:  # nobody may even look
+      raise files.Unwritable(self.path, error) from error
+    if self.path.is_dir():
+      self._owned = _own(self.path)
     if before is None:
-      if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+      if self.path.exists() and (not self.path.is_dir() or not all(files.is_leftover(entry.name) for entry in self.path.iterdir())):
         raise ValueError(f'workdir {self.path} is not empty and holds no run (no config.json of one); give another --workdir')
-      self.path.mkdir(parents=True, exist_ok=True)
+      files.make_folder(self.path)
+      self._owned = _own(self.path)
     else:
       every = _differences(before, wanted)
       if not every:
@@ -58,8 +84,7 @@ class Workdir:
 
   def has_checkpoint(self) -> bool:
     """Whether there is a state to go on from."""
-    folder = self.path / 'checkpoints'
-    return folder.exists() and any(step.name.isdigit() for step in folder.iterdir())
+    return bool(saved_steps(self.path))
 
   def results(self) -> dict[str, Any] | None:
     """What results.json holds, or None where the run has not come to its end."""
@@ -72,55 +97,164 @@ class Workdir:
     return [json.loads(line) for line in self.metrics_jsonl.read_text().splitlines()]
 
 
+class _Owned:
+  """A folder that other processes are kept out of, on a disk that can do so, as long as this object lives; none outlives its process."""
+
+  def __init__(self, folder: epath.Path):
+    """Waits for a process that is there; raises OSError where it does not leave."""
+    self._handle = os.open(folder, os.O_RDONLY)
+    until, told = time.monotonic() + PATIENCE, False
+    while not self._locked():
+      if time.monotonic() > until:
+        raise OSError(f'another process is at work in {folder}: two at once would spoil it. Stop that one first, or give another --workdir')
+      if not told:
+        log.info('waiting for another process that is at work in %s', folder)
+      told = True
+      time.sleep(0.5)
+
+  def _locked(self) -> bool:
+    try:
+      fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      return False
+    except OSError:  # some network disks have no locks
+      pass
+    return True
+
+  def __del__(self):
+    os.close(self._handle)
+
+
+# By folder: a process may take up its own run once more.
+_OWNED: weakref.WeakValueDictionary[str, _Owned] = weakref.WeakValueDictionary()
+
+
+def _own(folder: epath.Path) -> _Owned | None:
+  """Keeps other processes out of a run while the result lives; on object storage nothing does."""
+  if files.is_url(folder):
+    return None
+  name = os.path.realpath(folder)
+  return _OWNED.get(name) or _OWNED.setdefault(name, _Owned(folder))
+
+
 def read_config(path: epath.PathLike) -> dict[str, Any] | None:
   """The config of the run in a folder, or None where there is no run; other programs have files of that name too."""
   try:
     config = json.loads((epath.Path(path) / 'config.json').read_text())
-  except (FileNotFoundError, NotADirectoryError, ValueError):
+  except (FileNotFoundError, NotADirectoryError, RecursionError, ValueError):
     return None
   return config if isinstance(config, dict) and {'job', 'seed', 'train'} <= set(config) else None
+
+
+def saved_steps(path: epath.PathLike) -> list[int]:
+  """The steps of the whole checkpoints of a run, in order, as far as names tell; [] where there are none."""
+  try:
+    found = [folder for folder in (epath.Path(path) / 'checkpoints').iterdir() if folder.name.isdigit()]
+  except (FileNotFoundError, NotADirectoryError):
+    return []
+  return sorted(int(folder.name) for folder in found if not files.is_url(folder) or (folder / _COMMITTED).exists())
 
 
 class MetricsWriter:
   """metrics.jsonl, one JSON object a line with its `step`, and the same as TensorBoard events; process 0 writes."""
 
   def __init__(self, workdir: Workdir, start: int):
-    """Takes up at `start`: lines of later steps, which are about to be run again, go."""
-    self._path = workdir.metrics_jsonl
-    self._begun: dict[str, float] = parallel.agreed(lambda: self._take_up(start))
-    self._events = None
-    if parallel.is_main():
-      self._events = tensorboardX.SummaryWriter(str(workdir.path / 'tensorboard'), purge_step=start + 1)
+    """Takes up at `start`: lines of later steps, which are about to be run again, go.
 
-  def _take_up(self, start: int) -> dict[str, float]:
-    """See `__init__`; returns the line of the step `start`, where there is one."""
-    text = self._path.read_text() if self._path.exists() else ''
+    Raises:
+      OSError: as of every other function here, where something cannot be written.
+    """
+    self._lines = self._events = None
+    self._begun: dict[str, float] = parallel.agreed(lambda: self._take_up(workdir, start))
+
+  def _take_up(self, workdir: Workdir, start: int) -> dict[str, float]:
+    """See `__init__`; on process 0; returns the line of the step `start`, where there is one."""
+    path = workdir.metrics_jsonl
+    text = path.read_text() if path.exists() else ''
     # A line that was cut short has no newline at its end.
     whole = [line for line in text.splitlines(keepends=True) if line.endswith('\n')]
     lines = [line for line in whole if json.loads(line)['step'] <= start]
-    write_text(self._path, ''.join(lines))
+    self._lines = _Growing(path, ''.join(lines).encode())
+    name = f'events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}'
+    begin = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+    self._events = _Growing(workdir.path / 'tensorboard' / name, _record(event_pb2.Event(file_version='brain.Event:2')) + _record(
+        event_pb2.Event(step=start + 1, session_log=begin)))  # what follows replaces what an earlier start wrote of these steps
     last = json.loads(lines[-1]) if lines else {}
+    self._before = ''.join(lines[:-1])
     return last if last.get('step') == start else {}
 
   def write(self, step: int, metrics: Mapping[str, float]) -> dict[str, float]:
     """Adds the metrics of one step, to those that it has where it is the one to go on from; returns them all."""
     before = self._begun if self._begun.get('step') == step else {}
     line = {'step': step, **before, **metrics}
-    if self._events is None:
+    if self._lines is None:
       return line
+    text = json.dumps(line) + '\n'
     if before:
-      write_text(self._path, ''.join(self._path.read_text().splitlines(keepends=True)[:-1]) + json.dumps(line) + '\n')
+      self._lines.replace((self._before + text).encode())
     else:
-      with self._path.open('a') as stream:
-        stream.write(json.dumps(line) + '\n')
-    for key, value in metrics.items():
-      self._events.add_scalar(key, value, step)
+      self._lines.add(text.encode())
+    self._events.add(b''.join(_record(event_pb2.Event(step=step, summary=scalar(key, value))) for key, value in metrics.items()))
     return line
 
+  def flush(self) -> None:
+    """Writes what is kept back, on object storage; called before each checkpoint, behind which no line may be missing."""
+    if self._lines is not None:
+      self._lines.flush()
+      self._events.flush()
+
   def close(self) -> None:
-    """Writes what is buffered."""
-    if self._events is not None:
-      self._events.close()
+    """Likewise, at the end."""
+    self.flush()
+
+
+class _Growing:
+  """A file that is added to; on object storage it is kept in memory, and written again as a whole from time to time."""
+
+  def __init__(self, path: epath.Path, begin: bytes):
+    """Begins with `begin`, whatever is there."""
+    self._path, self._url = path, files.is_url(path)
+    with resumable(path):
+      if not self._url:
+        path.parent.mkdir(exist_ok=True)
+      same = path.exists() and path.read_bytes() == begin
+    self._data, self._behind, self._written = bytearray(begin), False, time.monotonic()
+    if not same:
+      self.replace(begin)
+
+  def replace(self, data: bytes) -> None:
+    """Puts this in the place of all that is there."""
+    self._data, self._behind = bytearray(data), True
+    self.flush()
+
+  def add(self, data: bytes) -> None:
+    """Adds to it."""
+    if self._url:
+      self._data += data
+      self._behind = True
+      if time.monotonic() - self._written > EVERY:
+        self.flush()
+      return
+    with resumable(self._path):
+      files.append(self._path, data)
+
+  def flush(self) -> None:
+    """Writes what is in memory alone."""
+    if self._behind:
+      with resumable(self._path):
+        files.write_whole(self._path, bytes(self._data))
+      self._behind, self._written = False, time.monotonic()
+
+
+def _record(event: event_pb2.Event) -> bytes:
+  """An event as TensorBoard's files hold it: its length, the data, and a checksum of each.
+
+  Written here, and not by tensorboardX's own writer: a full disk ends its thread, and what comes next waits for that thread for ever.
+  """
+  event.wall_time = time.time()
+  data = event.SerializeToString()
+  length = struct.pack('<Q', len(data))
+  return length + struct.pack('<I', masked_crc32c(length)) + data + struct.pack('<I', masked_crc32c(data))
 
 
 def write_results(workdir: Workdir, results: Mapping[str, Any]) -> None:
@@ -139,9 +273,28 @@ def write_text(path: epath.Path, text: str) -> None:
 def write_bytes(path: epath.Path, data: bytes) -> None:
   """Likewise."""
   if parallel.is_main():
-    temporary = path.parent / f'.{path.name}.tmp'
-    temporary.write_bytes(data)
-    temporary.replace(path)
+    with resumable(path):
+      files.write_whole(path, data)
+
+
+@contextlib.contextmanager
+def resumable(path: epath.Path) -> Iterator[None]:
+  """Where a file of a run cannot be written, the error also says from where the run goes on once that is mended."""
+  try:
+    yield
+  except OSError as error:
+    raise cannot_write(path, error) from error
+
+
+def cannot_write(path: epath.Path, error: BaseException) -> files.Unwritable:
+  """The error that says that `path`, a file of a run, cannot be written; see `resumable`."""
+  try:
+    run = next((folder for folder in path.parents if saved_steps(folder)), None)
+    newest = run / 'checkpoints' / str(saved_steps(run)[-1]) if run else None
+  except OSError:  # the disk is gone
+    newest = None
+  before = f'What was written before stays as it was, the newest whole checkpoint is {newest}' if newest else ''
+  return files.Unwritable(path, error, 'the same command goes on', before)
 
 
 def _differences(before: Any, now: Any, name: str = 'config') -> list[str]:

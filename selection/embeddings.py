@@ -3,13 +3,13 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import dataclasses
 import os
-import pathlib
-from typing import Any
-import uuid
+from typing import Any, BinaryIO
 import zipfile
 
 import jax
 import numpy as np
+
+from selection import files
 
 Batch = Mapping[str, np.ndarray]
 
@@ -116,26 +116,32 @@ class Embeddings:
     return int(self.labels.max()) + 1
 
   def save(self, path: str | os.PathLike[str]) -> None:
-    """Writes one .npz file, whole or not at all."""
-    path = pathlib.Path(path)
+    """Writes one .npz file, whole or not at all, on a disk or on object storage (`gs://`)."""
+    path = files.located(path)
     arrays = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if getattr(self, f.name) is not None}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f'.{path.name}.{uuid.uuid4().hex}.npz')
-    try:
-      np.savez(temporary, **arrays)
-      os.replace(temporary, path)
-    finally:
-      temporary.unlink(missing_ok=True)
+    files.make_folder(path.parent)
+    with files.whole_file(path) as stream:
+      np.savez(stream, **arrays)
 
   @classmethod
   def load(cls, path: str | os.PathLike[str]) -> 'Embeddings':
     """Reads what `save` wrote; raises ValueError for anything else."""
     try:
-      with open(path, 'rb') as stream, np.load(stream, allow_pickle=False) as saved:
+      with files.located(path).open('rb') as stream, np.load(_checked(stream), allow_pickle=False) as saved:
         fields = {name: saved[name] for name in saved.files}
       return cls(**{**fields, 'fingerprint': str(fields.get('fingerprint', ''))})
-    except (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
-      raise ValueError(f'{path} holds no embeddings ({error}); remove it to have it made again') from error
+    except Exception as error:  # a damaged zip file makes the libraries raise almost anything: zlib.error, MemoryError, ...
+      raise ValueError(f'{path} holds no embeddings ({error or type(error).__name__}); remove it to have it made again') from error
+
+
+def _checked(stream: BinaryIO) -> BinaryIO:
+  """The stream of an .npz file; ValueError where a small one would fill the memory: parts that are compressed, or lie on each other."""
+  parts = zipfile.ZipFile(stream).infolist()
+  size = stream.seek(0, os.SEEK_END)
+  stream.seek(0)
+  if any(part.compress_type != zipfile.ZIP_STORED for part in parts) or sum(part.file_size for part in parts) > size:
+    raise ValueError('it is compressed, or says that it is larger than it is')
+  return stream
 
 
 def check_same_encoder(dimensions: tuple[int, int], fingerprints: tuple[str, str]) -> None:

@@ -3,12 +3,14 @@
 import hashlib
 import json
 import os
-import pathlib
 from typing import Any
 import zipfile
 
+from etils import epath
 import jax
 import numpy as np
+
+from selection import files
 
 
 class Journal:
@@ -27,17 +29,17 @@ class Journal:
     Raises:
       ValueError: the folder cannot be made, or holds passes of another selection.
     """
-    self._folder = pathlib.Path(folder) if folder is not None else None
+    self._folder = files.located(folder) if folder is not None else None
     if self._folder is None:
       return
     try:
-      self._folder.mkdir(parents=True, exist_ok=True)
+      files.make_folder(self._folder)
     except OSError as error:
       raise ValueError(f'workdir {os.fspath(folder)!r} cannot be made ({error}); name a folder that can be written to') from error
     path, key = self._folder / 'selection_passes.json', json.loads(json.dumps(key, default=lambda number: number.item()))
     if path.exists():
       try:
-        before = json.loads(path.read_text(encoding='utf-8'))
+        before = json.loads(path.read_bytes().decode())
       except ValueError as error:
         raise ValueError(f'{path} cannot be read ({error}); remove the folder to begin again') from error
       different = [name for name in {**key, **before} if key.get(name) != before.get(name)]
@@ -45,14 +47,14 @@ class Journal:
         raise ValueError(f'{folder} holds passes of another selection ({", ".join(sorted(different))} differ); '
                          'use another workdir, or remove this one to begin again')
     elif jax.process_index() == 0:
-      _replace(path, json.dumps(key, indent=1).encode())
+      files.write_whole(path, json.dumps(key, indent=1).encode())
 
   def load(self, name: str) -> dict[str, np.ndarray]:
     """What was saved last by this name; {} where nothing was, or where a file is damaged (that pass then begins again)."""
     if self._folder is None:
       return {}
     try:
-      with open(self._folder / f'{name}.npz', 'rb') as stream, np.load(stream, allow_pickle=False) as saved:
+      with (self._folder / f'{name}.npz').open('rb') as stream, np.load(stream, allow_pickle=False) as saved:
         return dict(saved)
     except (OSError, EOFError, ValueError, zipfile.BadZipFile):
       return {}
@@ -61,22 +63,23 @@ class Journal:
     """Replaces what is saved by this name."""
     if self._folder is None or jax.process_index():
       return
-    temporary = self._folder / f'.{name}.{os.getpid()}.npz'
-    np.savez(temporary, **arrays)
-    os.replace(temporary, self._folder / f'{name}.npz')
+    with files.whole_file(self._folder / f'{name}.npz') as stream:
+      np.savez(stream, **arrays)
 
   def scores(self, name: str) -> 'ScoreFile':
     """The growing file of a pass that scores all rows."""
+    if self._folder is not None and files.is_url(self._folder):
+      return _ScoreObjects(self._folder, name)
     return ScoreFile(None if self._folder is None else self._folder / f'{name}.f32')
 
 
 class ScoreFile:
   """float32 scores of rows in their order, appended chunk by chunk; in memory, and in a file where a path is given."""
 
-  def __init__(self, path: pathlib.Path | None):
+  def __init__(self, path: epath.Path | None):
     self._path, self._parts = path, []
     if path is not None and path.exists():
-      whole = path.stat().st_size // 4
+      whole = path.stat().length // 4
       self._parts.append(np.fromfile(path, np.float32, whole))
       if jax.process_index() == 0:
         os.truncate(path, 4 * whole)  # a number that was cut short
@@ -88,16 +91,47 @@ class ScoreFile:
 
   def append(self, scores: np.ndarray) -> None:
     """Adds the scores of the next rows."""
+    begin = self.done
     self._parts.append(np.asarray(scores, np.float32))
-    if self._path is not None and jax.process_index() == 0:
-      with open(self._path, 'ab') as stream:
-        stream.write(self._parts[-1].tobytes())
-        stream.flush()
-        os.fsync(stream.fileno())  # the length of the file says how far the pass is, also after a power cut
+    if jax.process_index() == 0:
+      self._keep(begin, self._parts[-1].tobytes())
+
+  def _keep(self, begin: int, data: bytes) -> None:
+    """Writes the scores of the rows from `begin` on."""
+    del begin
+    if self._path is None:
+      return
+    if not self._path.exists():
+      files.write_whole(self._path, b'')
+    files.append(self._path, data, sync=True)  # the length of the file says how far the pass is
 
   def all(self) -> np.ndarray:
     """All scores, float32 `[n]`."""
     return np.concatenate(self._parts) if self._parts else np.zeros(0, np.float32)
+
+
+class _ScoreObjects(ScoreFile):
+  """The same where nothing can be added to: an object for each chunk, `<name>-<its first row>.f32`."""
+
+  def __init__(self, folder: epath.Path, name: str):
+    super().__init__(None)
+    self._folder, self._name = folder, name
+    try:
+      stored = {path.name: path for path in folder.iterdir()}
+    except FileNotFoundError:  # nothing is in it yet
+      stored = {}
+    while path := stored.get(self._of(self.done)):
+      part = np.frombuffer(path.read_bytes(), np.float32)
+      if not len(part):
+        break
+      self._parts.append(part)
+
+  def _of(self, row: int) -> str:
+    return f'{self._name}-{row:012d}.f32'
+
+  def _keep(self, begin: int, data: bytes) -> None:
+    if data:
+      files.write_whole(self._folder / self._of(begin), data)
 
 
 def array_digest(*arrays: np.ndarray) -> str:
@@ -107,9 +141,3 @@ def array_digest(*arrays: np.ndarray) -> str:
     digest.update(f'{array.dtype}{array.shape}'.encode())
     digest.update(np.ascontiguousarray(array).tobytes())
   return digest.hexdigest()[:16]
-
-
-def _replace(path: pathlib.Path, data: bytes) -> None:
-  temporary = path.with_name(f'.{path.name}.{os.getpid()}')
-  temporary.write_bytes(data)
-  os.replace(temporary, path)

@@ -119,6 +119,6 @@ def _draw_heat_map(figure: Any, axes: Any, selection: Selection, rows: np.ndarra
 
 
 def _label(name: Any) -> str:
-  name = str(name)
-  # A name with dollar signs is no formula.
+  # A name with dollar signs is no formula, and bytes that are no UTF-8 are question marks: matplotlib takes no such text.
+  name = str(name).encode(errors='replace').decode()
   return (name if len(name) <= 24 else name[:23] + '…').replace('$', r'\$')

@@ -1,22 +1,22 @@
 """Selection: which units were chosen, how, and why; as a table, as pictures, as a file."""
 
-import base64
 from collections.abc import Sequence
 import dataclasses
 import functools
 import json
 import os
-import pathlib
 from typing import Any, NamedTuple
-import uuid
 
 import numpy as np
 
+from selection import document, files
 from selection.embeddings import Embeddings
 
 FORMAT_VERSION = 2
 # Longer arrays are written as base64: a twentieth of the time, half of the size.
 READABLE = 10_000
+# A terminal would obey what a name of a file says.
+_CONTROLS = {code: f'\\x{code:02x}' for code in (*range(32), *range(127, 160))}
 NOUNS = {'class': 'classes', 'cluster': 'clusters', 'example': 'examples'}
 
 
@@ -271,14 +271,14 @@ class Selection:
     return f'<pre style="font-family: monospace; white-space: pre">{html.escape(self.table())}</pre>'
 
   def save(self, path: str | os.PathLike[str]) -> None:
-    """Writes one JSON file, whole or not at all; of a large pool mostly the scores, 11 bytes a row."""
+    """Writes one JSON file, whole or not at all, on a disk or on object storage; of a large pool mostly the scores, 11 bytes a row."""
     fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-    document = {'format_version': FORMAT_VERSION, **{key: _packed(value) for key, value in fields.items()}}
+    saved = {'format_version': FORMAT_VERSION, **{key: _packed(value) for key, value in fields.items()}}
     # Names of examples would be all file names of the pool; those of the chosen ones are among the ids.
-    document['names'] = [str(name) for name in self.names] if self.by != 'example' else []
-    document['target_names'] = [str(name) for name in self.target_names]
+    saved['names'] = [str(name) for name in self.names] if self.by != 'example' else []
+    saved['target_names'] = [str(name) for name in self.target_names]
     # A line a field: readable, and small where lists are long.
-    lines = (f'{json.dumps(key)}: {json.dumps(value, default=lambda number: number.item())}' for key, value in document.items())
+    lines = (f'{json.dumps(key)}: {json.dumps(value, default=lambda number: number.item())}' for key, value in saved.items())
     _write(path, '{\n' + ',\n'.join(lines) + '\n}\n')
 
   @classmethod
@@ -308,20 +308,14 @@ class Selection:
       ValueError: no such file, a damaged one, one of another version, or one made for another data set.
     """
     try:
-      document = json.loads(pathlib.Path(path).read_text(encoding='utf-8'))
-      version = document.pop('format_version')
+      saved = document.read(files.located(path).read_bytes().decode())
+      version = saved.pop('format_version', None)
       if version != FORMAT_VERSION:
-        raise ValueError(f'it has format version {version}; this program reads {FORMAT_VERSION}')
-      fields = {key: _unpacked(value) for key, value in document.items()}
-      for key, kind in {'units': np.int64, 'scores': np.float64, 'counts': np.int64, 'plan': np.float32, 'target_mass': np.float64,
-                        'rows': np.int64, 'row_units': np.int64}.items():
-        if document[key] is not None and isinstance(document[key], list):
-          fields[key] = np.asarray(document[key], kind)
-      fields['ids'] = None if document['ids'] is None else np.asarray(fields['ids'])
-      selection = cls(**{**fields, 'names': tuple(document['names']), 'target_names': tuple(document['target_names'])})
+        raise ValueError(f'it has format version {version!r:.20}; this program reads {FORMAT_VERSION}')
+      selection = cls(**document.fields(saved))
       selection._check()
-    except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
-      raise ValueError(f'{path} holds no selection that can be read ({error}); select again') from error
+    except (OSError, ValueError) as error:
+      raise ValueError(f'{path} holds no selection that can be read ({_one_line(error)}); select again') from error
     selection._check_source(path, source_fingerprint, source)
     return selection
 
@@ -331,8 +325,15 @@ class Selection:
     shapes = {'names': (0,) if self.by == 'example' else (n,), 'counts': (n,), 'plan': (k, g), 'target_mass': (g,),
               'row_units': np.shape(self.rows), 'ids': np.shape(self.rows)}
     wrong = [name for name, shape in shapes.items() if getattr(self, name) is not None and np.shape(getattr(self, name)) != shape]
-    if wrong or self.by not in NOUNS or k and not 0 <= self.units.min() <= self.units.max() < n or len(set(self.units.tolist())) < k:
+    if wrong or self.by not in NOUNS or not n or not _within(self.units, n) or len(set(self.units.tolist())) < k:
       raise ValueError(f'its parts do not fit together: {", ".join(wrong) or "units"}')
+    if self.counts is not None and self.counts.min() < 0 or any(
+        part is not None and part.size and part.min() < 0 for part in (self.plan, self.target_mass)):
+      raise ValueError('its counts, plan or target_mass go below zero')
+    if self.rows is not None:
+      images = n if self.by == 'example' else None if self.counts is None else int(self.counts.sum(dtype=np.float64))
+      if not _within(self.rows, images) or self.row_units is None or not np.isin(self.row_units, self.units).all():
+        raise ValueError('its rows are not those of the chosen units')
 
   def _check_source(self, path: str | os.PathLike[str], fingerprint: str, source: Embeddings | None) -> None:
     made_for = self.source.get('fingerprint', '')
@@ -388,8 +389,17 @@ def _largest(parts: np.ndarray, names: Sequence[str], most: int) -> list[tuple[s
   return [(str(names[j]), float(parts[j])) for j in np.argsort(-parts, kind='stable')[:most] if parts[j] > 0]
 
 
+def _within(numbers: np.ndarray, size: int | None) -> bool:
+  """Whether all are from 0 to below `size`, where that is known."""
+  return not len(numbers) or 0 <= numbers.min() and (size is None or int(numbers.max()) < size)
+
+
+def _one_line(error: Exception) -> str:
+  return ' '.join(str(error).split()).translate(_CONTROLS)
+
+
 def _short(name: Any, width: int = 32) -> str:
-  name = ' '.join(str(name).split())
+  name = ' '.join(str(name).split()).translate(_CONTROLS)
   # Names of classes differ at the front, paths of files at the end.
   end = 3 * width // 4 - 3 if '/' in name else 0
   return name if len(name) <= width else name[:width - 3 - end] + '...' + name[len(name) - end:]
@@ -401,23 +411,9 @@ def _packed(value: Any) -> Any:
     return value
   if value.size <= READABLE or value.dtype.kind == 'U':
     return [[float(f'{x:.7g}') for x in row] for row in value] if value.ndim == 2 else value.tolist()
-  little = np.ascontiguousarray(value.astype(value.dtype.newbyteorder('<')))
-  return {'dtype': value.dtype.name, 'shape': list(value.shape), 'base64': base64.b64encode(little.tobytes()).decode()}
-
-
-def _unpacked(value: Any) -> Any:
-  if not isinstance(value, dict) or 'base64' not in value:
-    return value
-  flat = np.frombuffer(base64.b64decode(value['base64'], validate=True), np.dtype(value['dtype']).newbyteorder('<'))
-  return flat.astype(value['dtype']).reshape(value['shape'])
+  return document.packed(value)
 
 
 def _write(path: str | os.PathLike[str], text: str) -> None:
-  path = pathlib.Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name(f'.{path.name}.{uuid.uuid4().hex}')
-  try:
-    temporary.write_bytes(text.encode('utf-8', 'surrogateescape'))  # file names as the file system has them
-    os.replace(temporary, path)
-  finally:
-    temporary.unlink(missing_ok=True)
+  files.make_folder(files.located(path).parent)
+  files.write_whole(path, text.encode('utf-8', 'surrogateescape'))  # file names as the file system has them

@@ -13,6 +13,9 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # configs/ is no package that is installed
 jax.config.update('jax_num_cpu_devices', 4)
+# Here and in the processes that tests start: of short runs of small networks most of the time is the compiler's.
+os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = '1'
+jax.config.update('jax_disable_most_optimizations', True)
 
 
 @pytest.fixture(scope='session', autouse=True)
@@ -67,9 +70,9 @@ def pool(tmp_path_factory) -> pathlib.Path:
 
 
 def quick_main(*flags: str) -> subprocess.CompletedProcess:
-  """main.py on one device, with warnings as errors, compiled with little effort: of a short run most of the time is the compiler's."""
+  """main.py on one device, with warnings as errors."""
   # The exception is ml_collections' own, when it reads a config on Python 3.11.
-  env = {**os.environ, 'XLA_FLAGS': '--xla_backend_optimization_level=0', 'JAX_PLATFORMS': 'cpu',
+  env = {**os.environ, 'JAX_PLATFORMS': 'cpu',
          'PYTHONWARNINGS': 'error,ignore:the load_module() method is deprecated:DeprecationWarning'}
   return subprocess.run([sys.executable, 'main.py', *flags], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
 

@@ -4,6 +4,12 @@ import pathlib
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import scaling
+
 ROOT = pathlib.Path(__file__).parent.parent
 
 
@@ -34,3 +40,19 @@ def test_benchmark_of_studies():
   assert len(rows) == 3 and all(abs(float(row[3])) < 1e-4 and abs(float(row[6])) < 1e-4 for row in rows)
   assert 'not at equal loss' not in run.stdout
   assert 'below 2,000 MB: met' in run.stdout and 'logme' in run.stdout
+
+
+def test_what_a_step_sends_is_read_right():
+  """Bytes of a compiled function that sums and gathers known arrays over four devices."""
+  def function(x):
+    total = jax.lax.psum({'a': x['a'], 'b': x['b'].astype(jnp.bfloat16)}, 'batch')
+    return total, jax.lax.all_gather(x['c'], 'batch')
+
+  shapes = {'a': (4, 10, 3), 'b': (4, 7), 'c': (4, 5)}
+  compiled = jax.pmap(function, axis_name='batch').lower({name: np.zeros(shape, np.float32) for name, shape in shapes.items()}).compile()
+  found = scaling.sent(compiled.as_text())
+  assert found['all-gather'].size == 4 * 5 * 4 and found['all-gather'].operations == 1
+  reduced = found['all-reduce']
+  assert reduced.arrays == 2 and reduced.size in (30 * 4 + 7 * 2, 30 * 4 + 7 * 4)  # a CPU may sum bfloat16 as float32
+  tuple_of = '%x = (f32[2,3]{1,0}, s32[]) all-reduce-start(%a, %b), channel_id=1\n%y = (f32[2,3]{1,0}, s32[]) all-reduce-done(%x)'
+  assert scaling.sent(tuple_of) == {'all-reduce': scaling.Sent(1, 2, 28)}

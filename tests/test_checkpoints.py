@@ -1,5 +1,7 @@
 """The newest and the best checkpoint stay, and come back as they were."""
 
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -68,6 +70,35 @@ def test_a_stop_without_evaluation_is_the_newest_and_never_the_best(tmp_path):
   checkpoints.save(3, state_at(3), {'score': 0.1, 'loss': 1.0})
   checkpoints.close()
   assert steps(tmp_path) == [1, 3]
+
+
+def test_metrics_come_later_without_the_state_being_written_again(tmp_path):
+  """Stopped in an evaluation and started again: the newest state is there all the while, and may be the best one then."""
+  checkpoints = save(tmp_path, {1: {'score': 0.2, 'loss': 1.0}, 2: None})
+  written = {path: path.stat().st_mtime_ns for path in (tmp_path / 'checkpoints' / '2').rglob('*') if path.is_file()}
+  checkpoints.save(2, state_at(2), {'score': 0.3, 'loss': 1.0})
+  assert checkpoints.best_step == 2 and {path: path.stat().st_mtime_ns for path in written} == written
+  checkpoints.tidy()
+  checkpoints.close()
+  assert steps(tmp_path) == [2]
+  checkpoints = Checkpoints(tmp_path)
+  assert checkpoints.best_step == checkpoints.latest_step == 2 and checkpoints.evaluated(2)
+  jax.tree.map(np.testing.assert_array_equal, checkpoints.restore(2, state_at(0)), state_at(2))
+  checkpoints.close()
+
+
+def test_a_half_removed_checkpoint_goes(tmp_path):
+  """What kill -9 leaves behind in the middle of removing an old one; the newest, the best and those to be kept stay."""
+  scores = {1: 0.1, 2: 0.9, 3: 0.3}
+  save(tmp_path, {step: {'score': score, 'loss': 1.0} for step, score in scores.items()}).close()
+  half = tmp_path / 'checkpoints' / '1'
+  shutil.copytree(tmp_path / 'checkpoints' / '3', half)
+  (half / 'state' / '_METADATA').unlink()
+  shutil.rmtree(half / 'metrics')
+  checkpoints = Checkpoints(tmp_path, keep=(3,))
+  checkpoints.tidy()
+  checkpoints.close()
+  assert steps(tmp_path) == [2, 3]
 
 
 def test_a_half_written_checkpoint_is_not_seen(tmp_path):

@@ -41,14 +41,6 @@ def lines(workdir):
   return [{key: value for key, value in line.items() if key not in ('waiting_share', 'images_per_second')} for line in read]
 
 
-@pytest.fixture(scope='module', autouse=True)
-def _compiled_quickly():
-  """Of such short runs most of the time is the compiler's."""
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
-
-
 @pytest.fixture(scope='module')
 def whole(photos, tmp_path_factory) -> pathlib.Path:
   """An undisturbed run on four devices."""

@@ -15,6 +15,9 @@ import numpy as np
 from orbax import checkpoint as ocp
 import pytest
 
+from ft_jax.data.sources import open_source
+import selection
+
 ROOT = pathlib.Path(__file__).parents[1]
 
 TINY = ['--config=configs/digits.py', '--config.model.width=4', '--config.image_size=16', '--config.augment.short_side=16',
@@ -26,10 +29,9 @@ FINETUNE = ['--config.train.steps=24', '--config.train.eval_every=8', '--config.
 
 
 def environment(devices: int, optimize: bool = False) -> dict[str, str]:
-  # These runs are so short that compiling is most of them.
-  fast = {} if optimize else {'JAX_DISABLE_MOST_OPTIMIZATIONS': '1'}
   # The exception is ml_collections' own, when it reads a config on Python 3.11.
-  return {**os.environ, **fast, 'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}', 'JAX_PLATFORMS': 'cpu',
+  return {**os.environ, 'JAX_DISABLE_MOST_OPTIMIZATIONS': str(int(not optimize)), 'JAX_PLATFORMS': 'cpu',
+          'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
           'PYTHONWARNINGS': 'error,ignore:the load_module() method is deprecated:DeprecationWarning'}
 
 
@@ -276,3 +278,23 @@ def test_the_demo(tmp_path):
   assert selection['solver']['error'] < 1e-6
   results = json.loads((tmp_path / 'demo' / 'results.json').read_text())
   assert results['test']['top1'] > 0.7 and results['test']['images'] == 252
+
+
+def test_results_say_where_they_come_from(finished, weights):
+  """Versions, commit, devices, and fingerprints of all images, weights and what was chosen, of the fine-tuning and of its pre-training."""
+  results, before = (json.loads((pathlib.Path(folder) / 'results.json').read_text()) for folder in (finished[0], weights))
+  fingerprint = re.compile('[0-9a-f]{16}')
+  for told, data in ((results, 'target'), (before, 'source')):
+    assert {'python', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy', 'pillow', 'simplejpeg'} <= told['versions'].keys()
+    assert told['versions']['jax'] == jax.__version__ and told['devices'].startswith('2 x ') and told['command'] and told['seed'] == 0
+    in_git = (ROOT / '.git').exists()
+    assert bool(told['commit']) == in_git and (not in_git or re.fullmatch(r'[0-9a-f]{40,64}\+?', told['commit']))
+    splits = told[data]['fingerprints']
+    assert set(splits) == {'train', 'val', 'test'} and len({*splits.values()}) == 3  # a split that is not there has none
+    assert all(value is None or fingerprint.fullmatch(value) for value in splits.values())
+  named = [results['source']['fingerprint'], results['selection']['fingerprint'], results['weights']['fingerprint']]
+  assert len({*named}) == 3 and all(map(fingerprint.fullmatch, named))
+  # What was chosen, from the file of the selection and the pool alone.
+  pool, chosen = open_source('digits:pool', 'train'), selection.Selection.load(finished[0] / 'selection.json')
+  assert results['selection']['fingerprint'] == pool.of_classes(chosen.classes).fingerprint
+  assert results['selection']['fingerprint'] != pool.of_classes(chosen.classes[1:]).fingerprint

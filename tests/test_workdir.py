@@ -1,9 +1,12 @@
 """A workdir belongs to one config, and its files are whole."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
+from ft_jax import workdir
 from ft_jax.workdir import MetricsWriter, Workdir, write_results
 
 CONFIG = {'job': 'finetune', 'seed': 0, 'train': {'steps': 5, 'milestones': (0.6, 0.8)}}
@@ -76,3 +79,17 @@ def test_results_are_strict_json(tmp_path):
   assert work.results() is None
   write_results(work, {'loss': 0.5})
   assert json.loads((tmp_path / 'run' / 'results.json').read_text()) == work.results() == {'loss': 0.5}
+
+
+def test_two_processes_do_not_share_a_workdir(tmp_path, monkeypatch):
+  """The second waits for the first and then says why it does not start; a process itself takes up its run as often as it likes."""
+  script = f'import sys; from ft_jax.workdir import Workdir; work = Workdir(sys.argv[1], {CONFIG}); print("here", flush=True); input()'
+  command = [sys.executable, '-c', script, str(tmp_path / 'run')]
+  with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+    assert other.stdout.readline() == 'here\n'
+    monkeypatch.setattr(workdir, 'PATIENCE', 0.0)
+    with pytest.raises(OSError, match='another process is at work in .*run: two at once would spoil it'):
+      Workdir(tmp_path / 'run', CONFIG)
+    other.kill()
+  first, again = Workdir(tmp_path / 'run', CONFIG), Workdir(tmp_path / 'run', CONFIG)
+  assert first.path == again.path

@@ -60,8 +60,8 @@ def _damaged(source: Source, what: str) -> list[str]:
 
 
 def _readable(source: Source, i: int) -> bool:
-  example = source[i]
   try:
+    example = source[i]
     augment.decode(example.image, example.id, scratch=True)
   except ValueError:
     return False

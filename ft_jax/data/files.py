@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ft_jax.data.sources import digest, IMAGE_ENDINGS, Source
+from ft_jax.data.sources import digest, IMAGE_ENDINGS, MOST_BYTES, read_file, Source
 
 
 class Files(NamedTuple):
@@ -54,7 +54,7 @@ def open_files(images: str) -> Files:
   files = [file for name, file in found.items() if name not in problems]
   ids = [name for name in found if name not in problems]
   source = Source(images, ('',), np.zeros(len(files), np.int32), np.asarray(ids, dtype=str), np.arange(len(files)),
-                  lambda row: files[row].read_bytes(), digest(*ids, *(str(file.stat().st_size) for file in files)))
+                  lambda row: read_file(files[row]), digest(*ids, *(str(file.stat().st_size) for file in files)))
   return Files(lines or list(found), source, problems, bool(lines))
 
 
@@ -75,7 +75,7 @@ def _below(folder: pathlib.Path, above: tuple[tuple[int, int], ...] = ()) -> Ite
 def _listed(path: pathlib.Path, name: str) -> list[str]:
   try:
     # Editors on Windows begin a file with a mark.
-    lines = [line.strip() for line in path.read_text(encoding='utf-8-sig').splitlines() if line.strip()]
+    lines = [line.strip() for line in path.read_text(encoding='utf-8-sig').split('\n') if line.strip()]
   except UnicodeDecodeError as error:
     raise ValueError(f'config.predict.images: {name} is neither text, one path a line, nor does its name end as that of an image: '
                      f'{", ".join(IMAGE_ENDINGS)}') from error
@@ -87,4 +87,6 @@ def _listed(path: pathlib.Path, name: str) -> list[str]:
 def _problem(path: pathlib.Path) -> str:
   if not path.is_file():
     return f'{path} is a link to a file that is not there' if path.is_symlink() else f'there is no file {path}'
+  if path.stat().st_size > MOST_BYTES:
+    return f'{path} has more bytes than an image ({MOST_BYTES:,d})'
   return '' if os.access(path, os.R_OK) else f'{path} may not be read (permissions)'

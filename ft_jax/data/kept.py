@@ -3,7 +3,6 @@
 from collections.abc import Callable
 import os
 import pathlib
-import zipfile
 
 import numpy as np
 
@@ -19,10 +18,10 @@ def kept(what: str, key: str, make: Callable[[], dict[str, np.ndarray]]) -> dict
   folder = pathlib.Path(os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache') / 'ft_jax' / what
   path = folder / f'{key}.npz'
   try:
-    with open(path, 'rb') as stream, np.load(stream) as saved:
+    with open(path, 'rb') as stream, np.load(stream, allow_pickle=False) as saved:
       return dict(saved)
-  except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile):
-    pass  # not there, or damaged: made again
+  except Exception:  # not there, or damaged, which makes the libraries raise almost anything: made again
+    pass
   made = make()
   try:
     folder.mkdir(parents=True, exist_ok=True)

@@ -3,12 +3,14 @@
 from collections.abc import Sequence
 import csv
 import dataclasses
-import os
+import io
 from typing import NamedTuple
 
+from etils import epath
 import numpy as np
 
 from ft_jax.data.sources import digest, Source
+from ft_jax.names import from_cell
 
 KINDS = ('symmetric', 'asymmetric', 'nonuniform', 'model')
 
@@ -85,14 +87,15 @@ def read_predictions(path: str, source: Source) -> np.ndarray:
   Raises:
     ValueError: no such table, an example that is not in it, or a class that the source lacks.
   """
-  found: dict[str, str] = {}
-  with open(os.path.expanduser(path), newline='', encoding='utf-8', errors='surrogateescape') as stream:
-    reader = csv.DictReader(stream)
-    if not {'file', 'class_1'} <= set(reader.fieldnames or ()):
-      raise ValueError(f'config.noise.labels: {path} has the columns {", ".join(reader.fieldnames or ()) or "of an empty file"}; expected '
-                       'file and class_1, as job predict writes them')
-    for row in reader:
-      found[row['file']] = row['class_1']
+  try:
+    with io.StringIO(epath.Path(path).expanduser().read_bytes().decode('utf-8', 'surrogateescape'), newline='') as stream:
+      reader = csv.DictReader(stream)
+      if not {'file', 'class_1'} <= set(reader.fieldnames or ()):
+        raise ValueError(f'config.noise.labels: {path} has the columns {", ".join(reader.fieldnames or ()) or "of an empty file"}; '
+                         'expected file and class_1, as job predict writes them')
+      found = {from_cell(row['file'] or ''): from_cell(row['class_1'] or '') for row in reader}
+  except csv.Error as error:
+    raise ValueError(f'config.noise.labels: {path} cannot be read as a table ({error}); give what job predict wrote') from error
   said = [found.get(name, found.get(name.partition('/')[2])) for name in source.ids.tolist()]
   missing = [name for name, class_name in zip(source.ids.tolist(), said) if not class_name]
   if missing:

@@ -20,6 +20,8 @@ from ft_jax.data.kept import kept
 ALSO_CALLED = {'val': 'validation', 'validation': 'val'}  # folders with the same meaning
 IMAGENET_VAL = ('. ImageNet\'s 50,000 validation images come without folders: sort them into those of their WordNet ids '
                 '(valprep.sh of github.com/soumith/imagenetloader.torch does), or prepare tfds:imagenet2012, which knows their classes')
+# An uncompressed image of the largest size that is read, with four channels of 16 bits, and some metadata.
+MOST_BYTES = 2_000_000_000
 # The class of images that lie in a folder without class folders: a pool whose labels nobody knows.
 UNLABELLED = 'unlabelled'
 IMAGE_ENDINGS = ('.jpg', '.jpeg', '.png', '.webp', '.gif', '.bmp', '.tif', '.tiff', '.ppm')
@@ -229,8 +231,15 @@ def _open_folder(path: str, split: str, data_dir: str) -> Source:
   # ImageNet's folders are sorted by WordNet id, as TFDS's labels are; the ids of the examples keep theirs.
   class_names = imagenet.human_names(class_names)
   return Source(f'{name} {split}', class_names, np.asarray(labels, np.int32), np.asarray(ids), np.arange(len(paths)),
-                lambda row: paths[row].read_bytes(), digest(*ids, *sizes, *class_names),
+                lambda row: read_file(paths[row]), digest(*ids, *sizes, *class_names),
                 digest(str(root.absolute()), *(str(stat.st_mtime_ns) for stat in stats)))
+
+
+def read_file(path: pathlib.Path) -> bytes:
+  """The bytes of an image file; ValueError for more than an image has: a link, or a file of nothing but holes, may be endless."""
+  if (size := path.stat().st_size) > MOST_BYTES:
+    raise ValueError(f'{path} has {size:,d} bytes; expected {MOST_BYTES:,d} of an image at most. Scale it down or remove it')
+  return path.read_bytes()
 
 
 def class_difference(one: str, ones: Sequence[str], other: str, others: Sequence[str], most: int = 5) -> str:
@@ -273,12 +282,13 @@ def _list_classes(root: pathlib.Path, part: SplitPart, name: str) -> dict[str, l
 
 
 def _folders(path: pathlib.Path) -> list[str]:
-  return sorted(e.name for e in os.scandir(path) if e.is_dir() and not e.name.startswith('.'))
+  # Not the entry's own methods, which raise for a link to itself.
+  return sorted(e.name for e in os.scandir(path) if os.path.isdir(e.path) and not e.name.startswith('.'))
 
 
 def _images(path: pathlib.Path) -> list[pathlib.Path]:
   return [path / e.name for e in os.scandir(path)
-          if e.name.lower().endswith(IMAGE_ENDINGS) and not e.name.startswith('.') and e.is_file()]
+          if e.name.lower().endswith(IMAGE_ENDINGS) and not e.name.startswith('.') and os.path.isfile(e.path)]
 
 
 # --- TFDS ---

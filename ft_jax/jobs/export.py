@@ -70,7 +70,9 @@ def safetensors_file(run: trained.Trained, about: dict[str, Any]) -> bytes:
   from safetensors import numpy as safetensors
 
   # 'pt' is what other readers look for.
-  metadata = {'format': 'pt', **{key: json.dumps(about[key], ensure_ascii=False) for key in ('architecture', 'classes', 'preprocessing')}}
+  metadata = {'format': 'pt', **{
+      key: json.dumps(about[key], ensure_ascii=False).encode(errors='backslashreplace').decode()  # a name may be of any bytes
+      for key in ('architecture', 'classes', 'preprocessing')}}
   return safetensors.save(to_torch.state_dict(run.variables, run.head), metadata)
 
 

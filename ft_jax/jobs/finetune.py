@@ -2,8 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 import dataclasses
-import os
-import pathlib
 from typing import Any
 
 from etils import epath
@@ -19,7 +17,7 @@ from ft_jax.jobs.embedding import embedded
 from ft_jax.progress import log
 from ft_jax.workdir import Workdir, write_results
 import selection
-from selection import plots, strategies
+from selection import files, plots, strategies
 from selection.subset import NOUNS
 
 
@@ -47,7 +45,7 @@ def run(config: ConfigDict, workdir: epath.PathLike, embeddings: epath.PathLike 
     _describe(splits, pool)
     if config.selection.method != 'none':
       _check_pool(config, pool)
-    folder = epath.Path(config.embeddings_dir or embeddings or work.embeddings)
+    folder = files.located(config.embeddings_dir or embeddings or work.embeddings)
     splits = setup.in_memory(splits, 'target', config.data.cache)
     results = _train(config, work, splits, pool, folder, skipped.get('source pool', ()), true_labels)
     write_results(work, {**results, 'noise': noise_told, 'skipped': setup.skipped_summary(skipped)})
@@ -100,12 +98,14 @@ def _train(config: ConfigDict, work: Workdir, splits: setup.Splits, pool: Source
   return {
       'job': 'finetune', **results,
       'target': {'name': config.target.name, 'classes': len(splits.train.class_names), 'fingerprint': splits.train.fingerprint,
-                 'train': len(splits.train), 'val': len(splits.val), 'test': len(splits.test) if splits.test else 0},
+                 'train': len(splits.train), 'val': len(splits.val), 'test': len(splits.test) if splits.test else 0,
+                 'fingerprints': setup.split_fingerprints(splits)},
       'source': None if pool is None else {
           'name': config.source.name, 'classes': len(pool.class_names), 'images': len(pool), 'fingerprint': pool.fingerprint},
       'selection': None if chosen is None else {
           'method': chosen.method, 'by': chosen.by, 'noun': NOUNS[chosen.by], 'units': len(chosen.units),
-          'classes': list(chosen.class_names), 'images': len(streams['source'].source)},
+          'classes': list(chosen.class_names), 'images': len(streams['source'].source),
+          'fingerprint': streams['source'].source.fingerprint},
       'weights': weights.about if weights else None}
 
 
@@ -170,7 +170,7 @@ def _check_selection(config: ConfigDict) -> None:
     raise ValueError(f'config.selection.method is {settings.method!r}; known: {", ".join(selection.STRATEGIES)}')
   if settings.file and settings.method == 'none':
     raise ValueError("config.selection.file is set, but config.selection.method is 'none', which uses no selection; set either")
-  if settings.file and not os.path.isfile(os.path.expanduser(settings.file)):
+  if settings.file and not files.located(settings.file).is_file():
     raise ValueError(f'config.selection.file: there is no file {settings.file}; expected a selection.json, or ids as text, one a line')
   if settings.by not in selection.UNITS:
     raise ValueError(f'config.selection.by is {settings.by!r}; known: {", ".join(selection.UNITS)}')
@@ -299,11 +299,11 @@ def _given(path: str, pool: Source, unreadable: Sequence[str] = ()) -> selection
   Raises:
     ValueError: it was made from other classes, or with ids that are not in the pool.
   """
-  path = os.path.expanduser(path)
   if not path.endswith('.json'):
     return _of_ids(path, _read_ids(path, str(pool.ids[0])), pool, unreadable)
   chosen = selection.Selection.load(path)
   if chosen.source.get('fingerprint') == pool.fingerprint:
+    _check_fits(path, chosen, pool)
     return chosen
   if chosen.by == 'class' and tuple(chosen.names) == pool.class_names:
     return dataclasses.replace(chosen, rows=None, ids=None, row_units=None, counts=np.bincount(pool.labels, minlength=len(chosen.scores)))
@@ -313,9 +313,17 @@ def _given(path: str, pool: Source, unreadable: Sequence[str] = ()) -> selection
   return _of_ids(path, chosen.ids.tolist(), pool, unreadable)
 
 
+def _check_fits(path: str, chosen: selection.Selection, pool: Source) -> None:
+  """Raises ValueError where a file that says it was made for the pool was not: anybody can write that."""
+  known = chosen.by == 'class' or chosen.rows is not None
+  if not known or chosen.by == 'class' and tuple(chosen.names) != pool.class_names or \
+      chosen.rows is not None and len(chosen.rows) and chosen.rows.max() >= len(pool):
+    raise ValueError(f'{path} says that it was made for {pool.name}, but its {NOUNS[chosen.by]} are not of it; select again')
+
+
 def _read_ids(path: str, example: str) -> list[str]:
   try:
-    lines = pathlib.Path(path).read_text(encoding='utf-8-sig').splitlines()  # with or without a mark at its start
+    lines = files.located(path).read_bytes().decode('utf-8-sig').split('\n')  # with or without a mark at its start
   except UnicodeDecodeError as error:
     raise ValueError(f'{path} is no text (UTF-8); expected ids of images, one a line, such as {example!r}') from error
   ids = list(dict.fromkeys(line.strip() for line in lines if line.strip()))

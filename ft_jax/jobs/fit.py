@@ -3,6 +3,7 @@
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 import importlib.metadata
 import math
+import os
 import pathlib
 import platform
 import subprocess
@@ -204,6 +205,7 @@ def fit(config: ConfigDict, work: Workdir, *, model: ResNet, variables: Mapping[
       except Diverged as diverged:
         handle(diverged, run, losses, config.skip_diverged)
         state, _, start = again()
+  checkpoints.tidy()
   state, best = _whole(checkpoints, lambda: checkpoints.best_step, lambda step: checkpoints.restore(step, state))
   state = parallel.replicate(state)
   checkpoints.close()
@@ -247,22 +249,39 @@ def _split_results(evaluation: Evaluation, class_names: Sequence[str]) -> dict[s
 def _environment(model: ResNet) -> dict[str, Any]:
   """What the numbers may depend on."""
   devices = jax.devices()
-  packages = ('jax', 'flax', 'optax', 'orbax-checkpoint', 'ott-jax', 'tensorflow-datasets', 'grain', 'numpy')
+  packages = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'ott-jax', 'tensorflow-datasets', 'grain', 'numpy', 'pillow',
+              'simplejpeg', 'opencv-python-headless')
   return {
       'devices': f'{len(devices)} x {devices[0].device_kind}',
       'batch_norm': _batch_norm(model, len(devices)),
       'commit': _commit(),
-      'versions': {'python': platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}},
+      'versions': {'python': platform.python_version(), **{name: _version(name) for name in packages}},
       'command': sys.argv,
   }
 
 
-def _commit() -> str | None:
-  """The commit of this program, with a + where files differ from it; None where it is no git checkout."""
-  git = ('git', '-C', str(pathlib.Path(__file__).parents[2]))
+def _version(package: str) -> str | None:
+  """None where it is there by another name, as OpenCV may be."""
   try:
-    commit = subprocess.run((*git, 'rev-parse', 'HEAD'), capture_output=True, text=True, check=True).stdout.strip()
-    changed = subprocess.run((*git, 'status', '--porcelain', '--untracked-files=no'), capture_output=True, text=True, check=True).stdout
+    return importlib.metadata.version(package)
+  except importlib.metadata.PackageNotFoundError:
+    return None
+
+
+def _commit() -> str | None:
+  """The commit of this program, with a + where files differ from it; None where it is no git checkout.
+
+  Only a repository that begins where this program does is asked: one around it, as that of a project whose environment it is installed
+  in, has another commit, and its settings may name programs that git runs (core.fsmonitor).
+  """
+  root = pathlib.Path(__file__).parents[2]
+  if not (root / '.git').exists():
+    return None
+  git = ('git', '-c', 'core.fsmonitor=false', '-C', str(root))
+  env = {name: value for name, value in os.environ.items() if not name.startswith('GIT_')}  # they may name another repository
+  run = lambda *words: subprocess.run((*git, *words), env=env, capture_output=True, text=True, check=True).stdout.strip()
+  try:
+    commit, changed = run('rev-parse', 'HEAD'), run('status', '--porcelain', '--untracked-files=no')
   except (OSError, subprocess.CalledProcessError):
     return None
   return commit + ('+' if changed else '')

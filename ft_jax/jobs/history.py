@@ -13,9 +13,9 @@ from ft_jax import checkpoints, progress
 from ft_jax.data.sources import digest
 from ft_jax.jobs import setup
 from ft_jax.methods.base import flat
-from ft_jax.models import pretrained
 from ft_jax.progress import log
 from ft_jax.workdir import read_config
+from selection import files
 
 ENDINGS = ('.safetensors', '.pth', '.pth.tar', '.pt')
 # What stands before the number that counts: epoch_12, checkpoint-0012, ckpt12.
@@ -72,7 +72,7 @@ def read(path: str, network: ConfigDict, epochs: Sequence[float] = ()) -> Histor
   if not path:
     raise ValueError('config.checkpoints is empty; give the workdir of a pre-training, or a folder of checkpoint files, such as '
                      '--config.checkpoints=runs/pretrain')
-  folder = epath.Path(path).expanduser()
+  folder = files.located(path)
   if not folder.is_dir():
     raise ValueError(f'config.checkpoints: there is no folder {path}')
   stored = read_config(folder)
@@ -92,8 +92,8 @@ def load(kept: Kept, network: ConfigDict, image_size: int) -> Loaded:
     ValueError: one that cannot be read, or is of another network; names it.
   """
   try:
-    path = epath.Path(kept.weights)
-    variables = (checkpoints.load_variables(path.parent.parent, int(path.name)) if path.is_dir() else pretrained.read(path).variables)
+    path = files.located(kept.weights)
+    variables = (checkpoints.load_variables(path.parent.parent, int(path.name)) if path.is_dir() else setup.read_file(path).variables)
     heads = variables['params'].pop('heads', {})
     merged = setup.init_variables(setup.build_model(network, {}), image_size, 0, variables)
   except (ValueError, OSError) as error:

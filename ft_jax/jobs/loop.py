@@ -194,6 +194,7 @@ class Observer:
     state = parallel.unreplicate(state)
     if not all(np.isfinite(x).all() for x in jax.tree.leaves((state.params, state.batch_stats))):
       raise Diverged(step, 'a parameter is not finite any more')
+    self.writer.flush()  # behind a checkpoint no line may be missing
     self._run.checkpoints.save(step, state, metrics)
     self.complete = val is not None
     self._time += time.perf_counter() - spent

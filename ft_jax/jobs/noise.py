@@ -1,7 +1,6 @@
 """Label noise as a config says it: what is refused, where labels of another network come from, what results.json says of it."""
 
 from collections import Counter
-import os
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +12,7 @@ from ft_jax.data.label_noise import KINDS, read_predictions, with_noise
 from ft_jax.data.sources import class_difference, digest, Source
 from ft_jax.jobs import predict, setup, trained
 from ft_jax.progress import log
+from selection import files
 
 
 class Noise(NamedTuple):
@@ -39,7 +39,7 @@ def check(config: ConfigDict) -> None:
       raise ValueError(f'config.noise.{field} is {config[field]!r} and config.noise.kind {config.kind!r}; the kind {kind!r} needs it, '
                        'and no other takes it')
   _check_map(config.map)
-  if config.labels and not os.path.isfile(os.path.expanduser(config.labels)):
+  if config.labels and not files.located(config.labels).is_file():
     trained.load(config.labels, 'config.noise.labels')
 
 
@@ -77,7 +77,7 @@ def add(config: ConfigDict, seed: int, splits: setup.Splits) -> Noise:
 
 def _predicted(labels: str, source: Source) -> np.ndarray:
   """What another network sees in each image, int32 `[n]`: by a table, or by its run, in evaluation mode."""
-  if os.path.isfile(os.path.expanduser(labels)):
+  if files.located(labels).is_file():
     return read_predictions(labels, source)
   run = trained.load(labels, 'config.noise.labels')
   if set(run.class_names) != set(source.class_names):

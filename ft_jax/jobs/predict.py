@@ -1,8 +1,6 @@
 """Job predict: what a trained network sees in images that a user has; a table and a picture."""
 
-import csv
 import dataclasses
-import io
 from typing import Any, NamedTuple
 
 from etils import epath
@@ -17,6 +15,7 @@ from ft_jax.data.pipeline import EvalBatches, Transform
 from ft_jax.data.sources import Example, Source
 from ft_jax.evaluate import make_rank
 from ft_jax.jobs import setup, trained
+from ft_jax.names import cell, csv_line
 from ft_jax.progress import log
 from ft_jax.workdir import write_bytes
 
@@ -103,21 +102,22 @@ class _Tolerant(Transform):
 
 def table(names: list[str], found: Predictions, problems: dict[str, str] | None, class_names: tuple[str, ...],
           truth: list[int] | None) -> str:
-  """CSV text, one row a name: file, class_1, probability_1, ..., true_class (where known), problem (where images may be left out)."""
+  """CSV text, one row a name: file, class_1, probability_1, ..., true_class (where known), problem (where images may be left out).
+
+  What a spreadsheet would take for a formula begins with an apostrophe (`names.cell`).
+  """
   top = found.classes.shape[1]
   rows = {name: (classes, probabilities) for name, classes, probabilities in zip(found.ids, found.classes, found.probabilities)}
   true = dict(zip(found.ids, truth)) if truth else {}
-  text = io.StringIO()
-  writer = csv.writer(text, lineterminator='\n')
-  writer.writerow(['file', *(f'{what}_{k + 1}' for k in range(top) for what in ('class', 'probability')),
-                   *(['true_class'] if truth else []), *(['problem'] if problems is not None else [])])
+  lines = [csv_line(['file', *(f'{what}_{k + 1}' for k in range(top) for what in ('class', 'probability')),
+                     *(['true_class'] if truth else []), *(['problem'] if problems is not None else [])])]
   for name in names:
     ranked = [''] * (2 * top)
     if name in rows:
-      ranked = [value for k, p in zip(*rows[name]) for value in (class_names[k], f'{p:.6f}')]
-    writer.writerow([name, *ranked, *([class_names[true[name]] if name in true else ''] if truth else []),
-                     *([problems.get(name, '')] if problems is not None else [])])
-  return text.getvalue()
+      ranked = [value for k, p in zip(*rows[name]) for value in (cell(class_names[k]), f'{p:.6f}')]
+    lines.append(csv_line([cell(name), *ranked, *([cell(class_names[true[name]]) if name in true else ''] if truth else []),
+                           *([cell(problems.get(name, ''))] if problems is not None else [])]))
+  return ''.join(lines)
 
 
 def _true_classes(ids: list[str], class_names: tuple[str, ...]) -> list[int] | None:

@@ -60,4 +60,6 @@ def _train(config: ConfigDict, work: Workdir) -> dict[str, Any]:
   results = fit.fit(config.train, work, model=model, variables=variables, streams={'source': stream}, splits=splits,
                     transform=setup.make_transform(config), metric='top1', seed=config.seed,
                     start=weights.variables if weights else None, timeout=config.data.timeout)
-  return {'job': 'pretrain', **results, 'skipped': setup.skipped_summary(skipped), 'weights': weights.about if weights else None}
+  return {'job': 'pretrain', **results, 'source': {'name': config.source.name, 'classes': classes,
+                                                   'fingerprints': setup.split_fingerprints(splits)},
+          'skipped': setup.skipped_summary(skipped), 'weights': weights.about if weights else None}

@@ -20,6 +20,7 @@ from ft_jax.data.randaugment import STRONGEST
 from ft_jax.data.sources import carve, class_difference, draw, open_source, Source, UNLABELLED
 from ft_jax.models import hub, pretrained, resnet
 from ft_jax.progress import log
+from selection import files
 
 ON_ERROR = ('raise', 'skip')
 DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
@@ -99,6 +100,11 @@ def readable(splits: Splits, what: str, on_error: str, pool: Source | None = Non
            for name, source in named.items()}
   *kept, pool = (source for source, _ in tried.values())
   return Splits(*kept), pool, {name: ids for name, (_, ids) in tried.items() if ids}
+
+
+def split_fingerprints(splits: Splits) -> dict[str, str | None]:
+  """What results.json says of the images, their order and their labels, by split."""
+  return {name: None if source is None else source.fingerprint for name, source in splits._asdict().items()}
 
 
 def check_same_images(splits: Splits, pool: Source | None = None) -> None:
@@ -181,7 +187,7 @@ def check_weights(config: ConfigDict) -> None:
 
 
 def _check_path(name: str) -> None:
-  path = epath.Path(name).expanduser()
+  path = files.located(name)
   if not path.exists():
     raise ValueError(f'model.weights: there is no file or folder {name}; expected one, or timm:<name>, or hf:<owner>/<name>')
   if path.is_dir() and not (path / 'checkpoints').is_dir() and path.parent.name != 'checkpoints':
@@ -215,8 +221,8 @@ def load_weights(name: str, *, classes: int | None = None, classifier: bool = Fa
   repo = hub.parse(name)
   if repo is None:
     _check_path(name)
-  path, commit = hub.fetch(repo) if repo else (epath.Path(name).expanduser(), None)
-  variables, dropped = _read_run(path) if path.is_dir() else pretrained.read(path)
+  path, commit = hub.fetch(repo) if repo else (files.located(name), None)
+  variables, dropped = _read_run(path) if path.is_dir() else read_file(path)
   heads = variables['params'].pop('heads', {})
   kept = {}
   if classifier:
@@ -247,6 +253,12 @@ def load_weights(name: str, *, classes: int | None = None, classifier: bool = Fa
            f'; dropped: {says}' if says else '')
   return Weights(variables, {'name': name, 'revision': commit, 'fingerprint': weights_fingerprint(
       {key: variables[key] for key in ('params', 'batch_stats')})})
+
+
+def read_file(path: epath.PathLike) -> pretrained.Loaded:
+  """Weights in a file, or in an object on object storage; raises ValueError as of `pretrained.read`."""
+  with files.on_disk(path) as file:
+    return pretrained.read(file)
 
 
 def _read_run(folder: epath.Path) -> pretrained.Loaded:

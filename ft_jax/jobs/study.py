@@ -24,6 +24,7 @@ from ft_jax.jobs.study_data import changed, described, Frozen, open_target, Part
 from ft_jax.progress import log
 from ft_jax.studies import probe, spectrum, transferability
 from ft_jax.workdir import read_config, write_bytes, write_text
+from selection import files
 
 # Groups of a config that a fine-tuning from a checkpoint does not know: a stopped one goes on where they are changed.
 _ELSEWHERE = ('checkpoints', 'compare', 'predict', 'pretrain', 'stability', 'study', 'workdir')
@@ -287,5 +288,5 @@ def _pool(config: ConfigDict) -> str:
   """What fine-tuning takes beside the target, as a fingerprint; '' where it takes nothing."""
   if config.selection.method == 'none':
     return ''
-  given = epath.Path(config.selection.file).expanduser().read_bytes().hex() if config.selection.file else ''
+  given = files.located(config.selection.file).read_bytes().hex() if config.selection.file else ''
   return digest(open_source(config.source.name, config.source.train, config.data_dir).fingerprint, given)

@@ -15,6 +15,7 @@ from ft_jax.data.sources import digest, open_source, Source
 from ft_jax.jobs import setup
 from ft_jax.studies import spectrum
 from ft_jax.workdir import write_text
+from selection import files
 
 # Of the parts that are kept: another one where a formula or a grid of the studies changes, so that old numbers are not taken for new ones.
 VERSION = 1
@@ -135,7 +136,7 @@ class Parts:
 
   def put(self, kind: str, *made_of: Any, found: Mapping[str, Any]) -> dict[str, Any]:
     """Keeps what was found; returns it as `get` will."""
-    self._folder.mkdir(parents=True, exist_ok=True)
+    files.make_folder(self._folder)
     write_text(self._path(kind, made_of), json.dumps(found, allow_nan=False) + '\n')
     return json.loads(json.dumps(found))
 

@@ -12,6 +12,7 @@ from ft_jax.data.pipeline import Transform
 from ft_jax.jobs import setup
 from ft_jax.models import resnet
 from ft_jax.workdir import read_config
+from selection import files
 
 
 class Trained(NamedTuple):
@@ -51,23 +52,28 @@ def load(workdir: str, field: str = 'config.workdir') -> Trained:
   """
   if not workdir:
     raise ValueError(f'{field} is empty; give the workdir of a finished run, such as --{field}=runs/pets')
-  path = epath.Path(workdir).expanduser()
+  path = files.located(workdir)
   stored = read_config(path)
   if stored is None:
     raise ValueError(f'{field}: {workdir} holds no run (no config.json of one); give the workdir of a finished fine-tuning')
-  if stored['job'] not in HEADS:
+  if str(stored['job']) not in HEADS:
     inside = sorted(p.name for p in path.iterdir() if read_config(p)) if stored['job'] == 'compare' else []
     raise ValueError(f'{field}: {workdir} is of job {stored["job"]}; give that of a fine-tuning'
                      + (f', such as {path / inside[0]} ({len(inside)} are inside)' if inside else ''))
   if not (path / 'results.json').exists():
     raise ValueError(f'{field}: the run in {workdir} is not finished (no results.json); run its command again, which goes on')
-  config, results = ConfigDict(stored), json.loads((path / 'results.json').read_text())
-  head = HEADS[config.job]
-  class_names = tuple(row['name'] for row in results['val']['per_class'])
-  model = resnet.build(config.model.name, {head: len(class_names)}, width=config.model.width, stem=config.model.stem,
-                       dtype=setup.DTYPES[config.model.dtype])
-  return Trained(path, config, results, head, class_names, model, _of_head(load_variables(path), head),
-                 Transform(config.image_size, short_side=setup.short_side(config)))
+  try:
+    config, results = ConfigDict(stored), json.loads((path / 'results.json').read_text())
+    head = HEADS[config.job]
+    class_names = tuple(str(row['name']) for row in results['val']['per_class'])
+    model = resnet.build(config.model.name, {head: len(class_names)}, width=config.model.width, stem=config.model.stem,
+                         dtype=setup.DTYPES[config.model.dtype])
+    run = Trained(path, config, results, head, class_names, model, {}, Transform(config.image_size, short_side=setup.short_side(config)))
+    run.described()
+  except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:  # of another program, or changed by hand
+    raise ValueError(f'{field}: config.json and results.json of {workdir} are not those of a finished run '
+                     f'({type(error).__name__}: {error})') from error
+  return run._replace(variables=_of_head(load_variables(path), head))
 
 
 def output_folder(workdir: epath.PathLike) -> epath.Path:
@@ -75,12 +81,12 @@ def output_folder(workdir: epath.PathLike) -> epath.Path:
 
   Raises:
     ValueError: it is a file.
+    OSError: it cannot be made.
   """
-  folder = epath.Path(workdir).expanduser()
+  folder = files.located(workdir)
   if folder.exists() and not folder.is_dir():
     raise ValueError(f'--workdir={workdir} is a file; give a folder to write to')
-  folder.mkdir(parents=True, exist_ok=True)
-  return folder
+  return files.make_folder(folder)
 
 
 def _of_head(variables: Mapping[str, Any], head: str) -> dict[str, Any]:
