@@ -21,10 +21,10 @@ ROOT = pathlib.Path(__file__).parents[1]
 STEPS = 12
 FLAGS = ['--config=configs/miniature.py:finetune', '--config.model.weights=', '--config.model.width=4', '--config.image_size=16',
          '--config.augment.short_side=18', '--config.model.sync_batch_norm=true', '--config.selection.size=2',
-         '--config.train.batch_size=8', f'--config.train.steps={STEPS}', '--config.train.eval_every=4', '--config.train.log_every=1',
-         '--config.train.keep_epochs=(0.73,)',  # step 4
-         # With more, such small batches make so much of a rounding that nothing could be compared.
-         '--config.train.learning_rate=0.0003']
+         '--config.model.stem=3x3', '--config.train.batch_size=16', f'--config.train.steps={STEPS}', '--config.train.eval_every=4',
+         '--config.train.log_every=1', '--config.train.keep_epochs=(1.45,)',  # step 4
+         # Random weights and small batches of alike images make much of a rounding: with more, nothing could be compared.
+         '--config.train.learning_rate=0.00001']
 # The long form begins with as many processes as there are devices.
 FIRST = 4 if os.environ.get('FT_JAX_STRESS') else 2
 
@@ -68,10 +68,17 @@ def wait_for(path: pathlib.Path, processes: list[subprocess.Popen]) -> None:
     time.sleep(0.01)
 
 
-def state(workdir: pathlib.Path) -> dict:
+def states(workdir: pathlib.Path) -> list[dict]:
+  """What is kept of the beginning and of the end."""
   with ocp.CheckpointManager(workdir / 'checkpoints', item_names=('state', 'about')) as manager:
     assert manager.latest_step() == STEPS
-    return manager.restore(STEPS, args=ocp.args.Composite(state=ocp.args.StandardRestore()))['state']
+    return [manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore()))['state'] for step in (4, STEPS)]
+
+
+def difference(one: dict, other: dict) -> np.ndarray:
+  """Of all numbers of two trees, in one row."""
+  assert jax.tree.structure(one) == jax.tree.structure(other)
+  return np.concatenate([np.ravel(np.asarray(a, np.float64) - b) for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other))])
 
 
 def told(workdir: pathlib.Path) -> tuple[dict, list[dict], dict]:
@@ -106,7 +113,6 @@ def test_any_number_of_processes_comes_to_the_same(photos, pool, tmp_path):
   largest.write_bytes(largest.read_bytes()[:-100])
   two = job(many, data, 2)
   wait_for(many / 'damaged' / newest.name, two)
-  wait_for(many / 'checkpoints' / newest.name, two)
   two[1].terminate()
   codes, printed = zip(*ended(two))
   assert codes == (143, 143), printed
@@ -126,16 +132,16 @@ def test_any_number_of_processes_comes_to_the_same(photos, pool, tmp_path):
         np.testing.assert_array_equal(found[name], expected[name]) if name != 'features' else np.testing.assert_allclose(
             found[name], expected[name], rtol=1e-4, atol=1e-5)
   assert [line['step'] for line in lines_many] == [line['step'] for line in lines] == list(range(1, STEPS + 1))
-  np.testing.assert_allclose([line['train/loss'] for line in lines_many], [line['train/loss'] for line in lines], rtol=1e-2)
+  np.testing.assert_allclose([line['train/loss'] for line in lines_many], [line['train/loss'] for line in lines], rtol=1e-4)
   for split, images in (('val', 4), ('test', 20)):  # neither a multiple of the batch
     assert results_many[split]['images'] == results[split]['images'] == images
     assert [row['images'] for row in results_many[split]['per_class']] == [row['images'] for row in results[split]['per_class']]
   assert results_many['best_step'] == results['best_step'] and results_many['devices'] == results['devices']
-  np.testing.assert_allclose(results_many['test']['loss'], results['test']['loss'], rtol=1e-2)
-  state_one, state_many = state(one), state(many)
-  assert jax.tree.structure(state_one) == jax.tree.structure(state_many)
-  for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(state_one['params']), jax.tree.leaves(state_many['params'])):
-    np.testing.assert_allclose(b, a, rtol=1e-3, atol=1e-3, err_msg=str(path))
+  np.testing.assert_allclose(results_many['test']['loss'], results['test']['loss'], rtol=1e-4)
+  (begun, end), (begun_many, end_many) = states(one), states(many)
+  moved, moved_many = difference(end['params'], begun['params']), difference(end_many['params'], begun_many['params'])
+  assert np.linalg.norm(moved_many - moved) < 0.02 * np.linalg.norm(moved) != 0  # float32 keeps no more of such small steps
+  assert np.abs(difference(end_many['batch_stats'], end['batch_stats'])).max() < 1e-4
   assert not [path for path in many.iterdir() if path.name.startswith('.')]
 
 
