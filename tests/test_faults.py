@@ -177,9 +177,10 @@ def test_going_on_with_fewer_devices(photos, whole, tmp_path, monkeypatch, caplo
 
 def test_statistics_of_each_device_change_with_their_number(caplog):
   model = miniature.get_config('finetune').model
-  tell = lambda sync: fit._tell_devices([[0, 8], [24, 4]], fit_model(model, sync), 32)
+  tell = lambda sync, start=24: fit._tell_devices([[0, 8], [24, 4]], start, fit_model(model, sync), 32)
   with caplog.at_level('WARNING', 'ft_jax'):
     tell(True)
+    tell(False, start=30)  # that was said before
     assert not caplog.text
     tell(False)
   assert 'on 4 devices now, 8 before: BatchNorm takes its statistics of the 8 images of each device now, of 4 before' in caplog.text

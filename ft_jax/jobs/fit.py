@@ -190,7 +190,7 @@ def fit(config: ConfigDict, work: Workdir, *, model: ResNet, variables: Mapping[
   if start:
     log.info('going on from step %d of %d', start, plan.steps)
   devices = checkpoints.devices
-  _tell_devices(devices, model, config.batch_size)
+  _tell_devices(devices, start, model, config.batch_size)
   labelled = {name: stream.weight for name, stream in streams.items() if stream.weight is not None}
   views = all_needs(methods, model).views
   run = Run(work, plan, streams, splits, transform, make_predict(model, head), checkpoints, metric, schedule, seed, timeout)
@@ -214,9 +214,9 @@ def fit(config: ConfigDict, work: Workdir, *, model: ResNet, variables: Mapping[
           **_final(run, state, best)}
 
 
-def _tell_devices(devices: Sequence[Sequence[int]], model: ResNet, batch_size: int) -> None:
-  """Says what it means where a run goes on with another number of devices."""
-  if len(devices) < 2 or devices[-1][0] == 0:
+def _tell_devices(devices: Sequence[Sequence[int]], start: int, model: ResNet, batch_size: int) -> None:
+  """Says what it means where a run goes on with another number of devices from step `start` on; `devices` are (from step, how many)."""
+  if len(devices) < 2 or devices[-1][0] != start:
     return
   before, now = devices[-2][1], devices[-1][1]
   if model.axis_name or model.batch_norm == 'frozen':
