@@ -62,10 +62,11 @@ def check_config_file(file_name: str) -> None:
 @contextlib.contextmanager
 def ending(show_traceback: bool) -> Iterator[None]:
   """What a job ends with: an error is one line (or its traceback, where that is wanted), and of several processes all end."""
-  from ft_jax import cluster, progress
+  from ft_jax import cluster, progress, stopping
 
   try:
-    yield
+    with stopping.leaving():
+      yield
   except SystemExit as stopped:  # a signal asked for it, and what it was at is saved
     message = getattr(stopped, 'message', '')
     if message:
@@ -73,9 +74,9 @@ def ending(show_traceback: bool) -> Iterator[None]:
     if not message or cluster.several():  # of several, all are about to leave, and say good-bye
       raise
     cluster.leave(stopped.code)
-  except KeyboardInterrupt:
-    progress.log.info('stopped; the same command goes on from what is finished')
-    cluster.leave(128 + signal.SIGINT)
+  except stopping.Ended as ended:
+    progress.log.info('stopped (%s); the same command goes on from what is finished', signal.Signals(ended.number).name)
+    cluster.leave(128 + ended.number)
   except Exception as error:
     in_words = isinstance(error, (ValueError, OSError, RuntimeError)) and not show_traceback
     if not in_words and not cluster.several():

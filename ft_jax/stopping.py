@@ -1,6 +1,6 @@
 """How a training is asked to end: SIGTERM and Ctrl-C, in one process or in several that have to agree on the step."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import contextlib
 import itertools
 import os
@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import time
+from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
@@ -78,24 +79,59 @@ def _leave(number: int, why: str) -> None:
   os._exit(128 + number)
 
 
+class Ended(KeyboardInterrupt):
+  """A signal that ends the program outside of a training, where there is nothing to save."""
+
+  def __init__(self, number: int):
+    super().__init__()
+    self.number = number
+
+
+@contextlib.contextmanager
+def leaving() -> Iterator[None]:
+  """Within it SIGTERM and Ctrl-C raise Ended, where a training does not hear them: soon, also while something compiles."""
+
+  def end(number: int, frame: Any) -> None:
+    del frame
+    raise Ended(number)
+
+  def listen(pipe: int) -> None:
+    if number := os.read(pipe, 1):
+      if select.select([pipe], [], [], PATIENCE / 2)[0] and not os.read(pipe, 1):
+        return  # it has come to its end by itself
+      _leave(number[0], 'left at once')
+
+  with _heard(end, listen):
+    yield
+
+
 @contextlib.contextmanager
 def signals() -> Iterator[Stop]:
   """Within it SIGTERM and Ctrl-C ask to stop, and a second Ctrl-C leaves at once."""
   stop = Stop()
-  if threading.current_thread() is not threading.main_thread():  # as in some notebooks: nobody can ask
+  with _heard(lambda number, frame: None, stop._listen):
     yield stop
+
+
+@contextlib.contextmanager
+def _heard(handler: Callable[[int, Any], None], listen: Callable[[int], None]) -> Iterator[None]:
+  """Handles SIGTERM and Ctrl-C, and lets a thread read their numbers from a pipe until its other end is closed.
+
+  Python's handlers run when the main thread comes back from compiling, for which a second Ctrl-C should not have to wait.
+  """
+  if threading.current_thread() is not threading.main_thread():  # as in some notebooks: nobody can ask
+    yield
     return
-  # Python's handlers run when the main thread comes back from compiling, for which a second Ctrl-C should not have to wait.
   pipe, end = os.pipe()
   os.set_blocking(end, False)
   # Of several processes, SIGTERM is jax's.
   numbers = (signal.SIGINT,) if jax.distributed.is_initialized() else (signal.SIGINT, signal.SIGTERM)
-  before = {number: signal.signal(number, lambda number, frame: None) for number in numbers}
+  before = {number: signal.signal(number, handler) for number in numbers}
   before_end = signal.set_wakeup_fd(end, warn_on_full_buffer=False)
-  listener = threading.Thread(target=stop._listen, args=(pipe,), name='signals', daemon=True)
+  listener = threading.Thread(target=listen, args=(pipe,), name='signals', daemon=True)
   listener.start()
   try:
-    yield stop
+    yield
   finally:
     signal.set_wakeup_fd(before_end)
     for number, handler in before.items():

@@ -105,7 +105,8 @@ def train(run: Run, step: StepFn, state: TrainState, start: int, skip: Sequence[
       run.checkpoints.wait()
     finally:
       observer.writer.close()
-    if not observer.complete:
+    # Asked for while the last state was written, too: nothing is lost, and what comes next would take its time.
+    if not observer.complete or stop.asked:
       run.checkpoints.close()
       where = f'step {done} of {plan.steps}, saved in {run.work.path}; the same command goes on from there'
       if observer.stalled:
