@@ -10,6 +10,14 @@ from ft_jax import logistic
 N, D, K = 90, 7, 4
 
 
+@pytest.fixture(autouse=True)
+def _compiled_as_users_do():
+  """How many iterations float32 takes at the minimum depends on the last bits."""
+  jax.config.update('jax_disable_most_optimizations', False)
+  yield
+  jax.config.update('jax_disable_most_optimizations', True)
+
+
 def problem(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
   """Overlapping classes, features with a large mean and of several scales; class 2 has no example."""
   rng = np.random.default_rng(seed)
