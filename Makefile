@@ -35,6 +35,10 @@ test: $(VENV)/.installed-dev
 stress: $(VENV)/.installed-dev
 	@echo "== runs killed at random moments (KILLS=100 SEED=0)"
 	@$(RUN) tests/stress.py --kills=$(or $(KILLS),100) --seed=$(or $(SEED),0)
+	@echo "== four processes, then two of them"
+	@FT_JAX_STRESS=1 $(RUN) -m pytest tests/test_hosts.py
+	@echo "== files and names that are out to do harm, 3,000 of each kind"
+	@FT_JAX_FUZZ=3000 $(RUN) -m pytest --numprocesses=logical tests/test_trust.py -k "not shows_names"
 
 lint: $(VENV)/.installed-dev
 	@$(VENV)/bin/ruff check .

@@ -1,9 +1,14 @@
 """Runs one job: python main.py --config=configs/pets.py [--config.field=value ...] [--workdir=runs/pets]."""
 
+import signal
+
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 from ft_jax.command import default_workdir, ending, parse
+
+# Until a job hears it, Ctrl-C ends the program as any other, without a traceback through whatever is being imported.
+signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 _CONFIG = config_flags.DEFINE_config_file(
     'config', help_string='a file of configs/, with the job and all its settings; any field is set as --config.field=value')

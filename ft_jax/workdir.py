@@ -21,8 +21,8 @@ from ft_jax.progress import log
 from selection import files
 
 # Fields that may change between two starts of one run. What they do to its images, the checkpoints notice.
-FREE = ('config.data.cache ', 'config.data.on_error ', 'config.data.timeout ', 'config.train.nonfinite_steps ',
-        'config.train.skip_diverged ', 'config.pretrain.nonfinite_steps ', 'config.pretrain.skip_diverged ')
+FREE = ('data.cache', 'data.on_error', 'data.timeout', 'train.nonfinite_steps', 'train.skip_diverged', 'pretrain.nonfinite_steps',
+        'pretrain.skip_diverged')
 # Where nothing can be added to, a growing file is written again so often at most, in seconds.
 EVERY = 10.0
 # Seconds to wait for another process to leave, as one that was asked to stop does.
@@ -52,33 +52,33 @@ class Workdir:
 
   def _take_up(self, wanted: dict[str, Any]) -> None:
     """See `__init__`; on process 0."""
+    if not files.is_url(self.path):
+      files.make_folder(self.path)
+      self._owned = _own(self.path)  # before anything is read that another process may be about to write
     try:
       before = read_config(self.path)
     except OSError as error:  # nobody may even look
       raise files.Unwritable(self.path, error) from error
-    if self.path.is_dir():
-      self._owned = _own(self.path)
     if before is None:
-      if self.path.exists() and (not self.path.is_dir() or not all(files.is_leftover(entry.name) for entry in self.path.iterdir())):
+      if self.path.exists() and not all(files.is_leftover(entry.name) for entry in self.path.iterdir()):
         raise ValueError(f'workdir {self.path} is not empty and holds no run (no config.json of one); give another --workdir')
-      files.make_folder(self.path)
-      self._owned = _own(self.path)
     else:
-      every = _differences(before, wanted)
-      if not every:
+      if before == wanted:
         return
-      differing = [line for line in every if not line.startswith(FREE)]
+      differing = _differences(fixed(before), fixed(wanted))
       if differing and (self.results_json.exists() or self.has_checkpoint()):
         raise ValueError(f'workdir {self.path} belongs to a run with another config ({"; ".join(differing[:5])}); '
                          'give another --workdir, or remove that one')
       if differing:
         self.selection_json.unlink(missing_ok=True)
+        self.diverged_json.unlink(missing_ok=True)
     write_text(self.config_json, json.dumps(wanted, indent=2) + '\n')
 
   config_json = property(lambda self: self.path / 'config.json')
   selection_json = property(lambda self: self.path / 'selection.json')
   metrics_jsonl = property(lambda self: self.path / 'metrics.jsonl')
   results_json = property(lambda self: self.path / 'results.json')
+  diverged_json = property(lambda self: self.path / 'diverged.json')
   report_html = property(lambda self: self.path / 'report.html')
   embeddings = property(lambda self: self.path / 'embeddings')
 
@@ -102,7 +102,11 @@ class _Owned:
 
   def __init__(self, folder: epath.Path):
     """Waits for a process that is there; raises OSError where it does not leave."""
-    self._handle = os.open(folder, os.O_RDONLY)
+    self._handle = None
+    try:
+      self._handle = os.open(folder, os.O_RDONLY)
+    except OSError as error:  # nobody may even look
+      raise files.Unwritable(folder, error) from error
     until, told = time.monotonic() + PATIENCE, False
     while not self._locked():
       if time.monotonic() > until:
@@ -122,7 +126,8 @@ class _Owned:
     return True
 
   def __del__(self):
-    os.close(self._handle)
+    if self._handle is not None:
+      os.close(self._handle)
 
 
 # By folder: a process may take up its own run once more.
@@ -135,6 +140,12 @@ def _own(folder: epath.Path) -> _Owned | None:
     return None
   name = os.path.realpath(folder)
   return _OWNED.get(name) or _OWNED.setdefault(name, _Owned(folder))
+
+
+def fixed(config: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
+  """The fields of a config that a run keeps."""
+  return {name: fixed(value, f'{prefix}{name}.') if isinstance(value, Mapping) else value for name, value in config.items()
+          if f'{prefix}{name}' not in FREE}
 
 
 def read_config(path: epath.PathLike) -> dict[str, Any] | None:

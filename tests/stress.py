@@ -155,8 +155,8 @@ def chain(name: str, number: int, seed: int, wanted: int, whole: Reference, cach
 
 def left(kind: str, when: Moment, done: Done) -> list[str]:
   """What is wrong with how a disturbed run ended; one that was about to end may do so."""
-  # Where there is nothing to save, SIGTERM does what it does to any program, which a shell calls 143 too.
-  expected = {signal.SIGKILL: (-9,), signal.SIGTERM: (143, -15, 0), signal.SIGINT: (130, 0)}[when.signal]
+  # While it starts, signals do what they do to any program, which a shell calls 143 and 130 too.
+  expected = {signal.SIGKILL: (-9,), signal.SIGTERM: (143, -15, 0), signal.SIGINT: (130, -2, 0)}[when.signal]
   found = []
   if done.code not in expected:
     found.append(f'exit code {done.code} and not {expected[0]}: {_last(done)}')

@@ -43,7 +43,7 @@ def handle(diverged: Diverged, run: Run, losses: Divergences, most: int) -> None
   good = run.checkpoints.latest_step
   last = f'the checkpoint of step {good} in {run.work.path / "checkpoints"}' if good else 'the beginning, there is no checkpoint yet'
   batch = '; '.join(f'{name} {", ".join(some[:3])}{", ..." if len(some) > 3 else ""}' for name, some in ids.items())
-  told = f'{diverged} (its batch: {batch}; all of it in {run.work.path / "diverged.json"}). The last good state is {last}'
+  told = f'{diverged} (its batch: {batch}; all of it in {run.work.diverged_json}). The last good state is {last}'
   if skips:
     log.warning('warning: %s. Going on from there without this batch', told)
     return

@@ -194,7 +194,7 @@ def fit(config: ConfigDict, work: Workdir, *, model: ResNet, variables: Mapping[
   labelled = {name: stream.weight for name, stream in streams.items() if stream.weight is not None}
   views = all_needs(methods, model).views
   run = Run(work, plan, streams, splits, transform, make_predict(model, head), checkpoints, metric, schedule, seed, timeout)
-  losses = Divergences(work.path / 'diverged.json')
+  losses = Divergences(work.diverged_json)
   if start < plan.steps or not checkpoints.evaluated(start):
     step = make_train_step(model, tx, labelled, methods=methods, seed=seed, parts=config.accumulate, average=config.average)
     again = lambda: _begin(config, checkpoints, schedule, variables, begin, methods)

@@ -1,6 +1,7 @@
 """The steps of one training: batches to the devices, metrics, evaluations and checkpoints, and what ends it before its time."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+import contextlib
 import dataclasses
 import time
 from typing import Any, NamedTuple
@@ -102,9 +103,15 @@ def train(run: Run, step: StepFn, state: TrainState, start: int, skip: Sequence[
       state, done = run_steps(step, parallel.replicate(state), batches, start=start, steps=plan.steps,
                               log_every=plan.log_every, due=plan.due, observer=observer, stop=stop, progress=show,
                               evaluated=not plan.due(start) or run.checkpoints.evaluated(start), nonfinite_steps=nonfinite_steps)
-      run.checkpoints.wait()
+    except BaseException as error:
+      with contextlib.suppress(Exception):  # what is being written is not lost by it
+        run.checkpoints.wait()
+      if stop.asked and isinstance(error, Diverged):
+        raise Interrupted(stop.signal, f'stopped: {error}; the same command goes on from the last checkpoint') from error
+      raise
     finally:
       observer.writer.close()
+    run.checkpoints.wait()
     # Asked for while the last state was written, too: nothing is lost, and what comes next would take its time.
     if not observer.complete or stop.asked:
       run.checkpoints.close()

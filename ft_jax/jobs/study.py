@@ -23,7 +23,7 @@ from ft_jax.jobs.embedding import embedded
 from ft_jax.jobs.study_data import changed, described, Frozen, open_target, Parts, Target
 from ft_jax.progress import log
 from ft_jax.studies import probe, spectrum, transferability
-from ft_jax.workdir import read_config, write_bytes, write_text
+from ft_jax.workdir import fixed, read_config, write_bytes, write_text
 from selection import files
 
 # Groups of a config that a fine-tuning from a checkpoint does not know: a stopped one goes on where they are changed.
@@ -122,7 +122,7 @@ class _Study:
 
   def _tuned(self, t: int, c: int, seed: int) -> tuple[Any, ...]:
     own = _own(self._config, self._targets[t].name, seed, '').to_dict()  # wherever the weights lie
-    fields = json.dumps({name: value for name, value in own.items() if name not in _WITHOUT_EFFECT}, sort_keys=True, default=str)
+    fields = json.dumps({name: value for name, value in fixed(own).items() if name not in _WITHOUT_EFFECT}, sort_keys=True, default=str)
     return 'fine_tuned', self._prints[c], self._targets[t].stamp[seed], fields, self._pool
 
   def _tuned_change(self, t: int, c: int, seed: int) -> tuple[Any, ...]:
@@ -232,7 +232,7 @@ class _Study:
     todo = self._fine_tunings()
     for count, (t, c, seed) in enumerate(todo):
       own = _own(self._config, self._targets[t].name, seed, self._history.kept[c].weights)
-      name = digest(*map(str, self._tuned(t, c, seed)), json.dumps(own.to_dict(), sort_keys=True, default=str))
+      name = digest(*map(str, self._tuned(t, c, seed)), json.dumps(fixed(own.to_dict()), sort_keys=True, default=str))
       folder = self._folder / 'fine_tuned' / f'{self._history.kept[c].name.replace(" ", "-")}-seed-{seed}-{name}'
       if seed not in self._found[t][c]['ft']:
         log.info('[%d/%d] %s from %s, seed %d', count + 1, len(todo), self._targets[t].name, self._history.kept[c].name, seed)
