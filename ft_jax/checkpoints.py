@@ -19,6 +19,7 @@ from orbax import checkpoint as ocp
 import tensorstore
 
 from ft_jax import parallel
+from ft_jax.names import short
 from ft_jax.progress import log
 from ft_jax.workdir import cannot_write, saved_steps
 from selection import files
@@ -60,7 +61,7 @@ class Checkpoints:
     # Where folders were made in the background and could not be, orbax's other threads would wait for them for ten minutes.
     own_threads = ocp.AsyncOptions(create_directories_asynchronously=False)
     with contextlib.nullcontext() if read_only else self._written(folder):
-      self._manager = ocp.CheckpointManager(
+      self._manager = _Manager(
           folder, item_names=('state', 'about'),
           options=ocp.CheckpointManagerOptions(best_fn=_rank, preservation_policy=policy, create=not read_only,
                                                cleanup_tmp_directories=not read_only, async_options=own_threads))
@@ -153,7 +154,7 @@ class Checkpoints:
       except (ValueError, OSError, RuntimeError) as error:
         if _shapes(saved) != _shapes(abstract):  # it is whole, but not what is wanted
           raise
-        raise Damaged(f'the checkpoint {folder} cannot be read ({_short(error)})') from error
+        raise Damaged(f'the checkpoint {folder} cannot be read ({short(error)})') from error
       _check_same(folder, state, about)
       return state
 
@@ -182,13 +183,16 @@ class Checkpoints:
 
   def wait(self) -> None:
     """Waits until everything is written; raises OSError as of `save`."""
-    with self._written(self._folder / str(self._saving)):
+    with self._written(self._at(self._saving)):
       self._manager.wait_until_finished()
 
   def close(self) -> None:
     """Waits until everything is written, and ends; raises OSError as of `save`."""
-    with self._written(self._folder / str(self._saving)):
+    with self._written(self._at(self._saving)):
       self._manager.close()
+
+  def _at(self, step: int | None) -> epath.Path:
+    return self._folder if step is None else self._folder / str(step)
 
   @contextlib.contextmanager
   def _written(self, path: epath.Path) -> Iterator[None]:
@@ -197,6 +201,15 @@ class Checkpoints:
       yield
     except Exception as error:
       raise cannot_write(path, error) from error
+
+
+class _Manager(ocp.CheckpointManager):
+  """Orbax's, which leaves it to `stopping` to ask jax's preemption service: that counts questions, and two who ask would confuse it."""
+
+  def reached_preemption(self, step: int) -> bool:
+    """Saving goes on as always."""
+    del step
+    return False
 
 
 class Kept(NamedTuple):
@@ -259,7 +272,7 @@ def _load_state(workdir: epath.PathLike, step: int | None) -> dict[str, Any]:
   try:
     state = checkpoints._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore()))['state']
   except (ValueError, OSError, RuntimeError) as error:
-    raise Damaged(f'the checkpoint {folder / str(step)} cannot be read ({_short(error)})') from error
+    raise Damaged(f'the checkpoint {folder / str(step)} cannot be read ({short(error)})') from error
   checkpoints.close()
   _check_same(folder / str(step), state, about)
   return state
@@ -271,7 +284,7 @@ def _about(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
   try:
     about = manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))['about']
   except (ValueError, OSError) as error:
-    raise Damaged(f'the checkpoint {folder} cannot be read ({_short(error)})') from error
+    raise Damaged(f'the checkpoint {folder} cannot be read ({short(error)})') from error
   if not {'format_version', 'made_from'} <= set(about):
     raise Damaged(f'the checkpoint {folder} does not say what it is')
   return about
@@ -285,7 +298,7 @@ def _check_metrics(folder: epath.Path, read_only: bool) -> None:
       if metrics.exists() and not {'score', 'loss'} <= set(json.loads(metrics.read_text())):
         raise ValueError('no score and loss')
     except (ValueError, TypeError) as error:
-      why = f'the metrics of the checkpoint {step} cannot be read ({_short(error)})'
+      why = f'the metrics of the checkpoint {step} cannot be read ({short(error)})'
       if read_only:
         raise Damaged(f'{why}; remove it, or run the command of {folder.parent} again, which sets it aside') from error
       _set_aside(step, why)
@@ -365,12 +378,8 @@ def _check_whole(folder: epath.Path) -> dict[str, Any]:
     # Not the manager, which knows no structure before it has restored something.
     saved = ocp.StandardCheckpointHandler().metadata(state).tree
   except (KeyError, ValueError, OSError, RuntimeError) as error:
-    raise Damaged(f'the checkpoint {folder} cannot be read; it is not whole ({_short(error)})') from error
+    raise Damaged(f'the checkpoint {folder} cannot be read; it is not whole ({short(error)})') from error
   return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), saved)
-
-
-def _short(error: Exception) -> str:
-  return ' '.join(str(error).split())[:300]
 
 
 def _shapes(tree: Any) -> list[str]:

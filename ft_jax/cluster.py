@@ -14,6 +14,7 @@ from typing import NamedTuple, NoReturn
 
 import jax
 
+from ft_jax.names import short
 from ft_jax.progress import log
 
 # Seconds that the others may take to come: hosts of a pod are started one after the other, and import from a shared disk.
@@ -90,7 +91,7 @@ def start(coordinator: str | None = None, processes: int | None = None, process:
         cluster_detection_method='deactivate' if place.coordinator else None, initialization_timeout=int(seconds) + 60,
         heartbeat_timeout_seconds=HEARTBEAT_SECONDS, shutdown_timeout_seconds=SHUTDOWN_SECONDS)
   except (ValueError, OSError, RuntimeError) as error:
-    raise ValueError(f'{who} cannot be started at {where} ({_short(error)}). {_advice(place)}') from error
+    raise ValueError(f'{who} cannot be started at {where} ({short(error)}). {_advice(place)}') from error
   finally:
     watch.cancel()
   _joined = jax.process_index()
@@ -107,7 +108,7 @@ def several() -> bool:
 def described(error: BaseException) -> str:
   """An error in words; of one that only says that another process is gone, what that means."""
   if _joined is not None and _LOST.search(str(error)):
-    return f'another process ended or cannot be reached; what it printed says why ({_short(error)})'
+    return f'another process ended or cannot be reached; what it printed says why ({short(error)})'
   return str(error)
 
 
@@ -198,7 +199,3 @@ def _not_all_came(message: str) -> None:
   log.error('error: %s', message)
   sys.stderr.flush()
   os._exit(1)  # the main thread is inside of jax
-
-
-def _short(error: BaseException) -> str:
-  return ' '.join(str(error).split())[:300]

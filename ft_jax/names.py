@@ -17,6 +17,11 @@ def visible(text: str) -> str:
   return _OBEYED.sub(lambda found: repr(found[0])[1:-1], text)
 
 
+def short(error: BaseException) -> str:
+  """What an error says, in one line of 300 letters at most."""
+  return ' '.join(str(error).split())[:300]
+
+
 def cell(text: str) -> str:
   """A text for a CSV file that no spreadsheet takes for a formula: such a one begins with an apostrophe. `from_cell` takes it away."""
   return f"'{text}" if _FORMULA.match(text) else text

@@ -15,6 +15,8 @@ import numpy as np
 AXIS = 'batch'
 # Seconds after which a shared disk shows a new file for sure: NFS may look for changes of a folder once a minute only.
 _SEEN_SECONDS = 90
+# How the name of a file begins that is there for a moment.
+MARK = '.seen-by-all-'
 
 
 def is_main() -> bool:
@@ -99,7 +101,7 @@ def check_shared(folder: epath.Path, what: str) -> None:
 
   def leave_mark() -> str:
     folder.mkdir(parents=True, exist_ok=True)
-    name = f'.seen-by-all-{uuid.uuid4().hex}'  # not a file that is there: its copy may be, from before
+    name = f'{MARK}{uuid.uuid4().hex}'  # not a file that is there: its copy may be, from before
     (folder / name).write_text('')
     return name
 

@@ -54,7 +54,8 @@ class Workdir:
     """See `__init__`; on process 0."""
     if not files.is_url(self.path):
       files.make_folder(self.path)
-      self._owned = _own(self.path)  # before anything is read that another process may be about to write
+      self._owned = own(self.path)  # before anything is read that another process may be about to write
+      _tidy(self.path)
     try:
       before = read_config(self.path)
     except OSError as error:  # nobody may even look
@@ -88,13 +89,30 @@ class Workdir:
 
   def results(self) -> dict[str, Any] | None:
     """What results.json holds, or None where the run has not come to its end."""
-    return json.loads(self.results_json.read_text()) if self.results_json.exists() else None
+    return read_json(self.results_json) if self.results_json.exists() else None
 
   def metrics(self) -> list[dict[str, float]]:
     """The lines of metrics.jsonl."""
     if not self.metrics_jsonl.exists():
       return []
-    return [json.loads(line) for line in self.metrics_jsonl.read_text().splitlines()]
+    return [_line(self.metrics_jsonl, line) for line in self.metrics_jsonl.read_text().splitlines()]
+
+
+def read_json(path: epath.Path) -> Any:
+  """What a JSON file of a run holds; raises ValueError, with its name, where it is none."""
+  try:
+    return json.loads(path.read_text())
+  except ValueError as error:
+    raise ValueError(f'{path} is damaged ({error}); bring it back, or remove it and start again') from error
+
+
+def _line(path: epath.Path, text: str) -> dict[str, float]:
+  try:
+    line = json.loads(text)
+    line['step'] + 0
+  except (ValueError, KeyError, TypeError) as error:
+    raise ValueError(f'{path} has a damaged line, {text.strip()[:60]!r}; remove that line, and start again') from error
+  return line
 
 
 class _Owned:
@@ -134,8 +152,12 @@ class _Owned:
 _OWNED: weakref.WeakValueDictionary[str, _Owned] = weakref.WeakValueDictionary()
 
 
-def _own(folder: epath.Path) -> _Owned | None:
-  """Keeps other processes out of a run while the result lives; on object storage nothing does."""
+def own(folder: epath.Path) -> _Owned | None:
+  """Keeps other processes out of a folder while the result lives; on object storage nothing does.
+
+  Raises:
+    OSError: another process is there and does not leave.
+  """
   if files.is_url(folder):
     return None
   name = os.path.realpath(folder)
@@ -146,6 +168,14 @@ def fixed(config: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
   """The fields of a config that a run keeps."""
   return {name: fixed(value, f'{prefix}{name}.') if isinstance(value, Mapping) else value for name, value in config.items()
           if f'{prefix}{name}' not in FREE}
+
+
+def _tidy(folder: epath.Path) -> None:
+  """Removes what was being written when a process was killed; nobody else is at work here."""
+  for part in (folder, folder / 'embeddings'):
+    for path in part.iterdir() if part.is_dir() else ():
+      if files.is_leftover(path.name) or path.name.startswith(parallel.MARK):
+        path.unlink(missing_ok=True)
 
 
 def read_config(path: epath.PathLike) -> dict[str, Any] | None:
@@ -184,7 +214,7 @@ class MetricsWriter:
     text = path.read_text() if path.exists() else ''
     # A line that was cut short has no newline at its end.
     whole = [line for line in text.splitlines(keepends=True) if line.endswith('\n')]
-    lines = [line for line in whole if json.loads(line)['step'] <= start]
+    lines = [line for line in whole if _line(path, line)['step'] <= start]
     self._lines = _Growing(path, ''.join(lines).encode())
     name = f'events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}'
     begin = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
@@ -251,6 +281,9 @@ class _Growing:
 
   def flush(self) -> None:
     """Writes what is in memory alone."""
+    if not self._url:
+      with resumable(self._path), self._path.open('rb') as stream:
+        os.fsync(stream.fileno())
     if self._behind:
       with resumable(self._path):
         files.write_whole(self._path, bytes(self._data))

@@ -65,6 +65,9 @@ def located(path: epath.PathLike) -> epath.Path:
   Raises:
     ValueError: object storage of an unknown kind, or a package that it needs is not installed.
   """
+  kind, separator, rest = os.fspath(path).partition(':/')
+  if separator and kind in PACKAGES and not rest.lstrip('/') or kind in PACKAGES and not rest.startswith('/'):
+    raise ValueError(f'{os.fspath(path)!r} is no place on object storage; expected {kind}://bucket/folder')
   if not is_url(path):
     return epath.Path(path).expanduser()
   kind = os.fspath(path).partition('://')[0]
@@ -137,6 +140,8 @@ def whole_file(path: epath.PathLike) -> Iterator[BinaryIO]:
     try:
       with open(temporary, 'wb') as stream:
         yield stream
+        stream.flush()
+        os.fsync(stream.fileno())  # else it may be empty in its place after a power cut
       os.replace(temporary, path)
     except BaseException:
       with contextlib.suppress(OSError):

@@ -11,7 +11,7 @@ from ft_jax.data.pipeline import place_of, rows_at
 from ft_jax.jobs.loop import Run
 from ft_jax.progress import log
 from ft_jax.train import Diverged
-from ft_jax.workdir import write_text
+from ft_jax.workdir import read_json, write_text
 
 
 class Divergences:
@@ -19,7 +19,7 @@ class Divergences:
 
   def __init__(self, path: epath.Path):
     self._path = path
-    self._told: list[dict[str, Any]] = parallel.agreed(json.loads(path.read_text()) if parallel.is_main() and path.exists() else [])
+    self._told: list[dict[str, Any]] = parallel.agreed(lambda: read_json(path) if path.exists() else [])
 
   @property
   def skipped(self) -> list[int]:
@@ -41,6 +41,9 @@ def handle(diverged: Diverged, run: Run, losses: Divergences, most: int) -> None
   losses.add(place, {'step': diverged.step, 'what': diverged.what, 'skipped': skips, 'examples': ids})
   run.checkpoints.wait()
   good = run.checkpoints.latest_step
+  if good == diverged.step:  # saved before it was evaluated
+    run.checkpoints.set_aside(good, str(diverged))
+    good = run.checkpoints.latest_step
   last = f'the checkpoint of step {good} in {run.work.path / "checkpoints"}' if good else 'the beginning, there is no checkpoint yet'
   batch = '; '.join(f'{name} {", ".join(some[:3])}{", ..." if len(some) > 3 else ""}' for name, some in ids.items())
   told = f'{diverged} (its batch: {batch}; all of it in {run.work.diverged_json}). The last good state is {last}'
@@ -50,7 +53,7 @@ def handle(diverged: Diverged, run: Run, losses: Divergences, most: int) -> None
   run.checkpoints.close()
   advice = 'use a smaller train.learning_rate or some train.warmup'
   if most:
-    advice = f'{most} batches were left out before, so it is hardly the images: {advice}'
+    advice = f'{most} {"batch was" if most == 1 else "batches were"} left out before, so it is hardly the images: {advice}'
   else:
     advice += '; or, if it is the images, go on with --config.train.skip_diverged=1, which leaves such a batch out'
   raise Diverged(diverged.step, diverged.what, f'{told}; {advice}')

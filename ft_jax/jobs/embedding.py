@@ -9,7 +9,7 @@ import jax
 from ml_collections import ConfigDict
 
 from ft_jax import parallel, progress
-from ft_jax.data.pipeline import EvalBatches, Transform
+from ft_jax.data.pipeline import EvalBatches, TIMEOUT, Transform
 from ft_jax.data.sources import digest, Source
 from ft_jax.jobs import setup
 from ft_jax.models import pretrained
@@ -18,7 +18,7 @@ import selection
 
 
 def embedded(folder: epath.Path | None, network: ConfigDict, variables: Mapping[str, Any], source: Source, transform: Transform,
-             batch_size: int, what: str, means: bool = False) -> selection.Embeddings:
+             batch_size: int, what: str, means: bool = False, timeout: float = TIMEOUT) -> selection.Embeddings:
   """Features of a source, or the means of its classes; made once for these weights, images and preprocessing.
 
   Args:
@@ -30,6 +30,7 @@ def embedded(folder: epath.Path | None, network: ConfigDict, variables: Mapping[
     batch_size: images at a time, over all devices; rounded up to what they can share.
     what: a name for messages, such as 'target'.
     means: of classes instead of images.
+    timeout: seconds that a batch of images may take; 0 for any.
 
   Raises:
     ValueError: features that are not finite.
@@ -40,7 +41,7 @@ def embedded(folder: epath.Path | None, network: ConfigDict, variables: Mapping[
   if path and parallel.agreed(path.exists):
     parallel.check_shared(folder, 'the folder of embeddings (config.embeddings_dir)')
     return selection.Embeddings.load(path)
-  batches = EvalBatches(source, transform, -(-batch_size // jax.device_count()) * jax.device_count())
+  batches = EvalBatches(source, transform, -(-batch_size // jax.device_count()) * jax.device_count(), timeout)
   if folder:
     log.info('embedding %s: %s images', what, f'{len(source):,d}')
 

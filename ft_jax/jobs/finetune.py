@@ -352,7 +352,7 @@ def _embedded(config: ConfigDict, folder: epath.Path, weights: setup.Weights | N
                                    weights.variables if weights else None)
   if _projects(config):
     variables['projection'] = weights.variables['projection']
-  return embedded(folder, config.model, variables, source, transform, config.train.batch_size, what, means)
+  return embedded(folder, config.model, variables, source, transform, config.train.batch_size, what, means, config.data.timeout)
 
 
 def _selection_section(target: Source, pool: Source, chosen: selection.Selection, most: int = 120) -> report.SelectionSection:

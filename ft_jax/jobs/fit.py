@@ -177,7 +177,7 @@ def fit(config: ConfigDict, work: Workdir, *, model: ResNet, variables: Mapping[
 
   def batches_of(split: str, rows: Sequence[int] | None = None) -> Iterator[Any]:
     source = getattr(splits, split)
-    batches = EvalBatches(source if rows is None else source.subset(rows), transform, streams[head].batch_size)
+    batches = EvalBatches(source if rows is None else source.subset(rows), transform, streams[head].batch_size, timeout)
     return progress.bar(batches, f'pre-trained network on {split}', len(batches))
 
   begin = Begin(model, start or {}, len(splits.train.class_names), labels, labels if true_labels is None else true_labels,

@@ -218,8 +218,9 @@ class Observer:
     metrics = self.writer.write(step, metrics)
     if 'val/loss' in metrics:
       val = {key.removeprefix('val/'): value for key, value in metrics.items() if key.startswith('val/')}
-      log.info('  step %*d/%d   training loss %.3f   val %s   %s images/s', len(str(self._run.plan.steps)), step, self._run.plan.steps,
-               metrics['train/loss'], spoken(val), f'{metrics["images_per_second"]:,.0f}')
+      trained = f'   training loss {metrics["train/loss"]:.3f}' if 'train/loss' in metrics else ''
+      rate = f'   {metrics["images_per_second"]:,.0f} images/s' if 'images_per_second' in metrics else ''
+      log.info('  step %*d/%d%s   val %s%s', len(str(self._run.plan.steps)), step, self._run.plan.steps, trained, spoken(val), rate)
 
   def _tell_waiting(self, step: int, waited: float) -> None:
     """Says once that the images hold the training up; `waited` is in steps."""

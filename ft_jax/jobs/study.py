@@ -23,7 +23,7 @@ from ft_jax.jobs.embedding import embedded
 from ft_jax.jobs.study_data import changed, described, Frozen, open_target, Parts, Target
 from ft_jax.progress import log
 from ft_jax.studies import probe, spectrum, transferability
-from ft_jax.workdir import fixed, read_config, write_bytes, write_text
+from ft_jax.workdir import fixed, own, read_config, write_bytes, write_text
 from selection import files
 
 # Groups of a config that a fine-tuning from a checkpoint does not know: a stopped one goes on where they are changed.
@@ -98,6 +98,7 @@ class _Study:
   def __init__(self, config: ConfigDict, kept: history.History, targets: Sequence[Target], folder: epath.Path):
     """Reads each checkpoint once, so that one that does not fit is known before anything long begins; takes up what is finished."""
     self._config, self._history, self._targets, self._folder = config, kept, targets, folder
+    self._owned = own(folder) if parallel.is_main() else None
     self._transform, self._parts = setup.make_transform(config), Parts(folder / 'parts')
     self._which = 'centred' if config.study.centred else 'plain'
     self._pool = _pool(config)
@@ -143,7 +144,7 @@ class _Study:
     try:
       return np.concatenate([
           embedded(folder, self._config.model, variables, source, self._transform, self._config.train.batch_size,
-                   f'{source.name} by {network}').features for source in target.sources])
+                   f'{source.name} by {network}', timeout=self._config.data.timeout).features for source in target.sources])
     except ValueError as error:
       raise ValueError(f'{target.name} by {network}: {error}') from error
 
