@@ -280,14 +280,14 @@ class _Growing:
       files.append(self._path, data)
 
   def flush(self) -> None:
-    """Writes what is in memory alone."""
-    if not self._url:
-      with resumable(self._path), self._path.open('rb') as stream:
-        os.fsync(stream.fileno())
-    if self._behind:
-      with resumable(self._path):
+    """Writes what is in memory alone: here, or of the system, which a power cut would lose."""
+    with resumable(self._path):
+      if self._behind:
         files.write_whole(self._path, bytes(self._data))
-      self._behind, self._written = False, time.monotonic()
+        self._behind, self._written = False, time.monotonic()
+      elif not self._url:
+        with self._path.open('rb') as stream:
+          os.fsync(stream.fileno())
 
 
 def _record(event: event_pb2.Event) -> bytes:
