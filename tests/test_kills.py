@@ -18,8 +18,6 @@ MOMENTS = (
     (Moment(kind='checkpoint', count=20), 'checkpoint being written'),
     # The selection is written and not yet in its place.
     (Moment(kind='selection', count=2), 'selection'),
-    # The metrics of the first evaluation of the fine-tuning are about to be written, or its checkpoint.
-    (Moment(kind='metrics', count=4), ''),
     # So late that C++ writes the arrays of the next one.
     (Moment(kind='checkpoint', count=12, seconds=0.02), ''),
     # The results are written and not yet in their place.
