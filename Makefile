@@ -37,6 +37,8 @@ stress: $(VENV)/.installed-dev
 	@$(RUN) tests/stress.py --kills=$(or $(KILLS),100) --seed=$(or $(SEED),0)
 	@echo "== four processes, then two of them"
 	@FT_JAX_STRESS=1 $(RUN) -m pytest tests/test_hosts.py
+	@echo "== the demo, and the benchmark of selection"
+	@FT_JAX_STRESS=1 $(RUN) -m pytest tests/test_jobs.py tests/test_benchmarks.py -k "demo or benchmark_of_selection"
 	@echo "== files and names that are out to do harm, 3,000 of each kind"
 	@FT_JAX_FUZZ=3000 $(RUN) -m pytest --numprocesses=logical tests/test_trust.py -k "not shows_names"
 

@@ -74,9 +74,10 @@ def ending(show_traceback: bool) -> Iterator[None]:
     if not message or cluster.several():  # of several, all are about to leave, and say good-bye
       raise
     cluster.leave(stopped.code)
-  except stopping.Ended as ended:
-    progress.log.info('stopped (%s); the same command goes on from what is finished', signal.Signals(ended.number).name)
-    cluster.leave(128 + ended.number)
+  except KeyboardInterrupt as ended:
+    number = ended.number if isinstance(ended, stopping.Ended) else signal.SIGINT
+    progress.log.info('stopped (%s); the same command goes on from what is finished', signal.Signals(number).name)
+    cluster.leave(128 + number)
   except Exception as error:
     in_words = isinstance(error, (ValueError, OSError, RuntimeError)) and not show_traceback
     if not in_words and not cluster.several():

@@ -1,5 +1,6 @@
 """Benchmarks that reach into the library still run."""
 
+import os
 import pathlib
 import subprocess
 import sys
@@ -7,12 +8,14 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from benchmarks import scaling
 
 ROOT = pathlib.Path(__file__).parent.parent
 
 
+@pytest.mark.skipif('FT_JAX_STRESS' not in os.environ, reason='FT_JAX_STRESS is not set: a part of make stress')
 def test_benchmark_of_selection():
   """At small sizes, where its numbers say nothing; beside POT, whose shares it must give."""
   run = subprocess.run([sys.executable, '-W', 'error', 'benchmarks/selection.py', '--small', '--rounds', '1',

@@ -121,11 +121,10 @@ def comparable(workdir: pathlib.Path) -> tuple[dict, list[dict], dict]:
           {k: v for k, v in results.items() if k != 'command'})
 
 
-@pytest.mark.parametrize('number', [signal.SIGKILL, signal.SIGTERM])
-def test_interrupted_equals_uninterrupted(finished, weights, tmp_path, number):
-  """Killed (or asked to stop) in the middle and started again: the same parameters bit for bit, each step once.
+def test_interrupted_equals_uninterrupted(finished, weights, tmp_path):
+  """Asked to stop in the middle and started again: the same parameters bit for bit, each step once.
 
-  The one that is killed also finds its newest checkpoint damaged, and goes on from the one before.
+  It also finds its newest checkpoint damaged, and goes on from the one before. Of runs that are killed, tests/test_kills.py says the same.
   """
   whole, _ = finished
   workdir = tmp_path / 'run'
@@ -135,19 +134,16 @@ def test_interrupted_equals_uninterrupted(finished, weights, tmp_path, number):
   while not (workdir / 'checkpoints' / '8').exists():
     assert process.poll() is None and time.monotonic() < deadline
     time.sleep(0.01)
-  process.send_signal(number)
+  process.send_signal(signal.SIGTERM)
   _, printed = process.communicate(timeout=120)
   assert not (workdir / 'results.json').exists()
-  if number == signal.SIGTERM:
-    assert process.returncode == 128 + number and 'the same command goes on from there' in printed
-  if number == signal.SIGKILL:
-    newest = max((path for path in (workdir / 'checkpoints').iterdir() if path.name.isdigit()), key=lambda path: int(path.name))
-    largest = max((newest / 'state' / 'd').iterdir(), key=lambda path: path.stat().st_size)
-    largest.write_bytes(largest.read_bytes()[:-100])
+  assert process.returncode == 128 + signal.SIGTERM and 'the same command goes on from there' in printed
+  newest = max((path for path in (workdir / 'checkpoints').iterdir() if path.name.isdigit()), key=lambda path: int(path.name))
+  largest = max((newest / 'state' / 'd').iterdir(), key=lambda path: path.stat().st_size)
+  largest.write_bytes(largest.read_bytes()[:-100])
   again = main(workdir, *flags)
   assert again.returncode == 0 and re.search(r'going on from step \d+ of 24', again.stderr), again.stderr
-  if number == signal.SIGKILL:
-    assert f'It is set aside in {workdir / "damaged" / newest.name}' in again.stderr
+  assert f'It is set aside in {workdir / "damaged" / newest.name}' in again.stderr
   (state, lines, results), (whole_state, whole_lines, whole_results) = comparable(workdir), comparable(whole)
   assert {'params', 'batch_stats', 'opt_state', 'step'} <= set(state)
   jax.tree.map(np.testing.assert_array_equal, state, whole_state)
@@ -157,8 +153,6 @@ def test_interrupted_equals_uninterrupted(finished, weights, tmp_path, number):
   evaluated = lambda lines: [{k: v for k, v in line.items() if not k.startswith('train/')} for line in lines if 'val/top1' in line]
   assert evaluated(lines) == evaluated(whole_lines)
   assert [line['step'] for line in lines] == sorted({line['step'] for line in lines})
-  if number == signal.SIGKILL:
-    assert lines == whole_lines
 
 
 def test_a_mistake_behind_the_pre_training_does_not_cost_it(tmp_path):
@@ -269,16 +263,16 @@ def test_same_images_on_both_sides_warns(photos, tmp_path):
   assert 'config.selection.size is 20; expected 1 to 4' in run.stderr and 'Traceback' not in run.stderr
 
 
+@pytest.mark.skipif('FT_JAX_STRESS' not in os.environ, reason='FT_JAX_STRESS is not set: the whole demo is a part of make stress')
 def test_the_demo(tmp_path):
-  """The README's first command with a third of its steps: optimal transport puts digits above the patches, and the target is learnt."""
-  run = main(tmp_path / 'demo', '--config=configs/digits.py', '--config.pretrain.epochs=8', '--config.train.steps=60', devices=1,
-             optimize=True)
+  """The README's first command, whole: optimal transport puts the ten digits above the sixteen patches, and the target is learnt."""
+  run = main(tmp_path / 'demo', '--config=configs/digits.py', devices=1, optimize=True)
   assert run.returncode == 0, run.stderr
   selection = json.loads((tmp_path / 'demo' / 'selection.json').read_text())
-  assert sum(selection['names'][i].startswith('digit') for i in selection['units']) >= 8  # of ten; ten of ten after all steps
+  assert sorted(selection['names'][i] for i in selection['units']) == [f'digit {i}' for i in range(10)]
   assert selection['solver']['error'] < 1e-6
   results = json.loads((tmp_path / 'demo' / 'results.json').read_text())
-  assert results['test']['top1'] > 0.5 and results['test']['images'] == 252
+  assert results['test']['top1'] > 0.7 and results['test']['images'] == 252
 
 
 def test_results_say_where_they_come_from(finished, weights):

@@ -16,8 +16,6 @@ FLAGS = WORKLOADS['short'].flags
 MOMENTS = (
     # The first checkpoint of the pre-training is written and not yet in its place.
     (Moment(kind='checkpoint', count=20), 'checkpoint being written'),
-    # The selection is written and not yet in its place.
-    (Moment(kind='selection', count=2), 'selection'),
     # So late that C++ writes the arrays of the next one.
     (Moment(kind='checkpoint', count=12, seconds=0.02), ''),
     # The results are written and not yet in their place.

@@ -102,7 +102,7 @@ def test_ctrl_c_outside_of_a_training_is_one_line(tmp_path):
           f'finetune.run = interrupted; sys.argv = ["main.py", "--config=configs/digits.py", "--workdir={tmp_path / "run"}"]\n'
           'app.run(main.main, flags_parser=main.parse)')
   run = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, check=False)
-  assert run.returncode == 130 and run.stderr.strip().endswith('stopped; the same command goes on from what is finished')
+  assert run.returncode == 130 and run.stderr.strip().endswith('stopped (SIGINT); the same command goes on from what is finished')
   assert 'Traceback' not in run.stderr
 
 

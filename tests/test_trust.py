@@ -21,6 +21,7 @@ import types
 import zipfile
 import zlib
 
+from conftest import quick_main
 from etils import epath
 from hypothesis import given, HealthCheck, settings
 from hypothesis import strategies as st
@@ -40,7 +41,6 @@ from ft_jax.data.sources import MOST_BYTES, open_source, Source
 from ft_jax.jobs import compare, export, finetune, fit, predict, setup, trained
 from ft_jax.models import torch_files
 from ft_jax.workdir import Workdir, write_results
-import main
 import selection
 from selection import plots
 
@@ -406,21 +406,13 @@ def test_cells_of_any_text(text):
   assert not re.search(r'[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]', shown)
 
 
-def test_the_terminal_obeys_no_name(capfd, monkeypatch):
+def test_the_terminal_obeys_no_name(capfd):
   """Escape sequences in a class name are spelt out in log lines and errors."""
   handler = progress.Handler()
   handler.emit(logging.LogRecord('ft_jax', logging.INFO, '', 0, 'class %s', ('\x1b[2J\x9b1A\u202e\rtable\n  row',), None))
   assert capfd.readouterr().err == 'class \\x1b[2J\\x9b1A\\u202e\\rtable\n  row\n'
-  fields = predict_config.get_config()
-  fields.predict.images = '/nowhere/\x1b[2J'
-  for flag, value in (('_CONFIG', fields), ('_TRACEBACK', False), ('_WORKDIR', None)):
-    monkeypatch.setattr(main, flag, types.SimpleNamespace(value=value))
-  monkeypatch.setattr(main.config_flags, 'get_config_filename', lambda flag: 'x.py')
-  monkeypatch.setattr(main.flags, 'FLAGS', {'config': None})
-  monkeypatch.setattr(progress, 'show_log', lambda: None)
-  monkeypatch.setattr(main.logging, 'set_verbosity', lambda level: None)
-  with pytest.raises(SystemExit, match=r'^error: .* there is no file or folder /nowhere/\\x1b\[2J$'):
-    main.main(['main.py'])
+  run = quick_main('--config=configs/predict.py', '--config.predict.images=/nowhere/\x1b[2J')
+  assert run.returncode == 1 and re.search(r'error: .* there is no file or folder /nowhere/\\x1b\[2J$', run.stderr.strip()), run.stderr
 
 
 class Page(html.parser.HTMLParser):
