@@ -1,6 +1,6 @@
 # make demo   a whole run on real images: pre-train, select, fine-tune, report (no download of data or weights)
 # make test   the tests
-# make stress real runs killed at least 100 times at random moments; nothing may be lost or differ (half an hour on two cores)
+# make stress real runs killed at least 100 times at random moments; nothing may be lost or differ (long: KILLS=10 for a glance)
 # make bench  speed, beside its peers (needs torch for some; see benchmarks/)
 # make lint   ruff
 # Each makes .venv and installs what is missing first.
