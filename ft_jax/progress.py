@@ -14,9 +14,9 @@ T = TypeVar('T')
 log = logging.getLogger('ft_jax')
 
 
-def bar(items: Iterable[T], what: str, total: int, unit: str = 'batch') -> Iterator[T]:
-  """Goes through `items` with a progress bar; without a terminal, silently."""
-  with counter(what, total, unit) as shown:
+def bar(items: Iterable[T], what: str, total: int, unit: str = 'batch', initial: int = 0) -> Iterator[T]:
+  """Goes through `items`, of `total` with `initial` ones before, with a progress bar; without a terminal, silently."""
+  with counter(what, total, unit, initial) as shown:
     for item in items:
       yield item
       shown.update()

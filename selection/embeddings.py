@@ -10,8 +10,10 @@ import jax
 import numpy as np
 
 from selection import files
+from selection.journal import Journal
 
 Batch = Mapping[str, np.ndarray]
+Batches = Iterable[Batch] | Callable[[int], Iterable[Batch]]
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -183,25 +185,39 @@ def _check_finite(features: np.ndarray) -> None:
     raise ValueError(f'{len(bad):,d} of {len(features):,d} rows of features are not finite, the first is row {bad[0]:,d}')
 
 
-def embed(encode: Callable[[Any, jax.Array], jax.Array], variables: Any, batches: Iterable[Batch], *,
-          class_names: Sequence[str] | None = None, ids: Sequence[str] | None = None, fingerprint: str = '') -> Embeddings:
+def embed(encode: Callable[[Any, jax.Array], jax.Array], variables: Any, batches: Batches, *,
+          class_names: Sequence[str] | None = None, ids: Sequence[str] | None = None, fingerprint: str = '',
+          workdir: str | os.PathLike[str] | None = None) -> Embeddings:
   """Runs an encoder over all images, on all devices.
 
   Args:
     encode: a pure function of (variables, images [b, h, w, 3]) to features [b, d].
     variables: what it needs, as a pytree.
-    batches: mappings with `image`, and `label`, `index` (kept as ids) and `mask` (False for padding) where there are any.
+    batches: mappings with `image`, and `label`, `index` (kept as ids) and `mask` (False for padding) where there are any. With a
+      `workdir`, a function that gives them but for the first k, which are done already: `lambda k: dataset.skip(k)`.
     class_names: of the labels.
     ids: what each image is called, such as its file, by its `index`; None keeps the index.
     fingerprint: of the encoder and its preprocessing.
+    workdir: a folder for what is embedded, written each minute: called again with the same images, a killed call goes on from there,
+      and gives the same bits where the devices are the same. Remove it when the embeddings are saved.
 
   Returns:
     The embeddings in the order of `index`, or of the batches without it.
+
+  Raises:
+    ValueError: no image, features that are not finite, or a workdir of other embeddings.
   """
-  parts = list(_encoded(encode, variables, batches))
-  if not parts:
-    raise ValueError('there is no image to embed')
-  joined = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+  journal, kept, new, done = _journal(workdir, 'features', fingerprint, class_names), [], [], 0
+  while before := journal.load(f'features-{done:09d}'):
+    done += int(before.pop('batches'))
+    kept.append(before)
+  for part in _encoded(encode, variables, _rest(batches, done, workdir)):
+    new.append(part)
+    if journal.due():
+      kept.append(_joined(new))
+      journal.save(f'features-{done:09d}', batches=len(new), **kept[-1])
+      done, new = done + len(new), []
+  joined = _joined(kept + new)
   if 'index' in joined:
     order = np.argsort(joined['index'], kind='stable')
     joined = {key: value[order] for key, value in joined.items()}
@@ -211,18 +227,42 @@ def embed(encode: Callable[[Any, jax.Array], jax.Array], variables: Any, batches
   return Embeddings(joined['features'], joined.get('label'), class_names, index, fingerprint=fingerprint)
 
 
-def embed_class_means(encode: Callable[[Any, jax.Array], jax.Array], variables: Any, batches: Iterable[Batch], *,
-                      class_names: Sequence[str], fingerprint: str = '') -> Embeddings:
-  """`class_means(embed(...))` in the memory of one batch: for pools whose features do not fit. Batches need labels."""
-  sums, counts = None, np.zeros(len(class_names))
-  for part in _encoded(encode, variables, batches):
+def embed_class_means(encode: Callable[[Any, jax.Array], jax.Array], variables: Any, batches: Batches, *,
+                      class_names: Sequence[str], fingerprint: str = '', workdir: str | os.PathLike[str] | None = None) -> Embeddings:
+  """`class_means(embed(...))` in the memory of one batch, for pools whose features do not fit. Batches need labels."""
+  journal = _journal(workdir, 'class means', fingerprint, class_names)
+  before = journal.load('class_sums')
+  sums, counts, first = before.get('sums'), before.get('counts', np.zeros(len(class_names))), int(before.get('batches', 0))
+  for done, part in enumerate(_encoded(encode, variables, _rest(batches, first, workdir)), first + 1):
     if sums is None:
       sums = np.zeros((len(class_names), part['features'].shape[1]))
     np.add.at(sums, part['label'], part['features'].astype(np.float64))
     counts += np.bincount(part['label'], minlength=len(class_names))
+    if journal.due():
+      journal.save('class_sums', sums=sums, counts=counts, batches=done)
   if sums is None:
     raise ValueError('there is no image to embed')
   return _from_sums(sums, counts, class_names, fingerprint)
+
+
+def _journal(workdir: str | os.PathLike[str] | None, what: str, fingerprint: str, class_names: Sequence[str] | None) -> Journal:
+  names = None if class_names is None else list(map(str, class_names))
+  return Journal(workdir, {'embeddings': what, 'encoder': fingerprint, 'classes': names} if workdir is not None else None)
+
+
+def _rest(batches: Batches, done: int, workdir: str | os.PathLike[str] | None) -> Iterable[Batch]:
+  if callable(batches):
+    return batches(done)
+  if workdir is not None:
+    raise ValueError(f'batches are a {type(batches).__name__}; with a workdir, give a function of the number of batches that are done, '
+                     'which gives the others: lambda k: dataset.skip(k)')
+  return batches
+
+
+def _joined(parts: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+  if not parts:
+    raise ValueError('there is no image to embed')
+  return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
 
 
 def _from_sums(sums: np.ndarray, counts: np.ndarray, class_names: Sequence[str] | None, fingerprint: str) -> Embeddings:

@@ -9,6 +9,7 @@ import contextlib
 import errno
 import importlib.util
 import io
+import logging
 import os
 import re
 import shutil
@@ -76,7 +77,7 @@ def located(path: epath.PathLike) -> epath.Path:
                      f'{", ".join(f"{known}://" for known in PACKAGES)}')
   if importlib.util.find_spec(PACKAGES[kind]) is None:
     raise ValueError(f'{os.fspath(path)} is on object storage, which needs the package {PACKAGES[kind]}: pip install {PACKAGES[kind]}')
-  _without_caches(kind)
+  _prepare(kind)
   return epath.Path(path)
 
 
@@ -236,12 +237,18 @@ def _user() -> str:
     return 'this user'
 
 
-def _without_caches(kind: str) -> None:
-  """Makes fsspec look each time: what other processes and libraries write would not be seen."""
+def _prepare(kind: str) -> None:
+  """Makes fsspec look each time, as it would not see what other processes and libraries write, and tells its errors without tracebacks."""
   import fsspec
 
+  logging.getLogger(PACKAGES[kind]).addFilter(_in_a_line)
   for protocol in (kind, PACKAGES[kind].removesuffix('fs')):
     fsspec.config.conf.setdefault(protocol, {}).setdefault('use_listings_cache', False)
+
+
+def _in_a_line(record: logging.LogRecord) -> bool:
+  record.exc_info = record.exc_text = None  # the error itself comes too
+  return True
 
 
 _OF_ROOM = (errno.ENOSPC, errno.EDQUOT)

@@ -1,8 +1,9 @@
-"""Journal: how far long passes over a pool have come, in a folder, so that a killed one goes on from its last finished chunk."""
+"""Journal: how far long passes over images or features have come, in a folder, so that a killed one goes on from there."""
 
 import hashlib
 import json
 import os
+import time
 from typing import Any
 import zipfile
 
@@ -11,6 +12,9 @@ import jax
 import numpy as np
 
 from selection import files
+
+# A pass of many small chunks is kept so often, in seconds; and where keeping it takes long, it takes no more than this part of the time.
+SECONDS, PART = 60.0, 0.05
 
 
 class Journal:
@@ -27,9 +31,10 @@ class Journal:
       key: what the passes depend on, as JSON can hold it.
 
     Raises:
-      ValueError: the folder cannot be made, or holds passes of another selection.
+      ValueError: the folder cannot be made, or holds passes over something else.
     """
     self._folder = files.located(folder) if folder is not None else None
+    self._due = time.monotonic() + SECONDS
     if self._folder is None:
       return
     try:
@@ -44,7 +49,7 @@ class Journal:
         raise ValueError(f'{path} cannot be read ({error}); remove the folder to begin again') from error
       different = [name for name in {**key, **before} if key.get(name) != before.get(name)]
       if different:
-        raise ValueError(f'{folder} holds passes of another selection ({", ".join(sorted(different))} differ); '
+        raise ValueError(f'{folder} holds passes over something else ({", ".join(sorted(different))} differ); '
                          'use another workdir, or remove this one to begin again')
     elif jax.process_index() == 0:
       files.write_whole(path, json.dumps(key, indent=1).encode())
@@ -63,8 +68,15 @@ class Journal:
     """Replaces what is saved by this name."""
     if self._folder is None or jax.process_index():
       return
+    began = time.monotonic()
     with files.whole_file(self._folder / f'{name}.npz') as stream:
       np.savez(stream, **arrays)
+    now = time.monotonic()
+    self._due = now + max(SECONDS, (now - began) / PART)
+
+  def due(self) -> bool:
+    """Whether there has been no `save` for a minute, on process 0: for passes whose chunks take less."""
+    return self._folder is not None and jax.process_index() == 0 and time.monotonic() >= self._due
 
   def scores(self, name: str) -> 'ScoreFile':
     """The growing file of a pass that scores all rows."""

@@ -19,8 +19,8 @@ from typing import Any
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 # What a file operation belongs to, by parts of the path below the workdir; the first one that fits.
 KINDS = (('checkpoints', 'checkpoint'), ('damaged', 'checkpoint'), ('results.json', 'results'), ('report.html', 'report'),
-         ('selection.json', 'selection'), ('embeddings', 'embeddings'), ('metrics.jsonl', 'metrics'), ('config.json', 'config'),
-         ('study.', 'results'), ('parts', 'results'), ('', 'other'))
+         ('selection.json', 'selection'), ('embeddings', 'embeddings'), ('unfinished', 'embeddings'),
+         ('metrics.jsonl', 'metrics'), ('config.json', 'config'), ('study.', 'results'), ('parts', 'results'), ('', 'other'))
 # Fields of metrics.jsonl that depend on the clock, and of results.json that say how and where it was run.
 CLOCK, COMMAND = ('images_per_second', 'waiting_share'), ('command', 'commit')
 
@@ -329,6 +329,9 @@ def _launch() -> None:
   sys.addaudithook(Disturbed(told['folder'], told['log'], Moment(**told['moment']) if told['moment'] else None))
   sys.argv = [str(ROOT / 'main.py'), *sys.argv[2:]]
   sys.path[0] = str(ROOT)
+  from selection import journal
+
+  journal.SECONDS, journal.PART = 0.0, float('inf')  # what is embedded so far is kept after each batch, not each minute
   runpy.run_path('main.py', run_name='__main__')
 
 

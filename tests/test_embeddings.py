@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from selection import class_means, embed, embed_class_means, Embeddings
+from selection import class_means, embed, embed_class_means, Embeddings, journal
 
 
 def encode(variables, images):
@@ -49,6 +49,56 @@ def test_images_alone(pieces):
   embeddings = embed(encode, variables, ({'image': images[i:i + 3]} for i in range(0, 11, 3)))
   np.testing.assert_allclose(embeddings.features, images.reshape(11, 12) @ variables['w'], rtol=1e-5)
   assert embeddings.labels is None
+
+
+@pytest.fixture
+def kept_at_once(monkeypatch):
+  """A minute is up after each batch."""
+  monkeypatch.setattr(journal, 'SECONDS', 0.0)
+  monkeypatch.setattr(journal, 'PART', float('inf'))
+
+
+@pytest.mark.parametrize('function', [embed, embed_class_means])
+@pytest.mark.usefixtures('kept_at_once')
+def test_goes_on_where_it_was_killed(function, tmp_path):
+  """Bit for bit, and without the images that are embedded already; a call on other images is refused the folder."""
+  rng = np.random.default_rng(1)
+  variables = {'w': rng.normal(size=(12, 6)).astype(np.float32)}
+  batches = [{'image': rng.integers(0, 255, (4, 2, 2, 3)).astype(np.uint8), 'label': np.arange(4) % 3} for _ in range(6)]
+  expected, asked = function(encode, variables, batches, class_names='abc'), []
+
+  def until(stop):
+    def rest(done):
+      asked.append(done)
+      for number, batch in enumerate(batches[done:], done):
+        if number == stop:
+          raise KeyboardInterrupt
+        yield batch
+    return rest
+
+  for stop in (3, 5):
+    with pytest.raises(KeyboardInterrupt):
+      function(encode, variables, until(stop), class_names='abc', workdir=tmp_path)
+  again = function(encode, variables, until(None), class_names='abc', workdir=tmp_path)
+  # The batch before the one that is asked for is with the devices.
+  assert asked == [0, 2, 4] and again.features.tobytes() == expected.features.tobytes()
+  with pytest.raises(ValueError, match=r'passes over something else \(encoder differ\)'):
+    function(encode, variables, until(None), class_names='abc', fingerprint='other', workdir=tmp_path)
+  with pytest.raises(ValueError, match='batches are a list; with a workdir, give a function'):
+    function(encode, variables, batches, class_names='abc', workdir=tmp_path)
+
+
+@pytest.mark.usefixtures('kept_at_once')
+def test_what_is_kept_and_damaged_is_embedded_again(tmp_path):
+  rng = np.random.default_rng(1)
+  variables = {'w': np.eye(12, dtype=np.float32)}
+  batches = [{'image': rng.integers(0, 255, (4, 2, 2, 3)).astype(np.uint8)} for _ in range(4)]
+  expected = embed(encode, variables, lambda done: batches[done:], workdir=tmp_path)
+  second = tmp_path / 'features-000000001.npz'
+  second.write_bytes(second.read_bytes()[:-100])
+  asked = []
+  again = embed(encode, variables, lambda done: asked.append(done) or batches[done:], workdir=tmp_path)
+  assert asked == [1] and (again.features == expected.features).all()
 
 
 def test_ids_name_the_images(pieces):

@@ -1,22 +1,26 @@
-"""What a training does when something goes wrong: it diverges, images stop coming, the number of devices is another one."""
+"""What a run does when something goes wrong: it diverges, images stop coming, the number of devices is another one, it is killed."""
 
+import dataclasses
 import json
 import pathlib
 import shutil
 import threading
 
+from etils import epath
 import jax
 import jax.numpy as jnp
 import numpy as np
 from orbax import checkpoint as ocp
 import pytest
 
-from configs import miniature
+from configs import default, miniature
 from ft_jax.data import augment, pipeline
 from ft_jax.data.pipeline import place_of, rows_at, Stalled, train_batches, Transform
 from ft_jax.data.sources import open_source
 from ft_jax.jobs import finetune, fit, setup
+from ft_jax.jobs.embedding import embedded
 from ft_jax.train import Diverged
+from selection import journal
 
 
 def run(photos, workdir, **fields):
@@ -56,6 +60,33 @@ def begun(whole, workdir):
     if step.name != '4':
       shutil.rmtree(step)
   (workdir / 'results.json').unlink()
+
+
+def test_an_embedding_that_was_killed_goes_on(pool, tmp_path, monkeypatch):
+  """Without reading again what is embedded, bit for bit; nothing of it is left in the end."""
+  monkeypatch.setattr(journal, 'SECONDS', 0.0)
+  monkeypatch.setattr(journal, 'PART', float('inf'))
+  network, source = default.get_config().model, open_source(f'folder:{pool}', 'train')
+  network.name, network.width = 'resnet18', 4
+  variables = setup.init_variables(setup.build_model(network, {}), 32, 0, None)
+
+  def run(folder, read):
+    place = epath.Path(tmp_path)
+    return embedded(place / folder, network, variables, dataclasses.replace(source, read=read), Transform(size=32, short_side=36), 8,
+                    'source', means=True, unfinished=place / 'unfinished')
+
+  def gone(row):
+    if row >= 40:
+      raise OSError(f'no image {row}')
+    return source.read(row)
+
+  expected, again = run('undisturbed', source.read), []
+  with pytest.raises(OSError, match='no image 40'):
+    run('killed', gone)
+  found = run('killed', lambda row: again.append(row) or source.read(row))
+  # The fifth batch was with the devices when the sixth could not be read.
+  assert sorted(again) == list(range(32, 60)) and found.features.tobytes() == expected.features.tobytes()
+  assert {path.name for path in tmp_path.iterdir()} == {'undisturbed', 'killed'} and len(list((tmp_path / 'killed').iterdir())) == 1
 
 
 def training_rows(place, monkeypatch):

@@ -132,7 +132,7 @@ def test_a_workdir_belongs_to_one_selection(sets, tmp_path):
   select(source, (target, labels), 150, by='example', memory=0, workdir=tmp_path)
   select(source, (target, labels), 20, by='example', memory=0, workdir=tmp_path)  # another cut of the same scores
   for changed in (dict(epsilon=0.2), dict(method='softmax')):
-    with pytest.raises(ValueError, match='holds passes of another selection .*use another workdir'):
+    with pytest.raises(ValueError, match='holds passes over something else .*use another workdir'):
       select(source, (target, labels), 150, by='example', memory=0, workdir=tmp_path, **changed)
   with pytest.raises(ValueError, match=r'another selection .source differ'):
     select(source[:-1], (target, labels), 150, by='example', memory=0, workdir=tmp_path)

@@ -20,9 +20,10 @@ from object_storage import serve
 import optax
 import pytest
 
+from configs import miniature
 from ft_jax import workdir as workdir_module
 from ft_jax.checkpoints import Checkpoints, Damaged, history, load_variables
-from ft_jax.jobs import setup
+from ft_jax.jobs import finetune, setup
 from ft_jax.train import create_state
 from ft_jax.workdir import MetricsWriter, saved_steps, Workdir, write_results
 from selection import Embeddings, files, Selection
@@ -183,7 +184,10 @@ def test_a_bucket_that_cannot_be_reached(bucket, monkeypatch):
                                         ('gs://bucket/run', 'needs the package gcsfs: pip install gcsfs')])
 def test_what_is_missing_is_said_at_the_start(monkeypatch, path, says):
   monkeypatch.setattr(files.importlib.util, 'find_spec', lambda name: None)
-  for use in (lambda: Workdir(path, FIELDS), lambda: Embeddings.load(path), lambda: Selection.of_rows([0], ['a']).save(path)):
+  config = miniature.get_config('finetune')
+  config.embeddings_dir = path
+  for use in (lambda: Workdir(path, FIELDS), lambda: finetune.check(config), lambda: Embeddings.load(path),
+              lambda: Selection.of_rows([0], ['a']).save(path)):
     with pytest.raises(ValueError, match=says):
       use()
 

@@ -175,13 +175,13 @@ def _balanced_order(source: Source, key: int) -> Callable[[int], int]:
 class EvalBatches:
   """Every example once, in order, in batches of one size; the last ones padded and masked so that all hosts make as many."""
 
-  def __init__(self, source: Source, transform: Transform, batch_size: int, timeout: float = TIMEOUT):
-    """`batch_size` is that of all hosts together; a batch that takes longer than `timeout` seconds raises Stalled."""
+  def __init__(self, source: Source, transform: Transform, batch_size: int, timeout: float = TIMEOUT, start: int = 0):
+    """From batch `start` on; `batch_size` is that of all hosts together. One that takes longer than `timeout` seconds raises Stalled."""
     self._source, self._transform, self._batch_size, self._timeout = source, transform, batch_size, timeout
-    self._steps = -(-len(source) // batch_size)
+    self._start, self._stop = start, -(-len(source) // batch_size)
 
   def __len__(self) -> int:
-    return self._steps
+    return self._stop - self._start
 
   def __iter__(self) -> Iterator[Batch]:
     hosts, host = jax.process_count(), jax.process_index()
@@ -197,7 +197,7 @@ class EvalBatches:
       missing = len(share) - len(rows)
       return {key: np.pad(value, [(0, missing)] + [(0, 0)] * (value.ndim - 1)) if missing else value for key, value in batch.items()}
 
-    return _watched(_prefetched(grain.MapDataset.range(self._steps).map(make), 0), reading, self._timeout)
+    return _watched(_prefetched(grain.MapDataset.range(self._stop).map(make), self._start), reading, self._timeout)
 
 
 class _Reading:

@@ -1,6 +1,6 @@
 """Features of images by the backbone of some weights, kept in files: what selection and the study of checkpoints work on."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 import functools
 from typing import Any
 
@@ -9,7 +9,7 @@ import jax
 from ml_collections import ConfigDict
 
 from ft_jax import parallel, progress
-from ft_jax.data.pipeline import EvalBatches, TIMEOUT, Transform
+from ft_jax.data.pipeline import Batch, EvalBatches, TIMEOUT, Transform
 from ft_jax.data.sources import digest, Source
 from ft_jax.jobs import setup
 from ft_jax.models import pretrained
@@ -18,7 +18,8 @@ import selection
 
 
 def embedded(folder: epath.Path | None, network: ConfigDict, variables: Mapping[str, Any], source: Source, transform: Transform,
-             batch_size: int, what: str, means: bool = False, timeout: float = TIMEOUT) -> selection.Embeddings:
+             batch_size: int, what: str, means: bool = False, timeout: float = TIMEOUT,
+             unfinished: epath.Path | None = None) -> selection.Embeddings:
   """Features of a source, or the means of its classes; made once for these weights, images and preprocessing.
 
   Args:
@@ -31,6 +32,7 @@ def embedded(folder: epath.Path | None, network: ConfigDict, variables: Mapping[
     what: a name for messages, such as 'target'.
     means: of classes instead of images.
     timeout: seconds that a batch of images may take; 0 for any.
+    unfinished: a folder, of this run alone, for what is embedded so far: a killed run goes on from there. It is removed in the end.
 
   Raises:
     ValueError: features that are not finite.
@@ -40,17 +42,32 @@ def embedded(folder: epath.Path | None, network: ConfigDict, variables: Mapping[
   path = folder / f'{"class_means" if means else "named_features"}-{digest(encoder, source.fingerprint)}.npz' if folder else None
   if path and parallel.agreed(path.exists):
     parallel.check_shared(folder, 'the folder of embeddings (config.embeddings_dir)')
+    _remove(unfinished)
     return selection.Embeddings.load(path)
-  batches = EvalBatches(source, transform, -(-batch_size // jax.device_count()) * jax.device_count(), timeout)
+  size = -(-batch_size // jax.device_count()) * jax.device_count()
   if folder:
     log.info('embedding %s: %s images', what, f'{len(source):,d}')
+
+  def batches(done: int) -> Iterator[Batch]:
+    if done:
+      parallel.check_same({'images': done * size}, 'unfinished embeddings')
+      log.info('  %s of them were embedded before', f'{min(done * size, len(source)):,d}')
+    rest = EvalBatches(source, transform, size, timeout, done)
+    return progress.bar(rest, f'embedding {what}', done + len(rest), initial=done)
 
   def encode(variables: dict[str, Any], images: jax.Array) -> jax.Array:
     features = model.apply(variables, images, train=False).features
     return pretrained.project(variables['projection'], features) if 'projection' in variables else features
 
   embeddings = (selection.embed_class_means if means else functools.partial(selection.embed, ids=source.ids))(
-      encode, variables, progress.bar(batches, f'embedding {what}', len(batches)), class_names=source.class_names, fingerprint=encoder)
+      encode, variables, batches, class_names=source.class_names, fingerprint=encoder,
+      workdir=unfinished / f'{digest(encoder, source.fingerprint, str(means))}-{size}' if unfinished else None)
   if path and parallel.is_main():
     embeddings.save(path)
+  _remove(unfinished)
   return embeddings
+
+
+def _remove(folder: epath.Path | None) -> None:
+  if folder and parallel.is_main() and folder.exists():
+    folder.rmtree()

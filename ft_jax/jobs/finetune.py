@@ -128,6 +128,8 @@ def check(config: ConfigDict) -> None:
   _check_selection(config)
   noise.check(config.noise)
   setup.check_data(config.data)
+  if config.embeddings_dir:
+    files.located(config.embeddings_dir)
   setup.make_transform(config)
   setup.check_weights(config.model)
   # The numbers of classes are not known yet and do not matter for what is checked.
@@ -272,7 +274,8 @@ def _select(config: ConfigDict, work: Workdir, weights: setup.Weights | None, ta
     return selection.Selection.load(work.selection_json, pool.fingerprint)
   if settings.file:
     return _kept(_given(settings.file, pool, unreadable), work, pool)
-  embedded = [_embedded(config, folder, weights, source, transform, what) for source, what in ((pool, 'source'), (target, 'target'))]
+  embedded = [_embedded(config, folder, work.path / 'unfinished', weights, source, transform, what)
+              for source, what in ((pool, 'source'), (target, 'target'))]
   size = settings.size if settings.size < 1 else int(settings.size)
   chosen = selection.select(*embedded, size, by=settings.by, method=settings.method, seed=config.seed,
                             clusters=settings.clusters if settings.by == 'cluster' else None, **_parameters(config))
@@ -341,8 +344,8 @@ def _of_ids(path: str, ids: Sequence[str], pool: Source, unreadable: Sequence[st
   return selection.Selection.of_rows(pool.at_ids([str(i) for i in ids if str(i) not in lost]), pool.ids)
 
 
-def _embedded(config: ConfigDict, folder: epath.Path, weights: setup.Weights | None, source: Source, transform: Transform,
-              what: str) -> selection.Embeddings:
+def _embedded(config: ConfigDict, folder: epath.Path, unfinished: epath.Path, weights: setup.Weights | None, source: Source,
+              transform: Transform, what: str) -> selection.Embeddings:
   """Features of a source, as means of its classes where those are enough; made once for these weights, images and preprocessing.
 
   `selection.features` of 'projection' are the 128 numbers behind MoCo-v2's projection head (Liu et al., NeurIPS 2022).
@@ -352,7 +355,8 @@ def _embedded(config: ConfigDict, folder: epath.Path, weights: setup.Weights | N
                                    weights.variables if weights else None)
   if _projects(config):
     variables['projection'] = weights.variables['projection']
-  return embedded(folder, config.model, variables, source, transform, config.train.batch_size, what, means, config.data.timeout)
+  return embedded(folder, config.model, variables, source, transform, config.train.batch_size, what, means, config.data.timeout,
+                  unfinished)
 
 
 def _selection_section(target: Source, pool: Source, chosen: selection.Selection, most: int = 120) -> report.SelectionSection:

@@ -11,7 +11,7 @@ import numpy as np
 from ft_jax import contact_sheet, parallel, progress
 from ft_jax.data import augment, imagenet
 from ft_jax.data.files import open_files
-from ft_jax.data.pipeline import EvalBatches, Transform
+from ft_jax.data.pipeline import EvalBatches, TIMEOUT, Transform
 from ft_jax.data.sources import Example, Source
 from ft_jax.evaluate import make_rank
 from ft_jax.jobs import setup, trained
@@ -32,8 +32,7 @@ class Predictions(NamedTuple):
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
   """Writes predictions.csv and contact_sheet.png; returns the numbers of images and, where folders name classes, the accuracy."""
-  if config.data.on_error not in setup.ON_ERROR:
-    raise ValueError(f'config.data.on_error is {config.data.on_error!r}; known: {", ".join(setup.ON_ERROR)}')
+  setup.check_data(config.data)
   if jax.process_count() > 1:
     raise ValueError('job predict runs in one process; start it on one host alone, with --num_processes=1')
   names, source, problems, listed = open_files(config.predict.images)
@@ -49,7 +48,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
     raise ValueError(f'config.predict.top is {top}; expected 1 to {len(run.class_names)}, the classes of {run.path}')
   folder = trained.output_folder(workdir)
   log.info('predicting %s of %s with %s -> %s', _counted(len(source)), config.predict.images, run.described(), folder)
-  found, unreadable = predict(run, source, top, skip)
+  found, unreadable = predict(run, source, top, skip, config.data.timeout)
   problems |= unreadable
   truth = _true_classes(found.ids, run.class_names)
   text = table(names, found, problems if skip else None, run.class_names, truth)
@@ -60,11 +59,13 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
   return _summary(names, found, truth, problems, folder)
 
 
-def predict(run: trained.Trained, source: Source, top: int, skip: bool) -> tuple[Predictions, dict[str, str]]:
+def predict(run: trained.Trained, source: Source, top: int, skip: bool,
+            timeout: float = TIMEOUT) -> tuple[Predictions, dict[str, str]]:
   """The likeliest classes of each image, and {id: what is wrong} of those that cannot be read, where `skip` leaves them out.
 
   Raises:
     ValueError: an image that cannot be read, by name.
+    Stalled: no images came for `timeout` seconds.
   """
   if not len(source):
     return Predictions([], np.zeros((0, top), np.int32), np.zeros((0, top), np.float32)), {}
@@ -76,7 +77,7 @@ def predict(run: trained.Trained, source: Source, top: int, skip: bool) -> tuple
   size = -(-min(run.config.train.batch_size, len(source)) // devices) * devices
   rank, variables = make_rank(run.model, run.head, top), parallel.replicate(run.variables)
   classes, probabilities = np.zeros((len(source), top), np.int32), np.zeros((len(source), top), np.float32)
-  batches = EvalBatches(source, transform, size)
+  batches = EvalBatches(source, transform, size, timeout)
   for batch in progress.bar(batches, 'predicting', len(batches)):
     result = parallel.unreplicate(rank(variables, parallel.shard(batch)))
     rows = result['index'][result['mask']]

@@ -16,7 +16,7 @@ import numpy as np
 from ft_jax import parallel, progress, report
 from ft_jax.checkpoints import load_start
 from ft_jax.data.cache import free_memory
-from ft_jax.data.pipeline import Batch, EvalBatches
+from ft_jax.data.pipeline import Batch, EvalBatches, TIMEOUT
 from ft_jax.data.sources import digest, Source
 from ft_jax.jobs import setup, trained
 from ft_jax.methods.base import flat
@@ -50,7 +50,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
     log.warning('warning: no distances from the start: %s', start.about)
   # Noise of 0.001 on the weights would be lost in the rounding of bfloat16.
   model = run.model.clone(dtype=jnp.float32)
-  batches = _held(source, run)
+  batches = _held(source, run, config.data.timeout)
   estimates = _estimated(config.stability, config.seed, model, run, source, batches, folder)
   results = summary(config.stability, run, split, len(source), start, estimates)
   write_text(folder / 'stability.json', json.dumps(results, indent=1, allow_nan=False) + '\n')
@@ -63,6 +63,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
 def check(config: ConfigDict) -> None:
   """Raises ValueError for settings that cannot be right."""
   settings = config.stability
+  setup.check_data(config.data)
   if not 0 < settings.sigma < math.inf:
     raise ValueError(f'config.stability.sigma is {settings.sigma}; expected a number above 0')
   for name, what in (('draws', 'perturbed networks'), ('probes', 'random vectors')):
@@ -108,14 +109,14 @@ def _start(run: trained.Trained) -> Start:
   return Start(weights.variables['params'], name)
 
 
-def _held(source: Source, run: trained.Trained) -> list[Batch]:
+def _held(source: Source, run: trained.Trained, timeout: float = TIMEOUT) -> list[Batch]:
   """The crops of all images in memory, as every network and every vector goes through them."""
   devices = jax.device_count()
   needed, free = 3 * run.transform.size ** 2 * len(source), free_memory()
   if needed > MOST_MEMORY * free:
     raise ValueError(f'config.stability.images: the crops of {len(source):,d} images take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB '
                      'of memory are free; take fewer images')
-  batches = EvalBatches(source, run.transform, devices * min(MOST_IMAGES, -(-len(source) // devices)))
+  batches = EvalBatches(source, run.transform, devices * min(MOST_IMAGES, -(-len(source) // devices)), timeout)
   return list(progress.bar(batches, 'reading', len(batches)))
 
 

@@ -144,7 +144,8 @@ class _Study:
     try:
       return np.concatenate([
           embedded(folder, self._config.model, variables, source, self._transform, self._config.train.batch_size,
-                   f'{source.name} by {network}', timeout=self._config.data.timeout).features for source in target.sources])
+                   f'{source.name} by {network}', timeout=self._config.data.timeout,
+                   unfinished=self._folder / 'unfinished' if folder else None).features for source in target.sources])
     except ValueError as error:
       raise ValueError(f'{target.name} by {network}: {error}') from error
 
