@@ -20,12 +20,15 @@ jax.config.update('jax_disable_most_optimizations', True)
 
 @pytest.fixture(scope='session', autouse=True)
 def _cache_folders(tmp_path_factory):
-  """Label caches of the tests stay away from the user's; what one test compiled, the next one and its processes need not compile again."""
+  """Label caches of the tests stay away from the user's; what one test compiled, no other one and none of their processes compiles again."""
   os.environ['XDG_CACHE_HOME'] = str(tmp_path_factory.mktemp('cache'))
-  os.environ['JAX_COMPILATION_CACHE_DIR'] = compiled = str(tmp_path_factory.mktemp('compiled'))
-  os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.3'
-  jax.config.update('jax_compilation_cache_dir', compiled)
-  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.3)
+  base = tmp_path_factory.getbasetemp()
+  compiled = (base.parent if 'PYTEST_XDIST_WORKER' in os.environ else base) / 'compiled'
+  # jax locks the folder only where its size is bounded.
+  for name, value in {'compilation_cache_dir': str(compiled), 'compilation_cache_max_size': 4 << 30,
+                      'persistent_cache_min_compile_time_secs': 0.05}.items():
+    os.environ[f'JAX_{name.upper()}'] = str(value)
+    jax.config.update(f'jax_{name}', value)
 
 
 @pytest.fixture(scope='session')

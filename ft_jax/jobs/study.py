@@ -240,7 +240,8 @@ class _Study:
         log.info('[%d/%d] %s from %s, seed %d', count + 1, len(todo), self._targets[t].name, self._history.kept[c].name, seed)
         self._fine_tune(own, t, c, seed, folder)
         compiled.forget()
-        self.write(page=c == len(self._history.kept) - 1)  # its pictures take longer than a short fine-tuning
+        # Its pictures take longer than a short fine-tuning; behind the last one all is written anyway.
+        self.write(page=c == len(self._history.kept) - 1 and count < len(todo) - 1)
       if parallel.is_main() and (folder / 'checkpoints').exists():
         (folder / 'checkpoints').rmtree()  # only now: what was found with it is kept
 
