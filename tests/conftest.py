@@ -20,7 +20,7 @@ jax.config.update('jax_disable_most_optimizations', True)
 
 @pytest.fixture(scope='session', autouse=True)
 def _cache_folders(tmp_path_factory):
-  """Label caches of the tests stay away from the user's; what one test compiled, no other one and none of their processes compiles again."""
+  """Label caches of the tests stay away from the user's; what one test compiled is compiled by no other one, nor by its processes."""
   os.environ['XDG_CACHE_HOME'] = str(tmp_path_factory.mktemp('cache'))
   base = tmp_path_factory.getbasetemp()
   compiled = (base.parent if 'PYTEST_XDIST_WORKER' in os.environ else base) / 'compiled'

@@ -4,6 +4,7 @@ import json
 import pathlib
 import shutil
 
+from etils import epath
 import numpy as np
 import pytest
 
@@ -119,12 +120,12 @@ def test_what_is_checked_first(photos, pool, fields, words):
 def test_projection_features_are_the_mlp_of_the_pooled_ones(photos, tmp_path):
   """The output of MoCo-v2's projection head, per image and not normalised, in a file of its own."""
   weights = setup.load_weights(str(MOCO), projection=True)
-  source, features = open_source(f'folder:{photos}', 'train'), {}
+  source, folder, features = open_source(f'folder:{photos}', 'train'), epath.Path(tmp_path), {}
   for name in finetune.FEATURES:
     settings = config(photos, photos, **{
         'model.weights': str(MOCO), 'model.width': 1, 'selection.by': 'example', 'selection.features': name})
     finetune.check(settings)
-    embedded = finetune._embedded(settings, tmp_path, weights, source, setup.make_transform(settings), 'source')
+    embedded = finetune._embedded(settings, folder, folder / 'unfinished', weights, source, setup.make_transform(settings), 'source')
     features[name] = embedded.features.astype(np.float64), embedded.fingerprint
   (pooled, encoder), (projected, with_head) = features['pooled'], features['projection']
   w0, b0, w2, b2 = (np.arange(n, dtype=np.float64) for n in (64, 8, 32, 4))  # tests/data/make_torch_files.py

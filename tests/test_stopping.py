@@ -12,16 +12,24 @@ ROOT = pathlib.Path(__file__).parents[1]
 BEGIN = '''
 import ctypes
 import sys
+import threading
+import time
 from ft_jax import command, progress, stopping
 progress.show_log()
 stopping.PATIENCE = float(sys.argv[1])
 library, lock = ctypes.CDLL(None), (ctypes.c_char * 64)()
 long = lambda: [library.pthread_mutex_lock(lock) for _ in range(2)]
 def ready(): print('ready', flush=True)
+def ready_within():
+  def tell():
+    while int.from_bytes(lock.raw[:4], sys.byteorder) != 2:  # what glibc writes there when somebody has to wait
+      time.sleep(0.01)
+    ready()
+  threading.Thread(target=tell, daemon=True).start()
 '''
 OUTSIDE = BEGIN + '''
 with command.ending(False):
-  ready()
+  ready_within()
   long()
 '''
 WAITING = BEGIN + '''
@@ -39,7 +47,7 @@ with command.ending(False), stopping.signals() as stop:
 '''
 STUCK = BEGIN + '''
 with command.ending(False), stopping.signals() as stop:
-  ready()
+  ready_within()
   long()
 '''
 

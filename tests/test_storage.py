@@ -103,7 +103,7 @@ def test_long_passes_go_on_from_their_last_chunk(bucket):
   np.testing.assert_array_equal(again.load('potentials')['values'], np.arange(3))
   assert again.load('others') == {} and again.scores('scores').done == 6
   np.testing.assert_array_equal(again.scores('scores').all(), [4, 4, 4, 4, 2, 2])
-  with pytest.raises(ValueError, match='another selection'):
+  with pytest.raises(ValueError, match='over something else'):
     Journal('gs://bucket/passes', {'size': 4})
   assert not bucket.refused
 

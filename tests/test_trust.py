@@ -522,7 +522,7 @@ def test_names_lead_to_no_other_folder(tmp_path, monkeypatch):
   run = trained.Trained(epath.Path(HOSTILE[2]), config, results, 'target', classes, model, variables, Transform(16))
   monkeypatch.setattr(trained, 'load', lambda *_: run)
   monkeypatch.setattr(export, 'stablehlo_file', lambda run: b'')  # holds no name
-  ranked = lambda run, source, top, skip: (predict.Predictions(
+  ranked = lambda run, source, top, skip, timeout: (predict.Predictions(
       source.ids.tolist(), np.zeros((len(source), 1), np.int32), np.full((len(source), 1), 0.5, np.float32)), {})
   monkeypatch.setattr(predict, 'predict', ranked)  # of the network, which knows no names
   images = tmp_path / 'images'

@@ -49,8 +49,8 @@ def embedded(folder: epath.Path | None, network: ConfigDict, variables: Mapping[
     log.info('embedding %s: %s images', what, f'{len(source):,d}')
 
   def batches(done: int) -> Iterator[Batch]:
+    parallel.check_same({'images': done * size}, 'unfinished embeddings')
     if done:
-      parallel.check_same({'images': done * size}, 'unfinished embeddings')
       log.info('  %s of them were embedded before', f'{min(done * size, len(source)):,d}')
     rest = EvalBatches(source, transform, size, timeout, done)
     return progress.bar(rest, f'embedding {what}', done + len(rest), initial=done)
@@ -69,5 +69,8 @@ def embedded(folder: epath.Path | None, network: ConfigDict, variables: Mapping[
 
 
 def _remove(folder: epath.Path | None) -> None:
-  if folder and parallel.is_main() and folder.exists():
+  if folder is None:
+    return
+  if parallel.is_main() and folder.exists():
     folder.rmtree()
+  parallel.barrier('unfinished embeddings are removed')  # the next ones are kept in the same place
