@@ -69,7 +69,7 @@ def get_config() -> ConfigDict:
 
   config.data = ConfigDict()
   config.data.on_error = 'raise'  # an image that cannot be read: raise, or skip (all are tried first; results.json counts them)
-  config.data.timeout = 600.0  # seconds that the next images may take before a training saves its state and ends; 0 waits for ever
+  config.data.timeout = 600.0  # seconds that the next images may take before the run ends (a training saves its state); 0 waits for ever
   config.data.cache = False  # keep the target's decoded images in memory: its size is printed first; later epochs need no decoding
 
   config.augment = ConfigDict()

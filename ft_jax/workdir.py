@@ -82,6 +82,7 @@ class Workdir:
   diverged_json = property(lambda self: self.path / 'diverged.json')
   report_html = property(lambda self: self.path / 'report.html')
   embeddings = property(lambda self: self.path / 'embeddings')
+  unfinished = property(lambda self: self.path / 'unfinished')  # embeddings; gone when all are there
 
   def has_checkpoint(self) -> bool:
     """Whether there is a state to go on from."""

@@ -7,6 +7,7 @@ from typing import Any, BinaryIO
 import zipfile
 
 import jax
+from jax.experimental import multihost_utils
 import numpy as np
 
 from selection import files
@@ -194,28 +195,29 @@ def embed(encode: Callable[[Any, jax.Array], jax.Array], variables: Any, batches
     encode: a pure function of (variables, images [b, h, w, 3]) to features [b, d].
     variables: what it needs, as a pytree.
     batches: mappings with `image`, and `label`, `index` (kept as ids) and `mask` (False for padding) where there are any. With a
-      `workdir`, a function that gives them but for the first k, which are done already: `lambda k: dataset.skip(k)`.
+      `workdir`, a function that gives them without the first k: `lambda k: dataset.skip(k)`; always the same ones, in the same order.
     class_names: of the labels.
     ids: what each image is called, such as its file, by its `index`; None keeps the index.
     fingerprint: of the encoder and its preprocessing.
-    workdir: a folder for what is embedded, written each minute: called again with the same images, a killed call goes on from there,
-      and gives the same bits where the devices are the same. Remove it when the embeddings are saved.
+    workdir: a folder for this one set of images, to which what is embedded is added each minute: called again, a killed call goes on
+      from there, with the same bits where the devices are the same. On several hosts all must see it. Remove it when the embeddings
+      are saved.
 
   Returns:
     The embeddings in the order of `index`, or of the batches without it.
 
   Raises:
-    ValueError: no image, features that are not finite, or a workdir of other embeddings.
+    ValueError: no image, features that are not finite, or a workdir of other images or of another encoder.
   """
-  journal, kept, new, done = _journal(workdir, 'features', fingerprint, class_names), [], [], 0
+  journal, kept, new, done, last = _journal(workdir, 'features', fingerprint, class_names), [], [], 0, None
   while before := journal.load(f'features-{done:09d}'):
-    done += int(before.pop('batches'))
+    done, last = done + int(before.pop('batches')), before.pop('last')
     kept.append(before)
-  for part in _encoded(encode, variables, _rest(batches, done, workdir)):
+  for part in _rest(encode, variables, batches, workdir, done, last):
     new.append(part)
     if journal.due():
       kept.append(_joined(new))
-      journal.save(f'features-{done:09d}', batches=len(new), **kept[-1])
+      journal.save(f'features-{done:09d}', batches=len(new), last=part['features'], **kept[-1])
       done, new = done + len(new), []
   joined = _joined(kept + new)
   if 'index' in joined:
@@ -233,13 +235,13 @@ def embed_class_means(encode: Callable[[Any, jax.Array], jax.Array], variables: 
   journal = _journal(workdir, 'class means', fingerprint, class_names)
   before = journal.load('class_sums')
   sums, counts, first = before.get('sums'), before.get('counts', np.zeros(len(class_names))), int(before.get('batches', 0))
-  for done, part in enumerate(_encoded(encode, variables, _rest(batches, first, workdir)), first + 1):
+  for done, part in enumerate(_rest(encode, variables, batches, workdir, first, before.get('last')), first + 1):
     if sums is None:
       sums = np.zeros((len(class_names), part['features'].shape[1]))
     np.add.at(sums, part['label'], part['features'].astype(np.float64))
     counts += np.bincount(part['label'], minlength=len(class_names))
     if journal.due():
-      journal.save('class_sums', sums=sums, counts=counts, batches=done)
+      journal.save('class_sums', sums=sums, counts=counts, batches=done, last=part['features'])
   if sums is None:
     raise ValueError('there is no image to embed')
   return _from_sums(sums, counts, class_names, fingerprint)
@@ -250,13 +252,24 @@ def _journal(workdir: str | os.PathLike[str] | None, what: str, fingerprint: str
   return Journal(workdir, {'embeddings': what, 'encoder': fingerprint, 'classes': names} if workdir is not None else None)
 
 
-def _rest(batches: Batches, done: int, workdir: str | os.PathLike[str] | None) -> Iterable[Batch]:
-  if callable(batches):
-    return batches(done)
-  if workdir is not None:
-    raise ValueError(f'batches are a {type(batches).__name__}; with a workdir, give a function of the number of batches that are done, '
-                     'which gives the others: lambda k: dataset.skip(k)')
-  return batches
+def _rest(encode: Callable[[Any, jax.Array], jax.Array], variables: Any, batches: Batches, workdir: str | os.PathLike[str] | None,
+          done: int, last: np.ndarray | None) -> Iterator[dict[str, np.ndarray]]:
+  """What `_encoded` gives, without the first `done` batches; the features of the last one of those must come out again as `last`."""
+  if workdir is None:
+    return _encoded(encode, variables, batches(0) if callable(batches) else batches)
+  if not callable(batches):
+    raise ValueError(f'batches are a {type(batches).__name__}; with a workdir, give a function that gives them without the first k: '
+                     'lambda k: dataset.skip(k)')
+  if jax.process_count() > 1 and len(set(multihost_utils.process_allgather(np.int32(done)).tolist())) > 1:
+    raise ValueError(f'the processes find different batches in {os.fspath(workdir)}; it must be a folder that all of them see')
+  parts = _encoded(encode, variables, batches(max(0, done - 1)))
+  if done:
+    again = next(parts, {'features': np.zeros(0)})['features']
+    # On other devices it is rounded in another way.
+    if again.shape != last.shape or not np.allclose(again, last, rtol=0, atol=0.01 * np.abs(last).max()):
+      raise ValueError(f'{os.fspath(workdir)} holds features of other images, of batches of another size or by another encoder: its last '
+                       'batch is not the same any more; use another workdir, or remove this one to begin again')
+  return parts
 
 
 def _joined(parts: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -307,4 +320,6 @@ def _encoded(encode: Callable[[Any, jax.Array], jax.Array], variables: Any,
 def _unpadded(result: dict[str, jax.Array]) -> dict[str, np.ndarray]:
   host = {key: np.asarray(value) for key, value in result.items()}
   mask = host.pop('mask')
+  if not np.issubdtype(host['features'].dtype, np.floating):  # bfloat16, which files of numpy do not know
+    host['features'] = host['features'].astype(np.float32)
   return {key: value[mask] for key, value in host.items()}

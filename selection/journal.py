@@ -13,8 +13,8 @@ import numpy as np
 
 from selection import files
 
-# A pass of many small chunks is kept so often, in seconds; and where keeping it takes long, it takes no more than this part of the time.
-SECONDS, PART = 60.0, 0.05
+# A pass of many small chunks is kept so often.
+SECONDS = 60.0
 
 
 class Journal:
@@ -68,11 +68,9 @@ class Journal:
     """Replaces what is saved by this name."""
     if self._folder is None or jax.process_index():
       return
-    began = time.monotonic()
     with files.whole_file(self._folder / f'{name}.npz') as stream:
       np.savez(stream, **arrays)
-    now = time.monotonic()
-    self._due = now + max(SECONDS, (now - began) / PART)
+    self._due = time.monotonic() + SECONDS
 
   def due(self) -> bool:
     """Whether there has been no `save` for a minute, on process 0: for passes whose chunks take less."""

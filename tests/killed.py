@@ -331,7 +331,7 @@ def _launch() -> None:
   sys.path[0] = str(ROOT)
   from selection import journal
 
-  journal.SECONDS, journal.PART = 0.0, float('inf')  # what is embedded so far is kept after each batch, not each minute
+  journal.SECONDS = 0.0  # what is embedded so far is kept after each batch, not each minute
   runpy.run_path('main.py', run_name='__main__')
 
 

@@ -55,13 +55,12 @@ def test_images_alone(pieces):
 def kept_at_once(monkeypatch):
   """A minute is up after each batch."""
   monkeypatch.setattr(journal, 'SECONDS', 0.0)
-  monkeypatch.setattr(journal, 'PART', float('inf'))
 
 
 @pytest.mark.parametrize('function', [embed, embed_class_means])
 @pytest.mark.usefixtures('kept_at_once')
 def test_goes_on_where_it_was_killed(function, tmp_path):
-  """Bit for bit, and without the images that are embedded already; a call on other images is refused the folder."""
+  """Bit for bit, and with one batch alone once more: on other images, in other batches or with other weights it is refused the folder."""
   rng = np.random.default_rng(1)
   variables = {'w': rng.normal(size=(12, 6)).astype(np.float32)}
   batches = [{'image': rng.integers(0, 255, (4, 2, 2, 3)).astype(np.uint8), 'label': np.arange(4) % 3} for _ in range(6)]
@@ -80,10 +79,14 @@ def test_goes_on_where_it_was_killed(function, tmp_path):
     with pytest.raises(KeyboardInterrupt):
       function(encode, variables, until(stop), class_names='abc', workdir=tmp_path)
   again = function(encode, variables, until(None), class_names='abc', workdir=tmp_path)
-  # The batch before the one that is asked for is with the devices.
-  assert asked == [0, 2, 4] and again.features.tobytes() == expected.features.tobytes()
+  # The batch before the one that is asked for is with the devices, and the one before that is compared.
+  assert asked == [0, 1, 3] and again.features.tobytes() == expected.features.tobytes()
   with pytest.raises(ValueError, match=r'passes over something else \(encoder differ\)'):
     function(encode, variables, until(None), class_names='abc', fingerprint='other', workdir=tmp_path)
+  halves = [{key: value[rows] for key, value in batch.items()} for batch in batches for rows in (slice(0, 2), slice(2, 4))]
+  for weights, others in ((variables, batches[::-1]), (variables, halves), (variables, []), ({'w': -variables['w']}, batches)):
+    with pytest.raises(ValueError, match='holds features of other images, of batches of another size or by another encoder'):
+      function(encode, weights, lambda first, others=others: others[first:], class_names='abc', workdir=tmp_path)
   with pytest.raises(ValueError, match='batches are a list; with a workdir, give a function'):
     function(encode, variables, batches, class_names='abc', workdir=tmp_path)
 
@@ -98,7 +101,15 @@ def test_what_is_kept_and_damaged_is_embedded_again(tmp_path):
   second.write_bytes(second.read_bytes()[:-100])
   asked = []
   again = embed(encode, variables, lambda done: asked.append(done) or batches[done:], workdir=tmp_path)
-  assert asked == [1] and (again.features == expected.features).all()
+  assert asked == [0] and (again.features == expected.features).all()
+
+
+@pytest.mark.usefixtures('kept_at_once')
+def test_bfloat16_is_kept_as_float32(tmp_path):
+  images = np.random.default_rng(1).integers(0, 255, (8, 2, 2, 3)).astype(np.uint8)
+  half = lambda variables, images: encode(variables, images).astype(jnp.bfloat16)
+  call = lambda: embed(half, {'w': np.eye(12)}, lambda first: [{'image': images[k:k + 4]} for k in (0, 4)][first:], workdir=tmp_path)
+  assert call().features.dtype == call().features.dtype == np.float32
 
 
 def test_ids_name_the_images(pieces):

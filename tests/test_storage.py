@@ -199,9 +199,11 @@ def test_paths_on_a_disk(tmp_path, monkeypatch):
   assert files.absolute('a') == files.absolute('~/a') == epath.Path(tmp_path).resolve() / 'a'
 
 
-def test_a_whole_run_is_killed_and_goes_on(bucket):
+def test_a_whole_run_is_killed_and_goes_on(bucket, tmp_path):
   """Selection, embedding, training, report, all on object storage, with warnings as errors; each step once."""
-  env = {**os.environ, 'XLA_FLAGS': '--xla_backend_optimization_level=0', 'JAX_PLATFORMS': 'cpu',
+  # What it compiles is kept elsewhere: a process that is killed may leave half of a program there, for all others to read.
+  env = {**os.environ, 'JAX_COMPILATION_CACHE_DIR': str(tmp_path), 'JAX_PLATFORMS': 'cpu',
+         'XLA_FLAGS': '--xla_backend_optimization_level=0',
          'PYTHONWARNINGS': 'error,ignore:the load_module() method is deprecated:DeprecationWarning'}
   command = [sys.executable, 'main.py', *FLAGS, '--workdir=gs://bucket/runs/one']
   process = subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)

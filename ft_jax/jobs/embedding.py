@@ -32,28 +32,27 @@ def embedded(folder: epath.Path | None, network: ConfigDict, variables: Mapping[
     what: a name for messages, such as 'target'.
     means: of classes instead of images.
     timeout: seconds that a batch of images may take; 0 for any.
-    unfinished: a folder, of this run alone, for what is embedded so far: a killed run goes on from there. It is removed in the end.
+    unfinished: a folder, of this run alone, for what is embedded so far: a killed run goes on from there. See `forget`.
 
   Raises:
     ValueError: features that are not finite.
+    Stalled: no images came for `timeout` seconds.
   """
   model = setup.build_model(network, {})
   encoder = digest(setup.weights_fingerprint(variables), network.name, network.dtype, f'{transform.size}/{transform.short_side}')
   path = folder / f'{"class_means" if means else "named_features"}-{digest(encoder, source.fingerprint)}.npz' if folder else None
   if path and parallel.agreed(path.exists):
     parallel.check_shared(folder, 'the folder of embeddings (config.embeddings_dir)')
-    _remove(unfinished)
     return selection.Embeddings.load(path)
   size = -(-batch_size // jax.device_count()) * jax.device_count()
   if folder:
     log.info('embedding %s: %s images', what, f'{len(source):,d}')
 
-  def batches(done: int) -> Iterator[Batch]:
-    parallel.check_same({'images': done * size}, 'unfinished embeddings')
-    if done:
-      log.info('  %s of them were embedded before', f'{min(done * size, len(source)):,d}')
-    rest = EvalBatches(source, transform, size, timeout, done)
-    return progress.bar(rest, f'embedding {what}', done + len(rest), initial=done)
+  def batches(first: int) -> Iterator[Batch]:
+    if first:
+      log.info('  %s of them were embedded before', f'{first * size:,d}')
+    rest = EvalBatches(source, transform, size, timeout, first)
+    return progress.bar(rest, f'embedding {what}', first + len(rest), initial=first)
 
   def encode(variables: dict[str, Any], images: jax.Array) -> jax.Array:
     features = model.apply(variables, images, train=False).features
@@ -64,13 +63,11 @@ def embedded(folder: epath.Path | None, network: ConfigDict, variables: Mapping[
       workdir=unfinished / f'{digest(encoder, source.fingerprint, str(means))}-{size}' if unfinished else None)
   if path and parallel.is_main():
     embeddings.save(path)
-  _remove(unfinished)
   return embeddings
 
 
-def _remove(folder: epath.Path | None) -> None:
-  if folder is None:
-    return
-  if parallel.is_main() and folder.exists():
-    folder.rmtree()
+def forget(unfinished: epath.Path) -> None:
+  """Removes what `embedded` kept of embeddings that are finished now, or not wanted any more."""
+  if parallel.is_main() and unfinished.exists():
+    unfinished.rmtree()
   parallel.barrier('unfinished embeddings are removed')  # the next ones are kept in the same place

@@ -14,7 +14,7 @@ from ft_jax.data import augment
 from ft_jax.data.pipeline import Transform
 from ft_jax.data.sources import digest, open_source, Source
 from ft_jax.jobs import fit, noise, pretrain, setup
-from ft_jax.jobs.embedding import embedded
+from ft_jax.jobs.embedding import embedded, forget
 from ft_jax.progress import log
 from ft_jax.workdir import Workdir, write_results
 import selection
@@ -72,6 +72,7 @@ def _train(config: ConfigDict, work: Workdir, splits: setup.Splits, pool: Source
   weights = _weights(config, work, pool)
   transform = setup.make_transform(config)
   chosen = _select(config, work, weights, splits.train, pool, transform, embeddings, unreadable)
+  forget(work.unfinished)
   streams = {'target': fit.Stream(splits.train, config.train.batch_size, 1.0, config.target.balanced)}
   heads = {'target': len(splits.train.class_names)}
   if chosen is not None:
@@ -274,7 +275,7 @@ def _select(config: ConfigDict, work: Workdir, weights: setup.Weights | None, ta
     return selection.Selection.load(work.selection_json, pool.fingerprint)
   if settings.file:
     return _kept(_given(settings.file, pool, unreadable), work, pool)
-  embedded = [_embedded(config, folder, work.path / 'unfinished', weights, source, transform, what)
+  embedded = [_embedded(config, folder, work.unfinished, weights, source, transform, what)
               for source, what in ((pool, 'source'), (target, 'target'))]
   size = settings.size if settings.size < 1 else int(settings.size)
   chosen = selection.select(*embedded, size, by=settings.by, method=settings.method, seed=config.seed,

@@ -19,7 +19,7 @@ import numpy as np
 from ft_jax import compiled, parallel, report, study_page
 from ft_jax.data.sources import digest, open_source
 from ft_jax.jobs import finetune, history, setup, study_results, trained
-from ft_jax.jobs.embedding import embedded
+from ft_jax.jobs.embedding import embedded, forget
 from ft_jax.jobs.study_data import changed, described, Frozen, open_target, Parts, Target
 from ft_jax.progress import log
 from ft_jax.studies import probe, spectrum, transferability
@@ -141,13 +141,16 @@ class _Study:
     return Frozen(make)
 
   def _embedded(self, folder: epath.Path | None, target: Target, variables: Mapping[str, Any], network: str) -> np.ndarray:
+    unfinished = self._folder / 'unfinished'
     try:
-      return np.concatenate([
+      features = np.concatenate([
           embedded(folder, self._config.model, variables, source, self._transform, self._config.train.batch_size,
-                   f'{source.name} by {network}', timeout=self._config.data.timeout,
-                   unfinished=self._folder / 'unfinished' if folder else None).features for source in target.sources])
+                   f'{source.name} by {network}', timeout=self._config.data.timeout, unfinished=unfinished).features
+          for source in target.sources])
     except ValueError as error:
       raise ValueError(f'{target.name} by {network}: {error}') from error
+    forget(unfinished)
+    return features
 
   # Frozen.
 
