@@ -117,7 +117,9 @@ def phase(kind: str, folder: str) -> str:
   """What the run is at: from the kind of the file operation, unfinished checkpoints, and what the main thread is in."""
   if kind in ('results', 'report'):
     return 'results and report'
-  if kind == 'checkpoint' or any(pathlib.Path(folder).glob('**/checkpoints/*tmp*')):
+  # `walk` does not mind folders that go meanwhile: an error in an audit hook would be the run's own.
+  if kind == 'checkpoint' or any(
+      'tmp' in name for path, names, _ in os.walk(folder) if os.path.basename(path) == 'checkpoints' for name in names):
     return 'checkpoint being written'
   within = list(_calls(sys._current_frames()[_main_thread()]))
   for file, function, name in PHASES:
