@@ -182,7 +182,8 @@ def told(chosen: selection.Selection) -> str:
 
 SCALARS = st.none() | st.booleans() | st.integers(-3, 70) | st.integers() | st.floats() | st.text(max_size=5) | st.sampled_from(
     [10**30, 1e308, '../../etc/passwd', 'class', {'dtype': 'object', 'shape': [6], 'base64': ''}, [], {}, [[1], [2, 3]],
-     {'dtype': 'int64', 'shape': [-1], 'base64': 'AAAAAAAAAAA='}, {'dtype': 'V999999999999', 'shape': [1], 'base64': ''}])
+     {'dtype': 'int64', 'shape': [-1], 'base64': 'AAAAAAAAAAA='},
+     {'dtype': 'V999999999999', 'shape': [1], 'base64': ''}]).map(copy.deepcopy)  # they are changed
 JSON = st.recursive(
     SCALARS, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=3), max_leaves=6)
 
