@@ -125,14 +125,14 @@ def test_projection_features_are_the_mlp_of_the_pooled_ones(photos, tmp_path):
     settings = config(photos, photos, **{
         'model.weights': str(MOCO), 'model.width': 1, 'selection.by': 'example', 'selection.features': name})
     finetune.check(settings)
-    embedded = finetune._embedded(settings, folder, folder / 'unfinished', weights, source, setup.make_transform(settings), 'source')
+    embedded = finetune._embedded(settings, folder / 'kept', folder / 'unfinished', weights, source, setup.make_transform(settings), 'source')
     features[name] = embedded.features.astype(np.float64), embedded.fingerprint
   (pooled, encoder), (projected, with_head) = features['pooled'], features['projection']
   w0, b0, w2, b2 = (np.arange(n, dtype=np.float64) for n in (64, 8, 32, 4))  # tests/data/make_torch_files.py
   hidden = np.maximum(pooled @ (w0.reshape(8, 8) / 64 - 0.5).T + b0 / 8 - 0.4, 0)
   np.testing.assert_allclose(projected, hidden @ (w2.reshape(4, 8) / 32 - 0.5).T + b2, rtol=1e-4, atol=1e-4)
   assert pooled.shape == (48, 8) and projected.shape == (48, 4) and np.ptp(projected, axis=0).min() > 1e-3
-  assert encoder != with_head and len(list(tmp_path.iterdir())) == 2
+  assert encoder != with_head and len(list((folder / 'kept').iterdir())) == 2
 
 
 @pytest.mark.parametrize('weights,features,words', [
