@@ -125,7 +125,8 @@ def test_projection_features_are_the_mlp_of_the_pooled_ones(photos, tmp_path):
     settings = config(photos, photos, **{
         'model.weights': str(MOCO), 'model.width': 1, 'selection.by': 'example', 'selection.features': name})
     finetune.check(settings)
-    embedded = finetune._embedded(settings, folder / 'kept', folder / 'unfinished', weights, source, setup.make_transform(settings), 'source')
+    embedded = finetune._embedded(settings, folder / 'kept', folder / 'unfinished', weights, source, setup.make_transform(settings),
+                                  'source')
     features[name] = embedded.features.astype(np.float64), embedded.fingerprint
   (pooled, encoder), (projected, with_head) = features['pooled'], features['projection']
   w0, b0, w2, b2 = (np.arange(n, dtype=np.float64) for n in (64, 8, 32, 4))  # tests/data/make_torch_files.py
