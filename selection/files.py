@@ -66,8 +66,8 @@ def located(path: epath.PathLike) -> epath.Path:
   Raises:
     ValueError: object storage of an unknown kind, or a package that it needs is not installed.
   """
-  kind, separator, rest = os.fspath(path).partition(':/')
-  if separator and kind in PACKAGES and not rest.lstrip('/') or kind in PACKAGES and not rest.startswith('/'):
+  kind, separator, rest = os.fspath(path).partition(':')
+  if separator and kind in PACKAGES and not re.match('//[^/]', rest):
     raise ValueError(f'{os.fspath(path)!r} is no place on object storage; expected {kind}://bucket/folder')
   if not is_url(path):
     return epath.Path(path).expanduser()

@@ -192,11 +192,18 @@ def test_what_is_missing_is_said_at_the_start(monkeypatch, path, says):
       use()
 
 
+@pytest.mark.parametrize('path', ['gs:', 'gs:bucket', 'gs:/bucket/run', 'gs://', 'gs:///run'])
+def test_what_is_no_place_is_no_folder_either(path):
+  with pytest.raises(ValueError, match='is no place on object storage; expected gs://bucket/folder'):
+    files.located(path)
+
+
 def test_paths_on_a_disk(tmp_path, monkeypatch):
   """They stay what they were: relative to the working directory, `~` is the home."""
   monkeypatch.chdir(tmp_path)
   monkeypatch.setenv('HOME', str(tmp_path))
   assert files.absolute('a') == files.absolute('~/a') == epath.Path(tmp_path).resolve() / 'a'
+  assert files.absolute('gs') == epath.Path(tmp_path).resolve() / 'gs'
 
 
 def test_a_whole_run_is_killed_and_goes_on(bucket, tmp_path):
