@@ -265,7 +265,8 @@ def _rest(encode: Callable[[Any, jax.Array], jax.Array], variables: Any, batches
   parts = _encoded(encode, variables, batches(max(0, done - 1)))
   if done:
     again = next(parts, {'features': np.zeros(0)})['features']
-    # On other devices it is rounded in another way.
+    # On other devices it is rounded in another way; what is not finite is told in the end.
+    again, last = np.nan_to_num(again), np.nan_to_num(last)
     if again.shape != last.shape or not np.allclose(again, last, rtol=0, atol=0.01 * np.abs(last).max()):
       raise ValueError(f'{os.fspath(workdir)} holds features of other images, of batches of another size or by another encoder: its last '
                        'batch is not the same any more; use another workdir, or remove this one to begin again')

@@ -105,6 +105,17 @@ def test_what_is_kept_and_damaged_is_embedded_again(tmp_path):
 
 
 @pytest.mark.usefixtures('kept_at_once')
+def test_what_is_not_finite_is_told_each_time(tmp_path):
+  """Not as features of other images, when the last batch is compared."""
+  images = np.random.default_rng(1).integers(0, 255, (8, 2, 2, 3)).astype(np.uint8)
+  call = lambda: embed(encode, {'w': np.full((12, 6), np.nan)}, lambda first: [{'image': images}] * 2 if not first else [{'image': images}],
+                       workdir=tmp_path)
+  for _ in range(2):
+    with pytest.raises(ValueError, match='16 of 16 rows of features are not finite'):
+      call()
+
+
+@pytest.mark.usefixtures('kept_at_once')
 def test_bfloat16_is_kept_as_float32(tmp_path):
   images = np.random.default_rng(1).integers(0, 255, (8, 2, 2, 3)).astype(np.uint8)
   half = lambda variables, images: encode(variables, images).astype(jnp.bfloat16)
