@@ -276,6 +276,9 @@ def _rest(encode: Callable[[Any, jax.Array], jax.Array], variables: Any, batches
 def _joined(parts: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
   if not parts:
     raise ValueError('there is no image to embed')
+  fields = sorted({tuple(sorted(part)) for part in parts})
+  if len(fields) > 1:
+    raise ValueError(f'some batches give {", ".join(fields[0])} and others {", ".join(fields[1])}; all must have the same fields')
   return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
 
 

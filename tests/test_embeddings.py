@@ -116,6 +116,18 @@ def test_what_is_not_finite_is_told_each_time(tmp_path):
 
 
 @pytest.mark.usefixtures('kept_at_once')
+def test_batches_have_the_same_fields(tmp_path):
+  """Also those that were kept: a label that is missing later is no label for anything."""
+  images, variables = np.random.default_rng(1).integers(0, 255, (4, 2, 2, 3)).astype(np.uint8), {'w': np.eye(12)}
+  labelled, bare = {'image': images, 'label': np.arange(4)}, {'image': images}
+  with pytest.raises(ValueError, match='some batches give features and others features, label; all must have the same fields'):
+    embed(encode, variables, [labelled, bare])
+  embed(encode, variables, lambda first: [labelled][first:], workdir=tmp_path)
+  with pytest.raises(ValueError, match='some batches give features and others features, label'):
+    embed(encode, variables, lambda first: [labelled, bare, bare][first:], workdir=tmp_path)
+
+
+@pytest.mark.usefixtures('kept_at_once')
 def test_bfloat16_is_kept_as_float32(tmp_path):
   images = np.random.default_rng(1).integers(0, 255, (8, 2, 2, 3)).astype(np.uint8)
   half = lambda variables, images: encode(variables, images).astype(jnp.bfloat16)
