@@ -19,11 +19,13 @@ jax.config.update('jax_disable_most_optimizations', True)
 
 
 @pytest.fixture(scope='session', autouse=True)
-def _cache_folders(tmp_path_factory):
-  """Label caches of the tests stay away from the user's; what one test compiled is compiled by no other one, nor by its processes."""
+def _cache_folders(tmp_path_factory, pytestconfig):
+  """Label caches of the tests stay away from the user's; no program is compiled twice, in one run of the tests or the next.
+
+  Compiled programs lie in pytest's cache (.pytest_cache), or in JAX_COMPILATION_CACHE_DIR where that is set.
+  """
   os.environ['XDG_CACHE_HOME'] = str(tmp_path_factory.mktemp('cache'))
-  base = tmp_path_factory.getbasetemp()
-  compiled = (base.parent if 'PYTEST_XDIST_WORKER' in os.environ else base) / 'compiled'
+  compiled = os.environ.get('JAX_COMPILATION_CACHE_DIR') or pytestconfig.cache.mkdir('compiled')
   # jax locks the folder only where its size is bounded.
   for name, value in {'compilation_cache_dir': str(compiled), 'compilation_cache_max_size': 4 << 30,
                       'persistent_cache_min_compile_time_secs': 0.05}.items():
