@@ -27,8 +27,9 @@ PATIENCE = 10.0
 def keep(folder: str) -> None:
   """Keeps compiled programs in a folder, where the next start of the same shapes finds them.
 
-  jax tells programs apart by everything that they depend on, the processor and the versions of jax and XLA among them, so machines may share
-  the folder. It locks the folder, so that processes may, too. A folder that jax was told to use (JAX_COMPILATION_CACHE_DIR) is left as it is.
+  jax tells programs apart by everything that they depend on, the processor and the versions of jax and XLA among them, so
+  machines may share the folder. It locks the folder, so that processes may, too. A folder that jax was told to use
+  (JAX_COMPILATION_CACHE_DIR) is left as it is.
 
   Args:
     folder: 'auto' is `ft_jax/compiled` in the user's cache folder where one process runs alone (several hosts need a folder that
