@@ -1,15 +1,17 @@
 # make demo   a whole run on real images: pre-train, select, fine-tune, report (no download of data or weights)
-# make test   the tests
+# make test   the tests; with another Python: make test PYTHON=python3.13
+# make test-short  those without whole runs, and the demo's job: for a second version of Python
 # make stress real runs killed at least 100 times at random moments; nothing may be lost or differ (long: KILLS=10 for a glance)
 # make bench  speed, beside its peers (needs torch for some; see benchmarks/)
 # make lint   ruff
 # Each makes .venv and installs what is missing first.
 
 PYTHON ?= python3
-VENV := .venv
+# One environment for each Python that is named.
+VENV := .venv$(if $(filter-out python3,$(notdir $(PYTHON))),-$(notdir $(PYTHON)))
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test stress bench lint clean
+.PHONY: demo test test-short stress bench lint clean
 .DEFAULT_GOAL := demo
 
 $(VENV)/.installed: requirements.txt
@@ -32,6 +34,10 @@ test: $(VENV)/.installed-dev
 	@echo "== tests"
 	@$(RUN) -m pytest --numprocesses=logical --maxprocesses=4 --dist=worksteal
 
+test-short: $(VENV)/.installed-dev
+	@echo "== tests without whole runs, on $$($(RUN) --version)"
+	@$(RUN) -m pytest --numprocesses=logical --maxprocesses=4 --dist=worksteal -m "not whole"
+
 stress: $(VENV)/.installed-dev
 	@echo "== runs killed at random moments (KILLS=100 SEED=0)"
 	@$(RUN) tests/stress.py --kills=$(or $(KILLS),100) --seed=$(or $(SEED),0)
@@ -49,4 +55,4 @@ bench: $(VENV)/.installed-dev
 	@for file in benchmarks/[a-z]*.py; do echo "== $$file"; $(RUN) $$file; done
 
 clean:
-	rm -rf $(VENV)
+	rm -rf .venv .venv-*
