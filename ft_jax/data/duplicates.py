@@ -174,7 +174,10 @@ def matches(some: Hashes, others: Hashes, near: bool = True, threshold: int = TH
     threshold: bits of 128 in which they may differ.
   """
   found: dict[int, Match] = {}
-  for kind, ones, twos in (('exact', some.contents, others.contents), ('pixel', some.pixels, others.pixels)):
+  # What cannot be decoded is no image, and whoever comes to it says so.
+  readable = lambda of, values: np.where(of.pixels == b'', b'', values)
+  for kind, ones, twos in (('exact', readable(some, some.contents), readable(others, others.contents)),
+                           ('pixel', some.pixels, others.pixels)):
     places = {value: row for row, value in reversed(list(enumerate(twos.tolist()))) if value}
     for row, value in enumerate(ones.tolist()):
       if row not in found and value in places:
