@@ -152,7 +152,7 @@ def picture_hash(image: np.ndarray) -> tuple[np.ndarray, bool]:
   margin = (1 - math.sqrt(_MIDDLE)) / 2
   y, x = round(margin * height), round(margin * width)
   strengths = np.stack([_strengths(grey), _strengths(grey[y:height - y, x:width - x])])
-  enough = np.count_nonzero(np.abs(strengths[0]) >= _NOISE) >= LEAST_FREQUENCIES
+  enough = np.count_nonzero(np.abs(strengths) >= _NOISE, axis=1).min() >= LEAST_FREQUENCIES
   return np.packbits(strengths > 0, axis=1).view(np.uint64), bool(enough)
 
 
