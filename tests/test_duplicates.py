@@ -301,3 +301,18 @@ def test_checkpoints_and_selections_of_before_are_taken_up(sets):
   (sets / 'run' / 'config.json').write_text(json.dumps(stored.to_dict()))
   results = finetune.run(stored, sets / 'run')
   assert results['source']['images'] == 27 and results['duplicates']['rule'] == 'keep'
+
+
+def test_hosts_look_through_a_share_each(sets, monkeypatch):
+  """What they find together is what one finds, in the same order."""
+  splits, pool = opened(sets)
+  target, = duplicates.hashes([splits.test], 'target')
+  alone = overlap._in_pool(pool, target)
+  told: list[list] = []
+  monkeypatch.setattr(overlap.jax, 'process_count', lambda: 2)
+  monkeypatch.setattr(overlap.parallel, 'everyone', lambda value: told.append(value) or [*told])
+  for host in (0, 1):
+    monkeypatch.setattr(overlap.jax, 'process_index', lambda host=host: host)
+    together = overlap._in_pool(pool, target)
+  assert together == alone and len(alone) == len(PLANTED) and all(len(pool) // 2 > match.row for match in alone)
+  assert overlap._in_pool(pool.subset(np.arange(len(pool))[::-1]), target)[-1].row == len(pool) - 1 - alone[0].row

@@ -19,8 +19,7 @@ import cv2
 import numpy as np
 
 from ft_jax import progress
-from ft_jax.data import augment, contents
-from ft_jax.data.kept import kept
+from ft_jax.data import augment, contents, kept
 from ft_jax.data.sources import digest, Source
 
 KINDS = {'exact': 'the same file', 'pixel': 'the same pixels', 'near': 'nearly the same picture'}
@@ -97,7 +96,11 @@ def hashes(sources: Sequence[Source], what: str) -> list[Hashes]:
   # Another version of a decoder may give other pixels.
   versions = [importlib.metadata.version(name) for name in ('pillow', 'simplejpeg')]
   key = digest(_VERSION, *versions, cv2.__version__, unique.tobytes())
-  found = kept('hashes', key, lambda: _hashed(places, what))
+  found = kept.load('hashes', key)
+  if found is None:
+    found, whole = _hashed(places, what)
+    if whole:  # else a disk did not answer: the next run asks again
+      kept.save('hashes', key, found)
   return [Hashes(part, *(found[name][rows] for name in ('pixels', 'pictures', 'told')))
           for part in known for rows in [np.searchsorted(unique, part)]]
 
@@ -110,29 +113,33 @@ def _contents(source: Source) -> np.ndarray:
                   contents.HASH)
 
 
-def _hashed(places: Sequence[tuple[Source, int]], what: str, chunk: int = 512) -> dict[str, np.ndarray]:
-  """What is kept of images, by their source and place in it."""
+def _hashed(places: Sequence[tuple[Source, int]], what: str, chunk: int = 512) -> tuple[dict[str, np.ndarray], bool]:
+  """What is kept of images, by their source and place in it; and whether the bytes of all of them could be read."""
   if len(places) > 20_000:  # a minute or more, once
     progress.log.info('hashing the %s different images of %s, to find those that other sets have too; the next run finds the result in '
                       'the cache', f'{len(places):,d}', what)
-  pixels, pictures, told = [], [], []
+  found: list[tuple[bytes, np.ndarray, bool] | None] = []
   starts = range(0, len(places), chunk)
   with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
     for start in progress.bar(starts, f'hashing the images of {what}', len(starts), f'x {chunk} images'):
-      for of_pixels, of_picture, says_enough in pool.map(lambda place: _hash(*place), places[start:start + chunk]):
-        pixels.append(of_pixels)
-        pictures.append(of_picture)
-        told.append(says_enough)
+      found += pool.map(lambda place: _hash(*place), places[start:start + chunk])
+  pixels, pictures, told = zip(*(each or _UNREADABLE for each in found)) if found else ((), (), ())
   return {'pixels': np.array(pixels, contents.HASH), 'pictures': np.array(pictures, np.uint64).reshape(-1, 2, 2),
-          'told': np.array(told, bool)}
+          'told': np.array(told, bool)}, None not in found
 
 
-def _hash(source: Source, i: int) -> tuple[bytes, np.ndarray, bool]:
+_UNREADABLE = (b'', np.zeros((2, 2), np.uint64), False)
+
+
+def _hash(source: Source, i: int) -> tuple[bytes, np.ndarray, bool] | None:
+  """Of pixels, of the picture, and whether that says enough; None where the bytes cannot be had."""
   try:
     example = source[i]
     image = augment.decode(example.image, example.id, scratch=True)
-  except (ValueError, OSError):
-    return b'', np.zeros((2, 2), np.uint64), False
+  except OSError:
+    return None
+  except ValueError:
+    return _UNREADABLE
   return contents.of_array(image), *picture_hash(image)
 
 

@@ -41,7 +41,7 @@ def save(what: str, key: str, made: dict[str, Any]) -> None:
     temporary = path.with_name(f'.{path.stem}.{os.getpid()}.npz')
     np.savez(temporary, **made)
     os.replace(temporary, path)
-  except OSError:
+  except (OSError, RuntimeError):  # RuntimeError: a user without a home folder
     pass
 
 

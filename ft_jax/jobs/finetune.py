@@ -42,9 +42,9 @@ def run(config: ConfigDict, workdir: epath.PathLike, embeddings: epath.PathLike 
   splits, readable, skipped = setup.readable(splits, 'target', config.data.on_error, needed)
   pool = pool if needed is None else readable
   opened = {**{f'target {name}': source for name, source in splits._asdict().items()}, overlap.POOL: pool}
+  setup.check_same_images(splits, pool)
   common = overlap.settled(work, splits, pool if _uses_pool(config) else None, config.source.duplicates)
   splits, pool = common.splits, pool if common.pool is None else common.pool
-  setup.check_same_images(splits, pool)
   splits, true_labels, noise_told = noise.add(config.noise, config.seed, splits)
   if not done:
     _describe(splits, pool)
