@@ -2,10 +2,10 @@
 
     python benchmarks/duplicates.py DATA
 
-DATA holds folders of <split>/<class>/<image>: sets with no image in common, such as tiny_imagenet (the pool, which comes first), caltech101,
-pets and cub50. Copies of a part of each set are made by what people do to images; "found" is the part of them within so many bits of the
-image that they were made of. "By mistake" are the images of the pool within so many bits of any image of another set (look at them before
-believing it: a set may hold copies). Flat images, which have no hash, count as not found.
+DATA holds folders of <split>/<class>/<image>: sets with no image in common, such as tiny_imagenet (the pool, which comes first),
+caltech101, pets and cub50. Copies of some images of each set are made by what people do to images; "found" is the fraction of them within
+so many bits of the image that they were made of. "By mistake" are the images of the pool within so many bits of any image of another set
+(look at them before believing it: a set may hold copies). Flat images, which have no hash, count as not found.
 """
 
 import argparse
@@ -119,7 +119,7 @@ def main() -> None:
     far = np.concatenate([distances(hashed([make(image) for image in images]), originals[name]) for name, images in samples.items()])
     print(f'| {what} | {shares(far)} |')
 
-  times = {name: on_one_core(lambda source=source: duplicates.hashes([source], name)[0]) for name, source in sources.items()}
+  times = {name: on_one_core(lambda source=source: duplicates.hashes([source], source.name)[0]) for name, source in sources.items()}
   (pool, (_, of_pool)), *others = times.items()
   print(f'\n| images of {pool} taken for one of another set by mistake | {head} |\n|---|{"---|" * len(THRESHOLDS)}')
   for name, (_, of_other) in others:
@@ -131,7 +131,8 @@ def main() -> None:
 
   print()
   for name, (seconds, of) in times.items():
-    print(f'hashing {name}: {len(of.told) / seconds:,.0f} images/s on each core; {np.count_nonzero(~of.told):,d} of {len(of.told):,d} say too little')
+    print(f'hashing {name}: {len(of.told) / seconds:,.0f} images/s on each core; {np.count_nonzero(~of.told):,d} of {len(of.told):,d} '
+          'say too little')
   many, few = (duplicates.Hashes(*(np.resize(part, (count, *part.shape[1:])) for part in of_pool)) for count in (60_000, 5_000))
   few = few._replace(pictures=np.random.default_rng(0).permuted(few.pictures, axis=0))  # not the same images
   print(f'comparing 60,000 with 5,000: {on_one_core(lambda: duplicates.matches(many, few))[0]:.1f} s on one core, less on several')

@@ -32,7 +32,9 @@ _COMMITTED = 'commit_success.txt'
 
 
 class Workdir:
-  """config.json, duplicates.json, selection.json, embeddings/, metrics.jsonl, tensorboard/, checkpoints/<step>/, results.json, report.html."""
+  """config.json, duplicates.json, selection.json, embeddings/, metrics.jsonl, tensorboard/, checkpoints/<step>/, results.json,
+  report.html.
+  """
 
   def __init__(self, path: epath.PathLike, config: Mapping[str, Any]):
     """Makes the folder, or takes up the run that is there.

@@ -87,7 +87,7 @@ def test_copies_are_found_whatever_was_done_to_them(sets):
 
 
 def test_a_whole_run_drops_tells_and_shows_them(sets, caplog):
-  """They are in no class mean, batch or number of images; results.json counts them, the page shows them. 'keep' keeps them, 'refuse' stops."""
+  """They are in no class mean, batch or number of images; results.json and the page tell. 'keep' keeps them, 'refuse' stops."""
   with caplog.at_level('INFO', 'ft_jax'):
     results = finetune.run(config(sets), sets / 'run')
   told = results['duplicates']

@@ -64,7 +64,8 @@ def finished(weights, tmp_path_factory) -> tuple[pathlib.Path, str]:
 def test_workdir_holds_what_the_readme_says(finished):
   workdir, printed = finished
   assert {p.name for p in workdir.iterdir()} == {
-      'config.json', 'duplicates.json', 'selection.json', 'embeddings', 'metrics.jsonl', 'tensorboard', 'checkpoints', 'results.json', 'report.html'}
+      'config.json', 'duplicates.json', 'selection.json', 'embeddings', 'metrics.jsonl', 'tensorboard', 'checkpoints', 'results.json',
+      'report.html'}
   results = json.loads((workdir / 'results.json').read_text())
   for split, images in (('val', 130), ('test', 252)):
     assert results[split]['images'] == images == sum(row['images'] for row in results[split]['per_class'])

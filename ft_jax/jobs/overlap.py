@@ -109,9 +109,9 @@ def settled(work: Workdir, splits: Splits, pool: Source | None, rule: str) -> Ov
   else:
     found = find(splits, pool)
   overlap = apart(splits, pool, rule, found)
-  record = {'format_version': FORMAT_VERSION, 'rule': rule, 'images': images, 'found': found}
-  if parallel.is_main() and record != before:
-    write_text(work.duplicates_json, json.dumps(record) + '\n')
+  record = json.dumps({'format_version': FORMAT_VERSION, 'rule': rule, 'images': images, 'found': found})
+  if parallel.is_main() and json.loads(record) != before:
+    write_text(work.duplicates_json, record + '\n')
   return overlap
 
 

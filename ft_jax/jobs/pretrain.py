@@ -62,8 +62,9 @@ _NOTHING = _ids(())
 
 def _train(config: ConfigDict, work: Workdir, left_out: Sequence[str]) -> dict[str, Any]:
   splits = setup.open_splits(config.source, config.data_dir, config.seed)
-  splits = setup.Splits(*(source and source.subset(np.flatnonzero(~np.isin(source.ids, left_out))) if left_out else source
-                          for source in splits))
+  if left_out:
+    splits = setup.Splits(*(None if source is None else source.subset(np.flatnonzero(~np.isin(source.ids, left_out)))
+                            for source in splits))
   log.info('data: %s: %s train, %s val images of %d classes', splits.train.name, f'{len(splits.train):,d}', f'{len(splits.val):,d}',
            len(splits.train.class_names))
   splits, _, skipped = setup.readable(splits, 'source', config.data.on_error)
