@@ -47,7 +47,7 @@ class Checkpoints:
       made_from: what the run depends on beside its config, as fingerprints by name; kept with each checkpoint.
       read_only: leave everything as it is, it may be another process's; nothing is saved then.
       keep: steps whose checkpoints stay, beside the newest and the best.
-      formerly: fingerprints that versions of before gave some of `made_from`; their checkpoints have these.
+      formerly: fingerprints that earlier versions gave some of `made_from`; checkpoints that carry them are resumed too.
     """
     self._formerly = dict(formerly or {})
     self._about = {'format_version': FORMAT_VERSION, 'made_from': dict(made_from or {})}

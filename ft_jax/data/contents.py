@@ -93,8 +93,8 @@ def _read(paths: Sequence[str], stats: Sequence[os.stat_result], rows: Sequence[
 
   size = sum(stats[i].st_size for i in rows if stats[i].st_size <= most_bytes)
   if size > _MANY_BYTES:
-    progress.log.info('reading the %s files of %s (%.1f GB) once, to know them by their contents; the next run finds the result in the '
-                      'cache', f'{len(rows):,d}', what, size / 1e9)
+    progress.log.info('hashing the contents of %s files of %s (%.1f GB), once: later runs find the hashes in the cache',
+                      f'{len(rows):,d}', what, size / 1e9)
   found, starts = [], range(0, len(rows), _CHUNK)
   with futures.ThreadPoolExecutor(2 * (os.cpu_count() or 1)) as pool:  # more than cores: a network disk answers late
     for start in progress.bar(starts, f'hashing {what}', len(starts), f'x {_CHUNK} files'):

@@ -116,8 +116,8 @@ def _contents(source: Source) -> np.ndarray:
 def _hashed(places: Sequence[tuple[Source, int]], what: str, chunk: int = 512) -> tuple[dict[str, np.ndarray], bool]:
   """What is kept of images, by their source and place in it; and whether the bytes of all of them could be read."""
   if len(places) > 20_000:  # a minute or more, once
-    progress.log.info('hashing the %s different images of %s, to find those that other sets have too; the next run finds the result in '
-                      'the cache', f'{len(places):,d}', what)
+    progress.log.info('hashing the pixels of %s images of %s to find duplicates, once: later runs find the hashes in the cache',
+                      f'{len(places):,d}', what)
   found: list[tuple[bytes, np.ndarray, bool] | None] = []
   starts = range(0, len(places), chunk)
   with futures.ThreadPoolExecutor(os.cpu_count()) as pool:

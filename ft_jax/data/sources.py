@@ -47,8 +47,9 @@ class Source:
     read: gives the image of a row of the store.
     fingerprint: changes when the bytes of an image, the ids, their order, the labels or the names of the classes do, and with nothing
       else: it is the same for a copy in another folder or on another machine.
-    contents: `[n]` of type `contents.HASH`, what each image is by its bytes or pixels; None where nobody hashed them.
-    legacy_fingerprint: the fingerprint that versions of before gave the set, by ids and sizes of files; what they wrote says it.
+    contents: `[n]` of type `contents.HASH`, what each image is by its bytes or pixels; None where that is not known.
+    legacy_fingerprint: the fingerprint that earlier versions gave the set, by ids and sizes of files; their checkpoints and selections
+      carry it. '' where there is none.
   """
   name: str
   class_names: tuple[str, ...]
@@ -76,7 +77,7 @@ class Source:
         legacy_fingerprint=digest(self.legacy_fingerprint, indices.tobytes()))
 
   def is_known_as(self, fingerprint: str) -> bool:
-    """Whether a file with this fingerprint, of this version or one before, was made for this set."""
+    """Whether a file that carries this fingerprint, of this version or an earlier one, was made for this set."""
     return fingerprint in (self.fingerprint, self.legacy_fingerprint or self.fingerprint)
 
   def of_classes(self, classes: Sequence[int]) -> 'Source':

@@ -93,7 +93,7 @@ def find(splits: Splits, pool: Source | None = None) -> dict[str, list[Copy]]:
 def settled(work: Workdir, splits: Splits, pool: Source | None, rule: str) -> Overlap:
   """The overlap of a run, which duplicates.json in its workdir keeps: a run that is resumed, anywhere, keeps the images that it began with.
 
-  A run with a checkpoint and without that file was begun by a version that did not look for copies, and keeps them.
+  A run with a checkpoint and without that file was begun by an earlier version, which did not look for copies, and keeps them.
 
   Raises:
     ValueError: as of `apart`.
@@ -103,7 +103,7 @@ def settled(work: Workdir, splits: Splits, pool: Source | None, rule: str) -> Ov
   if parallel.agreed(work.has_checkpoint):
     rule = before['rule'] if before else 'keep'
     if not before:
-      log.info('this run was begun by a version that did not look for copies of target images; it keeps those that there are')
+      log.info('this run was begun by an earlier version, which did not look for copies of target images; it keeps those that there are')
   if before and before['images'] == images:
     found = {name: [Copy(*copy) for copy in copies] for name, copies in before['found'].items()}
   else:
@@ -139,7 +139,7 @@ def apart(splits: Splits, pool: Source | None, rule: str, found: Mapping[str, li
   """
   for name, copies in found.items():
     kinds = Counter(copy.kind for copy in copies)
-    what = ', '.join(f'{count:,d} {duplicates.KINDS[kind]}' for kind, count in sorted(kinds.items()))
+    what = ', '.join(f'{duplicates.KINDS[kind]}: {count:,d}' for kind, count in sorted(kinds.items()))
     where = ', '.join(f'{count:,d} of {split}' for split, count in Counter(copy.split for copy in copies).items())
     pairs = ', '.join(f'{copy.id} = {copy.other}' for copy in copies[:3]) + (', ...' if len(copies) > 3 else '')
     told = f'{name}: {len(copies):,d} images are copies of images of the target ({where}; {what}), such as {pairs}'
