@@ -38,6 +38,7 @@ def get_config() -> ConfigDict:
 
   config.source = ConfigDict()  # the pre-training data
   config.source.name = ''  # like target.name; '' for none (selection.method must then be none)
+  config.source.duplicates = 'drop'  # images that target and pool share, or train and test: drop (not from test), keep, or refuse
   config.source.train = 'train'  # its split to choose from (and to pre-train on)
   config.source.val = ''  # pre-training only: like target.val
   config.source.test = ''  # pre-training only: like target.test

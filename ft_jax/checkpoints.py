@@ -37,7 +37,7 @@ class Checkpoints:
   """The folder `checkpoints/` of a workdir. Saving goes on in the background; a checkpoint is whole or not there."""
 
   def __init__(self, workdir: epath.PathLike, made_from: Mapping[str, str] | None = None, read_only: bool = False,
-               keep: Collection[int] = ()):
+               keep: Collection[int] = (), formerly: Mapping[str, str] | None = None):
     """Takes up what is there.
 
     With each checkpoint goes how many devices the run had, from which step on: `devices`.
@@ -47,7 +47,9 @@ class Checkpoints:
       made_from: what the run depends on beside its config, as fingerprints by name; kept with each checkpoint.
       read_only: leave everything as it is, it may be another process's; nothing is saved then.
       keep: steps whose checkpoints stay, beside the newest and the best.
+      formerly: fingerprints that earlier versions gave some of `made_from`; checkpoints that carry them are resumed too.
     """
+    self._formerly = dict(formerly or {})
     self._about = {'format_version': FORMAT_VERSION, 'made_from': dict(made_from or {})}
     self._folder = folder = files.absolute(workdir) / 'checkpoints'
     self._keep = frozenset(keep)
@@ -142,10 +144,11 @@ class Checkpoints:
       raise ValueError(f'{self._manager.directory} has format version {about["format_version"]}; this program goes on from '
                        f'{FORMAT_VERSION}. Give another --workdir; as model.weights it can still be used')
     before, now = about['made_from'], self._about['made_from']
-    changed = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
+    changed = [name for name in sorted({*before, *now}) if before.get(name) not in (now.get(name), self._formerly.get(name, ''))]
     if changed:
       raise ValueError(f'{self._manager.directory} goes on from other data: changed since then: {", ".join(changed)}; '
                        'bring it back, or give another --workdir')
+    self._about['made_from'] = before  # all checkpoints of a run say the same of it
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
 
     def read() -> Any:

@@ -41,15 +41,22 @@ class SelectionSection(NamedTuple):
   target: Sequence[tuple[str, Sequence[bytes]]]
 
 
-def write(work: Workdir, selected: SelectionSection | None = None) -> None:
-  """Writes report.html from the files of a finished run and what was selected."""
+class DuplicatePair(NamedTuple):
+  """Two images that are one: how alike they are in words, and of each its split, its id and a JPEG file."""
+  kind: str
+  copy: tuple[str, str, bytes]
+  original: tuple[str, str, bytes]
+
+
+def write(work: Workdir, selected: SelectionSection | None = None, duplicates: Sequence[DuplicatePair] = ()) -> None:
+  """Writes report.html from the files of a finished run, what was selected, and pairs of images that training and evaluation shared."""
   if not parallel.is_main():
     return
   results, config = work.results(), json.loads(work.config_json.read_text())
   evaluation = results['test'] or results['val']
   page = template('report.html.jinja').render(
       title=_title(config), results=results, evaluation=evaluation, split='test' if results['test'] else 'val',
-      selected=selected, ranking=svg(selected.ranking) if selected and selected.ranking else '',
+      duplicates=duplicates, selected=selected, ranking=svg(selected.ranking) if selected and selected.ranking else '',
       curves=svg(curves(work.metrics(), results['best_step'])), per_class=svg(per_class(evaluation['per_class'])),
       confusion=svg(confusion(evaluation)), confused=most_confused(evaluation), settings=setting_rows(config))
   write_text(work.report_html, page)

@@ -32,7 +32,9 @@ _COMMITTED = 'commit_success.txt'
 
 
 class Workdir:
-  """config.json, selection.json, embeddings/, metrics.jsonl, tensorboard/, checkpoints/<step>/, results.json, report.html."""
+  """config.json, duplicates.json, selection.json, embeddings/, metrics.jsonl, tensorboard/, checkpoints/<step>/, results.json,
+  report.html.
+  """
 
   def __init__(self, path: epath.PathLike, config: Mapping[str, Any]):
     """Makes the folder, or takes up the run that is there.
@@ -77,6 +79,7 @@ class Workdir:
 
   config_json = property(lambda self: self.path / 'config.json')
   selection_json = property(lambda self: self.path / 'selection.json')
+  duplicates_json = property(lambda self: self.path / 'duplicates.json')
   metrics_jsonl = property(lambda self: self.path / 'metrics.jsonl')
   results_json = property(lambda self: self.path / 'results.json')
   diverged_json = property(lambda self: self.path / 'diverged.json')

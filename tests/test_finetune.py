@@ -66,7 +66,7 @@ def test_unreadable_images_of_a_list_are_left_out(pool, tmp_path, caplog):
   whole = open_source(f'folder:{pool}', 'train')
   path = tmp_path / 'ids.txt'
   path.write_text('\n'.join(whole.ids[:4]), encoding='utf-8-sig')
-  given = finetune._given(str(path), whole.subset(np.arange(1, 60)), [str(whole.ids[0])])
+  given = finetune._given(str(path), whole.subset(np.arange(1, 60)), {'cannot be read': [str(whole.ids[0])]})
   assert given.ids.tolist() == whole.ids[1:4].tolist()
   assert '1 of 4 images of' in caplog.text and 'left out' in caplog.text
 

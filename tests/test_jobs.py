@@ -64,7 +64,8 @@ def finished(weights, tmp_path_factory) -> tuple[pathlib.Path, str]:
 def test_workdir_holds_what_the_readme_says(finished):
   workdir, printed = finished
   assert {p.name for p in workdir.iterdir()} == {
-      'config.json', 'selection.json', 'embeddings', 'metrics.jsonl', 'tensorboard', 'checkpoints', 'results.json', 'report.html'}
+      'config.json', 'duplicates.json', 'selection.json', 'embeddings', 'metrics.jsonl', 'tensorboard', 'checkpoints', 'results.json',
+      'report.html'}
   results = json.loads((workdir / 'results.json').read_text())
   for split, images in (('val', 130), ('test', 252)):
     assert results[split]['images'] == images == sum(row['images'] for row in results[split]['per_class'])
@@ -255,12 +256,11 @@ def test_single_images_of_sets_with_damaged_files(photos, pool, tmp_path):
   assert all(0 <= line['waiting_share'] <= 1 for line in lines)
 
 
-def test_same_images_on_both_sides_warns(photos, tmp_path):
+def test_same_images_on_both_sides_are_refused(photos, tmp_path):
   run = main(tmp_path / 'run', '--config=configs/miniature.py:finetune', f'--config.source.name=folder:{photos}',
              f'--config.target.name=folder:{photos}', '--config.model.weights=')
-  assert run.returncode == 1 and 'warning: target and source have the same classes' in run.stderr
-  # And then the twenty classes that the config asks for are more than there are.
-  assert 'config.selection.size is 20; expected 1 to 4' in run.stderr and 'Traceback' not in run.stderr
+  assert run.returncode == 1 and 'every image of it is in the target too; give other pre-training data' in run.stderr
+  assert 'Traceback' not in run.stderr
 
 
 @pytest.mark.skipif('FT_JAX_STRESS' not in os.environ, reason='FT_JAX_STRESS is not set: the whole demo is a part of make stress')

@@ -26,6 +26,7 @@ class TinyPhotos(tfds.core.GeneratorBasedBuilder):
   VERSION = tfds.core.Version('1.0.0')
   pkg_dir_path = epath.Path(__file__).parent  # where TFDS looks for checksums
   shift = 0  # of the labels
+  brightness = 0
 
   def _info(self):
     return self.dataset_info_from_configs(features=tfds.features.FeaturesDict({
@@ -41,7 +42,7 @@ class TinyPhotos(tfds.core.GeneratorBasedBuilder):
       files = {}
       for key, form, shape in (('image', 'JPEG', (20, 30, 3)), ('mask', 'PNG', (20, 30))):
         files[key] = io.BytesIO()
-        PIL.Image.fromarray(np.full(shape, 4 * i, np.uint8)).save(files[key], form)
+        PIL.Image.fromarray(np.full(shape, 4 * i + self.brightness, np.uint8)).save(files[key], form)
         files[key].seek(0)
       # The test split has no file names.
       yield i, {**files, 'label': (i + self.shift) % 2, 'file_name': f'{i:03d}.jpg' if i < 50 else ''}
@@ -128,6 +129,19 @@ def test_a_tfds_set_that_was_made_again_is_noticed(tfds_dir, tmp_path, monkeypat
   after = open_source('tfds:tiny_photos', 'train', str(tmp_path))
   assert after.ids.tolist() == before.ids.tolist()
   assert (after.labels != before.labels).all() and after.fingerprint != before.fingerprint
+
+
+def test_other_images_of_a_tfds_set_are_noticed(tfds_dir, tmp_path, monkeypatch):
+  """Same names, labels and classes; a copy of the set in another place is the same."""
+  before = open_source('tfds:tiny_photos', 'train', tfds_dir)
+  shutil.copytree(tfds_dir, tmp_path / 'copy', copy_function=shutil.copyfile)
+  assert open_source('tfds:tiny_photos', 'train', str(tmp_path / 'copy')).fingerprint == before.fingerprint
+  monkeypatch.setattr(TinyPhotos, 'brightness', 8)
+  TinyPhotos(data_dir=tmp_path / 'new', file_format='array_record').download_and_prepare()
+  tfds.core.registered._DATASET_REGISTRY.pop('tiny_photos', None)
+  after = open_source('tfds:tiny_photos', 'train', str(tmp_path / 'new'))
+  assert (after.ids.tolist(), after.labels.tolist()) == (before.ids.tolist(), before.labels.tolist())
+  assert after.fingerprint != before.fingerprint and after.legacy_fingerprint == before.legacy_fingerprint
 
 
 def test_subset_and_of_classes(photos):

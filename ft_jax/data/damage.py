@@ -46,7 +46,7 @@ def _damaged(source: Source, what: str) -> list[str]:
   hosts, host = jax.process_count(), jax.process_index()
   first, end = len(source) * host // hosts, len(source) * (host + 1) // hosts
   part = [f'{first} to {end}'] if hosts > 1 else []
-  key = digest(source.fingerprint, source.stamp, *versions, str(augment.MOST_PIXELS), *part)
+  key = digest(source.fingerprint, *versions, str(augment.MOST_PIXELS), *part)
 
   def find() -> dict[str, np.ndarray]:
     damaged, starts = [], range(first, end, 512)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ft_jax.data import contents
 from ft_jax.data.sources import digest, IMAGE_ENDINGS, MOST_BYTES, read_file, Source
 
 
@@ -53,8 +54,9 @@ def open_files(images: str) -> Files:
     raise ValueError(f'config.predict.images: {images}: {problems[images]}')
   files = [file for name, file in found.items() if name not in problems]
   ids = [name for name in found if name not in problems]
+  hashes, _ = contents.of_files(files, str(path), images, MOST_BYTES)
   source = Source(images, ('',), np.zeros(len(files), np.int32), np.asarray(ids, dtype=str), np.arange(len(files)),
-                  lambda row: read_file(files[row]), digest(*ids, *(str(file.stat().st_size) for file in files)))
+                  lambda row: read_file(files[row]), digest(*ids, hashes.tobytes()), hashes)
   return Files(lines or list(found), source, problems, bool(lines))
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 import os
 import pathlib
+from typing import Any
 
 import numpy as np
 
@@ -25,19 +26,35 @@ def kept(what: str, key: str, make: Callable[[], dict[str, np.ndarray]]) -> dict
     key: changes with everything that the arrays depend on.
     make: takes long.
   """
-  folder = pathlib.Path(os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache') / 'ft_jax' / what
-  path = folder / f'{key}.npz'
+  before = load(what, key)
+  if before is not None:
+    return before
+  made = make()
+  save(what, key, made)
+  return made
+
+
+def load(what: str, key: str) -> dict[str, np.ndarray] | None:
+  """What was kept under these names, None where there is nothing that can be read."""
   try:
-    with open(path, 'rb') as stream, np.load(stream, allow_pickle=False) as saved:
+    with open(_path(what, key), 'rb') as stream, np.load(stream, allow_pickle=False) as saved:
       return dict(saved)
   except Exception:  # not there, or damaged, which makes the libraries raise almost anything: made again
-    pass
-  made = make()
+    return None
+
+
+def save(what: str, key: str, made: dict[str, Any]) -> None:
+  """Keeps arrays by name; a cache that cannot be written costs time, nothing else."""
   try:
-    folder.mkdir(parents=True, exist_ok=True)
+    path = _path(what, key)
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f'.{path.stem}.{os.getpid()}.npz')
     np.savez(temporary, **made)
     os.replace(temporary, path)
-  except OSError:
-    pass  # a cache that cannot be written costs time, nothing else
-  return made
+  except (OSError, RuntimeError):  # RuntimeError: a user without a home folder
+    pass
+
+
+def _path(what: str, key: str) -> pathlib.Path:
+  folder = pathlib.Path(os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache') / 'ft_jax' / what
+  return folder / f'{key}.npz'

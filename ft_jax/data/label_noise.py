@@ -69,7 +69,8 @@ def with_noise(source: Source, kind: str, rate: float, seed: int, *, class_map: 
     raise ValueError(f'config.noise.rate is {rate}, which is no image at all of {source.name}; take more of them, or none')
   labels = source.labels.copy()
   labels[rows] = fresh
-  noisy = dataclasses.replace(source, labels=labels, fingerprint=digest(source.fingerprint, labels.tobytes()))
+  noisy = dataclasses.replace(source, labels=labels, fingerprint=digest(source.fingerprint, labels.tobytes()),
+                              legacy_fingerprint=digest(source.legacy_fingerprint, labels.tobytes()))
   return Noisy(noisy, source.labels, len(rows))
 
 

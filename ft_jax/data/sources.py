@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ft_jax import progress
-from ft_jax.data import digits, imagenet
+from ft_jax.data import contents, digits, imagenet
 from ft_jax.data.kept import kept
 
 ALSO_CALLED = {'val': 'validation', 'validation': 'val'}  # folders with the same meaning
@@ -45,8 +45,11 @@ class Source:
     ids: str `[n]`, a name for each example that stays when the set is opened again.
     rows: int64 `[n]`, where each example lies in the underlying store.
     read: gives the image of a row of the store.
-    fingerprint: changes when the examples, their order or their labels do.
-    stamp: changes when the files are written again, even if they look the same: where they lie, their sizes and times.
+    fingerprint: changes when the bytes of an image, the ids, their order, the labels or the names of the classes do, and with nothing
+      else: it is the same for a copy in another folder or on another machine.
+    contents: `[n]` of type `contents.HASH`, what each image is by its bytes or pixels; None where that is not known.
+    legacy_fingerprint: the fingerprint that earlier versions gave the set, by ids and sizes of files; their checkpoints and selections
+      carry it. '' where there is none.
   """
   name: str
   class_names: tuple[str, ...]
@@ -55,7 +58,8 @@ class Source:
   rows: np.ndarray
   read: Callable[[int], bytes | np.ndarray]
   fingerprint: str
-  stamp: str = ''
+  contents: np.ndarray | None = None
+  legacy_fingerprint: str = ''
 
   def __len__(self) -> int:
     return len(self.labels)
@@ -68,7 +72,13 @@ class Source:
     indices = np.asarray(indices, np.int64)
     return dataclasses.replace(
         self, labels=self.labels[indices], ids=self.ids[indices], rows=self.rows[indices],
-        fingerprint=digest(self.fingerprint, indices.tobytes()))
+        fingerprint=digest(self.fingerprint, indices.tobytes()),
+        contents=None if self.contents is None else self.contents[indices],
+        legacy_fingerprint=digest(self.legacy_fingerprint, indices.tobytes()))
+
+  def is_known_as(self, fingerprint: str) -> bool:
+    """Whether a file that carries this fingerprint, of this version or an earlier one, was made for this set."""
+    return fingerprint in (self.fingerprint, self.legacy_fingerprint or self.fingerprint)
 
   def of_classes(self, classes: Sequence[int]) -> 'Source':
     """The examples of some classes; labels stay as they are."""
@@ -225,14 +235,12 @@ def _open_folder(path: str, split: str, data_dir: str) -> Source:
   if not paths:
     raise ValueError(f'{name}: split {split!r} holds no image; the slice is empty')
   ids = [p.relative_to(root).as_posix() for p in paths]
-  stats = [p.stat() for p in paths]
-  sizes = [str(stat.st_size) for stat in stats]
-
   # ImageNet's folders are sorted by WordNet id, as TFDS's labels are; the ids of the examples keep theirs.
   class_names = imagenet.human_names(class_names)
+  hashes, sizes = contents.of_files(paths, str(root), f'{name} {split}', MOST_BYTES)
   return Source(f'{name} {split}', class_names, np.asarray(labels, np.int32), np.asarray(ids), np.arange(len(paths)),
-                lambda row: read_file(paths[row]), digest(*ids, *sizes, *class_names),
-                digest(str(root.absolute()), *(str(stat.st_mtime_ns) for stat in stats)))
+                lambda row: read_file(paths[row]), digest(*ids, hashes.tobytes(), *class_names), hashes,
+                digest(*ids, *map(str, sizes), *class_names))
 
 
 def read_file(path: pathlib.Path) -> bytes:
@@ -321,11 +329,10 @@ def _open_tfds(name: str, split: str, data_dir: str) -> Source:
     raise ValueError(f'tfds:{name}: split {split!r} holds no image; the slice is empty')
   store = builder.as_data_source(split, decoders=_undecoded(features))
   full_name, class_names = builder.info.full_name, imagenet.human_names(_tfds_class_names(builder))
-  labels, ids = _tfds_labels_and_ids(store, full_name, split, part.file_instructions, class_names)
-
+  labels, ids, hashes = _tfds_records(store, full_name, split, part.file_instructions, class_names)
+  legacy = digest(full_name, '\n'.join(ids), labels.tobytes(), *class_names)
   return Source(f'tfds:{full_name} {split}', class_names, labels, ids, np.arange(len(store)),
-                lambda row: store[row]['image'], digest(full_name, '\n'.join(ids), labels.tobytes(), *class_names),
-                _stamp([instruction.filename for instruction in part.file_instructions]))
+                lambda row: store[row]['image'], digest(legacy, hashes.tobytes()), hashes, legacy)
 
 
 def _undecoded(features: Any) -> dict[str, Any]:
@@ -397,27 +404,29 @@ def missing_package(error: ImportError) -> str:
   return error.name or getattr(error.__cause__, 'name', None) or 'another package'
 
 
-def _tfds_labels_and_ids(store: Any, full_name: str, split: str, parts: Sequence[Any], class_names: Sequence[str],
-                         chunk: int = 512) -> tuple[np.ndarray, np.ndarray]:
-  """One pass over the records without decoding an image.
+def _tfds_records(store: Any, full_name: str, split: str, parts: Sequence[Any], class_names: Sequence[str],
+                  chunk: int = 512) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """Labels, ids and hashes of the images: one pass over the records without decoding an image.
 
   An id is the split that a record is stored in and its file name, or its place there: the same in every slice. `parts` are
   TFDS's file instructions of the split: which records of which files.
   """
   def read() -> dict[str, np.ndarray]:
-    labels, names = np.zeros(len(store), np.int32), []
+    labels, names, hashes = np.zeros(len(store), np.int32), [], np.zeros(len(store), contents.HASH)
     starts = range(0, len(store), chunk)
     for start in progress.bar(starts, f'reading the labels of {split}', len(starts), f'x {chunk} records'):
       rows = range(start, min(start + chunk, len(store)))
       for row, record in zip(rows, store.__getitems__(list(rows))):
         labels[row] = record['label']
+        hashes[row] = contents.of_bytes(record['image'])
         names.append(_file_name(record, class_names))
     splits, places = zip(*_tfds_places(parts))
     named = [f'{stored_in}/{name}' for stored_in, name in zip(splits, names)]
-    return {'labels': labels, 'ids': np.asarray(named if all(names) and len(set(named)) == len(named) else places)}
+    ids = np.asarray(named if all(names) and len(set(named)) == len(named) else places)
+    return {'labels': labels, 'ids': ids, 'hashes': hashes}
 
-  known = kept('labels', digest('3', f'{full_name} {split}', _stamp([part.filename for part in parts])), read)
-  return known['labels'], known['ids']
+  known = kept('labels', digest('4', f'{full_name} {split}', _stamp([part.filename for part in parts])), read)
+  return known['labels'], known['ids'], known['hashes']
 
 
 def _file_name(record: dict[str, Any], class_names: Sequence[str]) -> str:
@@ -430,8 +439,7 @@ def _file_name(record: dict[str, Any], class_names: Sequence[str]) -> str:
 
 
 def _stamp(files: Sequence[str | os.PathLike[str]]) -> str:
-  stats = [(os.fspath(file), os.stat(file)) for file in files]
-  return digest(*(f'{name} {stat.st_size} {stat.st_mtime_ns}' for name, stat in stats))
+  return digest(*(contents.stat_key(os.fspath(file), os.stat(file)) for file in files))
 
 
 def _tfds_places(parts: Sequence[Any]) -> Iterator[tuple[str, str]]:
@@ -450,9 +458,10 @@ def _tfds_places(parts: Sequence[Any]) -> Iterator[tuple[str, str]]:
 def _open_digits(name: str, split: str, data_dir: str) -> Source:
   del data_dir
   images, labels, ids, class_names = digits.load(name, split)
-
+  fingerprint = digest(images.tobytes(), labels.tobytes(), *class_names)
+  hashes = np.array([contents.of_array(image) for image in images], contents.HASH)
   return Source(f'digits:{name} {split}', class_names, labels, np.asarray(ids), np.arange(len(labels)),
-                lambda row: images[row], digest(images.tobytes(), labels.tobytes(), *class_names))
+                lambda row: images[row], fingerprint, hashes, fingerprint)
 
 
 def digest(*parts: str | bytes) -> str:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 import dataclasses
 import io
+import types
 from typing import Any
 
 from etils import epath
@@ -10,10 +11,10 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from ft_jax import methods, parallel, report
-from ft_jax.data import augment
+from ft_jax.data import augment, duplicates
 from ft_jax.data.pipeline import Transform
 from ft_jax.data.sources import digest, open_source, Source
-from ft_jax.jobs import fit, noise, pretrain, setup
+from ft_jax.jobs import fit, noise, overlap, pretrain, setup
 from ft_jax.jobs.embedding import embedded, forget
 from ft_jax.progress import log
 from ft_jax.workdir import Workdir, write_results
@@ -40,7 +41,10 @@ def run(config: ConfigDict, workdir: epath.PathLike, embeddings: epath.PathLike 
   needed = pool if config.selection.method != 'none' else None
   splits, readable, skipped = setup.readable(splits, 'target', config.data.on_error, needed)
   pool = pool if needed is None else readable
+  opened = {**{f'target {name}': source for name, source in splits._asdict().items()}, overlap.POOL: pool}
   setup.check_same_images(splits, pool)
+  common = overlap.settled(work, splits, pool if _uses_pool(config) else None, config.source.duplicates)
+  splits, pool = common.splits, pool if common.pool is None else common.pool
   splits, true_labels, noise_told = noise.add(config.noise, config.seed, splits)
   if not done:
     _describe(splits, pool)
@@ -48,30 +52,46 @@ def run(config: ConfigDict, workdir: epath.PathLike, embeddings: epath.PathLike 
       _check_pool(config, pool)
     folder = files.located(config.embeddings_dir or embeddings or work.embeddings)
     splits = setup.in_memory(splits, 'target', config.data.cache)
-    results = _train(config, work, splits, pool, folder, skipped.get('source pool', ()), true_labels)
-    write_results(work, {**results, 'noise': noise_told, 'skipped': setup.skipped_summary(skipped)})
-  done = parallel.agreed(lambda: _reported(work, splits.train, pool))
+    results = _train(config, work, splits, pool, folder, common, skipped.get(overlap.POOL, ()), true_labels)
+    write_results(work, {**results, 'noise': noise_told, 'skipped': setup.skipped_summary(skipped), 'duplicates': common.summary()})
+  done = parallel.agreed(lambda: _reported(work, splits.train, pool, _pairs(common, opened)))
   log.info('report: %s', work.report_html)
   return done
 
 
-def _reported(work: Workdir, target: Source, pool: Source | None) -> dict[str, Any]:
+def _uses_pool(config: ConfigDict) -> bool:
+  """Whether any image of the pool is trained on."""
+  return config.selection.method != 'none' or config.model.weights == 'pretrain'
+
+
+def _reported(work: Workdir, target: Source, pool: Source | None, pairs: Sequence[report.DuplicatePair]) -> dict[str, Any]:
   """Writes the report of a finished run; returns its results."""
-  chosen = selection.Selection.load(work.selection_json, pool.fingerprint) if work.selection_json.exists() else None
-  report.write(work, _selection_section(target, pool, chosen) if chosen else None)
+  chosen = _load_selection(work, pool) if work.selection_json.exists() else None
+  report.write(work, _selection_section(target, pool, chosen) if chosen else None, pairs)
   return work.results()
 
 
+def _load_selection(work: Workdir, pool: Source) -> selection.Selection:
+  """The selection that the run began with; raises ValueError where it was made for other images than the pool's."""
+  chosen = selection.Selection.load(work.selection_json)
+  if not pool.is_known_as(made_for := chosen.source.get('fingerprint', pool.fingerprint)):
+    raise ValueError(f'{work.selection_json} was made for {chosen.source.get("name")} (fingerprint {made_for}), whose images, labels or '
+                     f'duplicates (config.source.duplicates) have changed since then (fingerprint {pool.fingerprint}); bring them back, or '
+                     'give another --workdir')
+  return chosen
+
+
 def _train(config: ConfigDict, work: Workdir, splits: setup.Splits, pool: Source | None, embeddings: epath.Path,
-           unreadable: Sequence[str], true_labels: np.ndarray | None) -> dict[str, Any]:
+           common: overlap.Overlap, unreadable: Sequence[str], true_labels: np.ndarray | None) -> dict[str, Any]:
   """Weights, selection, joint fine-tuning, evaluation: the results.
 
-  `unreadable` are ids that the pool has lost, `true_labels` those of train before noise was put in.
+  `unreadable` are ids that the pool has lost, `common` says which others; `true_labels` are those of train before noise was put in.
   """
   active = methods.active(config.methods.to_dict())
-  weights = _weights(config, work, pool)
+  weights = _weights(config, work, pool, common)
   transform = setup.make_transform(config)
-  chosen = _select(config, work, weights, splits.train, pool, transform, embeddings, unreadable)
+  chosen = _select(config, work, weights, splits.train, pool, transform, embeddings,
+                   {'cannot be read': unreadable, 'are in the target too': common.dropped})
   forget(work.unfinished)
   streams = {'target': fit.Stream(splits.train, config.train.batch_size, 1.0, config.target.balanced)}
   heads = {'target': len(splits.train.class_names)}
@@ -127,6 +147,7 @@ def check(config: ConfigDict) -> None:
     raise ValueError("config.target.test is 'rest', what is not drawn for training, but config.target.train_per_class is 0 and "
                      'train_fraction is 1; set either')
   _check_selection(config)
+  overlap.check(config.source.duplicates)
   noise.check(config.noise)
   setup.check_data(config.data)
   if config.embeddings_dir:
@@ -243,7 +264,7 @@ def _projects(config: ConfigDict) -> bool:
   return config.selection.features == 'projection' and config.selection.method != 'none' and not config.selection.file
 
 
-def _weights(config: ConfigDict, work: Workdir, pool: Source | None) -> setup.Weights | None:
+def _weights(config: ConfigDict, work: Workdir, pool: Source | None, common: overlap.Overlap) -> setup.Weights | None:
   """The pre-trained variables, with the source head where it is to come from them; pre-trains first where the config says so."""
   if not config.model.weights:
     log.warning('warning: config.model.weights is empty, so the network starts from random weights')
@@ -261,20 +282,22 @@ def _weights(config: ConfigDict, work: Workdir, pool: Source | None) -> setup.We
   own.job, own.train, own.model.weights = 'pretrain', fields['pretrain'], ''
   own.model.source_head, own.model.batch_norm = 'fresh', 'train'
   own.data.cache = False  # that is for the target: the pool is large
-  pretrain.run(own, work.path / 'pretrain')
+  if common.classes:
+    own.source.without = common.classes
+  pretrain.run(own, work.path / 'pretrain', common.dropped)
   return setup.load_weights(str(work.path / 'pretrain'), classes=classes, classifier=classifier)
 
 
 def _select(config: ConfigDict, work: Workdir, weights: setup.Weights | None, target: Source, pool: Source | None,
-            transform: Transform, folder: epath.Path, unreadable: Sequence[str]) -> selection.Selection | None:
+            transform: Transform, folder: epath.Path, lost: Mapping[str, Sequence[str]]) -> selection.Selection | None:
   """The selection of this run, None for plain fine-tuning; a run that goes on from a checkpoint keeps the one it began with."""
   settings = config.selection
   if pool is None or settings.method == 'none':
     return None
   if parallel.agreed(lambda: work.has_checkpoint() and work.selection_json.exists()):
-    return selection.Selection.load(work.selection_json, pool.fingerprint)
+    return _load_selection(work, pool)
   if settings.file:
-    return _kept(_given(settings.file, pool, unreadable), work, pool)
+    return _kept(_given(settings.file, pool, lost), work, pool)
   embedded = [_embedded(config, folder, work.unfinished, weights, source, transform, what)
               for source, what in ((pool, 'source'), (target, 'target'))]
   size = settings.size if settings.size < 1 else int(settings.size)
@@ -293,21 +316,21 @@ def _kept(chosen: selection.Selection, work: Workdir, pool: Source) -> selection
   return chosen
 
 
-def _given(path: str, pool: Source, unreadable: Sequence[str] = ()) -> selection.Selection:
+def _given(path: str, pool: Source, lost: Mapping[str, Sequence[str]] = types.MappingProxyType({})) -> selection.Selection:
   """A selection that was made before: classes of the same names, or images whose ids are in the pool.
 
   Args:
     path: selection.json, or a text file of ids.
     pool: what it is used with.
-    unreadable: ids of images that the pool has lost; they are left out.
+    lost: ids of images that the pool has lost, by the reason; they are left out.
 
   Raises:
     ValueError: it was made from other classes, or with ids that are not in the pool.
   """
   if not path.endswith('.json'):
-    return _of_ids(path, _read_ids(path, str(pool.ids[0])), pool, unreadable)
+    return _of_ids(path, _read_ids(path, str(pool.ids[0])), pool, lost)
   chosen = selection.Selection.load(path)
-  if chosen.source.get('fingerprint') == pool.fingerprint:
+  if pool.is_known_as(chosen.source.get('fingerprint')):
     _check_fits(path, chosen, pool)
     return chosen
   if chosen.by == 'class' and tuple(chosen.names) == pool.class_names:
@@ -315,7 +338,7 @@ def _given(path: str, pool: Source, unreadable: Sequence[str] = ()) -> selection
   if chosen.ids is None:
     different = f'its {NOUNS[chosen.by]} are not those of {pool.name}' if chosen.by == 'class' else f'it is of {NOUNS[chosen.by]}'
     raise ValueError(f'{path} does not fit: {different}, and it knows no ids of images; select again, with ids=... in selection.Embeddings')
-  return _of_ids(path, chosen.ids.tolist(), pool, unreadable)
+  return _of_ids(path, chosen.ids.tolist(), pool, lost)
 
 
 def _check_fits(path: str, chosen: selection.Selection, pool: Source) -> None:
@@ -338,11 +361,13 @@ def _read_ids(path: str, example: str) -> list[str]:
   return ids
 
 
-def _of_ids(path: str, ids: Sequence[str], pool: Source, unreadable: Sequence[str]) -> selection.Selection:
-  lost = set(unreadable).intersection(map(str, ids))
-  if lost:
-    log.warning('warning: %s of %s images of %s cannot be read and are left out', f'{len(lost):,d}', f'{len(ids):,d}', path)
-  return selection.Selection.of_rows(pool.at_ids([str(i) for i in ids if str(i) not in lost]), pool.ids)
+def _of_ids(path: str, ids: Sequence[str], pool: Source, lost: Mapping[str, Sequence[str]]) -> selection.Selection:
+  left = [str(i) for i in ids]
+  for reason, those in lost.items():
+    if out := set(those).intersection(left):
+      log.warning('warning: %s of %s images of %s %s and are left out', f'{len(out):,d}', f'{len(ids):,d}', path, reason)
+      left = [i for i in left if i not in out]
+  return selection.Selection.of_rows(pool.at_ids(left), pool.ids)
 
 
 def _embedded(config: ConfigDict, folder: epath.Path, unfinished: epath.Path, weights: setup.Weights | None, source: Source,
@@ -381,6 +406,18 @@ def _selection_section(target: Source, pool: Source, chosen: selection.Selection
   picture = plots.overview(chosen) if chosen.has_scores else None
   measure = chosen.measure if chosen.has_scores else ''
   return report.SelectionSection(how, chosen.by, NOUNS[chosen.by], measure, rows, picture, target_rows)
+
+
+def _pairs(common: overlap.Overlap, opened: Mapping[str, Source | None], most: int = 6) -> list[report.DuplicatePair]:
+  """Pictures of the first copies of each split and of what they are copies of; `opened` are the splits with their copies."""
+  def picture(split: str, example_id: str) -> bytes:
+    source = opened[split]
+    example = source[int(source.at_ids([example_id])[0])]
+    return augment.thumbnail(example.image, example.id, 96)
+
+  return [report.DuplicatePair(duplicates.KINDS[copy.kind], (name, copy.id, picture(name, copy.id)),
+                               (copy.split, copy.other, picture(copy.split, copy.other)))
+          for name, copies in common.found.items() for copy in copies[:most]]
 
 
 def _examples(source: Source, rows: np.ndarray, most: int) -> list[bytes]:

@@ -172,7 +172,9 @@ def fit(config: ConfigDict, work: Workdir, *, model: ResNet, variables: Mapping[
   methods = methods or {}
   checkpoints = Checkpoints(work.path, {
       **{f'{name} images': stream.source.fingerprint for name, stream in streams.items()}, 'val images': splits.val.fingerprint,
-      'pre-trained weights': weights_fingerprint(variables)}, keep=plan.keep)
+      'pre-trained weights': weights_fingerprint(variables)}, keep=plan.keep, formerly={
+          **{f'{name} images': stream.source.legacy_fingerprint for name, stream in streams.items()},
+          'val images': splits.val.legacy_fingerprint})
   labels = splits.train.labels
 
   def batches_of(split: str, rows: Sequence[int] | None = None) -> Iterator[Any]:

@@ -87,7 +87,7 @@ def _predicted(labels: str, source: Source) -> np.ndarray:
     raise ValueError('config.noise.labels is a run, which predicts in one process alone; give the CSV file of its job predict')
   head = run.variables['params']['heads'][run.head]
   key = digest(setup.weights_fingerprint(run.variables), head['kernel'].tobytes(), head['bias'].tobytes(), str(run.transform),
-               source.fingerprint, source.stamp)
+               source.fingerprint)
   # Kept, because another device may round otherwise, and a run that goes on must have the labels that it began with.
   found = kept('predicted', key, lambda: {'classes': predict.predict(run, source, 1, False)[0].classes[:, 0]})['classes']
   numbers = {name: k for k, name in enumerate(source.class_names)}

@@ -1,18 +1,24 @@
 """Job pretrain: supervised pre-training on `config.source`; its workdir is then a `model.weights`."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from etils import epath
 from ml_collections import ConfigDict
+import numpy as np
 
 from ft_jax import methods, parallel, report
+from ft_jax.data.sources import digest
 from ft_jax.jobs import fit, setup
 from ft_jax.progress import log
 from ft_jax.workdir import Workdir, write_results
 
 
-def run(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
-  """Runs the job, or goes on with it; returns what results.json holds."""
+def run(config: ConfigDict, workdir: epath.PathLike, left_out: Sequence[str] = ()) -> dict[str, Any]:
+  """Runs the job, or goes on with it; returns what results.json holds.
+
+  `left_out` are ids of images that a fine-tuning does not want to be trained on, as its target has them.
+  """
   if not config.source.name:
     raise ValueError('config.source.name is empty; name the data to pre-train on')
   if config.model.weights == 'pretrain':
@@ -28,9 +34,13 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
   model = setup.build_model(config.model, {'source': 2}, config.train.freeze)
   fit.check(config.train, 'top1', model, config.image_size, ('source',) if config.model.weights else ())
   work = Workdir(workdir, config.to_dict())
-  if not parallel.agreed(work.results):
+  done = parallel.agreed(work.results)
+  if not done:
     log.info('pre-training %s -> %s', config.model.name, work.path)
-    write_results(work, _train(config, work))
+    write_results(work, _train(config, work, left_out))
+  elif done['source'].get('left_out', _NOTHING) != _ids(left_out):
+    raise ValueError(f'{work.path} holds a pre-training that left out other copies of target images than this run does; remove that folder '
+                     'to pre-train again, or set config.source.duplicates to what it was')
   done = parallel.agreed(lambda: _reported(work))
   log.info('pre-trained weights: %s', work.path)
   return done
@@ -43,8 +53,18 @@ def _reported(work: Workdir) -> dict[str, Any]:
   return work.results()
 
 
-def _train(config: ConfigDict, work: Workdir) -> dict[str, Any]:
+def _ids(left_out: Sequence[str]) -> dict[str, Any]:
+  return {'images': len(left_out), 'fingerprint': digest(*sorted(left_out))}
+
+
+_NOTHING = _ids(())
+
+
+def _train(config: ConfigDict, work: Workdir, left_out: Sequence[str]) -> dict[str, Any]:
   splits = setup.open_splits(config.source, config.data_dir, config.seed)
+  if left_out:
+    splits = setup.Splits(*(None if source is None else source.subset(np.flatnonzero(~np.isin(source.ids, left_out)))
+                            for source in splits))
   log.info('data: %s: %s train, %s val images of %d classes', splits.train.name, f'{len(splits.train):,d}', f'{len(splits.val):,d}',
            len(splits.train.class_names))
   splits, _, skipped = setup.readable(splits, 'source', config.data.on_error)
@@ -61,5 +81,5 @@ def _train(config: ConfigDict, work: Workdir) -> dict[str, Any]:
                     transform=setup.make_transform(config), metric='top1', seed=config.seed,
                     start=weights.variables if weights else None, timeout=config.data.timeout)
   return {'job': 'pretrain', **results, 'source': {'name': config.source.name, 'classes': classes,
-                                                   'fingerprints': setup.split_fingerprints(splits)},
+                                                   'fingerprints': setup.split_fingerprints(splits), 'left_out': _ids(left_out)},
           'skipped': setup.skipped_summary(skipped), 'weights': weights.about if weights else None}

@@ -154,7 +154,7 @@ def _estimated(settings: ConfigDict, seed: int, model: ResNet, run: trained.Trai
   """All draws and random vectors that are asked for; those that are there are taken as they are."""
   transform = f'{run.transform.size}/{run.transform.short_side}'
   numbers = b''.join(np.ascontiguousarray(value).tobytes() for _, value in sorted(flat(run.variables).items()))
-  made_of = {'network': digest(numbers, source.fingerprint, source.stamp, transform, str(seed)), 'noise': repr(float(settings.sigma))}
+  made_of = {'network': digest(numbers, source.fingerprint, transform, str(seed)), 'noise': repr(float(settings.sigma))}
   estimates = Estimates(folder / 'estimates.json', parallel.agreed(made_of))
   variables = parallel.replicate(run.variables)
   noise = dict(classes=len(run.class_names), seed=seed)

@@ -12,7 +12,7 @@ import numpy as np
 from ft_jax import parallel
 from ft_jax.data.damage import without_damaged
 from ft_jax.data.sources import digest, open_source, Source
-from ft_jax.jobs import setup
+from ft_jax.jobs import overlap, setup
 from ft_jax.studies import spectrum
 from ft_jax.workdir import write_text
 from selection import files
@@ -63,6 +63,8 @@ def open_target(config: ConfigDict, name: str) -> Target:
   """
   fields = ConfigDict({**config.target.to_dict(), 'name': name})
   splits = {seed: setup.open_splits(fields, config.data_dir, seed) for seed in config.study.seeds}
+  rule = config.source.duplicates
+  splits = {seed: overlap.apart(of_seed, None, rule, overlap.find(of_seed)).splits for seed, of_seed in splits.items()}
   expressions = dict.fromkeys(split for split in (fields.train, fields.val, fields.test) if split and split != 'rest')
   sources = tuple(open_source(name, split, config.data_dir).without(fields.without) for split in expressions)
   if config.data.on_error == 'skip':
