@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ft_jax.data.sources import digest, IMAGE_ENDINGS, MOST_BYTES, read_file, Source
+from ft_jax.data.folders import IMAGE_ENDINGS
+from ft_jax.data.sources import digest, MOST_BYTES, read_file, Source
 
 
 class Files(NamedTuple):

@@ -15,16 +15,11 @@ import numpy as np
 
 from ft_jax import progress
 from ft_jax.data import digits, imagenet
+from ft_jax.data.folders import list_classes
 from ft_jax.data.kept import kept
 
-ALSO_CALLED = {'val': 'validation', 'validation': 'val'}  # folders with the same meaning
-IMAGENET_VAL = ('. ImageNet\'s 50,000 validation images come without folders: sort them into those of their WordNet ids '
-                '(valprep.sh of github.com/soumith/imagenetloader.torch does), or prepare tfds:imagenet2012, which knows their classes')
 # An uncompressed image of the largest size that is read, with four channels of 16 bits, and some metadata.
 MOST_BYTES = 2_000_000_000
-# The class of images that lie in a folder without class folders: a pool whose labels nobody knows.
-UNLABELLED = 'unlabelled'
-IMAGE_ENDINGS = ('.jpg', '.jpeg', '.png', '.webp', '.gif', '.bmp', '.tif', '.tiff', '.ppm')
 
 
 class Example(NamedTuple):
@@ -208,7 +203,7 @@ def _open_folder(path: str, split: str, data_dir: str) -> Source:
   if not root.is_dir():
     raise ValueError(f'{name}: there is no folder {root}; give the path of a folder of <split>/<class>/<image> or <class>/<image>')
   parts = parse_split(split)
-  found = [_list_classes(root, part, name) for part in parts]
+  found = [list_classes(root, part.name, name) for part in parts]
   class_names = tuple(found[0])
   for part, files in zip(parts, found):
     if tuple(files) != class_names:
@@ -250,45 +245,6 @@ def class_difference(one: str, ones: Sequence[str], other: str, others: Sequence
       more = f' and {len(alone) - most} others' if len(alone) > most else ''
       parts.append(f'only in {name}: {", ".join(sorted(alone)[:most])}{more}')
   return '; '.join(parts) or 'the same classes in another order'
-
-
-def _list_classes(root: pathlib.Path, part: SplitPart, name: str) -> dict[str, list[pathlib.Path]]:
-  """The images of every class below `root/<split>`, or below `root` itself where no split folder is there.
-
-  Where there are images and no class folders, all are of the class UNLABELLED.
-  """
-  has_splits = any((root / folder).is_dir() for folder in ('train', 'val', 'test', 'validation', part.name))
-  base = root / part.name if has_splits else root
-  if has_splits and not base.is_dir() and part.name in ALSO_CALLED:
-    base = root / ALSO_CALLED[part.name]
-  if not base.is_dir():
-    raise ValueError(f'{name}: there is no split {part.name!r}; known: {", ".join(_folders(root))}')
-  if not has_splits and part.name != 'train':
-    raise ValueError(f'{name}: the folder has no splits (<class>/<image>), so all of it is called train: '
-                     f'use slices such as train[:80%] and train[80%:] instead of {part.name!r}')
-  classes = {folder: _images(base / folder) for folder in _folders(base)}
-  if not classes:
-    flat = _images(base)
-    if flat and base.name not in ALSO_CALLED:
-      return {UNLABELLED: flat}
-    raise ValueError(f'{name}: {base} holds no class folders' + (f' but {len(flat):,d} images' if flat else '')
-                     + '; expected <class>/<image> in it' + (IMAGENET_VAL if flat else ''))
-  empty = [folder for folder, files in classes.items() if not files]
-  if empty:
-    raise ValueError(f'{name}: no image in class folder {base / empty[0]}'
-                     + (f' and {len(empty) - 1} others' if len(empty) > 1 else '')
-                     + f'; an image ends in {", ".join(IMAGE_ENDINGS)}. Fill it or remove it')
-  return classes
-
-
-def _folders(path: pathlib.Path) -> list[str]:
-  # Not the entry's own methods, which raise for a link to itself.
-  return sorted(e.name for e in os.scandir(path) if os.path.isdir(e.path) and not e.name.startswith('.'))
-
-
-def _images(path: pathlib.Path) -> list[pathlib.Path]:
-  return [path / e.name for e in os.scandir(path)
-          if e.name.lower().endswith(IMAGE_ENDINGS) and not e.name.startswith('.') and os.path.isfile(e.path)]
 
 
 # --- TFDS ---

@@ -15,9 +15,10 @@ from ft_jax import parallel
 from ft_jax.checkpoints import load_variables
 from ft_jax.data.cache import cached
 from ft_jax.data.damage import without_damaged
+from ft_jax.data.folders import UNLABELLED
 from ft_jax.data.pipeline import Transform
 from ft_jax.data.randaugment import STRONGEST
-from ft_jax.data.sources import carve, class_difference, draw, open_source, Source, UNLABELLED
+from ft_jax.data.sources import carve, class_difference, draw, open_source, Source
 from ft_jax.models import hub, pretrained, resnet
 from ft_jax.progress import log
 from selection import files
