@@ -36,7 +36,9 @@ def run(config: ConfigDict, workdir: epath.PathLike, embeddings: epath.PathLike 
 
   log.info('fine-tuning %s -> %s', config.model.name, work.path)
   splits = setup.open_splits(config.target, config.data_dir, config.seed)
-  pool = open_source(config.source.name, config.source.train, config.data_dir) if config.source.name else None
+  # Plain fine-tuning uses nothing of the pre-training data, which need not be there.
+  uses_pool = config.selection.method != 'none' or config.model.weights == 'pretrain'
+  pool = open_source(config.source.name, config.source.train, config.data_dir) if uses_pool and config.source.name else None
   needed = pool if config.selection.method != 'none' else None
   splits, readable, skipped = setup.readable(splits, 'target', config.data.on_error, needed)
   pool = pool if needed is None else readable
