@@ -15,7 +15,7 @@ import numpy as np
 
 from ft_jax import progress
 from ft_jax.data import digits, imagenet
-from ft_jax.data.folders import list_classes
+from ft_jax.data.folders import list_classes, log_unused, look_alike, not_a_folder, Unused
 from ft_jax.data.kept import kept
 
 # An uncompressed image of the largest size that is read, with four channels of 16 bits, and some metadata.
@@ -42,6 +42,8 @@ class Source:
     read: gives the image of a row of the store.
     fingerprint: changes when the examples, their order or their labels do.
     stamp: changes when the files are written again, even if they look the same: where they lie, their sizes and times.
+    broken: ids of images that are known not to be readable: links to files that are not there.
+    unused: what lies beside the examples and is not used, where the set is a folder.
   """
   name: str
   class_names: tuple[str, ...]
@@ -51,6 +53,8 @@ class Source:
   read: Callable[[int], bytes | np.ndarray]
   fingerprint: str
   stamp: str = ''
+  broken: frozenset[str] = frozenset()
+  unused: Unused | None = None
 
   def __len__(self) -> int:
     return len(self.labels)
@@ -69,18 +73,22 @@ class Source:
     """The examples of some classes; labels stay as they are."""
     return self.subset(np.flatnonzero(np.isin(self.labels, classes)))
 
-  def without(self, names: Sequence[str]) -> 'Source':
-    """The source as if some classes were not in it; the labels of the others close up.
+  def without(self, names: Sequence[str | int]) -> 'Source':
+    """The source as if some classes were not in it; the labels of the others close up. A number is a name, too.
 
     Raises:
       ValueError: a class that is not there, or all that are there.
     """
     if not names:
       return self
+    # On the command line 10 is a number, also where it is the name of a folder.
+    names = [str(name) for name in names]
     unknown = [name for name in names if name not in self.class_names]
     if unknown:
+      near = next((name for name in self.class_names if name.lstrip('0') == unknown[0].lstrip('0')), None)
+      instead = '' if near is None else f'; is it {near!r}? Then write {(near,)!r}'
       raise ValueError(f'{self.name} has no class {unknown[0]!r} to leave out; it has {len(self.class_names)}: '
-                       f'{", ".join(self.class_names[:5])}, ... (several are written (\'one\',\'two\'))')
+                       f'{", ".join(self.class_names[:5])}, ... (several are written (\'one\',\'two\')){instead}')
     kept = [k for k, name in enumerate(self.class_names) if name not in names]
     if not kept:
       raise ValueError(f'{self.name}: all of its classes are to be left out')
@@ -99,7 +107,7 @@ class Source:
     return np.array([places[name] for name in ids], np.int64)
 
 
-def open_source(name: str, split: str, data_dir: str = '') -> Source:
+def open_source(name: str, split: str, data_dir: str = '', quiet: bool = False) -> Source:
   """Opens a split of an image set.
 
   Args:
@@ -108,6 +116,7 @@ def open_source(name: str, split: str, data_dir: str = '') -> Source:
     split: `train`, `train[:90%]`, `train+val`. For `tfds:` this is TFDS's own slicing of the whole split; for `folder:`
       a slice is taken of each class by itself.
     data_dir: where prepared TFDS sets lie, and what a relative `folder:` path starts from.
+    quiet: leaves it to the caller to log what lies in a folder and is not used (`Source.unused`).
 
   Raises:
     ValueError: a name, split or folder that is not there or holds nothing, with what is.
@@ -115,7 +124,10 @@ def open_source(name: str, split: str, data_dir: str = '') -> Source:
   kind, _, rest = name.partition(':')
   if kind not in SOURCES or not rest:
     raise ValueError(f'data set {name!r}: expected {", ".join(f"{k}:..." for k in SOURCES)}')
-  return SOURCES[kind](rest, split, data_dir)
+  source = SOURCES[kind](rest, split, data_dir)
+  if not quiet:
+    log_unused(name, [source.unused])
+  return source
 
 
 def carve(source: Source, fraction: float, seed: int) -> tuple[Source, Source]:
@@ -141,8 +153,8 @@ def carve(source: Source, fraction: float, seed: int) -> tuple[Source, Source]:
 def draw(source: Source, per_class: int, seed: int, fraction: float = 1.0) -> tuple[Source, Source]:
   """Draws a number of examples of every class, or (`per_class` 0) a part of them, at least one: (the drawn ones, the rest).
 
-  The choice depends on the seed and on the ids without the split that they begin with: an image is drawn or not whichever
-  split it is stored in.
+  The choice depends on the seed and on the ids without what is before their first slash, which is the split that an image is
+  stored in (in a folder without splits the class): an image is drawn or not whichever split that is.
 
   Raises:
     ValueError: a class that has fewer.
@@ -150,12 +162,17 @@ def draw(source: Source, per_class: int, seed: int, fraction: float = 1.0) -> tu
   sizes = np.bincount(source.labels, minlength=len(source.class_names))
   if not per_class:
     counts = np.minimum(sizes, np.maximum(1, np.round(fraction * sizes).astype(int)))
-    return _parts(source, counts, [digest('draw', str(seed), i.partition('/')[2]) for i in source.ids])
+    return _parts(source, counts, [_drawn_by(i, seed) for i in source.ids])
   small = np.flatnonzero(sizes < per_class)
   if len(small):
     raise ValueError(f'{source.name}: train_per_class is {per_class}, but {source.class_names[small[0]]} has {sizes[small[0]]} images'
                      + (f', and {len(small) - 1} other classes have too few' if len(small) > 1 else '') + '; draw fewer')
-  return _parts(source, np.full(len(sizes), per_class), [digest('draw', str(seed), i.partition('/')[2]) for i in source.ids])
+  return _parts(source, np.full(len(sizes), per_class), [_drawn_by(i, seed) for i in source.ids])
+
+
+def _drawn_by(example_id: str, seed: int) -> str:
+  """The priority of an example in a draw; an id without a slash has no split in front and counts as a whole."""
+  return digest('draw', str(seed), example_id.partition('/')[2] or example_id)
 
 
 def _parts(source: Source, counts: np.ndarray, priorities: Sequence[str]) -> tuple[Source, Source]:
@@ -201,9 +218,10 @@ def _open_folder(path: str, split: str, data_dir: str) -> Source:
   root = root if root.is_absolute() else pathlib.Path(os.path.expanduser(data_dir)) / root
   name = f'folder:{path}'
   if not root.is_dir():
-    raise ValueError(f'{name}: there is no folder {root}; give the path of a folder of <split>/<class>/<image> or <class>/<image>')
+    raise ValueError(f'{name}: {not_a_folder(root)}')
   parts = parse_split(split)
-  found = [list_classes(root, part.name, name) for part in parts]
+  listed = [list_classes(root, part.name, name) for part in parts]
+  found = [listing.classes for listing in listed]
   class_names = tuple(found[0])
   for part, files in zip(parts, found):
     if tuple(files) != class_names:
@@ -220,18 +238,28 @@ def _open_folder(path: str, split: str, data_dir: str) -> Source:
   if not paths:
     raise ValueError(f'{name}: split {split!r} holds no image; the slice is empty')
   ids = [p.relative_to(root).as_posix() for p in paths]
-  stats = [p.stat() for p in paths]
+  broken = frozenset().union(*(listing.broken for listing in listed))
+  stats = [os.stat(p, follow_symlinks=not broken or p not in broken) for p in paths]
   sizes = [str(stat.st_size) for stat in stats]
 
   # ImageNet's folders are sorted by WordNet id, as TFDS's labels are; the ids of the examples keep theirs.
   class_names = imagenet.human_names(class_names)
   return Source(f'{name} {split}', class_names, np.asarray(labels, np.int32), np.asarray(ids), np.arange(len(paths)),
                 lambda row: read_file(paths[row]), digest(*ids, *sizes, *class_names),
-                digest(str(root.absolute()), *(str(stat.st_mtime_ns) for stat in stats)))
+                digest(str(root.absolute()), *(str(stat.st_mtime_ns) for stat in stats)),
+                frozenset(p.relative_to(root).as_posix() for p in broken),
+                sum((listing.unused for listing in listed[1:]), listed[0].unused))
 
 
 def read_file(path: pathlib.Path) -> bytes:
-  """The bytes of an image file; ValueError for more than an image has: a link, or a file of nothing but holes, may be endless."""
+  """The bytes of an image file.
+
+  Raises:
+    ValueError: a link to a file that is not there, or more bytes than an image has: a link, or a file of nothing but holes,
+      may be endless.
+  """
+  if path.is_symlink() and not path.exists():
+    raise ValueError(f'{path} is a link to {os.readlink(path)}, which is not there; restore that file, or remove the link')
   if (size := path.stat().st_size) > MOST_BYTES:
     raise ValueError(f'{path} has {size:,d} bytes; expected {MOST_BYTES:,d} of an image at most. Scale it down or remove it')
   return path.read_bytes()
@@ -239,8 +267,10 @@ def read_file(path: pathlib.Path) -> bytes:
 
 def class_difference(one: str, ones: Sequence[str], other: str, others: Sequence[str], most: int = 5) -> str:
   """Which classes only one of two splits has, for messages: `only in train: cat, dog; only in test: emu`."""
-  parts = []
-  for name, alone in ((one, set(ones) - set(others)), (other, set(others) - set(ones))):
+  only_ones, only_others = set(ones) - set(others), set(others) - set(ones)
+  pairs = look_alike(only_ones, only_others)
+  parts = [f'{a} in {one} is {b} in {other}; give the folder one name' for a, b in pairs.values()][:1]
+  for name, alone in ((one, only_ones - {a for a, _ in pairs}), (other, only_others - {b for _, b in pairs})):
     if alone:
       more = f' and {len(alone) - most} others' if len(alone) > most else ''
       parts.append(f'only in {name}: {", ".join(sorted(alone)[:most])}{more}')
