@@ -247,8 +247,8 @@ def _open_folder(path: str, split: str, data_dir: str) -> Source:
   return Source(f'{name} {split}', class_names, np.asarray(labels, np.int32), np.asarray(ids), np.arange(len(paths)),
                 lambda row: read_file(paths[row]), digest(*ids, *sizes, *class_names),
                 digest(str(root.absolute()), *(str(stat.st_mtime_ns) for stat in stats)),
-                frozenset(p.relative_to(root).as_posix() for p in broken),
-                sum((listing.unused for listing in listed[1:]), listed[0].unused))
+                broken=frozenset(p.relative_to(root).as_posix() for p in broken),
+                unused=sum((listing.unused for listing in listed[1:]), listed[0].unused))
 
 
 def read_file(path: pathlib.Path) -> bytes:

@@ -37,8 +37,8 @@ def run(config: ConfigDict, workdir: epath.PathLike, embeddings: epath.PathLike 
   log.info('fine-tuning %s -> %s', config.model.name, work.path)
   splits = setup.open_splits(config.target, config.data_dir, config.seed)
   # Plain fine-tuning uses nothing of the pre-training data, which need not be there.
-  uses_pool = config.selection.method != 'none' or config.model.weights == 'pretrain'
-  pool = open_source(config.source.name, config.source.train, config.data_dir) if uses_pool and config.source.name else None
+  wanted = _uses_pool(config) and config.source.name
+  pool = open_source(config.source.name, config.source.train, config.data_dir) if wanted else None
   needed = pool if config.selection.method != 'none' else None
   splits, readable, skipped = setup.readable(splits, 'target', config.data.on_error, needed)
   pool = pool if needed is None else readable
@@ -55,6 +55,11 @@ def run(config: ConfigDict, workdir: epath.PathLike, embeddings: epath.PathLike 
   done = parallel.agreed(lambda: _reported(work, splits.train, pool))
   log.info('report: %s', work.report_html)
   return done
+
+
+def _uses_pool(config: ConfigDict) -> bool:
+  """Whether any image of the pool is trained on."""
+  return config.selection.method != 'none' or config.model.weights == 'pretrain'
 
 
 def _reported(work: Workdir, target: Source, pool: Source | None) -> dict[str, Any]:
