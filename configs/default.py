@@ -27,7 +27,7 @@ def get_config() -> ConfigDict:
   config.target.train_per_class = 0  # draw so many training images of each class, by seed; 0 is all of them
   config.target.train_fraction = 1.0  # draw this part of the training images of each class, at least one, by seed
   config.target.balanced = False  # every class comes equally often in training, however many images it has
-  config.target.without = ()  # names of classes to leave out, such as ('background_google',)
+  config.target.without = ()  # names of classes to leave out, such as ('background_google',), or (10,) for '10'
   config.target.metric = 'top1'  # chooses the best checkpoint: top1 or mean_per_class; both are always reported
 
   config.noise = ConfigDict()  # wrong labels for studies, in the target's training images alone; val and test stay clean
@@ -37,7 +37,7 @@ def get_config() -> ConfigDict:
   config.noise.labels = ''  # model: the workdir of a finished run of the same classes, or a CSV file of job predict
 
   config.source = ConfigDict()  # the pre-training data
-  config.source.name = ''  # like target.name; '' for none (selection.method must then be none)
+  config.source.name = ''  # like target.name; '' for none; with selection.method none it is not opened
   config.source.duplicates = 'drop'  # images that target and pool share, or train and test: drop (not from test), keep, or refuse
   config.source.train = 'train'  # its split to choose from (and to pre-train on)
   config.source.val = ''  # pre-training only: like target.val

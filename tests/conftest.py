@@ -86,8 +86,8 @@ def quick_main(*flags: str) -> subprocess.CompletedProcess:
 def trained_run(photos, tmp_path_factory) -> pathlib.Path:
   """The workdir of a short fine-tuning on `photos`."""
   workdir = tmp_path_factory.mktemp('runs') / 'trained'
-  run = quick_main(
-      '--config=configs/miniature.py:finetune', '--config.source.name=', '--config.selection.method=none',
+  run = quick_main(  # plain: the pre-training data need not be there
+      '--config=configs/miniature.py:finetune', '--config.source.name=tfds:imagenet2012', '--config.selection.method=none',
       f'--config.target.name=folder:{photos}', '--config.model.weights=', '--config.model.width=4', '--config.image_size=32',
       '--config.augment.short_side=36', '--config.train.steps=30', '--config.train.batch_size=8', '--config.train.learning_rate=0.03',
       '--config.train.eval_every=15', f'--workdir={workdir}')

@@ -261,7 +261,8 @@ def test_damaged_files_of_all_formats_give_an_image_or_an_error(photo, tmp_path)
   forms = [('JPEG', 'RGB', {'exif': exif}), ('JPEG', 'RGB', {'progressive': True}), ('JPEG', 'CMYK', {}), ('PNG', 'RGB', {'exif': exif}),
            ('PNG', 'P', {'transparency': 3}), ('GIF', 'P', {}), ('GIF', 'P', {'save_all': True, 'append_images': [picture]}),
            ('WEBP', 'RGB', {}), ('WEBP', 'RGBA', {'lossless': True}), ('BMP', 'RGB', {}), ('TIFF', 'RGB', {}),
-           ('TIFF', 'RGB', {'compression': 'tiff_lzw'}), ('PPM', 'RGB', {}), ('PPM', '1', {})]
+           ('TIFF', 'RGB', {'compression': 'tiff_lzw'}), ('PPM', 'RGB', {}), ('PPM', '1', {}),
+           *([('AVIF', 'RGB', {'exif': exif})] if 'AVIF' in augment.FORMATS else [])]
   for k, (form, mode, options) in enumerate(forms):
     (tmp_path / str(k)).write_bytes(encoded(picture.convert(mode), form, **options))
   run = subprocess.run([sys.executable, '-W', 'error', '-X', 'faulthandler', '-c', FUZZ, *sorted(map(str, tmp_path.iterdir()))],

@@ -34,6 +34,29 @@ def select_as_in_colab(pool_set, by, **kwargs):
   return selection.select(source, (rng.normal(size=(9, 8)), np.arange(9) % 3), 2 if by == 'class' else 5, by=by, **kwargs)
 
 
+def test_plain_fine_tuning_needs_no_pre_training_data(trained_run):
+  """The run names data that are not there: nothing of them was opened, and its report is written all the same."""
+  config, results = (json.loads((trained_run / name).read_text()) for name in ('config.json', 'results.json'))
+  assert config['source']['name'] == 'tfds:imagenet2012' and config['selection']['method'] == 'none'
+  assert results['source'] is None and results['selection'] is None and (trained_run / 'report.html').exists()
+
+
+@pytest.mark.parametrize('fields,opened', [({}, True), ({'selection.method': 'none'}, False),
+                                           ({'selection.method': 'none', 'model.weights': 'pretrain'}, True)])
+def test_the_pre_training_data_are_opened_where_they_are_used(photos, tmp_path, monkeypatch, fields, opened):
+  """For a selection, or a pre-training of the run's own: where they are missing, that is said before anything long begins."""
+  began = []
+  monkeypatch.setattr(finetune, '_train', lambda *args: began.append(args) or {})
+  monkeypatch.setattr(finetune, '_reported', lambda *_: {})
+  run = lambda: finetune.run(config(photos, tmp_path / 'gone', **fields), tmp_path / 'run')
+  if opened:
+    with pytest.raises(ValueError, match='there is no folder .*gone'):
+      run()
+  else:
+    run()
+  assert len(began) == (not opened)
+
+
 @pytest.mark.parametrize('by', ['class', 'list'])
 def test_only_chosen_images_are_ever_read(photos, pool, tmp_path, by):
   """Everything in the pool that was not chosen is spoilt; nothing of it is missed, in training or in the report."""

@@ -168,6 +168,20 @@ def test_links_in_a_folder(trained_run, photo, tmp_path):
   assert 'list' not in str(raised.value)
 
 
+def test_what_is_not_predicted_is_told(mixed, photo, tmp_path, caplog):
+  """In one line, with one of each kind; a file that is named is an image by its content, whatever its name ends in."""
+  shutil.copytree(mixed, tmp_path / 'images.jpg')
+  (tmp_path / 'images.jpg' / 'b' / 'x.heic').write_bytes(b'heic')
+  (tmp_path / 'images.jpg' / 'gone.jpg').symlink_to('nothing.jpg')
+  for _ in range(2):
+    found = open_files(str(tmp_path / 'images.jpg'))
+    assert len(found.names) == 5 and list(found.problems) == ['gone.jpg']
+  line, = [record.getMessage() for record in caplog.records]
+  assert '3 files or folders are not used: 1 .heic, b/x.heic (a format that is not read here' in line and '1 .txt, notes.txt' in line
+  (tmp_path / 'photo').write_bytes(photo)
+  assert open_files(str(tmp_path / 'photo')).names == [str(tmp_path / 'photo')]
+
+
 def test_folders_that_name_classes():
   """Also by the WordNet ids of ImageNet, where the network knows them under their names; and all of them or none."""
   names = ('tench', 'goldfish', 'n01440764')
@@ -179,11 +193,15 @@ def test_folders_that_name_classes():
 
 @pytest.mark.parametrize('images,words', [
     ('', 'config.predict.images is empty'), ('no/such', 'there is no file or folder'), ('no/such.jpg', 'there is no file'),
-    ('{folder}/empty', 'no image in'), ('{folder}/empty.txt', 'is empty'), ('{folder}/binary', 'neither text, one path a line, nor')])
+    ('{folder}/empty', 'no image in'), ('{folder}/empty.txt', 'is empty'), ('{folder}/binary', 'neither text, one path a line, nor'),
+    ('{folder}/other', r'no image in .*; it holds 1 .heic, x.heic \(a format that is not read here'),
+    ('{folder}/other/x.heic', 'is of a format that is not read here; save it as .jpg')])
 def test_wrong_images(tmp_path, images, words):
   (tmp_path / 'empty').mkdir()
   (tmp_path / 'empty.txt').write_text('\n')
-  (tmp_path / 'binary').write_bytes(b'\xff\xd8\xff\xe0')
+  (tmp_path / 'other').mkdir()
+  for name in ('binary', 'other/x.heic'):
+    (tmp_path / name).write_bytes(b'\xff\xd8\xff\xe0')
   with pytest.raises(ValueError, match=words):
     open_files(images.format(folder=tmp_path))
 

@@ -16,7 +16,7 @@ import tensorflow_datasets as tfds
 
 from configs import default
 from ft_jax.data import augment, prepare, sources
-from ft_jax.data.sources import carve, open_source
+from ft_jax.data.sources import carve, draw, open_source, Source
 from ft_jax.jobs import setup
 
 
@@ -166,6 +166,17 @@ def test_carve_leaves_every_class_an_image(tmp_path):
   train, val = carve(open_source(f'folder:{tmp_path}', 'train'), 0.01, seed=0)
   assert train.class_names == ('many', 'one', 'two')
   assert np.bincount(val.labels, minlength=3).tolist() == [1, 0, 1] and np.bincount(train.labels).tolist() == [8, 1, 1]
+
+
+@pytest.mark.parametrize('id_of,drawn', [
+    ('train/a/{}.jpg', ('567', '123')), ('a/{}.jpg', ('057', '135')), ('train/00000/{}', ('067', '357')),
+    ('digits/{}', ('146', '456')), ('{}.jpg', ('057', '135'))])
+def test_what_is_drawn_depends_on_the_seed_and_stays(id_of, drawn):
+  """For ids of every kind; those with a slash draw what they drew when results were recorded."""
+  ids = np.array([id_of.format(i) for i in range(8)])
+  source = Source('x', ('a',), np.zeros(8, np.int32), ids, np.arange(8), lambda row: b'', '')
+  assert tuple(''.join(map(str, draw(source, 3, seed)[0].rows)) for seed in (0, 1)) == drawn
+  assert tuple(''.join(map(str, draw(source, 0, seed, 3 / 8)[0].rows)) for seed in (0, 1)) == drawn
 
 
 @pytest.mark.parametrize('name,split,words', [

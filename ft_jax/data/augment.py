@@ -3,12 +3,14 @@
 from collections.abc import Callable
 import io
 import math
+import os
 import threading
 from typing import NamedTuple
 import warnings
 
 import cv2
 import numpy as np
+import PIL.features
 import PIL.Image
 import simplejpeg
 
@@ -20,8 +22,13 @@ PIL.Image.MAX_IMAGE_PIXELS = None
 warnings.filterwarnings('ignore', category=UserWarning, module=r'PIL\.')
 
 MOST_PIXELS = 200_000_000
-# What an image file may be, whatever its ending: formats that Pillow reads by itself, each in memory and in bounded time.
-FORMATS = ('JPEG', 'PNG', 'GIF', 'WEBP', 'BMP', 'DIB', 'TIFF', 'PPM')
+# What an image file may be, whatever its ending: formats that Pillow reads by itself, each in memory and in bounded time;
+# and their usual endings (PPM's .pfm is left out: the range of its pixels is not known).
+FORMATS: dict[str, tuple[str, ...]] = {
+    'JPEG': ('.jpg', '.jpeg', '.jpe', '.jfif', '.mpo'), 'PNG': ('.png', '.apng'), 'GIF': ('.gif',), 'WEBP': ('.webp',),
+    'BMP': ('.bmp',), 'DIB': ('.dib',), 'TIFF': ('.tif', '.tiff'), 'PPM': ('.ppm', '.pgm', '.pbm', '.pnm'),
+    # Pillow has it from 11.3 on, where it was built with libavif.
+    **({'AVIF': ('.avif', '.avifs')} if 'avif' in PIL.features.modules and PIL.features.check_module('avif') else {})}
 
 _ORIENTATION = 0x0112  # the Exif tag
 _SCRATCH = threading.local()
@@ -71,6 +78,15 @@ def dimensions(image: bytes | np.ndarray, example_id: str) -> tuple[int, int]:
     width, height = picture.size
     # A TIFF's size is that of the turned image already.
     return (width, height) if picture.format != 'TIFF' and _orientation(picture) >= 5 else (height, width)
+
+
+def is_image(path: str | os.PathLike[str]) -> bool:
+  """Whether a file begins as an image does that `decode` reads, whatever its name ends in."""
+  try:
+    with PIL.Image.open(path, formats=tuple(FORMATS)):
+      return True
+  except Exception:  # see `_open`
+    return False
 
 
 def _decode_jpeg(image: bytes, example_id: str, scratch: bool) -> np.ndarray | None:
@@ -125,7 +141,7 @@ def _open(image: bytes, example_id: str) -> PIL.Image.Image:
   try:
     if not image:
       raise ValueError('it is empty')
-    picture = PIL.Image.open(io.BytesIO(image), formats=FORMATS)
+    picture = PIL.Image.open(io.BytesIO(image), formats=tuple(FORMATS))
     _check_size(*picture.size, example_id)
     return picture
   except Exception as error:  # a damaged file makes Pillow's parsers raise almost anything: KeyError, struct.error, zlib.error, ...

@@ -1,6 +1,5 @@
 """Images without classes as a source: a folder with all that is below it, one image, or a list of paths."""
 
-from collections.abc import Iterator
 import os
 import pathlib
 from typing import NamedTuple
@@ -8,7 +7,9 @@ from typing import NamedTuple
 import numpy as np
 
 from ft_jax.data import contents
-from ft_jax.data.sources import digest, IMAGE_ENDINGS, MOST_BYTES, read_file, Source
+from ft_jax.data.augment import is_image
+from ft_jax.data.folders import IMAGE_ENDINGS, list_images, log_unused, OTHER_IMAGES, UNLABELLED
+from ft_jax.data.sources import digest, MOST_BYTES, read_file, Source
 
 
 class Files(NamedTuple):
@@ -38,11 +39,17 @@ def open_files(images: str) -> Files:
   if not images:
     raise ValueError('config.predict.images is empty; give a folder, an image, or a text file of paths, one a line')
   path, lines = pathlib.Path(os.path.expanduser(images)), []
+  # One file that is named is known by its content too: a list of paths begins otherwise.
+  one = not path.is_dir() and (path.name.lower().endswith(IMAGE_ENDINGS) or path.is_file() and is_image(path))
   if path.is_dir():
-    found = {file.relative_to(path).as_posix(): file for file in _below(path)}
+    listing = list_images(path)
+    found = {file.relative_to(path).as_posix(): file for file in listing.classes[UNLABELLED]}
     if not found:
-      raise ValueError(f'config.predict.images: no image in {images} and its subfolders; an image ends in {", ".join(IMAGE_ENDINGS)}')
-  elif path.name.lower().endswith(IMAGE_ENDINGS):
+      holds = f'; it holds {listing.unused}' if listing.unused.found else ''
+      raise ValueError(f'config.predict.images: no image in {images} and its subfolders{holds}; an image ends in '
+                       f'{", ".join(IMAGE_ENDINGS)}')
+    log_unused(images, [listing.unused])
+  elif one:
     found = {images: path}
   elif path.is_file():
     lines = _listed(path, images)
@@ -50,7 +57,7 @@ def open_files(images: str) -> Files:
   else:
     raise ValueError(f'config.predict.images: there is no file or folder {images}')
   problems = {name: problem for name, file in found.items() if (problem := _problem(file))}
-  if path.name.lower().endswith(IMAGE_ENDINGS) and problems:
+  if one and problems:
     raise ValueError(f'config.predict.images: {images}: {problems[images]}')
   files = [file for name, file in found.items() if name not in problems]
   ids = [name for name in found if name not in problems]
@@ -60,25 +67,14 @@ def open_files(images: str) -> Files:
   return Files(lines or list(found), source, problems, bool(lines))
 
 
-def _below(folder: pathlib.Path, above: tuple[tuple[int, int], ...] = ()) -> Iterator[pathlib.Path]:
-  """Images in a folder and its subfolders, by name; hidden ones are left out, and links to the folders `above` not followed."""
-  stat = os.stat(folder)
-  if (stat.st_dev, stat.st_ino) in above:
-    return
-  for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-    if entry.name.startswith('.'):
-      continue
-    if os.path.isdir(entry.path):  # unlike the entry's own method, False for a link to itself
-      yield from _below(folder / entry.name, (*above, (stat.st_dev, stat.st_ino)))
-    elif entry.name.lower().endswith(IMAGE_ENDINGS):
-      yield folder / entry.name
-
-
 def _listed(path: pathlib.Path, name: str) -> list[str]:
   try:
     # Editors on Windows begin a file with a mark.
     lines = [line.strip() for line in path.read_text(encoding='utf-8-sig').split('\n') if line.strip()]
   except UnicodeDecodeError as error:
+    if path.name.lower().endswith(OTHER_IMAGES):
+      raise ValueError(f'config.predict.images: {name} is of a format that is not read here; save it as .jpg or '
+                       '.png') from error
     raise ValueError(f'config.predict.images: {name} is neither text, one path a line, nor does its name end as that of an image: '
                      f'{", ".join(IMAGE_ENDINGS)}') from error
   if not lines:

@@ -15,16 +15,11 @@ import numpy as np
 
 from ft_jax import progress
 from ft_jax.data import contents, digits, imagenet
+from ft_jax.data.folders import list_classes, log_unused, look_alike, not_a_folder, Unused
 from ft_jax.data.kept import kept
 
-ALSO_CALLED = {'val': 'validation', 'validation': 'val'}  # folders with the same meaning
-IMAGENET_VAL = ('. ImageNet\'s 50,000 validation images come without folders: sort them into those of their WordNet ids '
-                '(valprep.sh of github.com/soumith/imagenetloader.torch does), or prepare tfds:imagenet2012, which knows their classes')
 # An uncompressed image of the largest size that is read, with four channels of 16 bits, and some metadata.
 MOST_BYTES = 2_000_000_000
-# The class of images that lie in a folder without class folders: a pool whose labels nobody knows.
-UNLABELLED = 'unlabelled'
-IMAGE_ENDINGS = ('.jpg', '.jpeg', '.png', '.webp', '.gif', '.bmp', '.tif', '.tiff', '.ppm')
 
 
 class Example(NamedTuple):
@@ -50,6 +45,8 @@ class Source:
     contents: `[n]` of type `contents.HASH`, what each image is by its bytes or pixels; None where that is not known.
     legacy_fingerprint: the fingerprint that earlier versions gave the set, by ids and sizes of files; their checkpoints and selections
       carry it. '' where there is none.
+    broken: ids of images that are known not to be readable: links to files that are not there.
+    unused: what lies beside the examples and is not used, where the set is a folder.
   """
   name: str
   class_names: tuple[str, ...]
@@ -60,6 +57,8 @@ class Source:
   fingerprint: str
   contents: np.ndarray | None = None
   legacy_fingerprint: str = ''
+  broken: frozenset[str] = frozenset()
+  unused: Unused | None = None
 
   def __len__(self) -> int:
     return len(self.labels)
@@ -84,18 +83,22 @@ class Source:
     """The examples of some classes; labels stay as they are."""
     return self.subset(np.flatnonzero(np.isin(self.labels, classes)))
 
-  def without(self, names: Sequence[str]) -> 'Source':
-    """The source as if some classes were not in it; the labels of the others close up.
+  def without(self, names: Sequence[str | int]) -> 'Source':
+    """The source as if some classes were not in it; the labels of the others close up. A number is a name, too.
 
     Raises:
       ValueError: a class that is not there, or all that are there.
     """
     if not names:
       return self
+    # On the command line 10 is a number, also where it is the name of a folder.
+    names = [str(name) for name in names]
     unknown = [name for name in names if name not in self.class_names]
     if unknown:
+      near = next((name for name in self.class_names if name.lstrip('0') == unknown[0].lstrip('0')), None)
+      instead = '' if near is None else f'; is it {near!r}? Then write {(near,)!r}'
       raise ValueError(f'{self.name} has no class {unknown[0]!r} to leave out; it has {len(self.class_names)}: '
-                       f'{", ".join(self.class_names[:5])}, ... (several are written (\'one\',\'two\'))')
+                       f'{", ".join(self.class_names[:5])}, ... (several are written (\'one\',\'two\')){instead}')
     kept = [k for k, name in enumerate(self.class_names) if name not in names]
     if not kept:
       raise ValueError(f'{self.name}: all of its classes are to be left out')
@@ -114,7 +117,7 @@ class Source:
     return np.array([places[name] for name in ids], np.int64)
 
 
-def open_source(name: str, split: str, data_dir: str = '') -> Source:
+def open_source(name: str, split: str, data_dir: str = '', quiet: bool = False) -> Source:
   """Opens a split of an image set.
 
   Args:
@@ -123,6 +126,7 @@ def open_source(name: str, split: str, data_dir: str = '') -> Source:
     split: `train`, `train[:90%]`, `train+val`. For `tfds:` this is TFDS's own slicing of the whole split; for `folder:`
       a slice is taken of each class by itself.
     data_dir: where prepared TFDS sets lie, and what a relative `folder:` path starts from.
+    quiet: leaves it to the caller to log what lies in a folder and is not used (`Source.unused`).
 
   Raises:
     ValueError: a name, split or folder that is not there or holds nothing, with what is.
@@ -130,7 +134,10 @@ def open_source(name: str, split: str, data_dir: str = '') -> Source:
   kind, _, rest = name.partition(':')
   if kind not in SOURCES or not rest:
     raise ValueError(f'data set {name!r}: expected {", ".join(f"{k}:..." for k in SOURCES)}')
-  return SOURCES[kind](rest, split, data_dir)
+  source = SOURCES[kind](rest, split, data_dir)
+  if not quiet:
+    log_unused(name, [source.unused])
+  return source
 
 
 def carve(source: Source, fraction: float, seed: int) -> tuple[Source, Source]:
@@ -156,8 +163,8 @@ def carve(source: Source, fraction: float, seed: int) -> tuple[Source, Source]:
 def draw(source: Source, per_class: int, seed: int, fraction: float = 1.0) -> tuple[Source, Source]:
   """Draws a number of examples of every class, or (`per_class` 0) a part of them, at least one: (the drawn ones, the rest).
 
-  The choice depends on the seed and on the ids without the split that they begin with: an image is drawn or not whichever
-  split it is stored in.
+  The choice depends on the seed and on the ids without what is before their first slash, which is the split that an image is
+  stored in (in a folder without splits the class): an image is drawn or not whichever split that is.
 
   Raises:
     ValueError: a class that has fewer.
@@ -165,12 +172,17 @@ def draw(source: Source, per_class: int, seed: int, fraction: float = 1.0) -> tu
   sizes = np.bincount(source.labels, minlength=len(source.class_names))
   if not per_class:
     counts = np.minimum(sizes, np.maximum(1, np.round(fraction * sizes).astype(int)))
-    return _parts(source, counts, [digest('draw', str(seed), i.partition('/')[2]) for i in source.ids])
+    return _parts(source, counts, [_drawn_by(i, seed) for i in source.ids])
   small = np.flatnonzero(sizes < per_class)
   if len(small):
     raise ValueError(f'{source.name}: train_per_class is {per_class}, but {source.class_names[small[0]]} has {sizes[small[0]]} images'
                      + (f', and {len(small) - 1} other classes have too few' if len(small) > 1 else '') + '; draw fewer')
-  return _parts(source, np.full(len(sizes), per_class), [digest('draw', str(seed), i.partition('/')[2]) for i in source.ids])
+  return _parts(source, np.full(len(sizes), per_class), [_drawn_by(i, seed) for i in source.ids])
+
+
+def _drawn_by(example_id: str, seed: int) -> str:
+  """The priority of an example in a draw; an id without a slash has no split in front and counts as a whole."""
+  return digest('draw', str(seed), example_id.partition('/')[2] or example_id)
 
 
 def _parts(source: Source, counts: np.ndarray, priorities: Sequence[str]) -> tuple[Source, Source]:
@@ -216,9 +228,10 @@ def _open_folder(path: str, split: str, data_dir: str) -> Source:
   root = root if root.is_absolute() else pathlib.Path(os.path.expanduser(data_dir)) / root
   name = f'folder:{path}'
   if not root.is_dir():
-    raise ValueError(f'{name}: there is no folder {root}; give the path of a folder of <split>/<class>/<image> or <class>/<image>')
+    raise ValueError(f'{name}: {not_a_folder(root)}')
   parts = parse_split(split)
-  found = [_list_classes(root, part, name) for part in parts]
+  listed = [list_classes(root, part.name, name) for part in parts]
+  found = [listing.classes for listing in listed]
   class_names = tuple(found[0])
   for part, files in zip(parts, found):
     if tuple(files) != class_names:
@@ -235,16 +248,26 @@ def _open_folder(path: str, split: str, data_dir: str) -> Source:
   if not paths:
     raise ValueError(f'{name}: split {split!r} holds no image; the slice is empty')
   ids = [p.relative_to(root).as_posix() for p in paths]
+  broken = frozenset().union(*(listing.broken for listing in listed))
   # ImageNet's folders are sorted by WordNet id, as TFDS's labels are; the ids of the examples keep theirs.
   class_names = imagenet.human_names(class_names)
   hashes, sizes = contents.of_files(paths, str(root), f'{name} {split}', MOST_BYTES)
   return Source(f'{name} {split}', class_names, np.asarray(labels, np.int32), np.asarray(ids), np.arange(len(paths)),
                 lambda row: read_file(paths[row]), digest(*ids, hashes.tobytes(), *class_names), hashes,
-                digest(*ids, *map(str, sizes), *class_names))
+                digest(*ids, *map(str, sizes), *class_names),
+                broken=frozenset(p.relative_to(root).as_posix() for p in broken),
+                unused=sum((listing.unused for listing in listed[1:]), listed[0].unused))
 
 
 def read_file(path: pathlib.Path) -> bytes:
-  """The bytes of an image file; ValueError for more than an image has: a link, or a file of nothing but holes, may be endless."""
+  """The bytes of an image file.
+
+  Raises:
+    ValueError: a link to a file that is not there, or more bytes than an image has: a link, or a file of nothing but holes,
+      may be endless.
+  """
+  if path.is_symlink() and not path.exists():
+    raise ValueError(f'{path} is a link to {os.readlink(path)}, which is not there; restore that file, or remove the link')
   if (size := path.stat().st_size) > MOST_BYTES:
     raise ValueError(f'{path} has {size:,d} bytes; expected {MOST_BYTES:,d} of an image at most. Scale it down or remove it')
   return path.read_bytes()
@@ -252,51 +275,14 @@ def read_file(path: pathlib.Path) -> bytes:
 
 def class_difference(one: str, ones: Sequence[str], other: str, others: Sequence[str], most: int = 5) -> str:
   """Which classes only one of two splits has, for messages: `only in train: cat, dog; only in test: emu`."""
-  parts = []
-  for name, alone in ((one, set(ones) - set(others)), (other, set(others) - set(ones))):
+  only_ones, only_others = set(ones) - set(others), set(others) - set(ones)
+  pairs = look_alike(only_ones, only_others)
+  parts = [f'{a} in {one} is {b} in {other}; give the folder one name' for a, b in pairs.values()][:1]
+  for name, alone in ((one, only_ones - {a for a, _ in pairs}), (other, only_others - {b for _, b in pairs})):
     if alone:
       more = f' and {len(alone) - most} others' if len(alone) > most else ''
       parts.append(f'only in {name}: {", ".join(sorted(alone)[:most])}{more}')
   return '; '.join(parts) or 'the same classes in another order'
-
-
-def _list_classes(root: pathlib.Path, part: SplitPart, name: str) -> dict[str, list[pathlib.Path]]:
-  """The images of every class below `root/<split>`, or below `root` itself where no split folder is there.
-
-  Where there are images and no class folders, all are of the class UNLABELLED.
-  """
-  has_splits = any((root / folder).is_dir() for folder in ('train', 'val', 'test', 'validation', part.name))
-  base = root / part.name if has_splits else root
-  if has_splits and not base.is_dir() and part.name in ALSO_CALLED:
-    base = root / ALSO_CALLED[part.name]
-  if not base.is_dir():
-    raise ValueError(f'{name}: there is no split {part.name!r}; known: {", ".join(_folders(root))}')
-  if not has_splits and part.name != 'train':
-    raise ValueError(f'{name}: the folder has no splits (<class>/<image>), so all of it is called train: '
-                     f'use slices such as train[:80%] and train[80%:] instead of {part.name!r}')
-  classes = {folder: _images(base / folder) for folder in _folders(base)}
-  if not classes:
-    flat = _images(base)
-    if flat and base.name not in ALSO_CALLED:
-      return {UNLABELLED: flat}
-    raise ValueError(f'{name}: {base} holds no class folders' + (f' but {len(flat):,d} images' if flat else '')
-                     + '; expected <class>/<image> in it' + (IMAGENET_VAL if flat else ''))
-  empty = [folder for folder, files in classes.items() if not files]
-  if empty:
-    raise ValueError(f'{name}: no image in class folder {base / empty[0]}'
-                     + (f' and {len(empty) - 1} others' if len(empty) > 1 else '')
-                     + f'; an image ends in {", ".join(IMAGE_ENDINGS)}. Fill it or remove it')
-  return classes
-
-
-def _folders(path: pathlib.Path) -> list[str]:
-  # Not the entry's own methods, which raise for a link to itself.
-  return sorted(e.name for e in os.scandir(path) if os.path.isdir(e.path) and not e.name.startswith('.'))
-
-
-def _images(path: pathlib.Path) -> list[pathlib.Path]:
-  return [path / e.name for e in os.scandir(path)
-          if e.name.lower().endswith(IMAGE_ENDINGS) and not e.name.startswith('.') and os.path.isfile(e.path)]
 
 
 # --- TFDS ---

@@ -37,13 +37,15 @@ def run(config: ConfigDict, workdir: epath.PathLike, embeddings: epath.PathLike 
 
   log.info('fine-tuning %s -> %s', config.model.name, work.path)
   splits = setup.open_splits(config.target, config.data_dir, config.seed)
-  pool = open_source(config.source.name, config.source.train, config.data_dir) if config.source.name else None
+  # Plain fine-tuning uses nothing of the pre-training data, which need not be there.
+  wanted = _uses_pool(config) and config.source.name
+  pool = open_source(config.source.name, config.source.train, config.data_dir) if wanted else None
   needed = pool if config.selection.method != 'none' else None
   splits, readable, skipped = setup.readable(splits, 'target', config.data.on_error, needed)
   pool = pool if needed is None else readable
   opened = {**{f'target {name}': source for name, source in splits._asdict().items()}, overlap.POOL: pool}
   setup.check_same_images(splits, pool)
-  common = overlap.settled(work, splits, pool if _uses_pool(config) else None, config.source.duplicates)
+  common = overlap.settled(work, splits, pool, config.source.duplicates)
   splits, pool = common.splits, pool if common.pool is None else common.pool
   splits, true_labels, noise_told = noise.add(config.noise, config.seed, splits)
   if not done:

@@ -15,9 +15,10 @@ from ft_jax import parallel
 from ft_jax.checkpoints import load_variables
 from ft_jax.data.cache import cached
 from ft_jax.data.damage import without_damaged
+from ft_jax.data.folders import log_unused, UNLABELLED
 from ft_jax.data.pipeline import Transform
 from ft_jax.data.randaugment import STRONGEST
-from ft_jax.data.sources import carve, class_difference, draw, open_source, Source, UNLABELLED
+from ft_jax.data.sources import carve, class_difference, draw, open_source, Source
 from ft_jax.models import hub, pretrained, resnet
 from ft_jax.progress import log
 from selection import files
@@ -41,7 +42,7 @@ def open_splits(config: ConfigDict, data_dir: str, seed: int) -> Splits:
   """
   # The pre-training data has neither field.
   per_class, fraction, left_out = config.get('train_per_class', 0), config.get('train_fraction', 1.0), config.get('without', ())
-  opened = lambda split: _labelled(open_source(config.name, split, data_dir)).without(left_out)
+  opened = lambda split: _labelled(open_source(config.name, split, data_dir, quiet=True)).without(left_out)
   train, rest = opened(config.train), None
   if per_class or fraction < 1:
     train, rest = draw(train, per_class, seed, fraction)
@@ -50,6 +51,7 @@ def open_splits(config: ConfigDict, data_dir: str, seed: int) -> Splits:
   else:
     train, val = carve(train, config.val_fraction, seed)
   test = rest if config.test == 'rest' and rest is not None else opened(config.test) if config.test else None
+  log_unused(config.name, [source.unused for source in (train, val, test) if source is not None])
   if test is not None and not len(test):
     drawn = f'train_per_class {per_class}' if per_class else f'train_fraction {fraction}'
     raise ValueError(f'{train.name}: {drawn} leaves no image for test')
@@ -67,7 +69,8 @@ def open_splits(config: ConfigDict, data_dir: str, seed: int) -> Splits:
 def _labelled(source: Source) -> Source:
   if source.class_names == (UNLABELLED,):
     raise ValueError(f'{source.name} holds no class folders but {len(source):,d} images, so their classes are not known; expected '
-                     '<class>/<image> in it (images without classes can be a pool: config.source.name with methods.fixmatch)')
+                     '<class>/<image> in it: classes are read from the names of folders, not from a table (docs/data.md turns a .csv into '
+                     'folders). Images without classes can be a pool: config.source.name with methods.fixmatch')
   return source
 
 
@@ -82,7 +85,8 @@ def check_data(config: ConfigDict) -> None:
 def readable(splits: Splits, what: str, on_error: str, pool: Source | None = None) -> tuple[Splits, Source | None, dict[str, list[str]]]:
   """The images that can be read, and the ids of those that cannot.
 
-  With `on_error` 'raise' nothing is tried: the first image that cannot be read ends the run when its turn comes.
+  With `on_error` 'raise' nothing is tried: the first image that cannot be read ends the run when its turn comes. Links to
+  files that are not there are known already, and end it here.
 
   Args:
     splits: of `target` or `source`, which `what` says.
@@ -92,14 +96,26 @@ def readable(splits: Splits, what: str, on_error: str, pool: Source | None = Non
 
   Returns:
     The splits, the pool, and the ids of such images by the name of the split: `target train`, ... `source pool`.
+
+  Raises:
+    ValueError: with 'raise' an image that is a link to a file that is not there; with 'skip' a class without an image left.
   """
-  if on_error == 'raise':
-    return splits, pool, {}
   named = {**{f'{what} {split}': source for split, source in splits._asdict().items()}, 'source pool': pool}
+  if on_error == 'raise':
+    for source in named.values():
+      _check_links(source)
+    return splits, pool, {}
   tried = {name: without_damaged(source, name, name.endswith(('train', 'pool'))) if source is not None else (None, [])
            for name, source in named.items()}
   *kept, pool = (source for source, _ in tried.values())
   return Splits(*kept), pool, {name: ids for name, (_, ids) in tried.items() if ids}
+
+
+def _check_links(source: Source | None) -> None:
+  broken = sorted(source.broken.intersection(source.ids.tolist())) if source is not None and source.broken else []
+  if broken:
+    raise ValueError(f'{source.name}: {len(broken):,d} of {len(source):,d} images are links to files that are not there, such '
+                     f'as {broken[0]}; restore the files, remove the links, or skip them with --config.data.on_error=skip')
 
 
 def split_fingerprints(splits: Splits) -> dict[str, str | None]:
