@@ -5,6 +5,7 @@ import contextlib
 import errno
 import functools
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -21,7 +22,7 @@ import tensorstore
 from ft_jax import parallel
 from ft_jax.names import short
 from ft_jax.progress import log
-from ft_jax.workdir import cannot_write, saved_steps
+from ft_jax.workdir import cannot_write, check_name, saved_steps
 from selection import files
 
 T = TypeVar('T')
@@ -50,6 +51,7 @@ class Checkpoints:
     """
     self._about = {'format_version': FORMAT_VERSION, 'made_from': dict(made_from or {})}
     self._folder = folder = files.absolute(workdir) / 'checkpoints'
+    check_name(folder.parent)
     self._keep = frozenset(keep)
     self._saving: int | None = None
     self.devices: list[list[int]] = [[0, jax.device_count()]]
@@ -300,7 +302,7 @@ def _check_metrics(folder: epath.Path, read_only: bool) -> None:
     except (ValueError, TypeError) as error:
       why = f'the metrics of the checkpoint {step} cannot be read ({short(error)})'
       if read_only:
-        raise Damaged(f'{why}; remove it, or run the command of {folder.parent} again, which sets it aside') from error
+        raise Damaged(f'{why}; run the command of {folder.parent} again, which moves it to {folder.parent / "damaged"}') from error
       _set_aside(step, why)
 
 
@@ -321,10 +323,10 @@ def _set_aside(checkpoint: epath.Path, why: str) -> None:
   """See `Checkpoints.set_aside`; on process 0."""
   folder = checkpoint.parent
   if len(saved_steps(folder.parent)) < 2:
-    raise Damaged(f'{why}. There is no other checkpoint in {folder}: give another --workdir, or remove {folder} to begin anew')
-  aside = folder.parent / 'damaged' / checkpoint.name
-  if aside.exists():
-    aside.rmtree()
+    raise Damaged(f'{why}. There is no other checkpoint in {folder}, so it stays there: restore it from a copy, or give another '
+                  '--workdir to start anew')
+  names = itertools.chain([checkpoint.name], (f'{checkpoint.name}-{n}' for n in itertools.count(2)))  # replaces nothing
+  aside = next(path for name in names if not (path := folder.parent / 'damaged' / name).exists())
   _move(checkpoint, aside)
   log.warning('warning: %s. It is set aside in %s', why, aside)
 
@@ -371,15 +373,25 @@ def _check_whole(folder: epath.Path) -> dict[str, Any]:
   try:
     if not (state / '_METADATA').exists():
       raise FileNotFoundError(state / '_METADATA')
-    base = files.absolute(state).as_posix()
-    store = tensorstore.KvStore.open({'driver': 'ocdbt', 'base': f'{base if "://" in base else f"file://{base}"}/'}).result()
-    for key in store.list().result():
+    store = tensorstore.KvStore.open({'driver': 'ocdbt', 'base': _kvstore(files.absolute(state))}).result()
+    keys = store.list().result()
+    if not keys:
+      raise FileNotFoundError('its arrays are missing')
+    for key in keys:
       store.read(key).result()
     # Not the manager, which knows no structure before it has restored something.
     saved = ocp.StandardCheckpointHandler().metadata(state).tree
   except (KeyError, ValueError, OSError, RuntimeError) as error:
     raise Damaged(f'the checkpoint {folder} cannot be read; it is not whole ({short(error)})') from error
   return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), saved)
+
+
+def _kvstore(folder: epath.Path) -> dict[str, str]:
+  """Tensorstore's description of a folder: in a URL, a name with `#`, `?`, `%` or `|` would mean something else."""
+  if not files.is_url(folder):
+    return {'driver': 'file', 'path': f'{folder}/'}
+  bucket, _, path = os.fspath(folder).partition('://')[2].partition('/')
+  return {'driver': 'gcs', 'bucket': bucket, 'path': f'{path}/'}
 
 
 def _shapes(tree: Any) -> list[str]:

@@ -7,6 +7,7 @@ place and moved there, which comes to the same.
 from collections.abc import Iterator
 import contextlib
 import errno
+import fnmatch
 import importlib.util
 import io
 import logging
@@ -55,6 +56,23 @@ class Unwritable(OSError):
     self.errno = number
 
 
+class _Path(type(epath.Path())):
+  """A path whose own name is taken literally by `glob`; etils takes it for a part of the pattern, and orbax and TFDS use that."""
+
+  def glob(self, pattern: str) -> Iterator['_Path']:
+    """What is in this folder by a pattern with `*`, `?` and `[]`; nothing where there is no such folder."""
+    here, _, below = pattern.partition('/')
+    try:
+      found = [path for path in self.iterdir() if fnmatch.fnmatchcase(path.name, here)]
+    except (FileNotFoundError, NotADirectoryError):
+      return
+    for path in found:
+      if below:
+        yield from path.glob(below)
+      else:
+        yield path
+
+
 def is_url(path: epath.PathLike) -> bool:
   """Whether it names an object, not a file."""
   return '://' in os.fspath(path)
@@ -70,7 +88,7 @@ def located(path: epath.PathLike) -> epath.Path:
   if separator and kind in PACKAGES and not re.match('//[^/]', rest):
     raise ValueError(f'{os.fspath(path)!r} is no place on object storage; expected {kind}://bucket/folder')
   if not is_url(path):
-    return epath.Path(path).expanduser()
+    return _local(_Path(path).expanduser())
   kind = os.fspath(path).partition('://')[0]
   if kind not in PACKAGES:
     raise ValueError(f'{os.fspath(path)}: object storage of the kind {kind}:// is not known here; known: '
@@ -78,13 +96,22 @@ def located(path: epath.PathLike) -> epath.Path:
   if importlib.util.find_spec(PACKAGES[kind]) is None:
     raise ValueError(f'{os.fspath(path)} is on object storage, which needs the package {PACKAGES[kind]}: pip install {PACKAGES[kind]}')
   _prepare(kind)
-  return epath.Path(path)
+  return _Path(path)
 
 
 def absolute(path: epath.PathLike) -> epath.Path:
   """The path from the root on; that of an object is one."""
   path = located(path)
-  return path if is_url(path) else path.resolve()
+  return path if is_url(path) else _local(path.resolve())
+
+
+def _local(path: _Path) -> _Path:
+  """The path; raises ValueError for the few folders of a disk that etils takes for object storage: `/gs`, `/s3`, `/az`, `/hf`."""
+  if is_url(path):
+    kind = os.fspath(path).partition('://')[0]
+    raise ValueError(f'the folder /{kind} cannot be used: the library that opens files reads it as {kind}://. Rename or mount it under '
+                     f'another name, or use a path through a symbolic link')
+  return path
 
 
 def make_folder(path: epath.PathLike) -> epath.Path:
@@ -136,7 +163,7 @@ def whole_file(path: epath.PathLike) -> Iterator[BinaryIO]:
     except Exception as error:  # see `make_folder`
       raise Unwritable(path, error) from error
     return
-  temporary = path.parent / f'.{path.name}.{uuid.uuid4().hex}.tmp'
+  temporary = path.parent / f'.{uuid.uuid4().hex}.tmp'  # without the name, which may be as long as a name can be
   try:
     try:
       with open(temporary, 'wb') as stream:
@@ -168,7 +195,7 @@ def on_disk(path: epath.PathLike) -> Iterator[epath.Path]:
 
 def is_leftover(name: str) -> bool:
   """Whether a file of this name was being written when its process was killed."""
-  return name.startswith('.') and name.endswith('.tmp')
+  return bool(re.fullmatch(r'\.(.*\.)?[0-9a-f]{32}\.tmp', name, re.DOTALL))  # earlier versions put the file's name into it
 
 
 def append(path: epath.PathLike, data: bytes, sync: bool = False) -> None:

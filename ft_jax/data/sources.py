@@ -238,7 +238,7 @@ def _open_folder(path: str, split: str, data_dir: str) -> Source:
 def read_file(path: pathlib.Path) -> bytes:
   """The bytes of an image file; ValueError for more than an image has: a link, or a file of nothing but holes, may be endless."""
   if (size := path.stat().st_size) > MOST_BYTES:
-    raise ValueError(f'{path} has {size:,d} bytes; expected {MOST_BYTES:,d} of an image at most. Scale it down or remove it')
+    raise ValueError(f'{path} has {size:,d} bytes; expected {MOST_BYTES:,d} of an image at most. Scale it down or move it')
   return path.read_bytes()
 
 

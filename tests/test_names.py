@@ -1,0 +1,95 @@
+"""Names that a file system allows: what is written below such folders is read again, or refused before anything begins."""
+
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from ft_jax.checkpoints import Checkpoints, Damaged, history, load_variables
+from ft_jax.train import create_state
+from ft_jax.workdir import Workdir
+from selection import files
+
+# What URLs, patterns, formats and shells read in another way, and letters in two forms.
+ALLOWED = ['C#', 'a?b', '100%', 'a%20b', '%', '#', '?', '[1]', '[', 'run*', '*', '{x}', '{', 'a|b', 'a|ocdbt:', 'blank ', ' blank',
+           'new\nline', 'caf\u00e9', 'cafe\u0301', '\u6c49\u5b57', '\U0001f600', '-dash', 'gs:x', 's3:', 'file:', '~', '$HOME', "quo'te",
+           'quo"te', '\x1b[31m', '...', 'x.orbax-checkpoint-tmp', '5', 'x' * 255]
+REFUSED = {'back\\slash': 'backslash', '\\': 'backslash', 'gs:': "ends in 'gs:'", 'logs:': "ends in 'gs:'",
+           os.fsdecode(b'latin\xe9'): 'not UTF-8'}
+
+
+def state_at(step: int):
+  variables = {'params': {'a': {'kernel': np.full((2, 3), step, np.float32)}}, 'batch_stats': {'a': {'mean': np.zeros(3, np.float32)}}}
+  return jax.device_get(create_state(variables, optax.trace(0.9)).replace(step=jnp.int32(step)))
+
+
+def saved(workdir, *steps: int) -> None:
+  workdir.mkdir(parents=True, exist_ok=True)
+  checkpoints = Checkpoints(workdir)
+  for step in steps:
+    checkpoints.save(step, state_at(step), {'score': 1 / step, 'loss': 1.0})
+  checkpoints.close()
+
+
+@pytest.mark.parametrize('name', ALLOWED)
+def test_checkpoints_below_any_name(tmp_path, name):
+  """Restored, checked for wholeness where they lie, and used as weights."""
+  workdir = tmp_path / name / 'runs'
+  saved(workdir, 1, 2)
+  checkpoints = Checkpoints(workdir)
+  jax.tree.map(np.testing.assert_array_equal, checkpoints.restore(2, state_at(0)), state_at(2))
+  checkpoints.close()
+  np.testing.assert_array_equal(load_variables(workdir)['params']['a']['kernel'], np.ones((2, 3)))
+  assert [kept.step for kept in history(workdir)] == [1, 2]
+  data = max((workdir / 'checkpoints' / '2' / 'state' / 'd').iterdir(), key=lambda path: path.stat().st_size)
+  data.write_bytes(data.read_bytes()[:5])
+  with pytest.raises(Damaged, match='checkpoints/2 cannot be read'):
+    load_variables(workdir, 2)
+
+
+def test_another_folder_is_not_read_in_the_place_of_the_one_named(tmp_path):
+  """`%20` was read as a blank: the checkpoint that was checked was another run's."""
+  for name in ('a%20b', 'a b'):
+    saved(tmp_path / name, 1)
+  for path in (tmp_path / 'a b' / 'checkpoints' / '1' / 'state' / 'd').iterdir():
+    path.unlink()
+  load_variables(tmp_path / 'a%20b', 1)
+  with pytest.raises(Damaged):
+    load_variables(tmp_path / 'a b', 1)
+
+
+@pytest.mark.parametrize('name', ['run*', 'run?', 'run[12]'])
+def test_a_folder_that_is_a_pattern_matches_itself_alone(tmp_path, name):
+  """Orbax puts a checkpoint together from what a pattern finds: with `run*` from the folders of `run1` too."""
+  for folder in (name, 'run1'):
+    (tmp_path / folder / 'sub').mkdir(parents=True)
+  folder = files.located(tmp_path / name)
+  assert list(folder.glob('s*b')) == [folder / 'sub'] and list(folder.parent.glob('*/s?b')) != []
+  assert list(folder.glob('*/none')) == list((folder / 'gone').glob('*')) == []
+
+
+@pytest.mark.parametrize('name', REFUSED)
+def test_names_that_cannot_hold_checkpoints_are_refused_at_once(tmp_path, name):
+  workdir = tmp_path / name / 'runs'
+  with pytest.raises(ValueError, match=f'{REFUSED[name]}.*Give another folder') as raised:
+    Workdir(workdir, {'job': 'finetune', 'seed': 0, 'train': {}})
+  assert '\n' not in str(raised.value) and not workdir.exists()
+  workdir.mkdir(parents=True)
+  (workdir / 'checkpoints').mkdir()
+  with pytest.raises(ValueError, match=REFUSED[name]) as raised:  # moved there after training
+    load_variables(workdir)
+  assert not isinstance(raised.value, Damaged)
+  (tmp_path / 'link').symlink_to(workdir)
+  saved(tmp_path / 'link', 1)
+  assert [kept.step for kept in history(tmp_path / 'link')] == [1]
+
+
+def test_a_path_that_is_too_long_is_refused_at_once(tmp_path):
+  """Orbax's own folders are further down than the workdir, and would not fit after hours of training."""
+  workdir = tmp_path.joinpath(*['d' * 200] * 19)
+  assert len(os.fspath(workdir)) < 4000
+  with pytest.raises(ValueError, match=r'the path has \d,\d{3} bytes; expected 3,936 at most. Give another folder'):
+    Workdir(workdir / ("x" * 150), {'job': 'finetune', 'seed': 0, 'train': {}})
