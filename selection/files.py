@@ -82,13 +82,16 @@ def located(path: epath.PathLike) -> epath.Path:
   """The path of a file or an object, with `~` for the home.
 
   Raises:
-    ValueError: object storage of an unknown kind, or a package that it needs is not installed.
+    ValueError: object storage of an unknown kind, or a package that it needs is not installed; or there is no home for `~`.
   """
   kind, separator, rest = os.fspath(path).partition(':')
   if separator and kind in PACKAGES and not re.match('//[^/]', rest):
     raise ValueError(f'{os.fspath(path)!r} is no place on object storage; expected {kind}://bucket/folder')
   if not is_url(path):
-    return _local(_Path(path).expanduser())
+    found = _Path(path).expanduser()
+    if found.parts[:1] == ('~',):
+      raise ValueError(f'{os.fspath(path)}: there is no home directory to put in the place of ~; give the path from the root on')
+    return _local(found)
   kind = os.fspath(path).partition('://')[0]
   if kind not in PACKAGES:
     raise ValueError(f'{os.fspath(path)}: object storage of the kind {kind}:// is not known here; known: '

@@ -1,14 +1,20 @@
 """Names that a file system allows: what is written below such folders is read again, or refused before anything begins."""
 
+import json
 import os
 
+from conftest import quick_main
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 import numpy as np
 import optax
 import pytest
 
+from configs import export as export_config
+from configs import predict as predict_config
 from ft_jax.checkpoints import Checkpoints, Damaged, history, load_variables
+from ft_jax.jobs import export, finetune, predict, setup
 from ft_jax.train import create_state
 from ft_jax.workdir import Workdir
 from selection import files
@@ -93,3 +99,31 @@ def test_a_path_that_is_too_long_is_refused_at_once(tmp_path):
   assert len(os.fspath(workdir)) < 4000
   with pytest.raises(ValueError, match=r'the path has \d,\d{3} bytes; expected 3,936 at most. Give another folder'):
     Workdir(workdir / ("x" * 150), {'job': 'finetune', 'seed': 0, 'train': {}})
+
+
+def test_a_whole_run_in_the_worst_of_folders(tmp_path, photos):
+  """Trained, finished after a loss of its results, used as weights, by predict and by export, with data beside it."""
+  data, workdir = tmp_path / 'images #[1]%20\\ ?', tmp_path / 'C#?%[]{}*|x%20y ' / 'runs*'
+  data.mkdir()
+  (data / 'photos*').symlink_to(photos)
+  run = quick_main(
+      '--config=configs/miniature.py:finetune', '--config.source.name=', '--config.selection.method=none', '--config.model.weights=',
+      f'--config.target.name=folder:{data / "photos*"}', '--config.model.width=4', '--config.image_size=32',
+      '--config.augment.short_side=36', '--config.train.steps=2', '--config.train.batch_size=8', '--config.train.eval_every=2',
+      f'--workdir={workdir}')
+  assert run.returncode == 0 and f'report: {workdir}/report.html' in run.stderr, run.stderr
+  results = json.loads((workdir / 'results.json').read_text())
+  (workdir / 'results.json').unlink()
+  config = ConfigDict(json.loads((workdir / 'config.json').read_text()))
+  assert finetune.run(config, workdir)['test'].keys() == results['test'].keys()
+  kernel = lambda variables: variables['params']['conv1']['kernel']
+  np.testing.assert_array_equal(kernel(setup.load_weights(str(workdir)).variables), kernel(load_variables(workdir)))
+
+  predicting = predict_config.get_config()
+  predicting.workdir, predicting.predict.images = str(workdir), str(data / 'photos*' / 'test')
+  assert predict.run(predicting, workdir / 'predict\\ #')['images'] == 20
+  exporting = export_config.get_config()
+  exporting.workdir = str(workdir)
+  export.run(exporting, workdir / 'export\\ #')
+  assert sorted(os.listdir(workdir / 'predict\\ #')) == ['contact_sheet.png', 'predictions.csv']
+  assert (workdir / 'export\\ #' / 'model.stablehlo').exists()

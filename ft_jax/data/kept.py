@@ -2,9 +2,10 @@
 
 from collections.abc import Callable
 import os
-import pathlib
 
 import numpy as np
+
+from ft_jax.user_cache import user_cache
 
 
 def kept(what: str, key: str, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -15,7 +16,9 @@ def kept(what: str, key: str, make: Callable[[], dict[str, np.ndarray]]) -> dict
     key: changes with everything that the arrays depend on.
     make: takes long.
   """
-  folder = pathlib.Path(os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache') / 'ft_jax' / what
+  folder = user_cache(what)
+  if folder is None:
+    return make()
   path = folder / f'{key}.npz'
   try:
     with open(path, 'rb') as stream, np.load(stream, allow_pickle=False) as saved:
@@ -24,7 +27,6 @@ def kept(what: str, key: str, make: Callable[[], dict[str, np.ndarray]]) -> dict
     pass
   made = make()
   try:
-    folder.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f'.{path.stem}.{os.getpid()}.npz')
     np.savez(temporary, **made)
     os.replace(temporary, path)
