@@ -86,7 +86,8 @@ def located(path: epath.PathLike) -> epath.Path:
   """
   kind, separator, rest = os.fspath(path).partition(':')
   if separator and kind in PACKAGES and not re.match('//[^/]', rest):
-    raise ValueError(f'{os.fspath(path)!r} is no place on object storage; expected {kind}://bucket/folder')
+    raise ValueError(f'{os.fspath(path)!r} is no place on object storage; expected {kind}://bucket/folder (a folder of that name is given '
+                     'by its path from the root on)')
   if not is_url(path):
     found = _Path(path).expanduser()
     if found.parts[:1] == ('~',):
