@@ -21,8 +21,8 @@ from ft_jax.progress import log
 from selection import files
 
 # Fields that may change between two starts of one run. What they do to its images, the checkpoints notice.
-FREE = ('data.cache', 'data.on_error', 'data.timeout', 'train.nonfinite_steps', 'train.skip_diverged', 'pretrain.nonfinite_steps',
-        'pretrain.skip_diverged')
+FREE = ('compile_cache', 'data.cache', 'data.on_error', 'data.timeout', 'train.nonfinite_steps', 'train.skip_diverged',
+        'pretrain.nonfinite_steps', 'pretrain.skip_diverged')
 # Where nothing can be added to, a growing file is written again so often at most, in seconds.
 EVERY = 10.0
 # Seconds to wait for another process to leave, as one that was asked to stop does.
