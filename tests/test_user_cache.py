@@ -37,26 +37,25 @@ def test_without_a_home_nothing_is_kept_and_it_is_said_once(no_home, caplog):
   made = []
   for _ in range(2):
     assert kept('labels', 'key', lambda: made.append('again') or {'labels': np.arange(3)})['labels'].tolist() == [0, 1, 2]
-  assert len(made) == 2 and user_cache('compiled') is None and home_directory() is None
+  assert len(made) == 2 and user_cache() is None and home_directory() is None
   assert [record.message for record in caplog.records] == [
       'warning: there is no home directory, so nothing is cached between runs; set XDG_CACHE_HOME to a folder that can be written to']
 
 
-def test_a_home_that_is_no_folder(monkeypatch, tmp_path, caplog):
+def test_a_home_that_is_no_folder(monkeypatch, tmp_path):
   """As /nonexistent, the home of `nobody`."""
   (tmp_path / 'file').write_text('')
   monkeypatch.setenv('HOME', str(tmp_path / 'file'))
-  monkeypatch.setenv('XDG_CACHE_HOME', 'not/absolute')
-  user_cache_module._without.cache_clear()
-  assert user_cache('compiled') is None and 'cannot be made (Not a directory)' in caplog.text
-
-
-def test_the_folder_is_made(monkeypatch, tmp_path):
-  monkeypatch.setenv('HOME', str(tmp_path))
   monkeypatch.delenv('XDG_CACHE_HOME')
-  assert user_cache('compiled') == tmp_path / '.cache' / 'ft_jax' / 'compiled' and user_cache('compiled').is_dir()
+  assert kept('labels', 'key', lambda: {'labels': np.arange(3)})['labels'].tolist() == [0, 1, 2]
+
+
+def test_the_folder(monkeypatch, tmp_path):
+  monkeypatch.setenv('HOME', str(tmp_path))
+  monkeypatch.setenv('XDG_CACHE_HOME', 'not/absolute')
+  assert user_cache() == tmp_path / '.cache' / 'ft_jax'
   monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'other'))
-  assert user_cache('labels') == tmp_path / 'other' / 'ft_jax' / 'labels'
+  assert user_cache() == tmp_path / 'other' / 'ft_jax'
 
 
 def test_what_must_be_in_the_home_is_refused(no_home, tmp_path):

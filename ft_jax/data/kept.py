@@ -8,16 +8,6 @@ import numpy as np
 from ft_jax.user_cache import user_cache
 
 
-def user_cache() -> pathlib.Path | None:
-  """The folder of this program among the user's caches, which need not exist yet; None where the user has no home."""
-  if base := os.environ.get('XDG_CACHE_HOME'):
-    return pathlib.Path(base) / 'ft_jax'
-  try:
-    return pathlib.Path.home() / '.cache' / 'ft_jax'
-  except RuntimeError:
-    return None
-
-
 def kept(what: str, key: str, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
   """Arrays by name: those that were kept, or what `make` gives now.
 
@@ -26,9 +16,10 @@ def kept(what: str, key: str, make: Callable[[], dict[str, np.ndarray]]) -> dict
     key: changes with everything that the arrays depend on.
     make: takes long.
   """
-  folder = user_cache(what)
-  if folder is None:
+  cache = user_cache()
+  if cache is None:
     return make()
+  folder = cache / what
   path = folder / f'{key}.npz'
   try:
     with open(path, 'rb') as stream, np.load(stream, allow_pickle=False) as saved:
@@ -37,6 +28,7 @@ def kept(what: str, key: str, make: Callable[[], dict[str, np.ndarray]]) -> dict
     pass
   made = make()
   try:
+    folder.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f'.{path.stem}.{os.getpid()}.npz')
     np.savez(temporary, **made)
     os.replace(temporary, path)
