@@ -5,6 +5,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import socket
 import struct
 import time
@@ -109,21 +110,28 @@ def check_name(folder: epath.Path) -> None:
   Args:
     folder: from the root on; a symbolic link is not followed, here or by them.
   """
-  if problem := _name_problem(folder):
-    raise ValueError(f'no checkpoint can be kept in {os.fspath(folder)!r}: {problem}. Give another folder, rename that one, or use a '
-                     'path through a symbolic link')
+  if problem := _url_problem(folder) if files.is_url(folder) else _name_problem(folder):
+    link = '' if files.is_url(folder) else ', or use a path through a symbolic link'
+    raise ValueError(f'no checkpoint can be kept in {os.fspath(folder)!r}: {problem}. Give another folder{link}')
+
+
+def _url_problem(folder: epath.Path) -> str:
+  for name in folder.parts:
+    if found := re.search('[#?]|gs:$', name):
+      return f'{name!r} has {found[0]!r}, which orbax reads as part of a URL'
+  return ''
 
 
 def _name_problem(folder: epath.Path) -> str:
   for name in folder.parts:
-    if '\\' in name and not files.is_url(folder):
+    if '\\' in name:
       return f'{name!r} has a backslash, which tensorstore reads as a slash'
     if name.endswith('gs:'):
       return f"{name!r} ends in 'gs:', which orbax reads as the beginning of a URL"
     if name.encode(errors='replace').decode() != name:
       return f'{name!r} has bytes that are not UTF-8, which tensorstore refuses'
   size = len(os.fsencode(folder))
-  return f'the path has {size:,d} bytes; expected {_MOST_BYTES:,d} at most' if size > _MOST_BYTES and not files.is_url(folder) else ''
+  return f'the path has {size:,d} bytes; expected {_MOST_BYTES:,d} at most' if size > _MOST_BYTES else ''
 
 
 def read_json(path: epath.Path) -> Any:

@@ -93,6 +93,33 @@ def test_names_that_cannot_hold_checkpoints_are_refused_at_once(tmp_path, name):
   assert [kept.step for kept in history(tmp_path / 'link')] == [1]
 
 
+def test_a_folder_that_is_mistaken_for_object_storage_is_refused(tmp_path):
+  """Etils takes /s3/bucket, where a bucket may well be mounted, for s3://bucket."""
+  for path in ('/s3/runs', '/gs/runs', '/hf/x'):
+    with pytest.raises(ValueError, match='reads it as (s3|gs|hf)://. Rename or mount it under another name'):
+      files.located(path)
+  assert not files.is_url(files.located(tmp_path / 's3' / 'runs'))
+
+
+def test_files_with_names_as_long_as_they_can_be(tmp_path):
+  path = tmp_path / ('x' * 251 + '.npz')
+  files.write_whole(path, b'data')
+  assert path.read_bytes() == b'data' and os.listdir(tmp_path) == [path.name]
+  assert files.is_leftover('.0123456789abcdef0123456789abcdef.tmp') and files.is_leftover(
+      '.config.json.0123456789abcdef0123456789abcdef.tmp')
+  assert not files.is_leftover('.mine.tmp')  # nothing of a folder's own is removed
+
+
+def test_what_was_set_aside_before_stays(tmp_path):
+  saved(tmp_path, 1, 2)
+  (tmp_path / 'damaged' / '2').mkdir(parents=True)
+  (tmp_path / 'damaged' / '2' / 'before').touch()
+  checkpoints = Checkpoints(tmp_path)
+  checkpoints.set_aside(2, 'it is damaged')
+  checkpoints.close()
+  assert (tmp_path / 'damaged' / '2' / 'before').exists() and (tmp_path / 'damaged' / '2-2' / 'state').exists()
+
+
 def test_a_path_that_is_too_long_is_refused_at_once(tmp_path):
   """Orbax's own folders are further down than the workdir, and would not fit after hours of training."""
   workdir = tmp_path.joinpath(*['d' * 200] * 19)
