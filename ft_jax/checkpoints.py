@@ -28,6 +28,8 @@ from selection import files
 T = TypeVar('T')
 
 FORMAT_VERSION = 3
+# Errors of the system that say nothing about what is in a file.
+_NOT_DAMAGE = (errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 class Damaged(ValueError):
@@ -135,6 +137,7 @@ class Checkpoints:
     Raises:
       ValueError: it has another format version, or was made from something else, by name.
       Damaged: it cannot be read, or holds other numbers than were saved.
+      OSError: it may not be read by this process, or there are too many open files.
     """
     folder = epath.Path(self._manager.directory) / str(step)
     saved = _together(lambda: _check_whole(folder))
@@ -307,15 +310,16 @@ def _check_metrics(folder: epath.Path, read_only: bool) -> None:
 
 
 def _together(read: Callable[[], T]) -> T:
-  """What `read` gives; where it raises Damaged on one process, as a disk may do to one host alone, it does so on all of them."""
+  """What `read` gives; where it raises Damaged or OSError on one process, as a disk may do to one host alone, it does so on all of them."""
   found, problem = None, None
   try:
     found = read()
-  except Damaged as error:
+  except (Damaged, OSError) as error:
     problem = error
-  for said in parallel.everyone(None if problem is None else str(problem)):
+  for said in parallel.everyone(None if problem is None else (isinstance(problem, Damaged), str(problem))):
     if said is not None:
-      raise Damaged(said) from problem
+      damaged, text = said
+      raise (Damaged if damaged else OSError)(text) from problem
   return found
 
 
@@ -382,6 +386,9 @@ def _check_whole(folder: epath.Path) -> dict[str, Any]:
     # Not the manager, which knows no structure before it has restored something.
     saved = ocp.StandardCheckpointHandler().metadata(state).tree
   except (KeyError, ValueError, OSError, RuntimeError) as error:
+    if (number := files.error_number(error)) in _NOT_DAMAGE:
+      raise OSError(f'the checkpoint {folder} cannot be read here ({os.strerror(number)}), which does not mean that it is damaged; it is '
+                    'left as it is. Fix that and start again') from error
     raise Damaged(f'the checkpoint {folder} cannot be read; it is not whole ({short(error)})') from error
   return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), saved)
 

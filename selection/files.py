@@ -41,7 +41,7 @@ class Unwritable(OSError):
       then: what to do when it is mended.
       before: what is to be said of what was written before.
     """
-    number, text = _number(error), ' '.join(str(error).split())[:300]
+    number, text = error_number(error), ' '.join(str(error).split())[:300]
     if isinstance(error, Unwritable):
       self.problem, self.mend = error.problem, error.mend
     elif is_url(path):  # nobody misses a folder there
@@ -233,14 +233,14 @@ def append(path: epath.PathLike, data: bytes, sync: bool = False) -> None:
     raise Unwritable(path, error) from error
 
 
-def _number(error: BaseException | None) -> int | None:
-  """The system's number for an error; tensorstore's errors have it in their text."""
+def error_number(error: BaseException | None) -> int | None:
+  """The system's number for an error; tensorstore's errors have it in their text. None where it has none."""
   if error is None:
     return None
   if isinstance(error, OSError) and error.errno is not None:
     return error.errno
   found = re.search(r"os_error_code='(\d+)'", str(error))
-  return int(found[1]) if found else _number(error.__cause__)
+  return int(found[1]) if found else error_number(error.__cause__)
 
 
 def _bucket(path: epath.PathLike) -> str:

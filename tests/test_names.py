@@ -1,5 +1,6 @@
 """Names that a file system allows: what is written below such folders is read again, or refused before anything begins."""
 
+import errno
 import json
 import os
 
@@ -13,6 +14,7 @@ import pytest
 
 from configs import export as export_config
 from configs import predict as predict_config
+from ft_jax import checkpoints as checkpoints_module
 from ft_jax.checkpoints import Checkpoints, Damaged, history, load_variables
 from ft_jax.jobs import export, finetune, predict, setup
 from ft_jax.train import create_state
@@ -108,6 +110,23 @@ def test_files_with_names_as_long_as_they_can_be(tmp_path):
   assert files.is_leftover('.0123456789abcdef0123456789abcdef.tmp') and files.is_leftover(
       '.config.json.0123456789abcdef0123456789abcdef.tmp')
   assert not files.is_leftover('.mine.tmp')  # nothing of a folder's own is removed
+
+
+@pytest.mark.parametrize('code, reason', [(errno.EACCES, 'Permission denied'), (errno.EMFILE, 'Too many open files')])
+def test_what_may_not_be_read_is_not_taken_for_damaged(tmp_path, monkeypatch, code, reason):
+  """Such a checkpoint is good, and must be neither moved nor given up for an older one."""
+  saved(tmp_path, 1, 2)
+
+  def opened(spec):
+    raise ValueError(f'PERMISSION_DENIED: Error reading local file "manifest.ocdbt": {reason} [os_error_code=\'{code}\']')
+
+  monkeypatch.setattr(checkpoints_module.tensorstore.KvStore, 'open', opened)
+  checkpoints = Checkpoints(tmp_path)
+  for read in (lambda: checkpoints.restore(2, state_at(0)), lambda: load_variables(tmp_path)):
+    with pytest.raises(OSError, match=f'cannot be read here .{reason}., which does not mean that it is damaged; it is left as it is'):
+      read()
+  checkpoints.close()
+  assert sorted(os.listdir(tmp_path / 'checkpoints')) == ['1', '2']
 
 
 def test_what_was_set_aside_before_stays(tmp_path):
