@@ -1,6 +1,7 @@
 """One picture of many images with a class and a probability under each."""
 
 from collections.abc import Sequence
+import functools
 import io
 import math
 import pathlib
@@ -110,7 +111,7 @@ def _write(pen: ImageDraw.ImageDraw, place: tuple[float, float], text: str, colo
 
 def _pieces(text: str, font: ImageFont.FreeTypeFont) -> list[tuple[str, ImageFont.FreeTypeFont]]:
   """A line in pieces, each with a font of the same size that has its characters."""
-  return [(piece, font if path == font.path else ImageFont.truetype(path, font.size)) for piece, path in fonts.runs(text, font.path)]
+  return [(piece, font if path == font.path else _loaded(path, font.size)) for piece, path in fonts.runs(text, font.path)]
 
 
 def _wrapped(text: str, font: ImageFont.FreeTypeFont, room: float) -> list[str]:
@@ -127,4 +128,9 @@ def _wrapped(text: str, font: ImageFont.FreeTypeFont, room: float) -> list[str]:
 
 def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
   # The fonts that matplotlib brings know most alphabets, but no Chinese, Japanese or Korean: see `selection.fonts`.
-  return ImageFont.truetype(str(pathlib.Path(matplotlib.get_data_path()) / 'fonts' / 'ttf' / name), size)
+  return _loaded(str(pathlib.Path(matplotlib.get_data_path()) / 'fonts' / 'ttf' / name), size)
+
+
+@functools.lru_cache(maxsize=16)  # each is an open file
+def _loaded(path: str, size: float) -> ImageFont.FreeTypeFont:
+  return ImageFont.truetype(path, size)

@@ -28,9 +28,9 @@ FREE = ('compile_cache', 'data.cache', 'data.on_error', 'data.timeout', 'train.n
 EVERY = 10.0
 # Seconds to wait for another process to leave, as one that was asked to stop does.
 PATIENCE = 60.0
-# What a workdir's path may have at most: Linux takes 4096 bytes with the last zero, and what orbax writes is 118 bytes further down at a
-# step of six digits (measured).
-_MOST_BYTES = 4096 - 160
+# What a workdir's path may have at most: Linux takes 4096 bytes with the last zero, what orbax writes is 118 bytes further down at a step
+# of six digits (measured), and runs of a study or a comparison lie in folders of their own.
+_MOST_BYTES = 4096 - 240
 # A checkpoint on object storage is whole when this is in it: orbax writes it last, as nothing can be renamed there.
 _COMMITTED = 'commit_success.txt'
 

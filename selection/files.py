@@ -57,7 +57,7 @@ class Unwritable(OSError):
 
 
 class _Path(type(epath.Path())):
-  """A path whose own name is taken literally by `glob`; etils takes it for a part of the pattern, and orbax and TFDS use that."""
+  """A path whose own name `glob` takes literally; etils takes it for a part of the pattern, by which orbax finds other checkpoints."""
 
   def glob(self, pattern: str) -> Iterator['_Path']:
     """What is in this folder by a pattern with `*`, `?` and `[]`; nothing where there is no such folder."""

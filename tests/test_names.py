@@ -103,6 +103,12 @@ def test_a_folder_that_is_mistaken_for_object_storage_is_refused(tmp_path):
   assert not files.is_url(files.located(tmp_path / 's3' / 'runs'))
 
 
+def test_a_run_that_is_named_as_a_checkpoint_is_one(tmp_path):
+  saved(tmp_path / 'checkpoints' / '5', 1, 2)
+  weights = setup.load_weights(str(tmp_path / 'checkpoints' / '5'))
+  np.testing.assert_array_equal(weights.variables['params']['a']['kernel'], np.ones((2, 3)))  # the best one
+
+
 def test_files_with_names_as_long_as_they_can_be(tmp_path):
   path = tmp_path / ('x' * 251 + '.npz')
   files.write_whole(path, b'data')
@@ -143,7 +149,7 @@ def test_a_path_that_is_too_long_is_refused_at_once(tmp_path):
   """Orbax's own folders are further down than the workdir, and would not fit after hours of training."""
   workdir = tmp_path.joinpath(*['d' * 200] * 19)
   assert len(os.fspath(workdir)) < 4000
-  with pytest.raises(ValueError, match=r'the path has \d,\d{3} bytes; expected 3,936 at most. Give another folder'):
+  with pytest.raises(ValueError, match=r'the path has \d,\d{3} bytes; expected 3,856 at most. Give another folder'):
     Workdir(workdir / ("x" * 150), {'job': 'finetune', 'seed': 0, 'train': {}})
 
 
