@@ -5,6 +5,7 @@ import contextlib
 import errno
 import functools
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -21,12 +22,14 @@ import tensorstore
 from ft_jax import parallel
 from ft_jax.names import short
 from ft_jax.progress import log
-from ft_jax.workdir import cannot_write, saved_steps
+from ft_jax.workdir import cannot_write, check_name, saved_steps
 from selection import files
 
 T = TypeVar('T')
 
 FORMAT_VERSION = 3
+# Errors of the system that say nothing about what is in a file.
+_NOT_DAMAGE = (errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 class Damaged(ValueError):
@@ -52,6 +55,7 @@ class Checkpoints:
     self._formerly = dict(formerly or {})
     self._about = {'format_version': FORMAT_VERSION, 'made_from': dict(made_from or {})}
     self._folder = folder = files.absolute(workdir) / 'checkpoints'
+    check_name(folder.parent)
     self._keep = frozenset(keep)
     self._saving: int | None = None
     self.devices: list[list[int]] = [[0, jax.device_count()]]
@@ -135,6 +139,7 @@ class Checkpoints:
     Raises:
       ValueError: it has another format version, or was made from something else, by name.
       Damaged: it cannot be read, or holds other numbers than were saved.
+      OSError: it may not be read by this process, or there are too many open files.
     """
     folder = epath.Path(self._manager.directory) / str(step)
     saved = _together(lambda: _check_whole(folder))
@@ -303,20 +308,21 @@ def _check_metrics(folder: epath.Path, read_only: bool) -> None:
     except (ValueError, TypeError) as error:
       why = f'the metrics of the checkpoint {step} cannot be read ({short(error)})'
       if read_only:
-        raise Damaged(f'{why}; remove it, or run the command of {folder.parent} again, which sets it aside') from error
+        raise Damaged(f'{why}; run the command of {folder.parent} again, which moves it to {folder.parent / "damaged"}') from error
       _set_aside(step, why)
 
 
 def _together(read: Callable[[], T]) -> T:
-  """What `read` gives; where it raises Damaged on one process, as a disk may do to one host alone, it does so on all of them."""
+  """What `read` gives; where it raises Damaged or OSError on one process, as a disk may do to one host alone, it does so on all of them."""
   found, problem = None, None
   try:
     found = read()
-  except Damaged as error:
+  except (Damaged, OSError) as error:
     problem = error
-  for said in parallel.everyone(None if problem is None else str(problem)):
+  for said in parallel.everyone(None if problem is None else (isinstance(problem, Damaged), str(problem))):
     if said is not None:
-      raise Damaged(said) from problem
+      damaged, text = said
+      raise (Damaged if damaged else OSError)(text) from problem
   return found
 
 
@@ -324,10 +330,10 @@ def _set_aside(checkpoint: epath.Path, why: str) -> None:
   """See `Checkpoints.set_aside`; on process 0."""
   folder = checkpoint.parent
   if len(saved_steps(folder.parent)) < 2:
-    raise Damaged(f'{why}. There is no other checkpoint in {folder}: give another --workdir, or remove {folder} to begin anew')
-  aside = folder.parent / 'damaged' / checkpoint.name
-  if aside.exists():
-    aside.rmtree()
+    raise Damaged(f'{why}. There is no other checkpoint in {folder}, so it stays there: restore it from a copy, or give another '
+                  '--workdir to start anew')
+  names = itertools.chain([checkpoint.name], (f'{checkpoint.name}-{n}' for n in itertools.count(2)))  # replaces nothing
+  aside = next(path for name in names if not (path := folder.parent / 'damaged' / name).exists())
   _move(checkpoint, aside)
   log.warning('warning: %s. It is set aside in %s', why, aside)
 
@@ -374,15 +380,28 @@ def _check_whole(folder: epath.Path) -> dict[str, Any]:
   try:
     if not (state / '_METADATA').exists():
       raise FileNotFoundError(state / '_METADATA')
-    base = files.absolute(state).as_posix()
-    store = tensorstore.KvStore.open({'driver': 'ocdbt', 'base': f'{base if "://" in base else f"file://{base}"}/'}).result()
-    for key in store.list().result():
+    store = tensorstore.KvStore.open({'driver': 'ocdbt', 'base': _kvstore(files.absolute(state))}).result()
+    keys = store.list().result()
+    if not keys:
+      raise FileNotFoundError('its arrays are missing')
+    for key in keys:
       store.read(key).result()
     # Not the manager, which knows no structure before it has restored something.
     saved = ocp.StandardCheckpointHandler().metadata(state).tree
   except (KeyError, ValueError, OSError, RuntimeError) as error:
+    if (number := files.error_number(error)) in _NOT_DAMAGE:
+      raise OSError(f'the checkpoint {folder} cannot be read here ({os.strerror(number)}), which does not mean that it is damaged; it is '
+                    'left as it is. Fix that and start again') from error
     raise Damaged(f'the checkpoint {folder} cannot be read; it is not whole ({short(error)})') from error
   return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), saved)
+
+
+def _kvstore(folder: epath.Path) -> dict[str, str]:
+  """Tensorstore's description of a folder: in a URL, a name with `#`, `?`, `%` or `|` would mean something else."""
+  if not files.is_url(folder):
+    return {'driver': 'file', 'path': f'{folder}/'}
+  bucket, _, path = os.fspath(folder).partition('://')[2].partition('/')
+  return {'driver': 'gcs', 'bucket': bucket, 'path': f'{path}/'}
 
 
 def _shapes(tree: Any) -> list[str]:

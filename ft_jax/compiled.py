@@ -13,8 +13,8 @@ import filelock
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
-from ft_jax.data.kept import user_cache
 from ft_jax.progress import log
+from ft_jax.user_cache import user_cache
 
 # Programs that compile faster than this are compiled again: reading a file is no faster.
 SECONDS = 0.5

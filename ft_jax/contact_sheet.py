@@ -8,12 +8,13 @@ import pathlib
 from typing import NamedTuple
 
 import matplotlib
-from matplotlib import ft2font
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from selection import fonts
+
 # Pixels.
-_SIDE, _GAP, _MARGIN, _TEXT = 208, 22, 48, 88
+_SIDE, _GAP, _MARGIN, _TEXT, _INSIDE = 208, 22, 48, 88, 10
 _COLUMNS = 10
 _PAPER, _CARD, _INK, _GREY, _TRACK = '#f1f5f9', '#ffffff', '#0f172a', '#64748b', '#e2e8f0'
 _BLUE, _RED = '#2563eb', '#dc2626'
@@ -38,12 +39,15 @@ def draw(tiles: Sequence[Tile], title: str, subtitle: str) -> bytes:
   top = _MARGIN + 62 + 34 * len(lines) + 26
   sheet = Image.new('RGB', (width, top + rows * (_SIDE + _TEXT + _GAP) - _GAP + _MARGIN), _PAPER)
   pen = ImageDraw.Draw(sheet)
-  pen.text((_MARGIN, _MARGIN), _short(title, heading, width - 2 * _MARGIN, keep_end=True), _INK, heading)
+  _write(pen, (_MARGIN, _MARGIN), _short(title, heading, width - 2 * _MARGIN, keep_end=True), _INK, heading)
   for i, line in enumerate(lines):
-    pen.text((_MARGIN, _MARGIN + 62 + 34 * i), line, _GREY, _font('DejaVuSans.ttf', 22))
+    _write(pen, (_MARGIN, _MARGIN + 62 + 34 * i), line, _GREY, _font('DejaVuSans.ttf', 22))
+  inner = _SIDE - 2 * _INSIDE
+  names = [name for tile in tiles for name in (tile.label, tile.true)]
+  labels, true = _distinct(names, bold, inner), _distinct(names, regular, inner - regular.getlength('100%  is '))
   for i, tile in enumerate(tiles):
     x, y = _MARGIN + i % columns * (_SIDE + _GAP), top + i // columns * (_SIDE + _TEXT + _GAP)
-    _draw_tile(sheet, pen, tile, x, y, regular, bold)
+    _draw_tile(sheet, pen, tile._replace(label=labels[tile.label], true=true[tile.true]), x, y, regular, bold)
   data = io.BytesIO()
   sheet.save(data, 'PNG')
   return data.getvalue()
@@ -59,14 +63,13 @@ def _draw_tile(sheet: Image.Image, pen: ImageDraw.ImageDraw, tile: Tile, x: int,
   bar = y + _SIDE
   pen.rectangle((x, bar, x + _SIDE - 1, bar + 5), _TRACK)
   pen.rectangle((x, bar, x + max(1, round(tile.probability * _SIDE)) - 1, bar + 5), color)
-  left, inner = x + 10, _SIDE - 20
-  pen.text((left, bar + 13), _short(tile.label, bold, inner), color if tile.true else _INK, bold)
+  left = x + _INSIDE
+  _write(pen, (left, bar + 13), tile.label, color if tile.true else _INK, bold)
   percent = f'{tile.probability:.0%}'
-  pen.text((left, bar + 38), percent, _GREY, regular)
+  _write(pen, (left, bar + 38), percent, _GREY, regular)
   if tile.true:
-    used = pen.textlength(f'{percent}  ', regular)
-    pen.text((left + used, bar + 38), _short(f'is {tile.true}', regular, inner - used), _INK, regular)
-  pen.text((left, bar + 62), _short(tile.name, regular, inner, keep_end=True), _GREY, regular)
+    _write(pen, (left + regular.getlength(f'{percent}  '), bar + 38), f'is {tile.true}', _INK, regular)
+  _write(pen, (left, bar + 62), _short(tile.name, regular, _SIDE - 2 * _INSIDE, keep_end=True), _GREY, regular)
 
 
 def _fitted(image: np.ndarray) -> Image.Image:
@@ -77,17 +80,38 @@ def _fitted(image: np.ndarray) -> Image.Image:
   return picture.resize(size, Image.Resampling.NEAREST if scale >= 4 else Image.Resampling.LANCZOS)
 
 
+def _distinct(names: Sequence[str], font: ImageFont.FreeTypeFont, room: float) -> dict[str, str]:
+  """Of each name of a class as much as there is room for; no two classes look the same."""
+  return dict(zip(names, fonts.distinct(names, lambda name, ending: _short(name, font, room - font.getlength(ending)) + ending)))
+
+
 def _short(text: str, font: ImageFont.FreeTypeFont, room: float, keep_end: bool = False) -> str:
-  """As much of a line as there is room for, with dots for the rest; what the font has no picture of is a question mark."""
-  known = _characters(font.path)
-  text = ''.join(character if ord(character) in known else '?' for character in ' '.join(text.split()))
-  if font.getlength(text) <= room:
+  """As much of a line as there is room for, with dots for the rest; what no font has a picture of is spelt out."""
+  text = fonts.drawable(' '.join(text.split()))
+  if _length(text, font) <= room:
     return text
   for n in range(len(text) - 1, 0, -1):
     cut = f'…{text[-n:]}' if keep_end else f'{text[:n].rstrip()}…'
-    if font.getlength(cut) <= room:
+    if _length(cut, font) <= room:
       return cut
   return '…'
+
+
+def _length(text: str, font: ImageFont.FreeTypeFont) -> float:
+  return sum(other.getlength(piece) for piece, other in _pieces(text, font))
+
+
+def _write(pen: ImageDraw.ImageDraw, place: tuple[float, float], text: str, color: str, font: ImageFont.FreeTypeFont) -> None:
+  """Writes a line whose upper left corner in `font` is `place`; Pillow itself writes with one font."""
+  x, baseline = place[0], place[1] + font.getmetrics()[0]
+  for piece, other in _pieces(text, font):
+    pen.text((x, baseline), piece, color, other, anchor='ls')
+    x += other.getlength(piece)
+
+
+def _pieces(text: str, font: ImageFont.FreeTypeFont) -> list[tuple[str, ImageFont.FreeTypeFont]]:
+  """A line in pieces, each with a font of the same size that has its characters."""
+  return [(piece, font if path == font.path else _loaded(path, font.size)) for piece, path in fonts.runs(text, font.path)]
 
 
 def _wrapped(text: str, font: ImageFont.FreeTypeFont, room: float) -> list[str]:
@@ -95,7 +119,7 @@ def _wrapped(text: str, font: ImageFont.FreeTypeFont, room: float) -> list[str]:
   lines = ['']
   for word in text.split():
     longer = f'{lines[-1]} {word}'.strip()
-    if lines[-1] and font.getlength(longer) > room:
+    if lines[-1] and _length(longer, font) > room:
       lines.append(word)
     else:
       lines[-1] = longer
@@ -103,10 +127,10 @@ def _wrapped(text: str, font: ImageFont.FreeTypeFont, room: float) -> list[str]:
 
 
 def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
-  # The fonts that matplotlib brings know most alphabets, but no Chinese, Japanese or Korean.
-  return ImageFont.truetype(str(pathlib.Path(matplotlib.get_data_path()) / 'fonts' / 'ttf' / name), size)
+  # The fonts that matplotlib brings know most alphabets, but no Chinese, Japanese or Korean: see `selection.fonts`.
+  return _loaded(str(pathlib.Path(matplotlib.get_data_path()) / 'fonts' / 'ttf' / name), size)
 
 
-@functools.cache
-def _characters(path: str) -> frozenset[int]:
-  return frozenset(ft2font.FT2Font(path).get_charmap())
+@functools.lru_cache(maxsize=16)  # each is an open file
+def _loaded(path: str, size: float) -> ImageFont.FreeTypeFont:
+  return ImageFont.truetype(path, size)

@@ -44,10 +44,11 @@ def show_log(process: int = 0) -> None:
   Args:
     process: the number of this one, where several work together: the first one tells how it goes, the others only what is wrong.
   """
-  log.setLevel(logging.WARNING if process else logging.INFO)
-  log.propagate = False
-  if not any(isinstance(handler, Handler) for handler in log.handlers):
-    log.addHandler(Handler())
-  for handler in log.handlers:
-    if isinstance(handler, Handler):
-      handler.setFormatter(logging.Formatter(f'process {process}: %(message)s' if process else None))
+  for logger in (log, logging.getLogger('selection')):
+    logger.setLevel(logging.WARNING if process else logging.INFO)
+    logger.propagate = False
+    if not any(isinstance(handler, Handler) for handler in logger.handlers):
+      logger.addHandler(Handler())
+    for handler in logger.handlers:
+      if isinstance(handler, Handler):
+        handler.setFormatter(logging.Formatter(f'process {process}: %(message)s' if process else None))

@@ -15,6 +15,7 @@ import numpy as np
 
 from ft_jax import parallel
 from ft_jax.workdir import Workdir, write_text
+from selection import fonts
 
 BLUE, RED, GREEN, GREY = '#2563eb', '#dc2626', '#059669', '#94a3b8'
 # Up to so many classes have their names at the axes of a picture.
@@ -151,7 +152,7 @@ def distances(rows: Sequence[Mapping[str, Any]]) -> Figure:
   rows = [row for row in rows if row['relative'] is not None]
   figure = Figure(figsize=(11, 4.2), layout='constrained')
   far, relative = figure.subplots(1, 2)
-  names = [axis_label(row['name'].removesuffix('/kernel'), 28) for row in rows]
+  names = fonts.labels((row['name'].removesuffix('/kernel') for row in rows), 28)
   far.bar(range(len(rows)), [row['distance'] for row in rows], color=BLUE)
   far.set_title('Distance from the start', fontsize=10)
   relative.bar(range(len(rows)), [100 * row['relative'] for row in rows], color=BLUE)
@@ -173,7 +174,7 @@ def traces(rows: Sequence[Mapping[str, Any]]) -> Figure:
     axes.set_yscale('log')
   else:
     axes.axhline(0, color=GREY, linewidth=0.8)
-  axes.set_xticks(range(len(rows)), [axis_label(row['name'].removesuffix('/kernel'), 28) for row in rows], rotation=90,
+  axes.set_xticks(range(len(rows)), fonts.labels((row['name'].removesuffix('/kernel') for row in rows), 28), rotation=90,
                   fontsize=7 if len(rows) < 40 else 5)
   axes.set_title('Trace of the Hessian by kernel', fontsize=10)
   axes.spines[['top', 'right']].set_visible(False)
@@ -239,7 +240,9 @@ def per_class(rows: Sequence[Mapping[str, Any]]) -> Figure:
     figure = Figure(figsize=(7, 0.8 + 0.2 * len(rows)), layout='constrained')
     axes = figure.subplots()
     axes.barh(range(len(rows)), values, color=BLUE)
-    axes.set_yticks(range(len(rows)), [f'{axis_label(row["name"], 28)} ({row["right"]}/{row["images"]})' for row in rows], fontsize=8)
+    names = fonts.labels((row['name'] for row in rows), 28)
+    axes.set_yticks(range(len(rows)), [f'{name} ({row["right"]}/{row["images"]})' for name, row in zip(names, rows)], fontsize=8,
+                    fontfamily=fonts.families(names))
     axes.set(xlabel='accuracy', xlim=(0, 1), ylim=(len(rows) - 0.4, -0.6))
   axes.spines[['top', 'right']].set_visible(False)
   return figure
@@ -260,8 +263,9 @@ def confusion(evaluation: Mapping[str, Any]) -> Figure:
   figure.colorbar(image, ax=axes, shrink=0.6, label='part of the true class')
   axes.set(xlabel='predicted', ylabel='true')
   if named:
-    axes.set_xticks(range(len(names)), [axis_label(name, 20) for name in names], rotation=90, fontsize=7)
-    axes.set_yticks(range(len(names)), [axis_label(name, 20) for name in names], fontsize=7)
+    short = fonts.labels(names, 20)
+    axes.set_xticks(range(len(names)), short, rotation=90, fontsize=7, fontfamily=fonts.families(short))
+    axes.set_yticks(range(len(names)), short, fontsize=7, fontfamily=fonts.families(short))
   return figure
 
 
@@ -270,11 +274,6 @@ def most_confused(evaluation: Mapping[str, Any], most: int = 8) -> list[tuple[st
   rows = evaluation['per_class']
   wrong = sorted(((count, true, predicted) for true, predicted, count in evaluation['confusion'] if true != predicted), reverse=True)
   return [(rows[true]['name'], rows[predicted]['name'], count, rows[true]['images']) for count, true, predicted in wrong[:most]]
-
-
-def axis_label(name: str, length: int) -> str:
-  """A name for an axis: short, of characters that are UTF-8, and no formula even where it has dollar signs."""
-  return name[:length].encode(errors='replace').decode().replace('$', r'\$')
 
 
 def _title(config: Mapping[str, Any]) -> str:

@@ -11,9 +11,10 @@ import numpy as np
 
 from ft_jax import parallel, report
 from ft_jax.names import cell, csv_line
-from ft_jax.report import axis_label, BLUE, GREEN, GREY, RED
+from ft_jax.report import BLUE, GREEN, GREY, RED
 from ft_jax.studies.stability import estimate
 from ft_jax.workdir import write_text
+from selection import fonts
 
 VIOLET, TEAL, AMBER, INK = '#7c3aed', '#0891b2', '#d97706', '#0f172a'
 METRICS = {'top1': 'top-1 accuracy', 'mean_per_class': 'mean per-class accuracy'}
@@ -246,7 +247,7 @@ def over_checkpoints(history: Sequence[Row], title: str, draw: Draw, size: tuple
   figure = Figure(figsize=size if numbered else (size[0], size[1] + 0.6), layout='constrained')
   axes = figure.subplots()
   draw(axes)
-  axes.set_xticks(shown, names, rotation=0 if numbered else 90)
+  axes.set_xticks(shown, names, rotation=0 if numbered else 90, fontfamily=fonts.families(names))
   axes.set_xlabel('epoch of pre-training' if numbered else 'checkpoint, in order of training', fontsize=8)
   axes.set_xlim(-0.4, len(history) - 0.6)
   axes.tick_params(labelsize=8)
@@ -330,7 +331,7 @@ def singular_values(results: Mapping[str, Any], target: Mapping[str, Any], kind:
   figure.suptitle(f'Singular values, {kind} features', fontsize=9, x=0.01, ha='left')
   bar = figure.colorbar(ScalarMappable(BoundaryNorm(np.arange(len(history) + 1) - 0.5, len(history)), colors), ax=axes)
   numbered, shown, names = _ticks(history)
-  bar.set_ticks(shown, labels=names)
+  bar.set_ticks(shown, labels=names, fontfamily=fonts.families(names))
   bar.ax.tick_params(labelsize=8, length=0)
   bar.minorticks_off()
   bar.outline.set_visible(False)
@@ -342,7 +343,9 @@ def _ticks(history: Sequence[Row]) -> tuple[bool, Sequence[int], list[str]]:
   """Whether all checkpoints have an epoch, which of them have a tick (the last one always), and what is written there."""
   numbered = all(checkpoint['epoch'] is not None for checkpoint in history)
   shown = range(len(history) - 1, -1, -math.ceil(len(history) / _TICKS))
-  return numbered, shown, [f'{history[k]["epoch"]:g}' if numbered else axis_label(history[k]['name'], 12) for k in shown]
+  names = [f'{checkpoint["epoch"]:g}' if numbered else checkpoint['name'] for checkpoint in history]
+  names = names if numbered else fonts.labels(names, 12)
+  return numbered, shown, [names[k] for k in shown]
 
 
 # The tables.

@@ -5,6 +5,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import socket
 import struct
 import time
@@ -27,6 +28,9 @@ FREE = ('compile_cache', 'data.cache', 'data.on_error', 'data.timeout', 'train.n
 EVERY = 10.0
 # Seconds to wait for another process to leave, as one that was asked to stop does.
 PATIENCE = 60.0
+# What a workdir's path may have at most: Linux takes 4096 bytes with the last zero, what orbax writes is 118 bytes further down at a step
+# of six digits (measured), and runs of a study or a comparison lie in folders of their own.
+_MOST_BYTES = 4096 - 240
 # A checkpoint on object storage is whole when this is in it: orbax writes it last, as nothing can be renamed there.
 _COMMITTED = 'commit_success.txt'
 
@@ -43,10 +47,11 @@ class Workdir:
 
     Raises:
       ValueError: it belongs to a run with another config, and names the fields that differ; or to something else; or another process
-        does not see the same folder.
+        does not see the same folder; or no checkpoint can be written there because of a name (`check_name`).
       OSError: it cannot be made, written to or reached; or another process is at work in it and does not leave.
     """
     self.path = files.located(path)
+    check_name(files.absolute(self.path))
     if files.is_url(self.path):
       files.make_folder(self.path)
     parallel.agreed(lambda: self._take_up(json.loads(json.dumps(config))))
@@ -71,7 +76,7 @@ class Workdir:
       differing = _differences(fixed(before), fixed(wanted))
       if differing and (self.results_json.exists() or self.has_checkpoint()):
         raise ValueError(f'workdir {self.path} belongs to a run with another config ({"; ".join(differing[:5])}); '
-                         'give another --workdir, or remove that one')
+                         'give another --workdir')
       if differing:
         self.selection_json.unlink(missing_ok=True)
         self.diverged_json.unlink(missing_ok=True)
@@ -102,12 +107,42 @@ class Workdir:
     return [_line(self.metrics_jsonl, line) for line in self.metrics_jsonl.read_text().splitlines()]
 
 
+def check_name(folder: epath.Path) -> None:
+  """Raises ValueError, in one line, where orbax and tensorstore could not keep checkpoints below a folder because of its path.
+
+  Args:
+    folder: from the root on; a symbolic link is not followed, here or by them.
+  """
+  if problem := _url_problem(folder) if files.is_url(folder) else _name_problem(folder):
+    link = '' if files.is_url(folder) else ', or use a path through a symbolic link'
+    raise ValueError(f'no checkpoint can be kept in {os.fspath(folder)!r}: {problem}. Give another folder{link}')
+
+
+def _url_problem(folder: epath.Path) -> str:
+  for name in folder.parts:
+    if found := re.search('[#?]|gs:$', name):
+      return f'{name!r} has {found[0]!r}, which orbax reads as part of a URL'
+  return ''
+
+
+def _name_problem(folder: epath.Path) -> str:
+  for name in folder.parts:
+    if '\\' in name:
+      return f'{name!r} has a backslash, which tensorstore reads as a slash'
+    if name.endswith('gs:'):
+      return f"{name!r} ends in 'gs:', which orbax reads as the beginning of a URL"
+    if name.encode(errors='replace').decode() != name:
+      return f'{name!r} has bytes that are not UTF-8, which tensorstore refuses'
+  size = len(os.fsencode(folder))
+  return f'the path has {size:,d} bytes; expected {_MOST_BYTES:,d} at most' if size > _MOST_BYTES else ''
+
+
 def read_json(path: epath.Path) -> Any:
   """What a JSON file of a run holds; raises ValueError, with its name, where it is none."""
   try:
     return json.loads(path.read_text())
   except ValueError as error:
-    raise ValueError(f'{path} is damaged ({error}); bring it back, or remove it and start again') from error
+    raise ValueError(f'{path} is damaged ({error}); restore it from a copy, or move it aside and start again') from error
 
 
 def _line(path: epath.Path, text: str) -> dict[str, float]:
@@ -115,7 +150,7 @@ def _line(path: epath.Path, text: str) -> dict[str, float]:
     line = json.loads(text)
     line['step'] + 0
   except (ValueError, KeyError, TypeError) as error:
-    raise ValueError(f'{path} has a damaged line, {text.strip()[:60]!r}; remove that line, and start again') from error
+    raise ValueError(f'{path} has a damaged line, {text.strip()[:60]!r}; fix or remove that line, and start again') from error
   return line
 
 

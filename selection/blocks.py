@@ -149,8 +149,8 @@ class Blocks:
     for _, part in self._results(function, False, scores.done, name, operands):
       scores.append(part)
     if scores.done != self.n:
-      raise ValueError(f'the kept pass holds {scores.done:,d} {name} and the source has {self.n:,d} rows; remove the workdir, '
-                       'or use another')
+      raise ValueError(f'the kept pass holds {scores.done:,d} {name} and the source has {self.n:,d} rows; '
+                       'use another workdir')
     return scores.all()
 
   def _results(self, function: BlockFunction, reduce: bool, first: int, what: str,

@@ -134,7 +134,7 @@ class Embeddings:
         fields = {name: saved[name] for name in saved.files}
       return cls(**{**fields, 'fingerprint': str(fields.get('fingerprint', ''))})
     except Exception as error:  # a damaged zip file makes the libraries raise almost anything: zlib.error, MemoryError, ...
-      raise ValueError(f'{path} holds no embeddings ({error or type(error).__name__}); remove it to have it made again') from error
+      raise ValueError(f'{path} holds no embeddings ({error or type(error).__name__}); move it aside to have it made again') from error
 
 
 def _checked(stream: BinaryIO) -> BinaryIO:
@@ -269,7 +269,7 @@ def _rest(encode: Callable[[Any, jax.Array], jax.Array], variables: Any, batches
     again, last = np.nan_to_num(again), np.nan_to_num(last)
     if again.shape != last.shape or not np.allclose(again, last, rtol=0, atol=0.01 * np.abs(last).max()):
       raise ValueError(f'{os.fspath(workdir)} holds features of other images, of batches of another size or by another encoder: its last '
-                       'batch is not the same any more; use another workdir, or remove this one to begin again')
+                       'batch is not the same any more; use another workdir')
   return parts
 
 

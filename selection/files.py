@@ -7,6 +7,7 @@ place and moved there, which comes to the same.
 from collections.abc import Iterator
 import contextlib
 import errno
+import fnmatch
 import importlib.util
 import io
 import logging
@@ -40,7 +41,7 @@ class Unwritable(OSError):
       then: what to do when it is mended.
       before: what is to be said of what was written before.
     """
-    number, text = _number(error), ' '.join(str(error).split())[:300]
+    number, text = error_number(error), ' '.join(str(error).split())[:300]
     if isinstance(error, Unwritable):
       self.problem, self.mend = error.problem, error.mend
     elif is_url(path):  # nobody misses a folder there
@@ -55,6 +56,23 @@ class Unwritable(OSError):
     self.errno = number
 
 
+class _Path(type(epath.Path())):
+  """A path whose own name `glob` takes literally; etils takes it for a part of the pattern, by which orbax finds other checkpoints."""
+
+  def glob(self, pattern: str) -> Iterator['_Path']:
+    """What is in this folder by a pattern with `*`, `?` and `[]`; nothing where there is no such folder."""
+    here, _, below = pattern.partition('/')
+    try:
+      found = [path for path in self.iterdir() if fnmatch.fnmatchcase(path.name, here)]
+    except (FileNotFoundError, NotADirectoryError):
+      return
+    for path in found:
+      if below:
+        yield from path.glob(below)
+      else:
+        yield path
+
+
 def is_url(path: epath.PathLike) -> bool:
   """Whether it names an object, not a file."""
   return '://' in os.fspath(path)
@@ -64,13 +82,17 @@ def located(path: epath.PathLike) -> epath.Path:
   """The path of a file or an object, with `~` for the home.
 
   Raises:
-    ValueError: object storage of an unknown kind, or a package that it needs is not installed.
+    ValueError: object storage of an unknown kind, or a package that it needs is not installed; or there is no home for `~`.
   """
   kind, separator, rest = os.fspath(path).partition(':')
   if separator and kind in PACKAGES and not re.match('//[^/]', rest):
-    raise ValueError(f'{os.fspath(path)!r} is no place on object storage; expected {kind}://bucket/folder')
+    raise ValueError(f'{os.fspath(path)!r} is no place on object storage; expected {kind}://bucket/folder (a folder of that name is given '
+                     'by its path from the root on)')
   if not is_url(path):
-    return epath.Path(path).expanduser()
+    found = _Path(path).expanduser()
+    if found.parts[:1] == ('~',):
+      raise ValueError(f'{os.fspath(path)}: there is no home directory to put in the place of ~; give the path from the root on')
+    return _local(found)
   kind = os.fspath(path).partition('://')[0]
   if kind not in PACKAGES:
     raise ValueError(f'{os.fspath(path)}: object storage of the kind {kind}:// is not known here; known: '
@@ -78,13 +100,22 @@ def located(path: epath.PathLike) -> epath.Path:
   if importlib.util.find_spec(PACKAGES[kind]) is None:
     raise ValueError(f'{os.fspath(path)} is on object storage, which needs the package {PACKAGES[kind]}: pip install {PACKAGES[kind]}')
   _prepare(kind)
-  return epath.Path(path)
+  return _Path(path)
 
 
 def absolute(path: epath.PathLike) -> epath.Path:
   """The path from the root on; that of an object is one."""
   path = located(path)
-  return path if is_url(path) else path.resolve()
+  return path if is_url(path) else _local(path.resolve())
+
+
+def _local(path: _Path) -> _Path:
+  """The path; raises ValueError for the few folders of a disk that etils takes for object storage: `/gs`, `/s3`, `/az`, `/hf`."""
+  if is_url(path):
+    kind = os.fspath(path).partition('://')[0]
+    raise ValueError(f'the folder /{kind} cannot be used: the library that opens files reads it as {kind}://. Rename or mount it under '
+                     f'another name, or use a path through a symbolic link')
+  return path
 
 
 def make_folder(path: epath.PathLike) -> epath.Path:
@@ -136,7 +167,7 @@ def whole_file(path: epath.PathLike) -> Iterator[BinaryIO]:
     except Exception as error:  # see `make_folder`
       raise Unwritable(path, error) from error
     return
-  temporary = path.parent / f'.{path.name}.{uuid.uuid4().hex}.tmp'
+  temporary = path.parent / f'.{uuid.uuid4().hex}.tmp'  # without the name, which may be as long as a name can be
   try:
     try:
       with open(temporary, 'wb') as stream:
@@ -168,7 +199,7 @@ def on_disk(path: epath.PathLike) -> Iterator[epath.Path]:
 
 def is_leftover(name: str) -> bool:
   """Whether a file of this name was being written when its process was killed."""
-  return name.startswith('.') and name.endswith('.tmp')
+  return bool(re.fullmatch(r'\.(.*\.)?[0-9a-f]{32}\.tmp', name, re.DOTALL))  # earlier versions put the file's name into it
 
 
 def append(path: epath.PathLike, data: bytes, sync: bool = False) -> None:
@@ -202,14 +233,14 @@ def append(path: epath.PathLike, data: bytes, sync: bool = False) -> None:
     raise Unwritable(path, error) from error
 
 
-def _number(error: BaseException | None) -> int | None:
-  """The system's number for an error; tensorstore's errors have it in their text."""
+def error_number(error: BaseException | None) -> int | None:
+  """The system's number for an error; tensorstore's errors have it in their text. None where it has none."""
   if error is None:
     return None
   if isinstance(error, OSError) and error.errno is not None:
     return error.errno
   found = re.search(r"os_error_code='(\d+)'", str(error))
-  return int(found[1]) if found else _number(error.__cause__)
+  return int(found[1]) if found else error_number(error.__cause__)
 
 
 def _bucket(path: epath.PathLike) -> str:

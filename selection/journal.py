@@ -46,11 +46,11 @@ class Journal:
       try:
         before = json.loads(path.read_bytes().decode())
       except ValueError as error:
-        raise ValueError(f'{path} cannot be read ({error}); remove the folder to begin again') from error
+        raise ValueError(f'{path} cannot be read ({error}); use another workdir, or move that file aside to start anew') from error
       different = [name for name in {**key, **before} if key.get(name) != before.get(name)]
       if different:
         raise ValueError(f'{folder} holds passes over something else ({", ".join(sorted(different))} differ); '
-                         'use another workdir, or remove this one to begin again')
+                         'use another workdir')
     elif jax.process_index() == 0:
       files.write_whole(path, json.dumps(key, indent=1).encode())
 

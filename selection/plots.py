@@ -4,9 +4,12 @@ from typing import Any
 
 import numpy as np
 
+from selection import fonts
 from selection.subset import best, NOUNS, Selection
 
 CHOSEN, OTHER, CUT = '#2563eb', '#cbd5e1', '#dc2626'
+# Characters of a name at an axis.
+_LONGEST = 24
 
 
 def ranking(selection: Selection, most: int = 60) -> Any:
@@ -72,8 +75,8 @@ def _draw_ranking(axes: Any, selection: Selection, most: int) -> None:
   scores = scores * (100 if percent else 1)
   if n <= most:
     axes.bar(range(n), scores, color=[CHOSEN if i < chosen else OTHER for i in range(n)])
-    names = [_label(selection.name(i)) for i in selection.ranking()]
-    axes.set_xticks(range(n), names, rotation=60, ha='right', rotation_mode='anchor', fontsize=8)
+    names = fonts.labels(map(selection.name, selection.ranking()), _LONGEST)
+    axes.set_xticks(range(n), names, rotation=60, ha='right', rotation_mode='anchor', fontsize=8, fontfamily=fonts.families(names))
   else:
     # A million points look like a thousand.
     points = np.unique(np.concatenate([np.linspace(0, n - 1, 1000), np.linspace(0, chosen - 1, 1000) if chosen else []]).astype(int))
@@ -108,17 +111,13 @@ def _heat_map_size(rows: np.ndarray, columns: np.ndarray) -> tuple[float, float]
 def _draw_heat_map(figure: Any, axes: Any, selection: Selection, rows: np.ndarray, columns: np.ndarray) -> None:
   parts = selection.plan / selection.plan.sum(1, keepdims=True)
   image = axes.imshow(100 * parts[np.ix_(rows, columns)], cmap='Blues', aspect='auto', vmin=0)
-  axes.set_xticks(range(len(columns)), [_label(selection.target_names[j]) for j in columns], rotation=60, ha='right',
-                  rotation_mode='anchor', fontsize=8)
-  axes.set_yticks(range(len(rows)), [_label(selection.name(selection.units[i])) for i in rows], fontsize=8)
+  below = fonts.labels((selection.target_names[j] for j in columns), _LONGEST)
+  beside = fonts.labels((selection.name(selection.units[i]) for i in rows), _LONGEST)
+  axes.set_xticks(range(len(columns)), below, rotation=60, ha='right', rotation_mode='anchor', fontsize=8,
+                  fontfamily=fonts.families(below))
+  axes.set_yticks(range(len(rows)), beside, fontsize=8, fontfamily=fonts.families(beside))
   shown = lambda some, all_, what: f'{some} of {all_:,d} {what}' if some < all_ else f'{all_:,d} {what}'
   noun = NOUNS[selection.by] if len(selection.units) > 1 else selection.by
   axes.set_title('where the mass of each goes: ' + shown(len(rows), len(selection.units), f'chosen {noun}') + ', '
                  + shown(len(columns), len(selection.target_names), 'of the target'), fontsize=9, loc='left')
   figure.colorbar(image, ax=axes, label=f'% of what the {selection.by} gives', shrink=0.9, pad=0.01)
-
-
-def _label(name: Any) -> str:
-  # A name with dollar signs is no formula, and bytes that are no UTF-8 are question marks: matplotlib takes no such text.
-  name = str(name).encode(errors='replace').decode()
-  return (name if len(name) <= 24 else name[:23] + '…').replace('$', r'\$')

@@ -1,5 +1,6 @@
 """What is exported is the trained network: to torch's names and back bit for bit, and as a function with the same outputs."""
 
+import datetime
 import json
 import os
 import pathlib
@@ -24,6 +25,7 @@ from ft_jax.jobs import export, trained
 from ft_jax.models import pretrained, resnet, to_torch
 
 DATA = pathlib.Path(__file__).parent / 'data'
+CONVENTION = jax_export.export(jax.jit(abs))(1.0).calling_convention_version
 
 
 def test_state_dict_is_torchs_bit_for_bit(tmp_path):
@@ -59,7 +61,8 @@ def test_safetensors_is_the_best_checkpoint(exported, trained_run):
   assert header['classes'] == ['blossom', 'roof', 'sky', 'wall']
   assert header['architecture'] == {'name': 'resnet18', 'width': 4, 'stem': '7x7'}
   assert header['preprocessing']['image_size'] == 32 and header['preprocessing']['short_side'] == 36
-  assert {path.name for path in folder.iterdir()} == {'classes.txt', 'example.py', 'model.json', 'model.safetensors', 'model.stablehlo'}
+  assert {path.name for path in folder.iterdir()} == {
+      'README.txt', 'classes.txt', 'example.py', 'model.json', 'model.safetensors', 'model.stablehlo'}
   assert all(path.name in printed for path in folder.iterdir())
 
 
@@ -147,6 +150,27 @@ def test_a_pre_training_and_once_more(tmp_path):
                                   variables['params']['heads']['source']['kernel'])
     assert (tmp_path / 'out' / 'classes.txt').read_text().splitlines() == ['a', 'b "quoted"', 'ç d']
     assert not [path for path in (tmp_path / 'out').iterdir() if path.name.startswith('.')]
+
+
+def test_the_expiry_of_the_function_is_told_and_written(tmp_path, monkeypatch, caplog):
+  """Jax guarantees to read it for six months; who finds the file a year later should know why it does not open."""
+  make_workdir(tmp_path / 'run')
+  config = export_config.get_config()
+  config.workdir = str(tmp_path / 'run')
+  monkeypatch.setattr(export, 'stablehlo_file', lambda run: b'')
+  with caplog.at_level('INFO', 'ft_jax'):
+    about = export.run(config, tmp_path / 'out', today=datetime.date(2026, 8, 31))
+  expected = {'jax': jax.__version__, 'calling_convention_version': CONVENTION, 'exported': '2026-08-31', 'readable_until': '2027-02-28'}
+  assert about['stablehlo'].items() >= expected.items()
+  assert json.loads((tmp_path / 'out' / 'model.json').read_text())['stablehlo'].items() >= expected.items()
+  for text in (caplog.text, (tmp_path / 'out' / 'README.txt').read_text()):
+    assert f'jax {jax.__version__} (calling convention {CONVENTION}) reads it' in text and 'until 2027-02-28' in text
+
+
+@pytest.mark.parametrize('day, later', [('2026-01-15', '2026-07-15'), ('2026-06-30', '2026-12-30'), ('2026-07-01', '2027-01-01'),
+                                        ('2027-08-30', '2028-02-29'), ('2026-12-31', '2027-06-30')])
+def test_six_months_later(day, later):
+  assert str(export.months_later(datetime.date.fromisoformat(day), 6)) == later
 
 
 def test_runs_that_cannot_be_used(tmp_path):

@@ -165,7 +165,7 @@ def test_kept_passes_of_other_chunks_are_not_taken_for_these(sets, tmp_path):
     run(lambda: iter([source[:1000], source[1000:2000]]), 'function')
   with open(tmp_path / 'memory' / 'scores.f32', 'ab') as stream:
     stream.write(bytes(40))
-  with pytest.raises(ValueError, match='holds 3,011 scores and the source has 3,001 rows; remove the workdir'):
+  with pytest.raises(ValueError, match='holds 3,011 scores and the source has 3,001 rows; use another workdir'):
     run(source, 'memory')
 
 

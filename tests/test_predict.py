@@ -214,12 +214,6 @@ def test_wrong_settings(trained_run, mixed, tmp_path):
   assert not (tmp_path / 'out').exists()
 
 
-def test_what_the_font_lacks_is_a_question_mark():
-  tile = contact_sheet.Tile(np.zeros((8, 8, 3), np.uint8), 'a', 0.5, '')
-  draw = [contact_sheet.draw([tile._replace(name=name)], 'x', 'y') for name in ('字\udce9 Ж.jpg', '?? Ж.jpg', '?? ?.jpg')]
-  assert draw[0] == draw[1] != draw[2]
-
-
 def test_contact_sheet_takes_any_shape_and_name():
   """One pixel wide, one pixel high, names longer than their room, alphabets, no name at all."""
   shapes, names = ((1, 300), (300, 1), (8, 8), (500, 400)), ('x' * 200, 'é Ж 字', '', 'two\nlines')

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import pathlib
 import shutil
 import subprocess
@@ -100,6 +101,20 @@ def test_tfds(tfds_dir):
   half = open_source('tfds:tiny_photos:1.0.0', 'train[:50%]', tfds_dir)
   assert half.ids.tolist() == train.ids[:10].tolist() and half.fingerprint != train.fingerprint
   assert 'tensorflow' not in sys.modules
+
+
+@pytest.mark.parametrize('name', ['C#', '100%', 'a%20b', 'back\\slash', '{SHARD_INDEX}', 'x@4', 'new\nline', 'gs:'])
+def test_tfds_below_any_name(tfds_dir, tmp_path, name):
+  (tmp_path / name).symlink_to(tfds_dir)
+  assert open_source('tfds:tiny_photos', 'train', str(tmp_path / name))[0].image[:2] == b'\xff\xd8'
+
+
+@pytest.mark.parametrize('name, problem', [('[1]', 'TFDS reads as a pattern'), ('run*', 'TFDS reads as a pattern'),
+                                           (os.fsdecode(b'latin\xe9'), 'array_record refuses')])
+def test_a_name_that_tfds_would_misread_is_no_reason_to_download_again(tfds_dir, tmp_path, name, problem):
+  (tmp_path / name).symlink_to(tfds_dir)
+  with pytest.raises(ValueError, match=f'{problem}; give another folder, or a path through a symbolic link'):
+    open_source('tfds:tiny_photos', 'train', str(tmp_path / name))
 
 
 def test_labels_of_tfds_are_read_once(tfds_dir, monkeypatch):

@@ -65,6 +65,23 @@ def state_at(step: int):
   return jax.device_get(create_state(variables, optax.trace(0.9)).replace(step=jnp.int32(step)))
 
 
+@pytest.mark.parametrize('name', ['100%', 'a%20b', '[1]', 'back\\slash', 'run*', '{x}', 'caf\u00e9', 'a|b'])
+def test_checkpoints_below_any_name(bucket, name):
+  checkpoints = Checkpoints(f'gs://bucket/{name}/run')
+  checkpoints.save(1, state_at(1), {'score': 0.5, 'loss': 1.0})
+  checkpoints.wait()
+  jax.tree.map(np.testing.assert_array_equal, checkpoints.restore(1, state_at(0)), state_at(1))
+  checkpoints.close()
+  assert all(stored.startswith(f'{name}/run/') for stored in bucket.names())
+
+
+@pytest.mark.parametrize('name', ['C#', 'a?b', 'logs:'])
+def test_names_that_cannot_hold_checkpoints_are_refused_at_once(bucket, name):
+  with pytest.raises(ValueError, match=r'orbax reads as part of a URL\. Give another folder$'):
+    Workdir(f'gs://bucket/{name}/run', FIELDS)
+  assert not bucket.names()
+
+
 def test_a_selection_and_embeddings_come_back(bucket):
   chosen = Selection.of_rows([3, 1], ['a', 'b', 'c', 'd'])
   chosen.save('gs://bucket/some/selection.json')

@@ -114,6 +114,8 @@ def test_bad_settings_are_refused_before_anything_long(run, photos):
   refused('config.checkpoints: .* holds no checkpoints: it is no workdir of a run', checkpoints=str(photos))
   with pytest.raises(ValueError, match='holds a run, whose files would be mixed'):
     study.run(config, run[0])
+  with pytest.raises(ValueError, match='no checkpoint can be kept in .*has a backslash'):  # which its fine-tunings would need
+    study.run(config, '/nowhere/back\\slash')
 
 
 def test_checkpoints_of_two_runs_are_refused(run, tmp_path):

@@ -539,8 +539,8 @@ def test_names_lead_to_no_other_folder(tmp_path, monkeypatch):
   export.run(fields, tmp_path / 'out' / 'export')
   written = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob('*') if path not in before)
   assert written == ['out', 'out/export', *(f'out/export/{name}' for name in (
-      'classes.txt', 'example.py', 'model.json', 'model.safetensors', 'model.stablehlo')), 'out/predict', 'out/predict/contact_sheet.png',
-      'out/predict/predictions.csv']
+      'README.txt', 'classes.txt', 'example.py', 'model.json', 'model.safetensors', 'model.stablehlo')), 'out/predict',
+      'out/predict/contact_sheet.png', 'out/predict/predictions.csv']
   lines = (tmp_path / 'out' / 'export' / 'classes.txt').read_text().split('\n')
   assert len(lines) == len(classes) + 1  # a line each, whatever breaks are in a name
   fields = compare_config.get_config()

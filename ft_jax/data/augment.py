@@ -126,7 +126,7 @@ class TooLarge(ValueError):
 
 def _check_size(width: int, height: int, example_id: str) -> None:
   if width * height > MOST_PIXELS:
-    raise TooLarge(f'{example_id} is an image of {width} x {height} pixels; expected {MOST_PIXELS:,d} at most. Scale it down or remove it')
+    raise TooLarge(f'{example_id} is an image of {width} x {height} pixels; expected {MOST_PIXELS:,d} at most. Scale it down or move it')
 
 
 def _unreadable(example_id: str, error: Exception) -> ValueError:

@@ -7,15 +7,7 @@ from typing import Any
 
 import numpy as np
 
-
-def user_cache() -> pathlib.Path | None:
-  """The folder of this program among the user's caches, which need not exist yet; None where the user has no home."""
-  if base := os.environ.get('XDG_CACHE_HOME'):
-    return pathlib.Path(base) / 'ft_jax'
-  try:
-    return pathlib.Path.home() / '.cache' / 'ft_jax'
-  except RuntimeError:
-    return None
+from ft_jax.user_cache import user_cache
 
 
 def kept(what: str, key: str, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -36,8 +28,11 @@ def kept(what: str, key: str, make: Callable[[], dict[str, np.ndarray]]) -> dict
 
 def load(what: str, key: str) -> dict[str, np.ndarray] | None:
   """What was kept under these names, None where there is nothing that can be read."""
+  path = _path(what, key)
+  if path is None:
+    return None
   try:
-    with open(_path(what, key), 'rb') as stream, np.load(stream, allow_pickle=False) as saved:
+    with open(path, 'rb') as stream, np.load(stream, allow_pickle=False) as saved:
       return dict(saved)
   except Exception:  # not there, or damaged, which makes the libraries raise almost anything: made again
     return None
@@ -45,16 +40,18 @@ def load(what: str, key: str) -> dict[str, np.ndarray] | None:
 
 def save(what: str, key: str, made: dict[str, Any]) -> None:
   """Keeps arrays by name; a cache that cannot be written costs time, nothing else."""
+  path = _path(what, key)
+  if path is None:
+    return
   try:
-    path = _path(what, key)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f'.{path.stem}.{os.getpid()}.npz')
     np.savez(temporary, **made)
     os.replace(temporary, path)
-  except (OSError, RuntimeError):  # RuntimeError: a user without a home folder
+  except OSError:
     pass
 
 
-def _path(what: str, key: str) -> pathlib.Path:
-  folder = pathlib.Path(os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache') / 'ft_jax' / what
-  return folder / f'{key}.npz'
+def _path(what: str, key: str) -> pathlib.Path | None:
+  cache = user_cache()
+  return cache / what / f'{key}.npz' if cache else None

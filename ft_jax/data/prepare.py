@@ -69,7 +69,7 @@ def prepare(name: str, data_dir: str = '', originals_dir: str = '') -> str:
     return str(builder.data_dir)
   root = pathlib.Path(os.path.expanduser(builder.data_dir_root))
   if pathlib.Path(builder.data_dir).exists():
-    raise ValueError(f'{builder.data_dir} is there, but holds no whole set; remove that folder and start again')
+    raise ValueError(f'{builder.data_dir} is there, but holds no whole set; move that folder away and start again')
   folder = pathlib.Path(os.path.expanduser(originals_dir)) if originals_dir else None
   if folder and not folder.is_dir():
     raise ValueError(f'--from: there is no folder {folder}; expected one with the files of tfds:{name}: {_files(builder.name)}')

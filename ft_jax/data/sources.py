@@ -5,18 +5,23 @@ A source knows every label and every id without decoding an image; an image is r
 
 from collections.abc import Callable, Iterator, Sequence
 import dataclasses
+import glob
 import hashlib
 import os
 import pathlib
 import re
+import shlex
 from typing import Any, NamedTuple
 
+from etils import epath
 import numpy as np
 
 from ft_jax import progress
 from ft_jax.data import contents, digits, imagenet
 from ft_jax.data.folders import list_classes, log_unused, look_alike, not_a_folder, Unused
 from ft_jax.data.kept import kept
+from ft_jax.user_cache import home_directory
+from selection.files import located
 
 # An uncompressed image of the largest size that is read, with four channels of 16 bits, and some metadata.
 MOST_BYTES = 2_000_000_000
@@ -269,7 +274,7 @@ def read_file(path: pathlib.Path) -> bytes:
   if path.is_symlink() and not path.exists():
     raise ValueError(f'{path} is a link to {os.readlink(path)}, which is not there; restore that file, or remove the link')
   if (size := path.stat().st_size) > MOST_BYTES:
-    raise ValueError(f'{path} has {size:,d} bytes; expected {MOST_BYTES:,d} of an image at most. Scale it down or remove it')
+    raise ValueError(f'{path} has {size:,d} bytes; expected {MOST_BYTES:,d} of an image at most. Scale it down or move it')
   return path.read_bytes()
 
 
@@ -290,7 +295,7 @@ def class_difference(one: str, ones: Sequence[str], other: str, others: Sequence
 
 def prepare_command(name: str, data_dir: str) -> str:
   """The shell command that writes a TFDS set in the form that is read here."""
-  return f'python -m ft_jax.data.prepare tfds:{name}' + (f' --data_dir={data_dir}' if data_dir else '')
+  return f'python -m ft_jax.data.prepare tfds:{name}' + (f' --data_dir={shlex.quote(data_dir)}' if data_dir else '')
 
 
 def _open_tfds(name: str, split: str, data_dir: str) -> Source:
@@ -351,7 +356,7 @@ def tfds_builder(name: str, data_dir: str) -> Any:
   """TFDS's builder for `name[/config][:version]`, to be stored as ArrayRecord unless it is there in another form."""
   import tensorflow_datasets as tfds
 
-  directory = os.path.expanduser(data_dir) or None
+  directory = _tfds_folder(data_dir)
   set_name = re.split('[/:]', name)[0]
   if set_name in BUILDERS:
     BUILDERS[set_name]()
@@ -365,6 +370,26 @@ def tfds_builder(name: str, data_dir: str) -> Any:
   except (tfds.core.registered.DatasetNotFoundError, AssertionError, ValueError) as error:
     raise ValueError(f'tfds:{name}: {_why_not(name, error)} The sets are listed at https://www.tensorflow.org/datasets/catalog; '
                      f'a set of your own must lie prepared in data_dir (now {data_dir or "~/tensorflow_datasets"})') from None
+
+
+def _tfds_folder(data_dir: str) -> epath.Path | None:
+  """Where TFDS sets lie; None where TFDS's own folder does.
+
+  Raises:
+    ValueError: a name that TFDS or array_record would misread, or no home directory to hold TFDS's folder.
+  """
+  if not data_dir:
+    if home_directory() is None and not os.environ.get('TFDS_DATA_DIR'):
+      raise ValueError('there is no home directory for ~/tensorflow_datasets; give the folder of TFDS sets: --config.data_dir=... '
+                       '(of ft_jax.data.prepare: --data_dir=...)')
+    return None
+  folder = located(data_dir)
+  name = os.fspath(folder)
+  problem = 'has bytes that are not UTF-8, which array_record refuses' if name.encode(errors='replace').decode() != name else \
+      'has *, ? or [, which TFDS reads as a pattern' if glob.has_magic(name) else ''
+  if problem:
+    raise ValueError(f'data_dir is {data_dir!r}, which {problem}; give another folder, or a path through a symbolic link')
+  return folder
 
 
 def _why_not(name: str, error: Exception) -> str:

@@ -1,5 +1,7 @@
 """Job export: a trained network as a state dict for torch, and as a StableHLO function for whatever runs jax."""
 
+import calendar
+import datetime
 import json
 import pathlib
 import shlex
@@ -17,15 +19,22 @@ from ft_jax.progress import log
 from ft_jax.workdir import write_bytes
 
 PLATFORMS = ('cpu', 'cuda', 'rocm', 'tpu')
+# For so long jax guarantees that newer versions read what an older one exported, counted from the release of the older one:
+# https://docs.jax.dev/en/latest/export/export.html#compatibility-guarantees
+READABLE_MONTHS = 6
 _TEMPLATES = pathlib.Path(__file__).parents[1] / 'templates'
 
 
-def run(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
-  """Writes model.safetensors, model.stablehlo, classes.txt, model.json and example.py; returns what model.json holds."""
+def run(config: ConfigDict, workdir: epath.PathLike, today: datetime.date | None = None) -> dict[str, Any]:
+  """Writes model.safetensors, model.stablehlo, classes.txt, model.json, README.txt and example.py; returns what model.json holds.
+
+  `today` is the date of the export; None is the clock's.
+  """
   if jax.process_count() > 1:
     raise ValueError('job export runs in one process; start it on one host alone, with --num_processes=1')
   run = trained.load(config.workdir)
-  about = describe(run)
+  about = describe(run, today or datetime.date.today())
+  notes = _notes(run, about, epath.Path('.'))
   # Everything is made before anything is written, so that the files are of one network.
   files = {
       'model.safetensors': safetensors_file(run, about),
@@ -33,16 +42,17 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
       'classes.txt': ''.join(f'{" ".join(name.split())}\n' for name in run.class_names).encode(errors='backslashreplace'),
       'model.json': (json.dumps(about, indent=1, ensure_ascii=False) + '\n').encode(errors='backslashreplace'),
       'example.py': (_TEMPLATES / 'example.py').read_bytes(),
+      'README.txt': ''.join(f'{name}\n  ' + '\n  '.join(lines) + '\n' for name, lines in notes.items()).encode(),
   }
   folder = trained.output_folder(workdir)
   log.info('exporting %s -> %s', run.described(), folder)
   for name, data in files.items():
     write_bytes(folder / name, data)
-  _say(run, folder, {name: len(data) for name, data in files.items()})
+  _say(_notes(run, about, folder), {name: len(data) for name, data in files.items()})
   return about
 
 
-def describe(run: trained.Trained) -> dict[str, Any]:
+def describe(run: trained.Trained, today: datetime.date) -> dict[str, Any]:
   """What a user of the files has to know, as JSON."""
   model, transform = run.config.model, run.transform
   return {
@@ -57,7 +67,9 @@ def describe(run: trained.Trained) -> dict[str, Any]:
                     'model.safetensors takes (pixels / 255 - mean) / std, as [b, 3, h, w]']},
       'stablehlo': {'input': f'uint8 [b, {transform.size}, {transform.size}, 3], any b from 1', 'precision': model.dtype,
                     'output': {'logits': f'float32 [b, {len(run.class_names)}]', 'probabilities': f'float32 [b, {len(run.class_names)}]'},
-                    'platforms': list(PLATFORMS), 'jax': jax.__version__},
+                    'platforms': list(PLATFORMS), 'jax': jax.__version__,
+                    'calling_convention_version': jax.config.jax_export_calling_convention_version, 'exported': str(today),
+                    'readable_until': str(months_later(today, READABLE_MONTHS))},
       'trained': {'job': run.config.job, 'data': run.config[run.head].name, 'step': run.results['best_step'],
                   'weights_fingerprint': setup.weights_fingerprint(run.variables),
                   **{split: {key: run.results[split][key] for key in ('top1', 'mean_per_class', 'loss', 'images')}
@@ -91,21 +103,36 @@ def stablehlo_file(run: trained.Trained) -> bytes:
   return bytes(exported.serialize())
 
 
-def _say(run: trained.Trained, folder: epath.Path, sizes: dict[str, int]) -> None:
-  model, classes = run.config.model, len(run.class_names)
+def months_later(day: datetime.date, months: int) -> datetime.date:
+  """The same day of a later month, or its last one."""
+  years, month = divmod(day.month - 1 + months, 12)
+  year, month = day.year + years, month + 1
+  return datetime.date(year, month, min(day.day, calendar.monthrange(year, month)[1]))
+
+
+def _notes(run: trained.Trained, about: dict[str, Any], folder: epath.Path) -> dict[str, list[str]]:
+  """Lines on each file in `folder`."""
+  model, classes, size, stablehlo = run.config.model, len(run.class_names), run.transform.size, about['stablehlo']
   published = model.width == 64 and model.stem == '7x7'
   network = f'torchvision.models.{model.name}(num_classes={classes})' if published else \
       f'a {model.name} with torchvision\'s names, width {model.width} and stem {model.stem}'
-  size = run.transform.size
-  notes = {
+  return {
       'model.safetensors': [
           f'for torch: {network}', f'.load_state_dict(safetensors.torch.load_file({str(folder / "model.safetensors")!r})); strict'],
-      'model.stablehlo': [f'for jax on {", ".join(PLATFORMS)}: uint8 [b, {size}, {size}, 3] to logits and probabilities [b, {classes}]',
-                          f"jax.export.deserialize(open({str(folder / 'model.stablehlo')!r}, 'rb').read()).call(images)"],
+      'model.stablehlo': [
+          f'for jax on {", ".join(PLATFORMS)}: uint8 [b, {size}, {size}, 3] to logits and probabilities [b, {classes}]',
+          f"jax.export.deserialize(open({str(folder / 'model.stablehlo')!r}, 'rb').read()).call(images)",
+          f'jax {stablehlo["jax"]} (calling convention {stablehlo["calling_convention_version"]}) reads it; newer versions are guaranteed',
+          f'to read it if they were released within {READABLE_MONTHS} months of that one, so until {stablehlo["readable_until"]}',
+          'at the latest; export again by then (model.safetensors does not expire)'],
       'classes.txt': ['the classes, one a line'],
       'model.json': ['the same and how images are prepared, the network, its accuracy'],
+      'README.txt': ['these lines'],
       'example.py': [f'python {shlex.quote(str(folder / "example.py"))} IMAGE ...  (needs jax, flatbuffers, Pillow)'],
   }
+
+
+def _say(notes: dict[str, list[str]], sizes: dict[str, int]) -> None:
   for name, (first, *more) in notes.items():
     log.info('  %-18s %8s  %s', name, _spoken(sizes[name]), first)
     for line in more:

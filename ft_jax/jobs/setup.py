@@ -279,7 +279,8 @@ def read_file(path: epath.PathLike) -> pretrained.Loaded:
 
 def _read_run(folder: epath.Path) -> pretrained.Loaded:
   """A workdir, or one of its checkpoints."""
-  step = int(folder.name) if folder.parent.name == 'checkpoints' and folder.name.isdigit() else None
+  is_run = (folder / 'checkpoints').is_dir()  # whatever it and the folder above it are called
+  step = int(folder.name) if not is_run and folder.parent.name == 'checkpoints' and folder.name.isdigit() else None
   return pretrained.Loaded(load_variables(folder if step is None else folder.parent.parent, step), {'of that training': ['optimizer']})
 
 

@@ -23,7 +23,7 @@ from ft_jax.jobs.embedding import embedded, forget
 from ft_jax.jobs.study_data import changed, described, Frozen, open_target, Parts, Target
 from ft_jax.progress import log
 from ft_jax.studies import probe, spectrum, transferability
-from ft_jax.workdir import fixed, own, read_config, write_bytes, write_text
+from ft_jax.workdir import check_name, fixed, own, read_config, write_bytes, write_text
 from selection import files
 
 # Groups of a config that a fine-tuning from a checkpoint does not know: a stopped one goes on where they are changed.
@@ -38,6 +38,8 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
   config = ConfigDict(config.to_dict())
   config.model.update({name: kept.network[name] for name in ('name', 'width', 'stem')})
   check(config, kept)
+  if config.study.fine_tune:
+    check_name(files.absolute(workdir))
   targets = [open_target(config, name) for name in _names(config)]
   folder = trained.output_folder(workdir)
   if read_config(folder):

@@ -1,12 +1,17 @@
 """Weights from the Hugging Face Hub: the safetensors file of a repository, by huggingface_hub and in its cache."""
 
+import atexit
 from collections.abc import Iterable
+import functools
 import os
 import pathlib
 import re
+import shutil
+import tempfile
 from typing import NamedTuple
 
 from ft_jax.progress import log
+from ft_jax.user_cache import home_directory
 
 # Seconds that the Hub may take to answer what a repository holds. A user's HF_HUB_ETAG_TIMEOUT goes before it.
 _TIMEOUT = 5.0
@@ -48,11 +53,12 @@ def fetch(repo: Repo, *, endpoint: str | None = None, cache_dir: str | os.PathLi
   Args:
     repo: of `parse`.
     endpoint: another Hub's address; None is HF_ENDPOINT or huggingface.co.
-    cache_dir: None is huggingface_hub's own.
+    cache_dir: None is huggingface_hub's own, or a temporary folder where there is no home directory for it.
 
   Raises:
     ValueError: no such repository or revision, no access, no safetensors file in it, no network, or an interrupted download.
   """
+  _ensure_home()
   import huggingface_hub
   from huggingface_hub import constants
 
@@ -76,6 +82,18 @@ def fetch(repo: Repo, *, endpoint: str | None = None, cache_dir: str | os.PathLi
   except Exception as error:
     raise ValueError(_explain(repo, error, downloading=True)) from error
   return HubFile(path, path.parents[file_name.count('/')].name)
+
+
+@functools.cache
+def _ensure_home() -> None:
+  """Where there is no home directory, huggingface_hub would write to a folder named `~`: it gets one for the time of this process."""
+  if home_directory() or os.environ.get('HF_HOME') or os.environ.get('XDG_CACHE_HOME'):
+    return
+  os.environ['HF_HOME'] = folder = tempfile.mkdtemp(prefix='huggingface-')  # read when it is imported
+  atexit.register(shutil.rmtree, folder, ignore_errors=True)
+  if not os.environ.get('HF_HUB_CACHE'):
+    log.warning('warning: there is no home directory for the cache of huggingface_hub, so weights are downloaded for this run alone; '
+                'set HF_HOME to a folder to keep them')
 
 
 def _cached(repo: Repo, cache_dir: str | os.PathLike[str] | None) -> HubFile | None:
