@@ -56,7 +56,7 @@ def narrow(value):
 
 def test_moco(tmp_path):
   """A file that torch wrote as MoCo's was, in the format before torch 1.6: the query encoder and its projection head come, bit by bit."""
-  loaded, dropped = pretrained.read(DATA / 'moco.pth.tar')
+  loaded, dropped, _ = pretrained.read(DATA / 'moco.pth.tar')
   original = {name: narrow(value) for name, value in state().items() if not name.startswith('fc.')}
   expected = pretrained.load_torch(save(tmp_path / 'narrow.safetensors', **original))
   jax.tree.map(np.testing.assert_array_equal, {key: loaded[key] for key in ('params', 'batch_stats')}, expected)
@@ -114,7 +114,7 @@ def test_half_precision_and_wrapped_names(tmp_path):
   """bfloat16 of safetensors, names of DataParallel; numbers come as float32. Integers are no weights."""
   plain, low = pretrained.load_torch(DATA / 'resnet18.pth'), jnp.bfloat16
   data = {f'module.{name}': value if value.dtype == np.int64 else value.astype(low) for name, value in state().items()}
-  loaded, dropped = pretrained.read(save(tmp_path / 'low.safetensors', **data))
+  loaded, dropped, notes = pretrained.read(save(tmp_path / 'low.safetensors', **data))
   jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b.astype(low).astype(np.float32)), loaded, plain)
   assert {x.dtype for x in jax.tree.leaves(loaded)} == {np.dtype('float32')} and len(dropped["BatchNorm's counters"]) == 20
   data['module.conv1.weight'] = np.ones((4, 3, 7, 7), np.int8)

@@ -18,7 +18,7 @@ from ft_jax.data.damage import without_damaged
 from ft_jax.data.pipeline import Transform
 from ft_jax.data.randaugment import STRONGEST
 from ft_jax.data.sources import carve, class_difference, draw, open_source, Source, UNLABELLED
-from ft_jax.models import hub, pretrained, resnet
+from ft_jax.models import hub, pretrained, resnet, torch_files
 from ft_jax.progress import log
 from selection import files
 
@@ -190,8 +190,30 @@ def _check_path(name: str) -> None:
   path = files.located(name)
   if not path.exists():
     raise ValueError(f'model.weights: there is no file or folder {name}; expected one, or timm:<name>, or hf:<owner>/<name>')
-  if path.is_dir() and not (path / 'checkpoints').is_dir() and path.parent.name != 'checkpoints':
-    raise ValueError(f'model.weights: {name} is no workdir of a run, which has a folder checkpoints/; give such a folder, or a file')
+  if not _is_run(path) and not files.is_url(file := _weights_file(path)):
+    torch_files.check(file)
+
+
+def _is_run(path: epath.Path) -> bool:
+  """Whether a path is the workdir of a run, or a checkpoint in one."""
+  return path.is_dir() and ((path / 'checkpoints').is_dir() or path.parent.name == 'checkpoints')
+
+
+def _weights_file(path: epath.Path) -> epath.Path:
+  """The file itself; of a folder laid out as a repository of the Hugging Face Hub its weights.
+
+  Raises:
+    ValueError: the folder holds none, or several.
+  """
+  if not path.is_dir():
+    return path
+  inside = sorted(entry.name for entry in path.iterdir())
+  if (chosen := hub.weights_in(inside)) is not None:
+    return path / chosen
+  near = [name for name in inside if name.lower().endswith(torch_files.ENDINGS)]
+  raise ValueError(f'model.weights: {path} is no workdir of a run, which has a folder checkpoints/, and has no '
+                   f'{" or ".join(hub.WEIGHTS)}; ' + (f'give one of its files: {pretrained.listed(near)}' if near else
+                                                      'give such a folder, or a file'))
 
 
 def _check_timm(network: str, tag: str = '', *, config: ConfigDict) -> None:
@@ -222,7 +244,8 @@ def load_weights(name: str, *, classes: int | None = None, classifier: bool = Fa
   if repo is None:
     _check_path(name)
   path, commit = hub.fetch(repo) if repo else (files.located(name), None)
-  variables, dropped = _read_run(path) if path.is_dir() else read_file(path)
+  own = _is_run(path)
+  variables, dropped, notes = _read_run(path) if own else read_file(_weights_file(path))
   heads = variables['params'].pop('heads', {})
   kept = {}
   if classifier:
@@ -245,12 +268,13 @@ def load_weights(name: str, *, classes: int | None = None, classifier: bool = Fa
     variables['params']['heads'] = kept
     heads = {head: value for head, value in heads.items() if head != 'source'}
   if heads:
-    dropped['old classifier'] = [f'heads/{head}' for head in sorted(heads)] if path.is_dir() else ['fc.weight', 'fc.bias']
+    dropped['old classifier'] = [f'heads/{head}' for head in sorted(heads)] if own else ['fc.weight', 'fc.bias']
   if not projection and variables.pop('projection', None):
     dropped['projection head'] = ['fc.0', 'fc.2']
+  pretrained.check_numbers(variables, name)
   says = '; '.join(f'{pretrained.listed(names)} ({why})' for why, names in dropped.items())
-  log.info('weights: %s%s: %d tensors used%s', name, f' at {commit}' if commit else '', len(jax.tree.leaves(variables)),
-           f'; dropped: {says}' if says else '')
+  log.info('weights: %s%s: %d tensors used%s%s', name, f' at {commit}' if commit else '', len(jax.tree.leaves(variables)),
+           f'; dropped: {says}' if says else '', ''.join(f'; {note}' for note in notes))
   return Weights(variables, {'name': name, 'revision': commit, 'fingerprint': weights_fingerprint(
       {key: variables[key] for key in ('params', 'batch_stats')})})
 

@@ -10,6 +10,8 @@ from ft_jax.progress import log
 
 # Seconds that the Hub may take to answer what a repository holds. A user's HF_HUB_ETAG_TIMEOUT goes before it.
 _TIMEOUT = 5.0
+# How a repository calls its weights, the best form first.
+WEIGHTS = ('model.safetensors', 'pytorch_model.bin')
 
 
 class Repo(NamedTuple):
@@ -94,6 +96,12 @@ def _cached(repo: Repo, cache_dir: str | os.PathLike[str] | None) -> HubFile | N
   except ValueError:  # the Hub knows what else there is
     return None
   return HubFile(snapshot / file_name, snapshot.name) if file_name is not None else None
+
+
+def weights_in(files: Iterable[str]) -> str | None:
+  """The file of weights in a folder with these files, laid out as a repository; None where there is none of `WEIGHTS`."""
+  files = set(files)
+  return next((name for name in WEIGHTS if name in files), None)
 
 
 def _choose(repo: Repo, files: Iterable[str]) -> str | None:
