@@ -189,6 +189,35 @@ def test_fields_of_the_model_that_cannot_be_right(fields, words):
     setup.check_weights(config)
 
 
+def test_a_folder_as_on_the_hub(tmp_path):
+  """A cloned repository: its weights are found; where they are called otherwise, they are named."""
+  (tmp_path / 'config.json').write_text('{"architecture": "resnet18"}')
+  with pytest.raises(ValueError, match='is no workdir of a run.* and has no model.safetensors or pytorch_model.bin; give such a folder'):
+    setup.load_weights(str(tmp_path))
+  shutil.copy(DATA / 'resnet18.pth', tmp_path / 'net.PTH')
+  with pytest.raises(ValueError, match='give one of its files: net.PTH'):
+    setup.load_weights(str(tmp_path))
+  (tmp_path / 'net.PTH').rename(tmp_path / 'pytorch_model.bin')
+  expected = setup.load_weights(str(DATA / 'resnet18.pth')).about['fingerprint']
+  assert setup.load_weights(str(tmp_path)).about['fingerprint'] == expected
+  (tmp_path / 'model.safetensors').write_bytes(b'version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 46807446\n')
+  config = default.get_config().model
+  config.weights = str(tmp_path)
+  with pytest.raises(ValueError, match='model.safetensors is a pointer of Git LFS'):  # before anything is loaded
+    setup.check_weights(config)
+
+
+def test_numbers_of_a_run_are_looked_at(tmp_path):
+  """As those of a file."""
+  state = pretrained.load_torch(DATA / 'resnet18.pth')
+  state['batch_stats']['bn1']['var'] = -state['batch_stats']['bn1']['var']
+  checkpoints = Checkpoints(tmp_path / 'run')
+  checkpoints.save(1, {**state, 'opt_state': np.zeros(3)}, {'score': 0.9, 'loss': 1.0})
+  checkpoints.close()
+  with pytest.raises(ValueError, match='run has negative running variances in batch_stats/bn1/var'):
+    setup.load_weights(str(tmp_path / 'run'))
+
+
 def test_names_of_timm_that_are_torchvisions_networks():
   config = default.get_config().model
   config.weights = 'timm:resnet50.a1_in1k@abc123'

@@ -59,14 +59,15 @@ def read(path: str | os.PathLike[str]) -> Loaded:
   flat: dict[str, np.ndarray] = {}
   dropped: dict[str, list[str]] = {}
   unknown = []
+  inner = tuple(other for other in others if len(other) > len(prefix))
   for name, value in tensors.items():
-    inside, bare = name.startswith(prefix), name.removeprefix(prefix)
+    bare = name.removeprefix(prefix) if name.startswith(prefix) and not name.startswith(inner) else ''
     if bare.endswith('num_batches_tracked'):
       dropped.setdefault("BatchNorm's counters", []).append(name)
-    elif moco and not inside and _MOCO_REST.fullmatch(name):
+    elif moco and not bare and _MOCO_REST.fullmatch(name):
       dropped.setdefault("MoCo's key encoder and queue", []).append(name)
-    elif not inside:
-      dropped.setdefault(f'beside {prefix.removesuffix(".")}', []).append(name)
+    elif not bare:
+      dropped.setdefault(f'beside {prefix.removesuffix(".") or "the network"}', []).append(name)
     elif moco and bare in _CLASSIFIER:
       dropped.setdefault("MoCo-v1's projection", []).append(name)
     elif _BACKBONE.fullmatch(bare) or bare in _CLASSIFIER or moco and bare in _PROJECTION:
@@ -83,7 +84,7 @@ def read(path: str | os.PathLike[str]) -> Loaded:
     raise ValueError(f'{path} has no running statistics of BatchNorm (bn1.running_mean, bn1.running_var, ...), only parameters; save '
                      'model.state_dict(), which has them. Networks without BatchNorm (GroupNorm and others) are not known')
   if state.beside:
-    dropped['beside the network'] = list(state.beside)
+    dropped.setdefault('beside the network', []).extend(state.beside)
   return Loaded(flax.traverse_util.unflatten_dict(flat, sep='/'), dropped,
                 (*state.notes, *_notes(state.tensors, tensors, prefix, others)))
 
@@ -120,8 +121,8 @@ def _network(names: Collection[str], path: str | os.PathLike[str]) -> tuple[str,
 
 def _keep_alone(prefix: str) -> str:
   """What to do to read another network of a file."""
-  return (f'keep one and leave that out, as by {{name.removeprefix({prefix!r}): value for name, value in state_dict.items() if '
-          f'name.startswith({prefix!r})}}, and save that')
+  return (f'save it alone, as {{name.removeprefix({prefix!r}): value for name, value in state_dict.items() if '
+          f'name.startswith({prefix!r})}}')
 
 
 def _notes(before: Mapping[str, np.ndarray], tensors: Mapping[str, np.ndarray], prefix: str, others: Sequence[str]) -> list[str]:
@@ -129,7 +130,7 @@ def _notes(before: Mapping[str, np.ndarray], tensors: Mapping[str, np.ndarray], 
   wrappers = sorted({found[0] for name in before if name not in tensors for found in _WRAPPERS.finditer(name)})
   notes = [f'left out of names: {listed(wrappers + [prefix] * bool(prefix))}'] if wrappers or prefix else []
   if others and not prefix.endswith('encoder_q.'):
-    notes.append(f'{prefix} is read and not {listed(others)}; for another one {_keep_alone(others[0])}')
+    notes.append(f'{listed(map(repr, others))} is another network there, which is not read; to read it {_keep_alone(others[0])}')
   kinds = sorted({str(value.dtype) for value in tensors.values() if value.dtype.kind not in 'iub'} - {'float32'})
   return notes + ([f'{listed(kinds)} made float32'] if kinds else [])
 
