@@ -4,6 +4,7 @@ import json
 import pathlib
 import shutil
 
+from conftest import write_images
 from etils import epath
 import numpy as np
 import pytest
@@ -143,3 +144,14 @@ def test_projection_features_are_the_mlp_of_the_pooled_ones(photos, tmp_path):
 def test_features_that_cannot_be(photos, weights, features, words):
   with pytest.raises(ValueError, match=words):
     finetune.check(config(photos, photos, **{'model.weights': weights, 'selection.features': features}))
+
+
+@pytest.mark.parametrize('fields,words', [
+    ({'target.without': ('roof', 'sky', 'wall')}, "has one class, 'blossom'"),
+    ({'target.name': 'folder:{starved}', 'target.train': 'train[:50%]', 'target.test': 'train[50%:]'}, "no training image of class 'c'")])
+def test_a_target_that_cannot_be_learnt_is_refused_before_anything_long(photos, pool, tmp_path, fields, words, monkeypatch):
+  write_images(tmp_path / 'starved', {'a': 6, 'b': 6, 'c': 1})
+  monkeypatch.setattr(finetune, '_train', None)
+  fields = {key: value.format(starved=tmp_path / 'starved') if isinstance(value, str) else value for key, value in fields.items()}
+  with pytest.raises(ValueError, match=words):
+    finetune.run(config(photos, pool, **fields), tmp_path / 'run')

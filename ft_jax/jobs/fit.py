@@ -92,6 +92,47 @@ def check_parts(parts: int, size: int, what: str) -> None:
     raise ValueError(f'train.accumulate is {parts}, into which the {each} images of a device ({what} {size}) cannot be cut evenly')
 
 
+def check_batch_norm(config: ConfigDict, model: ResNet, image_size: int, images: int) -> None:
+  """Raises ValueError where a BatchNorm that is trained takes its statistics of one value a channel: it then gives its bias, whatever it sees.
+
+  Args:
+    config: the fields of `configs.default.train_config`.
+    model: as it is trained.
+    image_size: pixels a side.
+    images: how many go through the network in a step together, over all devices.
+  """
+  devices = jax.device_count()
+  each, shared = images // devices // config.accumulate, devices if model.axis_name else 1
+  if each * shared != 1:
+    return
+  image = jax.ShapeDtypeStruct((each, image_size, image_size, 3), np.uint8)
+  variables = jax.eval_shape(model.init, jax.random.key(0), image)
+  layers = jax.eval_shape(lambda *args: model.apply(*args, mutable=['intermediates'], capture_intermediates=lambda module, _: isinstance(
+      module, resnet.BatchNorm))[1]['intermediates'], variables, image)
+  stays = flax.traverse_util.flatten_dict(resnet.fixed(model, variables['batch_stats']), sep='/')
+  for path, (output, *_) in flax.traverse_util.flatten_dict(layers, sep='/').items():
+    layer = path.removesuffix('/__call__')
+    if not stays[f'{layer}/mean'] and math.prod(output.shape[:-1]) == 1:
+      raise ValueError(f'BatchNorm {layer} would see one value a channel, so its output would not depend on the image: {each} image of '
+                       f'{output.shape[1]}x{output.shape[2]} pixels there ({images} images a step with train.batch_size {config.batch_size}, on '
+                       f'{devices} devices, train.accumulate {config.accumulate}, image_size {image_size}, model.stem {model.stem}); use '
+                       'larger batches or images, less of train.accumulate, model.stem=3x3, or model.batch_norm=frozen'
+                       + ('' if shared > 1 or devices == 1 else ', or model.sync_batch_norm=true'))
+
+
+def only_heads(model: ResNet, image_size: int) -> bool:
+  """Whether nothing but heads is trained."""
+  shapes = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, image_size, image_size, 3), np.uint8))
+  stays = flax.traverse_util.flatten_dict(resnet.fixed(model, shapes['params']), sep='/')
+  return all(fixed for path, fixed in stays.items() if not path.startswith('heads/'))
+
+
+def log_doubts(config: ConfigDict) -> None:
+  """Warns of settings of a training with which it learns nothing."""
+  if not config.learning_rate:
+    log.warning('warning: train.learning_rate is 0, so nothing is learnt: the network stays as it starts, but for BatchNorm')
+
+
 def own_params(methods: Mapping[str, Method], begin: Begin) -> dict[str, Any]:
   """Parameters that methods have of their own, as `{'methods': {method: ...}}`; {} where none has."""
   own = {name: params for name, method in methods.items() if (params := method.params(begin))}

@@ -1,6 +1,6 @@
 """What the jobs share at their start: a config's fields turned into data sets, a model and its weights."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import hashlib
 from typing import Any, NamedTuple
 
@@ -20,6 +20,8 @@ from ft_jax.data.randaugment import STRONGEST
 from ft_jax.data.sources import carve, class_difference, draw, open_source, Source, UNLABELLED
 from ft_jax.models import hub, pretrained, resnet, torch_files
 from ft_jax.progress import log
+from ft_jax.workdir import read_json
+import selection
 from selection import files
 
 ON_ERROR = ('raise', 'skip')
@@ -69,6 +71,51 @@ def _labelled(source: Source) -> Source:
     raise ValueError(f'{source.name} holds no class folders but {len(source):,d} images, so their classes are not known; expected '
                      '<class>/<image> in it (images without classes can be a pool: config.source.name with methods.fixmatch)')
   return source
+
+
+def check_classes(splits: Splits, without: str = '') -> None:
+  """Raises ValueError for splits from which a classifier cannot be learnt; after slices, draws and images that cannot be read.
+
+  Args:
+    splits: what is trained on.
+    without: the field that leaves classes out, where a class without training images is to be refused: it has a place in the head that
+      nothing teaches, and its test images are never right. '' warns of it, as for a pre-training, whose classifier is hardly ever used.
+
+  Raises:
+    ValueError: there is one class only, whose classifier is always right; or a class without training images, by name.
+  """
+  train = splits.train
+  if len(train.class_names) < 2:
+    raise ValueError(f'{train.name} has one class, {train.class_names[0]!r}: its classifier is right whatever it learns; expected two classes '
+                     'or more, each a folder of images (against all that is not of the one class, add images of other things as a class)')
+  if not (missing := _classes_without_images(train)):
+    return
+  named = f'{train.name}: no training image of {_class_list(missing)}'
+  if not without:
+    log.warning('warning: %s, so nothing is learnt of it', named)
+    return
+  counts = [f'{split} {np.sum(source.labels == train.class_names.index(missing[0]))}' for split, source in splits._asdict().items()
+            if source is not None]
+  leave_out = f"--config.{without}=\"({', '.join(map(repr, missing[:5]))},)\""
+  raise ValueError(f'{named} (images of {missing[0]!r}: {", ".join(counts)}); add images, take a larger slice for train, or leave such '
+                   f'classes out: {leave_out}')
+
+
+def log_classes_not_evaluated(splits: Splits) -> None:
+  """Warns of classes that val or test has no image of: nothing is measured on them."""
+  for split, source in (('val', splits.val), ('test', splits.test)):
+    if source is not None and (missing := _classes_without_images(source)):
+      log.warning('warning: %s: no %s image of %s: mean_per_class is the mean over the other %d classes', source.name, split,
+                  _class_list(missing), len(source.class_names) - len(missing))
+
+
+def _classes_without_images(source: Source) -> list[str]:
+  counts = np.bincount(source.labels, minlength=len(source.class_names))
+  return [source.class_names[k] for k in np.flatnonzero(counts == 0).tolist()]
+
+
+def _class_list(names: Sequence[str]) -> str:
+  return f'class {names[0]!r}' if len(names) == 1 else f'{len(names)} classes: {pretrained.listed(map(repr, names))}'
 
 
 def check_data(config: ConfigDict) -> None:
@@ -228,12 +275,14 @@ def _check_timm(network: str, tag: str = '', *, config: ConfigDict) -> None:
                      '--config.model.stem=7x7')
 
 
-def load_weights(name: str, *, classes: int | None = None, classifier: bool = False, projection: bool = False) -> Weights:
+def load_weights(name: str, *, classes: int | None = None, class_names: Sequence[str] | None = None, classifier: bool = False,
+                 projection: bool = False) -> Weights:
   """Reads pre-trained variables; says what was used and what was dropped.
 
   Args:
     name: as `config.model.weights`: a name of the Hugging Face Hub, a file, a workdir or a checkpoint in one.
     classes: how many the classifier must have, which then is head 'source'; None drops every head.
+    class_names: which these are, in order: compared with those of the run that the weights come from, where they are known.
     classifier: whether the classifier is wanted as head 'pretrained', whatever its classes.
     projection: whether MoCo-v2's projection head is wanted too.
 
@@ -260,6 +309,8 @@ def load_weights(name: str, *, classes: int | None = None, classifier: bool = Fa
     if (found := len(heads['source']['bias'])) != classes:
       raise ValueError(f"model.source_head is 'pretrained', but the classifier of {name} has {found} classes and the source data "
                        f'{classes}; use --config.model.source_head=fresh')
+    if class_names is not None:
+      _check_same_classes(name, _source_classes(path) if own else None, class_names)
     kept['source'] = heads['source']
   if projection and 'projection' not in variables:
     raise ValueError(f"selection.features is 'projection', but {name} has no projection head (MoCo-v2's file has one); "
@@ -289,6 +340,34 @@ def _read_run(folder: epath.Path) -> pretrained.Loaded:
   """A workdir, or one of its checkpoints."""
   step = int(folder.name) if folder.parent.name == 'checkpoints' and folder.name.isdigit() else None
   return pretrained.Loaded(load_variables(folder if step is None else folder.parent.parent, step), {'of that training': ['optimizer']})
+
+
+def _check_same_classes(name: str, known: Sequence[str] | None, wanted: Sequence[str]) -> None:
+  """Raises ValueError where a classifier is of other classes than the source data, or of these in another order; warns if unknown."""
+  if known is None:
+    log.warning("warning: model.source_head is 'pretrained' and %s does not say what its classes are: they must be those of the source data, "
+                'in the same order', name)
+  elif tuple(known) != tuple(wanted):
+    first = next(k for k, pair in enumerate(zip(known, wanted)) if pair[0] != pair[1])
+    raise ValueError(f"model.source_head is 'pretrained', but the classifier of {name} is of other classes than the source data, or of "
+                     f'another order: class {first} is {known[first]!r} there and {wanted[first]!r} here; use '
+                     '--config.model.source_head=fresh, or the data that it was trained on')
+
+
+def _source_classes(path: epath.Path) -> tuple[str, ...] | None:
+  """The classes of head 'source' of a run, by its workdir or one of its checkpoints; None where it does not say.
+
+  A pre-training has them in results.json; a fine-tuning in selection.json, where it chose whole classes.
+  """
+  folder = path if (path / 'checkpoints').is_dir() else path.parent.parent
+  try:
+    if (folder / 'results.json').exists() and (results := read_json(folder / 'results.json'))['job'] == 'pretrain':
+      return tuple(str(row['name']) for row in results['val']['per_class'])
+    if (folder / 'selection.json').exists() and (chosen := selection.Selection.load(folder / 'selection.json')).by == 'class':
+      return tuple(chosen.names)
+  except (KeyError, TypeError, ValueError) as error:  # of another program, or changed by hand
+    log.debug('%s: %s', folder, error)
+  return None
 
 
 def weights_fingerprint(variables: Mapping[str, Any]) -> str:

@@ -63,6 +63,8 @@ def open_target(config: ConfigDict, name: str) -> Target:
   """
   fields = ConfigDict({**config.target.to_dict(), 'name': name})
   splits = {seed: setup.open_splits(fields, config.data_dir, seed) for seed in config.study.seeds}
+  for of_seed in splits.values():
+    setup.check_classes(of_seed, 'target.without')
   expressions = dict.fromkeys(split for split in (fields.train, fields.val, fields.test) if split and split != 'rest')
   sources = tuple(open_source(name, split, config.data_dir).without(fields.without) for split in expressions)
   if config.data.on_error == 'skip':
