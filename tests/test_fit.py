@@ -70,8 +70,8 @@ def test_batch_norm_over_one_value_is_refused(fields, refused, monkeypatch):
   monkeypatch.setattr(jax, 'device_count', lambda: 1)
   if not refused:
     return finetune.check(config(**fields))
-  with pytest.raises(ValueError, match='BatchNorm layer4/[01]/bn1 would see one value a channel, .* 1 image of 1x1 pixels there .*'
-                                       'train.batch_size [14], on 1 devices, train.accumulate [14], image_size 32, model.stem 7x7'):
+  with pytest.raises(ValueError, match='BatchNorm layer4/[01]/bn1 would see one value per channel, .* 1 image of 1x1 pixels there .*'
+                                       'train.batch_size [14], devices 1, train.accumulate [14], image_size 32, model.stem 7x7'):
     finetune.check(config(**fields))
 
 
@@ -92,7 +92,7 @@ def test_batch_norm_on_several_devices(sync, devices, batch, refused, monkeypatc
   model = resnet.build('resnet18', {'target': 2}, width=4, axis_name='batch' if sync else None)
   if not refused:
     return fit.check_batch_norm(config(train__batch_size=batch).train, model, 32, batch)
-  with pytest.raises(ValueError, match=f'{batch} images a step .* on {devices} devices'
+  with pytest.raises(ValueError, match=f'images per step {batch}, .* devices {devices}, '
                                        + ('.*, or model.sync_batch_norm=true' if devices > 1 else '.*frozen$')):
     fit.check_batch_norm(config(train__batch_size=batch).train, model, 32, batch)
 

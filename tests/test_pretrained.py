@@ -118,7 +118,7 @@ def test_half_precision_and_wrapped_names(tmp_path):
   loaded, dropped, notes = pretrained.read(save(tmp_path / 'low.safetensors', **data))
   jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b.astype(low).astype(np.float32)), loaded, plain)
   assert {x.dtype for x in jax.tree.leaves(loaded)} == {np.dtype('float32')} and len(dropped["BatchNorm's counters"]) == 20
-  assert notes == ('left out of names: module.', 'bfloat16 made float32')
+  assert notes == ('removed from names: module.', 'bfloat16 converted to float32')
   data['module.conv1.weight'] = np.ones((4, 3, 7, 7), np.int8)
   with pytest.raises(ValueError, match='conv1.weight is int8'):
     pretrained.read(save(tmp_path / 'low.safetensors', **data))
@@ -140,7 +140,7 @@ def test_wrappings_are_left_out_and_told(tmp_path, prefix):
   loaded = wrapped(under(prefix), path=tmp_path)
   jax.tree.map(np.testing.assert_array_equal, {key: loaded.variables[key] for key in ('params', 'batch_stats')}
                if prefix != 'encoder_q.' else loaded.variables, expected(prefix))
-  assert loaded.notes[0].startswith('left out of names: ')
+  assert loaded.notes[0].startswith('removed from names: ')
   assert all(part in loaded.notes[0] for part in prefix.split('.') if part)
 
 
@@ -158,20 +158,20 @@ def test_wrappers_within_names(tmp_path):
              for name, value in under('module.').items()}
   loaded = wrapped(tensors, path=tmp_path)
   jax.tree.map(np.testing.assert_array_equal, loaded.variables, expected(''))
-  assert loaded.notes == ('left out of names: _fsdp_wrapped_module., _orig_mod., module.',)
+  assert loaded.notes == ('removed from names: _fsdp_wrapped_module., _orig_mod., module.',)
 
 
 @pytest.mark.parametrize('taken,other', [
-    ('backbone.', 'momentum_backbone.'), ('', 'ema.module.'), ('online_encoder.', 'target_encoder.'), ('teacher.backbone.', 'student.backbone.'),
-    ('model.', 'model_ema.'), ('module.', 'averaged_model.')])
+    ('backbone.', 'momentum_backbone.'), ('', 'ema.module.'), ('online_encoder.', 'target_encoder.'),
+    ('teacher.backbone.', 'student.backbone.'), ('model.', 'model_ema.'), ('module.', 'averaged_model.')])
 def test_of_two_copies_a_known_rule_takes_one_and_says_so(tmp_path, taken, other):
   loaded = wrapped(under(other, 1.0), under(taken), path=tmp_path)
   jax.tree.map(np.testing.assert_array_equal, loaded.variables, expected(''))
-  assert f"{other!r} is another network there" in loaded.notes[-1] and f'name.removeprefix({other!r})' in loaded.notes[-1]
+  assert f'another network with the prefix {other!r}' in loaded.notes[-1] and f'name.removeprefix({other!r})' in loaded.notes[-1]
 
 
 def test_two_networks_are_not_guessed_between(tmp_path):
-  with pytest.raises(ValueError, match=r"holds 2 networks, .*'one.', 'two.' in front of their names.*name.removeprefix\('one.'\)"):
+  with pytest.raises(ValueError, match=r"holds 2 networks, with the prefixes 'one.', 'two.', .*name.removeprefix\('one.'\)"):
     wrapped(under('one.'), under('two.'), path=tmp_path)
 
 

@@ -200,14 +200,16 @@ KINDS = {
     'storage': (b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>', r"error message of a storage service \('AccessDenied'\)"),
     'answer': (b'Entry not found', "is text, 'Entry not found', and not weights; download it again"),
     'json': (b'{"architectures": ["ResNet"]}', 'is JSON and not weights; expected a safetensors file or'),
-    'index': (b'{"metadata": {}, "weight_map": {}}', 'is the index of weights that lie in several files'),
+    'index': (b'{"metadata": {}, "weight_map": {}}', 'is the index of weights split over several files'),
     'gzip': (gzip.compress(b'x'), 'compressed with gzip; unpack it .gunzip'), 'bzip2': (bz2.compress(b'x'), 'compressed with bzip2'),
     'xz': (lzma.compress(b'x'), 'compressed with xz'), 'zstd': (b'\x28\xb5\x2f\xfd\x00', 'compressed with zstd'),
     'hdf5': (b'\x89HDF\r\n\x1a\n' + bytes(90), 'is an HDF5 file .*Keras'), 'gguf': (b'GGUF\x03\0\0\0', 'GGUF'),
     'npy': (b'\x93NUMPY\x01\x00v\x00', 'is a NumPy array'), 'npz': (zipped(**{'conv1.npy': b''}), 'is a NumPy archive'),
-    'onnx': (b'\x08\x07\x12\x07pytorch\x1a\x052.1.0', 'such as ONNX'), 'saved_model': (b'\x08\x01\x12\xf8\x01', 'SavedModel of TensorFlow'),
+    'onnx': (b'\x08\x07\x12\x07pytorch\x1a\x052.1.0', 'such as ONNX'),
+    'saved_model': (b'\x08\x01\x12\xf8\x01', 'SavedModel of TensorFlow'),
     'flax': (b'\x82\xa6params\x81\xa5conv1', 'is a msgpack file, such as Flax writes'),
-    'picture': (b'\x89PNG\r\n\x1a\n' + bytes(100), 'is a PNG image'), 'other': (b'\xfe\xed\xfa\xce' * 9, 'as no known file of weights does'),
+    'picture': (b'\x89PNG\r\n\x1a\n' + bytes(100), 'is a PNG image'),
+    'other': (b'\xfe\xed\xfa\xce' * 9, 'as no known file of weights does'),
     'ancient torch': (tar('sys_info', 'pickle', 'tensors'), 'not what torch.save writes .* python -c "import torch; '),
     'tar': (tar('resnet18.pth', 'README'), 'is a tar archive; unpack it'),
     'zip of weights': (zipped(**{'README': b'', 'net/resnet18.pth': b''}), "is a zip archive; unpack it .*'net/resnet18.pth'"),
@@ -273,12 +275,12 @@ def test_state_dicts_of_training_checkpoints(tmp_path, content, read, others):
   state = torch_files.read(torch_file(tmp_path / 'a.pth', content))
   np.testing.assert_array_equal(state.tensors['weight'], [0, 1])
   assert list(state.tensors) == ['weight']
-  assert not others and not state.notes or f'{read} is read and not {others[0]}; for another one save it alone' in state.notes[0]
+  assert not others and not state.notes or f'{read} is read and not {others[0]}; to read another one save it alone' in state.notes[0]
   assert all(name not in read.split('.') for name in state.beside)
 
 
 def test_two_networks_without_a_known_name_are_not_guessed_between(tmp_path):
-  with pytest.raises(ValueError, match=r"holds 2 state dicts, one, two, and none has a name .*\['one'\], NEW_FILE"):
+  with pytest.raises(ValueError, match=r"holds 2 state dicts, one, two, and no rule says .*\['one'\], NEW_FILE"):
     torch_files.read(torch_file(tmp_path / 'a.pth', table(one=NETWORK, two=NETWORK)))
 
 
@@ -290,8 +292,8 @@ def test_dicts_that_hold_each_other_end(tmp_path):
 def objects() -> list:
   """What training scripts save beside their network, as far as it is at hand."""
   return [argparse.Namespace(lr=0.1), np.float32(1), np.arange(3), datetime.datetime(2024, 1, 1), pathlib.PurePosixPath('runs'),
-          http.HTTPStatus.OK, collections.defaultdict(list, a=[1]), collections.Counter('ab'), collections.deque([1]), {1, 2}, frozenset('a'),
-          complex(1, 2), b'bytes', bytearray(b'x'), range(3), decimal.Decimal(1), types.SimpleNamespace(a=1), uuid.UUID(int=1),
+          http.HTTPStatus.OK, collections.defaultdict(list, a=[1]), collections.Counter('ab'), collections.deque([1]),
+          {1, 2}, frozenset('a'), complex(1, 2), b'bytes', bytearray(b'x'), range(3), decimal.Decimal(1), types.SimpleNamespace(a=1), uuid.UUID(int=1),
           np.random.default_rng(0), random.Random(0), collections.OrderedDict, ConfigDict({'a': 1}), functools.partial(dict, a=1),
           {argparse.Namespace: 1}, ValueError('x'), np.dtype('float32'), dict]
 
@@ -303,14 +305,14 @@ def test_objects_beside_the_network_are_not_made(tmp_path, item, protocol):
   pickled = pickle.dumps(item, protocol=protocol).removeprefix(bytes([0x80, protocol]))[:-1]
   state = torch_files.read(torch_file(tmp_path / 'a.pth', table(args=pickled, state_dict=NETWORK)))
   assert list(state.tensors) == ['weight'] and state.beside == ('args',)
-  assert not state.notes or state.notes[0].startswith('objects that were not made: ')
+  assert not state.notes or state.notes[0].startswith('objects that were not created: ')
 
 
 def test_objects_that_are_not_made_cannot_take_part(tmp_path, monkeypatch):
   """Not in place of a tensor, not of a whole network; and a class that a file names is never looked up."""
   monkeypatch.setitem(sys.modules, 'trap', None)  # to import it would raise
   state = torch_files.read(torch_file(tmp_path / 'a.pth', table(args=b'ctrap\nA\n)R', state_dict=NETWORK)))
-  assert state.notes == ('objects that were not made: trap.A',)
+  assert state.notes == ('objects that were not created: trap.A',)
   for content in (table(weight=tensor(), bias=b'cnumpy\nndarray\n)R'), b'ctorchvision.models.resnet\nResNet\n)\x81}b',
                   table(model=b'ctorchvision.models.resnet\nResNet\n)\x81}b', epoch=b'K\x01')):
     with pytest.raises(ValueError, match=r'asks for (numpy.ndarray|torchvision.models.resnet.ResNet), which is no part of a state dict.*'

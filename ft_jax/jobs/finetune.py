@@ -91,8 +91,8 @@ def _train(config: ConfigDict, work: Workdir, splits: setup.Splits, pool: Source
       raise ValueError(f'the selection ({config.selection.file or work.selection_json}) has no image of {pool.name}; '
                        'select again, or train without: --config.selection.method=none')
     if labelled and len(present := np.unique(helping.labels)) == 1:
-      log.warning('warning: all source images are of one class, %s, so their labels teach nothing; choose more (config.selection.size)',
-                  pool.class_names[present[0]])
+      log.warning('warning: all source images are of one class, %s, so their labels teach nothing; choose more '
+                  '(config.selection.size)', pool.class_names[present[0]])
     streams['source'] = fit.Stream(helping, _source_batch(config), config.source_weight if labelled else None)
 
   needs = methods.all_needs(active, setup.build_model(config.model, heads))
@@ -161,7 +161,8 @@ def check(config: ConfigDict) -> None:
   views = [stream for stream, _ in methods.all_needs(active, model).seen]
   fit.check_batch_norm(config.train, model, config.image_size, sum(sizes.get(stream, 0) for stream in (*sizes, *views)))
   if config.model.weights == 'pretrain':
-    own = setup.build_model(config.model, {'source': 2}, config.pretrain.freeze).clone(batch_norm='train')  # there it is trained
+    # BatchNorm is trained there, whatever the fine-tuning does.
+    own = setup.build_model(config.model, {'source': 2}, config.pretrain.freeze).clone(batch_norm='train')
     fit.check(config.pretrain, 'top1', own, config.image_size)
     fit.check_batch_norm(config.pretrain, own, config.image_size, config.pretrain.batch_size)
 
@@ -176,7 +177,7 @@ def _log_doubts(config: ConfigDict) -> None:
     log.warning('warning: config.source_weight is 0: source images are read, and only BatchNorm learns of them; '
                 'config.selection.method=none leaves them out')
   elif fit.only_heads(setup.build_model(config.model, {'target': 2}, config.train.freeze), config.image_size):
-    log.warning('warning: train.freeze is %r, so source images train their own head alone and the target gains nothing by them; '
+    log.warning('warning: train.freeze is %r, so source images train their own head alone and do nothing for the target; '
                 'config.selection.method=none leaves them out', config.train.freeze)
 
 

@@ -93,7 +93,7 @@ def check_parts(parts: int, size: int, what: str) -> None:
 
 
 def check_batch_norm(config: ConfigDict, model: ResNet, image_size: int, images: int) -> None:
-  """Raises ValueError where a BatchNorm that is trained takes its statistics of one value a channel: it then gives its bias, whatever it sees.
+  """Raises ValueError where BatchNorm takes its statistics of one value per channel: its output is then its bias, for any image.
 
   Args:
     config: the fields of `configs.default.train_config`.
@@ -107,17 +107,19 @@ def check_batch_norm(config: ConfigDict, model: ResNet, image_size: int, images:
     return
   image = jax.ShapeDtypeStruct((each, image_size, image_size, 3), np.uint8)
   variables = jax.eval_shape(model.init, jax.random.key(0), image)
-  layers = jax.eval_shape(lambda *args: model.apply(*args, mutable=['intermediates'], capture_intermediates=lambda module, _: isinstance(
-      module, resnet.BatchNorm))[1]['intermediates'], variables, image)
+  is_norm = lambda module, _: isinstance(module, resnet.BatchNorm)
+  _, captured = jax.eval_shape(
+      lambda *args: model.apply(*args, mutable=['intermediates'], capture_intermediates=is_norm), variables, image)
   stays = flax.traverse_util.flatten_dict(resnet.fixed(model, variables['batch_stats']), sep='/')
-  for path, (output, *_) in flax.traverse_util.flatten_dict(layers, sep='/').items():
+  for path, (output, *_) in flax.traverse_util.flatten_dict(captured['intermediates'], sep='/').items():
     layer = path.removesuffix('/__call__')
     if not stays[f'{layer}/mean'] and math.prod(output.shape[:-1]) == 1:
-      raise ValueError(f'BatchNorm {layer} would see one value a channel, so its output would not depend on the image: {each} image of '
-                       f'{output.shape[1]}x{output.shape[2]} pixels there ({images} images a step with train.batch_size {config.batch_size}, on '
-                       f'{devices} devices, train.accumulate {config.accumulate}, image_size {image_size}, model.stem {model.stem}); use '
-                       'larger batches or images, less of train.accumulate, model.stem=3x3, or model.batch_norm=frozen'
-                       + ('' if shared > 1 or devices == 1 else ', or model.sync_batch_norm=true'))
+      raise ValueError(
+          f'BatchNorm {layer} would see one value per channel, so its output would not depend on the image: {each} image of '
+          f'{output.shape[1]}x{output.shape[2]} pixels there (images per step {images}, train.batch_size {config.batch_size}, '
+          f'devices {devices}, train.accumulate {config.accumulate}, image_size {image_size}, model.stem {model.stem}); use '
+          'larger batches or images, a smaller train.accumulate, model.stem=3x3, or model.batch_norm=frozen'
+          + (', or model.sync_batch_norm=true' if devices > 1 and not model.axis_name else ''))
 
 
 def only_heads(model: ResNet, image_size: int) -> bool:
@@ -130,7 +132,7 @@ def only_heads(model: ResNet, image_size: int) -> bool:
 def log_doubts(config: ConfigDict) -> None:
   """Warns of settings of a training with which it learns nothing."""
   if not config.learning_rate:
-    log.warning('warning: train.learning_rate is 0, so nothing is learnt: the network stays as it starts, but for BatchNorm')
+    log.warning('warning: train.learning_rate is 0, so nothing is learnt: only the statistics of BatchNorm change')
 
 
 def own_params(methods: Mapping[str, Method], begin: Begin) -> dict[str, Any]:

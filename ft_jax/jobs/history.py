@@ -154,7 +154,8 @@ def _of_run(folder: epath.Path, stored: Mapping[str, Any]) -> History:
 
 
 def _of_files(folder: epath.Path, network: ConfigDict) -> History:
-  paths = sorted((path for path in folder.iterdir() if path.name.lower().endswith(torch_files.ENDINGS)), key=lambda path: path.name)
+  paths = sorted((path for path in folder.iterdir() if path.name.lower().endswith(torch_files.ENDINGS)),
+                 key=lambda path: path.name)
   if not paths:
     raise ValueError(f'config.checkpoints: {folder} holds no checkpoints: it is no workdir of a run, and no file ends in '
                      f'{", ".join(torch_files.ENDINGS)}')

@@ -74,39 +74,39 @@ def _labelled(source: Source) -> Source:
 
 
 def check_classes(splits: Splits, without: str = '') -> None:
-  """Raises ValueError for splits from which a classifier cannot be learnt; after slices, draws and images that cannot be read.
+  """Raises ValueError for splits that no classifier can be learnt from.
 
   Args:
-    splits: what is trained on.
-    without: the field that leaves classes out, where a class without training images is to be refused: it has a place in the head that
-      nothing teaches, and its test images are never right. '' warns of it, as for a pre-training, whose classifier is hardly ever used.
+    splits: what is trained on, after slices, draws and unreadable images.
+    without: the field that leaves classes out, where a class without training images is refused: its test images are never
+      right. '' warns instead, as for a pre-training, whose classifier is rarely used.
 
   Raises:
     ValueError: there is one class only, whose classifier is always right; or a class without training images, by name.
   """
   train = splits.train
   if len(train.class_names) < 2:
-    raise ValueError(f'{train.name} has one class, {train.class_names[0]!r}: its classifier is right whatever it learns; expected two classes '
-                     'or more, each a folder of images (against all that is not of the one class, add images of other things as a class)')
+    raise ValueError(f'{train.name} has one class, {train.class_names[0]!r}, so a classifier is always right and learns nothing; '
+                     'expected at least two classes (to tell one class from everything else, add a class of other images)')
   if not (missing := _classes_without_images(train)):
     return
   named = f'{train.name}: no training image of {_class_list(missing)}'
   if not without:
     log.warning('warning: %s, so nothing is learnt of it', named)
     return
-  counts = [f'{split} {np.sum(source.labels == train.class_names.index(missing[0]))}' for split, source in splits._asdict().items()
-            if source is not None]
+  first = train.class_names.index(missing[0])
+  counts = [f'{split} {np.sum(source.labels == first)}' for split, source in splits._asdict().items() if source is not None]
   leave_out = f"--config.{without}=\"({', '.join(map(repr, missing[:5]))},)\""
-  raise ValueError(f'{named} (images of {missing[0]!r}: {", ".join(counts)}); add images, take a larger slice for train, or leave such '
-                   f'classes out: {leave_out}')
+  raise ValueError(f'{named} (images of {missing[0]!r}: {", ".join(counts)}); add images, use a larger slice for train, or leave '
+                   f'such classes out: {leave_out}')
 
 
 def log_classes_not_evaluated(splits: Splits) -> None:
   """Warns of classes that val or test has no image of: nothing is measured on them."""
   for split, source in (('val', splits.val), ('test', splits.test)):
     if source is not None and (missing := _classes_without_images(source)):
-      log.warning('warning: %s: no %s image of %s: mean_per_class is the mean over the other %d classes', source.name, split,
-                  _class_list(missing), len(source.class_names) - len(missing))
+      log.warning('warning: %s: no %s image of %s: mean_per_class is the mean over the other %d classes', source.name,
+                  split, _class_list(missing), len(source.class_names) - len(missing))
 
 
 def _classes_without_images(source: Source) -> list[str]:
@@ -275,14 +275,14 @@ def _check_timm(network: str, tag: str = '', *, config: ConfigDict) -> None:
                      '--config.model.stem=7x7')
 
 
-def load_weights(name: str, *, classes: int | None = None, class_names: Sequence[str] | None = None, classifier: bool = False,
-                 projection: bool = False) -> Weights:
+def load_weights(name: str, *, classes: int | None = None, class_names: Sequence[str] | None = None,
+                 classifier: bool = False, projection: bool = False) -> Weights:
   """Reads pre-trained variables; says what was used and what was dropped.
 
   Args:
     name: as `config.model.weights`: a name of the Hugging Face Hub, a file, a workdir or a checkpoint in one.
     classes: how many the classifier must have, which then is head 'source'; None drops every head.
-    class_names: which these are, in order: compared with those of the run that the weights come from, where they are known.
+    class_names: their names, in order; compared with those of the run that the weights come from.
     classifier: whether the classifier is wanted as head 'pretrained', whatever its classes.
     projection: whether MoCo-v2's projection head is wanted too.
 
@@ -324,8 +324,8 @@ def load_weights(name: str, *, classes: int | None = None, class_names: Sequence
     dropped['projection head'] = ['fc.0', 'fc.2']
   pretrained.check_numbers(variables, name)
   says = '; '.join(f'{pretrained.listed(names)} ({why})' for why, names in dropped.items())
-  log.info('weights: %s%s: %d tensors used%s%s', name, f' at {commit}' if commit else '', len(jax.tree.leaves(variables)),
-           f'; dropped: {says}' if says else '', ''.join(f'; {note}' for note in notes))
+  says = (f'; dropped: {says}' if says else '') + ''.join(f'; {note}' for note in notes)
+  log.info('weights: %s%s: %d tensors used%s', name, f' at {commit}' if commit else '', len(jax.tree.leaves(variables)), says)
   return Weights(variables, {'name': name, 'revision': commit, 'fingerprint': weights_fingerprint(
       {key: variables[key] for key in ('params', 'batch_stats')})})
 
@@ -343,15 +343,15 @@ def _read_run(folder: epath.Path) -> pretrained.Loaded:
 
 
 def _check_same_classes(name: str, known: Sequence[str] | None, wanted: Sequence[str]) -> None:
-  """Raises ValueError where a classifier is of other classes than the source data, or of these in another order; warns if unknown."""
+  """Raises ValueError where a classifier has other classes than the source data, or another order; warns where that is unknown."""
   if known is None:
-    log.warning("warning: model.source_head is 'pretrained' and %s does not say what its classes are: they must be those of the source data, "
-                'in the same order', name)
+    log.warning("warning: model.source_head is 'pretrained' and the names of the classes of %s are not known; they must be those "
+                'of the source data, in the same order', name)
   elif tuple(known) != tuple(wanted):
     first = next(k for k, pair in enumerate(zip(known, wanted)) if pair[0] != pair[1])
-    raise ValueError(f"model.source_head is 'pretrained', but the classifier of {name} is of other classes than the source data, or of "
-                     f'another order: class {first} is {known[first]!r} there and {wanted[first]!r} here; use '
-                     '--config.model.source_head=fresh, or the data that it was trained on')
+    raise ValueError(f"model.source_head is 'pretrained', but the classifier of {name} has other classes than the source data, or "
+                     f'another order: class {first} is {known[first]!r} there and {wanted[first]!r} in the source data; use '
+                     '--config.model.source_head=fresh, or the source data that it was trained on')
 
 
 def _source_classes(path: epath.Path) -> tuple[str, ...] | None:
@@ -360,11 +360,12 @@ def _source_classes(path: epath.Path) -> tuple[str, ...] | None:
   A pre-training has them in results.json; a fine-tuning in selection.json, where it chose whole classes.
   """
   folder = path if (path / 'checkpoints').is_dir() else path.parent.parent
+  results, chosen = folder / 'results.json', folder / 'selection.json'
   try:
-    if (folder / 'results.json').exists() and (results := read_json(folder / 'results.json'))['job'] == 'pretrain':
-      return tuple(str(row['name']) for row in results['val']['per_class'])
-    if (folder / 'selection.json').exists() and (chosen := selection.Selection.load(folder / 'selection.json')).by == 'class':
-      return tuple(chosen.names)
+    if results.exists() and (told := read_json(results))['job'] == 'pretrain':
+      return tuple(str(row['name']) for row in told['val']['per_class'])
+    if chosen.exists() and (loaded := selection.Selection.load(chosen)).by == 'class':
+      return tuple(loaded.names)
   except (KeyError, TypeError, ValueError) as error:  # of another program, or changed by hand
     log.debug('%s: %s', folder, error)
   return None

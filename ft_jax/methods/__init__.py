@@ -23,7 +23,8 @@ from ft_jax.methods.self_label import SelfLabel
 from ft_jax.methods.stoch_norm import StochNorm
 from ft_jax.models.resnet import ResNet
 
-__all__ = ['METHODS', 'Begin', 'Method', 'Needs', 'Pass', 'Plan', 'State', 'Term', 'active', 'all_needs', 'check', 'defaults', 'norm']
+__all__ = ['METHODS', 'Begin', 'Method', 'Needs', 'Pass', 'Plan', 'State', 'Term', 'active', 'all_needs', 'check', 'defaults',
+           'norm']
 
 
 def defaults() -> dict[str, dict[str, Any]]:
@@ -74,11 +75,11 @@ def check(methods: Mapping[str, Method], plan: Plan) -> None:
 
 
 def norm(methods: Mapping[str, Method]) -> Callable[..., nn.Module] | None:
-  """The normalisation layer that takes BatchNorm's place, None where no method has one; raises ValueError where two have."""
+  """The normalisation layer that replaces BatchNorm, or None; raises ValueError where two methods have one."""
   found = {name: layer for name, method in methods.items() if (layer := method.norm()) is not None}
   if len(found) > 1:
-    raise ValueError(f'{" and ".join(f"methods.{name}" for name in found)} cannot be together: each has a normalisation layer of its own in '
-                     'place of BatchNorm; leave out all but one')
+    raise ValueError(f'{" and ".join(f"methods.{name}" for name in found)} cannot be together: each replaces BatchNorm by a '
+                     'normalisation layer of its own; switch on one of them only')
   return next(iter(found.values()), None)
 
 

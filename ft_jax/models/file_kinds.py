@@ -8,7 +8,8 @@ HEAD_SIZE = 4096
 ZIP_MAGIC = b'PK\x03\x04'
 # The longest header of a safetensors file that its format allows.
 _LONGEST_HEADER = 100_000_000
-EXPECTED = 'expected a safetensors file or a state dict saved by torch.save'
+EXPECTED = "expected a safetensors file or a state dict saved by torch.save, with torchvision's names"
+_WEIGHT_ENDINGS = ('.pth', '.pt', '.tar', '.ckpt', '.bin', '.safetensors')
 _AGAIN = 'download it again, from the link of the file itself'
 # Members of the tar files that torch wrote before version 0.1.10.
 _ANCIENT_TORCH = (b'sys_info', b'pickle', b'tensors', b'storages')
@@ -21,7 +22,7 @@ def is_safetensors(head: bytes) -> bool:
 
 def is_pickle(head: bytes) -> bool:
   """Whether a file begins as pickles of protocol 2 and later do."""
-  return len(head) == 1 and head == b'\x80' or head[:1] == b'\x80' and head[1:2] in b'\x02\x03\x04\x05'
+  return head[:1] == b'\x80' and head[1:2] in b'\x02\x03\x04\x05'
 
 
 def is_ancient_torch(head: bytes) -> bool:
@@ -48,9 +49,9 @@ def explain(head: bytes) -> str | None:
   if _is_tar(head):
     return f'is a tar archive; unpack it (tar -xf) and give the file of weights that is in it; {EXPECTED}'
   if _is_msgpack(head):
-    return f"is a msgpack file, such as Flax writes, which is not read; {EXPECTED}, with torchvision's names, or the workdir of a run"
+    return f'is a msgpack file, such as Flax writes, which is not read; {EXPECTED}, or the workdir of a run'
   if _is_protobuf(head):
-    return f'is a protobuf file, such as ONNX or a SavedModel of TensorFlow, which is not read; {EXPECTED}, with torchvision\'s names'
+    return f'is a protobuf file, such as ONNX or a SavedModel of TensorFlow, which is not read; {EXPECTED}'
   return _explain_text(head)
 
 
@@ -61,13 +62,14 @@ def explain_zip(names: Collection[str]) -> str | None:
   if sum(name.endswith('/data.pkl') for name in names) == 1:
     return None
   if names and all(name.endswith('.npy') for name in names):
-    return f"is a NumPy archive (.npz), which is not read; {EXPECTED}, with torchvision's names"
+    return f'is a NumPy archive (.npz), which is not read; {EXPECTED}'
   if any(name.endswith('.weights.h5') for name in names):
-    return f"is a Keras model (.keras), which is not read; {EXPECTED}, with torchvision's names"
+    return f'is a Keras model (.keras), which is not read; {EXPECTED}'
   inside = sorted(names)
-  if weights := [name for name in inside if name.lower().endswith(('.pth', '.pt', '.tar', '.ckpt', '.bin', '.safetensors'))]:
+  if weights := [name for name in inside if name.lower().endswith(_WEIGHT_ENDINGS)]:
     return f'is a zip archive; unpack it and give the file of weights that is in it: {weights[0]!r}'
-  return f'is a zip file without one data.pkl (it holds {", ".join(map(repr, inside[:3])) or "nothing"}); expected what torch.save writes'
+  held = ', '.join(map(repr, inside[:3])) or 'nothing'
+  return f'is a zip file without one data.pkl (it holds {held}); expected what torch.save writes'
 
 
 def _is_tar(head: bytes) -> bool:
@@ -76,12 +78,8 @@ def _is_tar(head: bytes) -> bool:
 
 def _is_msgpack(head: bytes) -> bool:
   """A map whose first key is text, as in every file that Flax writes."""
-  start = {0xde: 3, 0xdf: 5}.get(head[0], 1 if 0x81 <= head[0] <= 0x8f else 0)
-  key = head[start:start + 1]
-  if not start or not key:
-    return False
-  length, text = (head[start + 1:start + 2], head[start + 2:]) if key == b'\xd9' else (bytes([key[0] & 0x1f]), head[start + 1:])
-  return (key == b'\xd9' or 0xa1 <= key[0] <= 0xbf) and bool(length) and bool(re.match(rb'[\w./-]{1,%d}' % max(length[0], 1), text))
+  # A map of up to 15 entries, or with its size in two or four bytes; text of up to 31 bytes, or with its length in one.
+  return bool(re.match(rb'([\x81-\x8f]|\xde..|\xdf....)([\xa1-\xbf]|\xd9.)[\w./-]', head, re.DOTALL))
 
 
 def _is_protobuf(head: bytes) -> bool:
@@ -106,9 +104,9 @@ def _explain_text(head: bytes) -> str | None:
 
 # (where, bytes, what it is and what to do).
 _MAGIC: tuple[tuple[int, bytes, str], ...] = (
-    (0, b'\x1f\x8b', 'is compressed with gzip; unpack it (gunzip, or tar -xzf where it is a .tar.gz) and give what is in it'),
-    (0, b'BZh', 'is compressed with bzip2; unpack it (bunzip2, or tar -xjf where it is a .tar.bz2) and give what is in it'),
-    (0, b'\xfd7zXZ\0', 'is compressed with xz; unpack it (unxz, or tar -xJf where it is a .tar.xz) and give what is in it'),
+    (0, b'\x1f\x8b', 'is compressed with gzip; unpack it (gunzip, or tar -xzf for a .tar.gz) and give what is in it'),
+    (0, b'BZh', 'is compressed with bzip2; unpack it (bunzip2, or tar -xjf for a .tar.bz2) and give what is in it'),
+    (0, b'\xfd7zXZ\0', 'is compressed with xz; unpack it (unxz, or tar -xJf for a .tar.xz) and give what is in it'),
     (0, b'\x28\xb5\x2f\xfd', 'is compressed with zstd; unpack it (unzstd) and give what is in it'),
     (0, b'7z\xbc\xaf\x27\x1c', 'is a 7z archive; unpack it and give the file of weights that is in it'),
     (0, b'Rar!', 'is a RAR archive; unpack it and give the file of weights that is in it'),
@@ -121,12 +119,14 @@ _MAGIC: tuple[tuple[int, bytes, str], ...] = (
 )
 # (pattern of the start of a text, what it is and what to do); groups of the pattern are shown in place of {}.
 _TEXTS: tuple[tuple[str, str], ...] = (
-    (r'version https?://(?:git-lfs|hawser)', 'is a pointer of Git LFS and not the weights themselves; run `git lfs pull` in its repository, or '
-     f'{_AGAIN}'),
-    (r'(?:\.\./)*(?:\.git)?/?annex/objects/', 'is a pointer of git-annex and not the weights themselves; run `git annex get` on it'),
-    (r'<\?xml.*?<Error>(?:.*?<Code>(.*?)</Code>)?', f'is an error message of a storage service{{}} and not weights; {_AGAIN}'),
+    (r'version https?://(?:git-lfs|hawser)',
+     f'is a pointer of Git LFS and not the weights themselves; run `git lfs pull` in its repository, or {_AGAIN}'),
+    (r'(?:\.\./)*(?:\.git)?/?annex/objects/',
+     'is a pointer of git-annex and not the weights themselves; run `git annex get` on it'),
+    (r'<\?xml.*?<Error>(?:.*?<Code>(.*?)</Code>)?',
+     f'is an error message of a storage service{{}} and not weights; {_AGAIN}'),
     (r'(?:<\?xml[^>]*>\s*|<!--.*?-->\s*)*<(?:!doctype\s+html|html|head|body|script|meta|title)(?:.*?<title[^>]*>(.*?)</title>)?',
      f'is a web page{{}} and not weights; {_AGAIN}: some sites ask first (log in, accept terms, confirm a large file)'),
-    (r'\{.*?"weight_map"', 'is the index of weights that lie in several files, which are not read; save them as one file'),
+    (r'\{.*?"weight_map"', 'is the index of weights split over several files, which are not read; save them as one file'),
     (r'[\[{]', f'is JSON and not weights; {EXPECTED}'),
 )

@@ -99,7 +99,7 @@ def _cached(repo: Repo, cache_dir: str | os.PathLike[str] | None) -> HubFile | N
 
 
 def weights_in(files: Iterable[str]) -> str | None:
-  """The file of weights in a folder with these files, laid out as a repository; None where there is none of `WEIGHTS`."""
+  """Which of the files of a folder holds its weights, in a repository's layout; None where none of `WEIGHTS` is there."""
   files = set(files)
   return next((name for name in WEIGHTS if name in files), None)
 

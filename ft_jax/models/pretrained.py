@@ -14,9 +14,9 @@ from ft_jax.progress import log
 
 # What torch puts into names at any place where it wraps a module: torch.compile, FSDP, activation checkpoints.
 _WRAPPERS = re.compile(r'(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.')
-# Of two networks in a state dict the first one is taken: MoCo's query encoder, and DINO's teacher, which is what its authors publish.
+# Of two networks in a state dict the first one is read: MoCo's query encoder, and DINO's teacher, which its authors publish.
 _PAIRS = (('encoder_q.', 'encoder_k.'), ('teacher.', 'student.'))
-# Moving averages of a network are not, where the network itself is there too.
+# Moving averages of a network are not read where the network itself is there too.
 _AVERAGES = re.compile(r'(.*[._])?(ema|swa|momentum|avg|averaged?|target)[._].*')
 _MOCO_REST = re.compile(r'.*encoder_k\..+|(.+\.)?(queue|queue_ptr)')
 _BACKBONE = re.compile(r'(conv1|bn1|layer[1-4]\.\d+\.(conv[123]|bn[123]|downsample\.[01]))\.(weight|bias|running_mean|running_var)')
@@ -25,7 +25,7 @@ _PROJECTION = {'fc.0.weight', 'fc.0.bias', 'fc.2.weight', 'fc.2.bias'}
 
 
 class Loaded(NamedTuple):
-  """Variables that were read, what of the file was left on purpose ({why: names}), and how it was understood where that is not plain."""
+  """Variables that were read, what of the file was left on purpose ({why: names}), and notes on how the file was understood."""
   variables: dict[str, Any]
   dropped: dict[str, list[str]]
   notes: tuple[str, ...] = ()
@@ -39,7 +39,7 @@ def load_torch(path: str | os.PathLike[str]) -> dict[str, Any]:
 def read(path: str | os.PathLike[str]) -> Loaded:
   """Reads a ResNet's state dict from a file of safetensors or torch, whatever its name ends in.
 
-  What is in front of all names of the network (`module.`, `_orig_mod.`, `model.`, `backbone.`, ..., in any order) is left out.
+  Prefixes of the network's names (`module.`, `_orig_mod.`, `model.`, `backbone.`, ..., in any order) are removed.
 
   Args:
     path: a file with torchvision's names, or MoCo's checkpoint, whose query encoder is taken.
@@ -49,8 +49,8 @@ def read(path: str | os.PathLike[str]) -> Loaded:
     (`fc.0`, `fc.2`) is `{'projection': {'0', '2'}}` beside them; see `project`.
 
   Raises:
-    ValueError: a file that cannot be read (see `torch_files.read`), a tensor that is no ResNet's, by name, several networks in one file,
-      or no running statistics.
+    ValueError: a file that cannot be read (see `torch_files.read`), a tensor that is no ResNet's, by name, several networks
+      that no rule decides between, or no running statistics.
   """
   state = torch_files.read(path)
   tensors = _unwrapped(state.tensors)
@@ -81,8 +81,8 @@ def read(path: str | os.PathLike[str]) -> Loaded:
     if here and here != head:
       raise ValueError(f'{path} holds {listed(sorted(here))} and lacks {listed(sorted(head - here))}')
   if not any(key.startswith('batch_stats/') for key in flat):
-    raise ValueError(f'{path} has no running statistics of BatchNorm (bn1.running_mean, bn1.running_var, ...), only parameters; save '
-                     'model.state_dict(), which has them. Networks without BatchNorm (GroupNorm and others) are not known')
+    raise ValueError(f'{path} has no running statistics of BatchNorm (bn1.running_mean, bn1.running_var, ...), only parameters; '
+                     'save model.state_dict(), which has them (networks with GroupNorm or others in its place are not supported)')
   if state.beside:
     dropped.setdefault('beside the network', []).extend(state.beside)
   return Loaded(flax.traverse_util.unflatten_dict(flat, sep='/'), dropped,
@@ -90,16 +90,16 @@ def read(path: str | os.PathLike[str]) -> Loaded:
 
 
 def _unwrapped(tensors: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
-  """The same by names without what torch's wrappers put into them; as they are where two would become one."""
+  """The tensors by names without what torch's wrappers insert; unchanged where two names would become one."""
   short = {_WRAPPERS.sub('', name): value for name, value in tensors.items()}
   return short if len(short) == len(tensors) else tensors
 
 
 def _network(names: Collection[str], path: str | os.PathLike[str]) -> tuple[str, list[str]]:
-  """What is in front of the names of the network that is taken ('' for nothing), and in front of those of others in the same file.
+  """The prefix of the names of the network that is read ('' for none), and those of other networks in the same file.
 
   Raises:
-    ValueError: there is no network, or there are several and no rule says which one is meant.
+    ValueError: there is no network, or there are several and no rule decides between them.
   """
   found = [name.removesuffix('conv1.weight') for name in names
            if re.fullmatch(r'(.+\.)?conv1\.weight', name) and not re.search(r'(^|\.)layer\d+\.', name)]
@@ -112,31 +112,33 @@ def _network(names: Collection[str], path: str | os.PathLike[str]) -> tuple[str,
     taken = [prefix for prefix in taken if not _AVERAGES.fullmatch(prefix)]
   if not found:
     strange = sorted(names, key=lambda name: bool(_BACKBONE.fullmatch(name)) or name.endswith('num_batches_tracked'))
-    raise ValueError(f'{path} holds none of {", ".join(resnet.NETWORKS)}: there is no conv1.weight among {listed(strange)}')
+    raise ValueError(f'{path} holds none of {", ".join(resnet.NETWORKS)}: there is no conv1.weight among '
+                     f'{listed(strange)}')
   if len(taken) != 1:
-    raise ValueError(f'{path} holds {len(whole)} networks, with {listed(map(repr, whole))} in front of their names, and which one is meant '
-                     f'is not known; {_keep_alone(whole[0])}')
+    raise ValueError(f'{path} holds {len(whole)} networks, with the prefixes {listed(map(repr, whole))}, and no rule says which one '
+                     f'is meant; to read one of them {_keep_alone(whole[0])}')
   return taken[0], [prefix for prefix in whole if prefix != taken[0]]
 
 
 def _keep_alone(prefix: str) -> str:
   """What to do to read another network of a file."""
-  return (f'save it alone, as {{name.removeprefix({prefix!r}): value for name, value in state_dict.items() if '
+  return (f'save it alone: {{name.removeprefix({prefix!r}): value for name, value in state_dict.items() if '
           f'name.startswith({prefix!r})}}')
 
 
-def _notes(before: Mapping[str, np.ndarray], tensors: Mapping[str, np.ndarray], prefix: str, others: Sequence[str]) -> list[str]:
+def _notes(before: Mapping[str, np.ndarray], tensors: Mapping[str, np.ndarray], prefix: str,
+           others: Sequence[str]) -> list[str]:
   """How the names and numbers of a file were understood."""
   wrappers = sorted({found[0] for name in before if name not in tensors for found in _WRAPPERS.finditer(name)})
-  notes = [f'left out of names: {listed(wrappers + [prefix] * bool(prefix))}'] if wrappers or prefix else []
+  notes = [f'removed from names: {listed(wrappers + [prefix] * bool(prefix))}'] if wrappers or prefix else []
   if others and not prefix.endswith('encoder_q.'):
-    notes.append(f'{listed(map(repr, others))} is another network there, which is not read; to read it {_keep_alone(others[0])}')
+    notes.append(f'not read: another network with the prefix {listed(map(repr, others))}; to read it {_keep_alone(others[0])}')
   kinds = sorted({str(value.dtype) for value in tensors.values() if value.dtype.kind not in 'iub'} - {'float32'})
-  return notes + ([f'{listed(kinds)} made float32'] if kinds else [])
+  return notes + ([f'{listed(kinds)} converted to float32'] if kinds else [])
 
 
 def check_numbers(variables: Mapping[str, Any], name: str) -> None:
-  """Raises ValueError for numbers in variables that no trained network has, by tensor; warns where running variances are zero.
+  """Raises ValueError for numbers that no trained network has, by tensor; warns where running variances are zero.
 
   Args:
     variables: `{'params', 'batch_stats'}` and whatever else is used.
@@ -146,11 +148,11 @@ def check_numbers(variables: Mapping[str, Any], name: str) -> None:
   for key, value in flat.items():
     value = np.asarray(value)
     if wrong := int(np.sum(~np.isfinite(value))):
-      raise ValueError(f'{name} has numbers that are not finite in {_both(key)} ({wrong:,d} of {value.size:,d} are NaN or infinity): its training '
-                       'diverged, or it is damaged; take an earlier checkpoint, or download it again')
+      raise ValueError(f'{name} has numbers that are not finite in {_both(key)} ({wrong:,d} of {value.size:,d} are NaN or infinity): '
+                       'its training diverged, or it is damaged; use an earlier checkpoint, or download it again')
     if key.endswith('/var') and (value < 0).any():
-      raise ValueError(f'{name} has negative running variances in {_both(key)}, down to {value.min():g}, which BatchNorm never makes: it is '
-                       'damaged; take an earlier checkpoint, or download it again')
+      raise ValueError(f'{name} has negative running variances in {_both(key)}, down to {value.min():g}, which BatchNorm never '
+                       'computes: it is damaged; use an earlier checkpoint, or download it again')
   if zero := [key for key, value in flat.items() if key.endswith('/var') and not np.any(value)]:
     log.warning('warning: %s: the running variance is zero in every channel of %s', name, listed(zero))
 

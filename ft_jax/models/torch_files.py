@@ -26,12 +26,13 @@ _MOST_OBJECTS = 2_000_000
 _MOST_SHARED = 8
 # What names of files of weights often end in; their bytes decide.
 ENDINGS = ('.safetensors', '.pth', '.pth.tar', '.pt', '.ckpt', '.bin')
-# Where a training script keeps its model's state dict. Of several that a file holds the first one here is read: the network that was
-# trained before an average of it, and of DINO the teacher, which is what its authors publish.
+# Where a training script keeps its model's state dict. Of several in a file the first one here is read: the trained network
+# rather than a moving average of it, and DINO's teacher, which its authors publish.
 _STATE_KEYS = (
-    'state_dict', 'model_state_dict', 'model_state', 'model', 'net', 'network', 'backbone', 'encoder', 'module', 'weights', 'params',
-    'teacher', 'student', 'state_dict_ema', 'model_state_dict_ema', 'ema_state_dict', 'model_ema', 'ema_model', 'ema', 'swa_model')
-# How many dicts in each other are searched for one.
+    'state_dict', 'model_state_dict', 'model_state', 'model', 'net', 'network', 'backbone', 'encoder', 'module', 'weights',
+    'params', 'teacher', 'student', 'state_dict_ema', 'model_state_dict_ema', 'ema_state_dict', 'model_ema', 'ema_model', 'ema',
+    'swa_model')
+# How many levels of nested dicts are searched for one.
 _DEEPEST = 3
 
 
@@ -41,7 +42,7 @@ class StateDict(NamedTuple):
   Attributes:
     tensors: of a model, by name.
     beside: names of what there is beside them (epoch, optimizer, ...).
-    notes: what else there is to tell: which of several state dicts was read, objects that were not made.
+    notes: which of several state dicts was read, and which objects were not created.
   """
   tensors: dict[str, np.ndarray]
   beside: tuple[str, ...] = ()
@@ -49,11 +50,11 @@ class StateDict(NamedTuple):
 
 
 def read(path: str | os.PathLike[str]) -> StateDict:
-  """Reads safetensors, a zip file of torch 1.6 or newer, or the format before that; the bytes decide which it is, not the ending.
+  """Reads safetensors, a zip file of torch 1.6 or newer, or the format before that; its bytes say which, not its ending.
 
   Raises:
-    ValueError: no such file, one that is incomplete, damaged or of another kind, or one that holds no state dict; says which and what
-      to do.
+    ValueError: no such file, one that is incomplete, damaged or of another kind, or one that holds no state dict; says which
+      and what to do.
   """
   path = pathlib.Path(os.path.expanduser(path))
   check(path)
@@ -73,7 +74,7 @@ def read(path: str | os.PathLike[str]) -> StateDict:
 
 
 def check(path: str | os.PathLike[str]) -> None:
-  """Raises ValueError where a file is not there, or where its first bytes show that it cannot be read; says what it is and what to do."""
+  """Raises ValueError for a file that is not there or whose first bytes are not those of weights; says what it is, what to do."""
   path = pathlib.Path(os.path.expanduser(path))
   if not path.is_file():
     raise ValueError(f'model.weights: there is no file {path}')
@@ -82,11 +83,13 @@ def check(path: str | os.PathLike[str]) -> None:
   if head.startswith(file_kinds.ZIP_MAGIC) or file_kinds.is_pickle(head) or file_kinds.is_safetensors(head):
     return
   if file_kinds.is_ancient_torch(head):
-    raise ValueError(f'{path} is not what torch.save writes (the tar files of before torch 0.1.10 are not read). {_convert(path)}')
+    raise ValueError(f'{path} is not what torch.save writes (the tar files of before torch 0.1.10 are not read). '
+                     f'{_convert(path)}')
   reason = file_kinds.explain(head)
   if reason is None and path.suffix.lower() == '.safetensors':  # a damaged one, which has an error of its own
     return
-  raise ValueError(f'{path} {reason or f"begins with {head[:8]!r}, as no known file of weights does; {file_kinds.EXPECTED}"}')
+  unknown = f'begins with {head[:8]!r}, as no known file of weights does; {file_kinds.EXPECTED}'
+  raise ValueError(f'{path} {reason or unknown}')
 
 
 class _Unreadable(Exception):
@@ -150,8 +153,8 @@ def _read_legacy(path: pathlib.Path, stream: BinaryIO) -> StateDict:
   except Exception:  # no pickle at all
     known = False
   if not known:
-    raise _Unreadable('is not what torch.save writes but another pickle, which could run code; load it with the program that wrote it, '
-                      'and save its tensors with torch.save or as safetensors')
+    raise _Unreadable('is not what torch.save writes but another pickle, which could run code; load it with the program that '
+                      'wrote it, and save its tensors with torch.save or as safetensors')
   if (protocol := _load(stream).content) != _LEGACY_PROTOCOL:
     raise _Unreadable(f'has protocol {reprlib.repr(protocol)} of torch.save; known: {_LEGACY_PROTOCOL}. {_convert(path)}')
   if not _load(stream).content.get('little_endian'):
@@ -194,7 +197,7 @@ def _convert(path: pathlib.Path) -> str:
 def _state_dict(loaded: '_Loaded', numbers: Callable[[str], bytes], file_size: int) -> StateDict:
   """The tensors of what was unpickled; `numbers` gives the bytes of a storage."""
   if not isinstance(loaded.content, dict):
-    raise _Unreadable(f'holds a {type(loaded.content).__name__.lstrip("_")}; expected a state dict, as model.state_dict() gives it')
+    raise _Unreadable(f'holds a {type(loaded.content).__name__.lstrip("_")}; expected a state dict, as of model.state_dict()')
   path, copies = _choose(loaded.content)
   # dict's own methods: the object may carry attributes of the file's choice.
   entries, beside = dict(dict.items(loaded.content)), []
@@ -206,15 +209,17 @@ def _state_dict(loaded: '_Loaded', numbers: Callable[[str], bytes], file_size: i
   if loaded.not_made and (not found or any(isinstance(value, _NotMade) for value in other.values())):
     raise _Unreadable(_refusal(_first(loaded.not_made)))
   if other:
-    raise _Unreadable(f'holds no state dict: not a tensor: {_first([f"{name} ({type(value).__name__})" for name, value in other.items()])}')
-  notes = [f'objects that were not made: {_first(loaded.not_made)}'] if loaded.not_made else []
+    kinds = [f'{name} ({type(value).__name__})' for name, value in other.items()]
+    raise _Unreadable(f'holds no state dict: not a tensor: {_first(kinds)}')
+  notes = [f'objects that were not created: {_first(loaded.not_made)}'] if loaded.not_made else []
   if copies:
-    notes.append(f'{".".join(path)} is read and not {_first([".".join(copy) for copy in copies])}; for another one {_save_alone(copies[0])}')
+    notes.append(f'{".".join(path)} is read and not {_first([".".join(copy) for copy in copies])}; to read another one '
+                 f'{_save_alone(copies[0])}')
   return StateDict(_arrays(found, numbers, file_size), tuple(beside), tuple(notes))
 
 
 def _choose(content: dict[Any, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-  """The keys that lead to the state dict that is read, and those that lead to copies of it: `_STATE_KEYS` decides.
+  """The keys that lead to the state dict that is read, and those of other copies; `_STATE_KEYS` decides.
 
   Raises:
     _Unreadable: of several state dicts none has a known name.
@@ -225,18 +230,20 @@ def _choose(content: dict[Any, Any]) -> tuple[tuple[str, ...], list[tuple[str, .
   if not sizes:  # to say what is there in place of tensors
     return next(((key,) for key in _STATE_KEYS if isinstance(dict.get(content, key), dict)), ()), []
   if others and len(_STATE_KEYS) in rank(first):
-    raise _Unreadable(f'holds {len(sizes)} state dicts, {_first([".".join(path) for path in sizes])}, and none has a name that says which is '
-                      f'the network; {_save_alone(first)}')
+    raise _Unreadable(f'holds {len(sizes)} state dicts, {_first([".".join(path) for path in sizes])}, and no rule says which one '
+                      f'is meant; to read one of them {_save_alone(first)}')
   return first, [path for path in others if 2 * sizes[path] >= sizes[first]]  # a head is no copy
 
 
-def _state_dicts(content: dict[Any, Any], path: tuple[str, ...], seen: set[int]) -> Iterator[tuple[tuple[str, ...], int]]:
-  """Where dicts with tensors called ...weight are, in a dict and in the dicts in it, and how many entries they have.
+def _state_dicts(
+    content: dict[Any, Any], path: tuple[str, ...], seen: set[int]) -> Iterator[tuple[tuple[str, ...], int]]:
+  """The keys that lead to each dict with a tensor called ...weight, and how many entries that dict has.
 
   Each dict is looked at once: they may hold each other.
   """
   seen.add(id(content))
-  if any(isinstance(value, _Tensor) and isinstance(key, str) and key.endswith('weight') for key, value in dict.items(content)):
+  if any(isinstance(value, _Tensor) and isinstance(key, str) and key.endswith('weight')
+         for key, value in dict.items(content)):
     yield path, len(content)
     return
   for key, value in dict.items(content) if len(path) < _DEEPEST else ():
@@ -247,7 +254,8 @@ def _state_dicts(content: dict[Any, Any], path: tuple[str, ...], seen: set[int])
 def _save_alone(path: Sequence[str]) -> str:
   """What to do to read another state dict of a file."""
   keys = ''.join(f'[{key[:60]!r}]' for key in path)
-  return f'save it alone, such as by torch.save(torch.load(FILE, weights_only=False){keys}, NEW_FILE) where torch is installed'
+  return (f'save it alone, if you trust the file: torch.save(torch.load(FILE, weights_only=False){keys}, NEW_FILE) where torch '
+          'is installed')
 
 
 def _first(names: Sequence[str], most: int = 4) -> str:
@@ -256,7 +264,8 @@ def _first(names: Sequence[str], most: int = 4) -> str:
 
 
 def _refusal(names: str) -> str:
-  return f'is not read: it asks for {names}, which is no part of a state dict. Such a file could run code; save model.state_dict() alone'
+  return (f'is not read: it asks for {names}, which is no part of a state dict. Such a file could run code; save '
+          'model.state_dict() alone')
 
 
 def _arrays(of: Mapping[Any, '_Tensor'], numbers: Callable[[str], bytes], file_size: int) -> dict[str, np.ndarray]:
@@ -319,7 +328,7 @@ class _Tensor(NamedTuple):
 
 
 class _Loaded(NamedTuple):
-  """What a pickle holds, the storages that it speaks of (type and size by key), and the names of objects that were not made."""
+  """What a pickle holds, the storages in it (type and size by key), and the names of classes whose objects were not created."""
   content: Any
   storages: dict[str, tuple[np.dtype, int]]
   not_made: list[str]
@@ -364,10 +373,10 @@ def _check_size(stream: BinaryIO) -> None:
 
 
 class _NotMade(dict):
-  """Stands for an object of a class that no state dict has, such as a training script's settings: it runs nothing.
+  """An inert placeholder for an object that no state dict has, such as a training script's settings.
 
-  All that a pickle may do to an object is answered here, and lost; but entries of what is like a dict are kept, as there may be tensors
-  in them. It is compared and hashed by identity, and its text is short, however deep it is.
+  Whatever a pickle does to it runs nothing and is dropped, except for the entries of dict-like objects, which may hold tensors. It is
+  compared and hashed by identity, and its repr is short, however deep it is nested.
   """
   __slots__ = ()
   __eq__, __ne__, __hash__ = object.__eq__, object.__ne__, object.__hash__
@@ -388,9 +397,9 @@ class _NotMade(dict):
 
 
 class _Unpickler(pickle.Unpickler):
-  """Knows what a state dict is made of. It imports and calls nothing else, so that a pickle can run no code.
+  """Knows what a state dict is made of, and imports and calls nothing else, so that a pickle can run no code.
 
-  What a file asks for beside that is not made (`_NotMade`); a file that asks for what no training script saves is refused.
+  Other objects become placeholders (`_NotMade`); a file that asks for what only an attack would is refused.
   """
 
   def __init__(self, stream: BinaryIO):
@@ -410,9 +419,9 @@ class _Unpickler(pickle.Unpickler):
     # The types are immutable; of the functions it gets one of its own.
     return found if isinstance(found, type) else lambda *args: found(*args)
 
-  def persistent_load(self, pid: Any) -> '_Storage | _NotMade':
+  def persistent_load(self, pid: Any) -> _Storage | _NotMade:
     kind, name, key, _, size, *view = pid
-    if kind == 'storage' and name is _NotMade:  # complex numbers, say
+    if kind == 'storage' and name is _NotMade:  # of numbers of another type, such as complex ones
       return _NotMade()
     if kind != 'storage' or name not in _STORAGE_DTYPES or not isinstance(key, str) or not isinstance(size, int) or size < 0:
       raise _Unreadable(f'is damaged: it describes a storage as {reprlib.repr(pid)}')
@@ -425,7 +434,8 @@ class _Unpickler(pickle.Unpickler):
     return _Storage(key, dtype, start, length, size)
 
 
-def _rebuild_tensor(storage: _Storage, offset: int, shape: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> '_Tensor | _NotMade':
+def _rebuild_tensor(storage: _Storage | _NotMade, offset: int, shape: tuple[int, ...], stride: tuple[int, ...],
+                    *_: Any) -> _Tensor | _NotMade:
   """`torch._utils._rebuild_tensor_v2`; what follows is about gradients."""
   if isinstance(storage, _NotMade):
     return storage
@@ -453,14 +463,17 @@ _ALLOWED: dict[tuple[str, str], Any] = {
     ('torch._utils', '_rebuild_parameter'): _rebuild_parameter,
 }
 
-# Modules that run programs, reach files or import: no training script has saved them, and a file that asks for them is an attack.
+# Modules that run programs, open files or import: no training script saves them. (A placeholder would be harmless, but whoever
+# made such a file meant harm.)
 _HOSTILE = frozenset((
-    'os', 'posix', 'nt', 'ntpath', 'posixpath', 'sys', 'subprocess', 'commands', 'shutil', 'socket', 'importlib', 'imp', 'runpy', 'ctypes', 'pty',
-    'webbrowser', 'code', 'codeop', 'pickle', '_pickle', 'marshal', 'dill', 'cloudpickle', 'joblib', 'asyncio', 'multiprocessing', 'platform',
-    'pdb', 'bdb', 'timeit', 'cProfile', 'profile', 'doctest', 'tempfile', 'urllib', 'requests', 'pip', 'ensurepip', 'venv', 'io', '_io'))
-# Of Python's own names; `getattr` is how some versions save a member of an Enum.
-_HOSTILE_BUILTINS = frozenset(('__import__', 'breakpoint', 'compile', 'delattr', 'eval', 'exec', 'execfile', 'file', 'globals', 'input',
-                               'locals', 'open', 'reload', 'setattr', 'vars'))
+    'os', 'posix', 'nt', 'ntpath', 'posixpath', 'sys', 'subprocess', 'commands', 'shutil', 'socket', 'importlib', 'imp', 'runpy',
+    'ctypes', 'pty', 'webbrowser', 'code', 'codeop', 'pickle', '_pickle', 'marshal', 'dill', 'cloudpickle', 'joblib', 'asyncio',
+    'multiprocessing', 'platform', 'pdb', 'bdb', 'timeit', 'cProfile', 'profile', 'doctest', 'tempfile', 'urllib', 'requests',
+    'pip', 'ensurepip', 'venv', 'io', '_io'))
+# Likewise of the builtins; `getattr` is not among them, as some versions of Python save members of an Enum by it.
+_HOSTILE_BUILTINS = frozenset((
+    '__import__', 'breakpoint', 'compile', 'delattr', 'eval', 'exec', 'execfile', 'file', 'globals', 'input', 'locals', 'open',
+    'reload', 'setattr', 'vars'))
 
 _STORAGE_DTYPES: dict[str, Any] = {
     'FloatStorage': np.float32, 'HalfStorage': np.float16, 'BFloat16Storage': jnp.bfloat16, 'DoubleStorage': np.float64,
