@@ -101,6 +101,7 @@ def test_batch_norm_on_several_devices(sync, devices, batch, refused, monkeypatc
     ({}, ''), ({'train__learning_rate': 0.0}, 'train.learning_rate is 0, so nothing is learnt'),
     ({'source_weight': 0.0}, 'config.source_weight is 0: source images are read'),
     ({'train__freeze': 'backbone'}, "train.freeze is 'backbone', so source images train their own head alone"),
+    ({'train__freeze': 'backbone', 'model__weights': '', 'selection__method': 'none'}, 'stays as it was drawn at random'),
     ({'train__freeze': 'backbone', 'selection__method': 'none'}, ''), ({'source_weight': 0.0, 'methods__fixmatch__weight': 1.0}, '')])
 def test_settings_with_which_a_run_means_nothing_are_told(fields, words, caplog):
   finetune._log_doubts(config(**fields))

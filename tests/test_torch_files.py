@@ -293,7 +293,8 @@ def objects() -> list:
   """What training scripts save beside their network, as far as it is at hand."""
   return [argparse.Namespace(lr=0.1), np.float32(1), np.arange(3), datetime.datetime(2024, 1, 1), pathlib.PurePosixPath('runs'),
           http.HTTPStatus.OK, collections.defaultdict(list, a=[1]), collections.Counter('ab'), collections.deque([1]),
-          {1, 2}, frozenset('a'), complex(1, 2), b'bytes', bytearray(b'x'), range(3), decimal.Decimal(1), types.SimpleNamespace(a=1), uuid.UUID(int=1),
+          {1, 2}, frozenset('a'), complex(1, 2), b'bytes', bytearray(b'x'), range(3),
+          decimal.Decimal(1), types.SimpleNamespace(a=1), uuid.UUID(int=1),
           np.random.default_rng(0), random.Random(0), collections.OrderedDict, ConfigDict({'a': 1}), functools.partial(dict, a=1),
           {argparse.Namespace: 1}, ValueError('x'), np.dtype('float32'), dict]
 

@@ -36,6 +36,8 @@ def run(config: ConfigDict, workdir: epath.PathLike, embeddings: epath.PathLike 
 
   log.info('fine-tuning %s -> %s', config.model.name, work.path)
   splits = setup.open_splits(config.target, config.data_dir, config.seed)
+  if not done:  # before every image is tried
+    setup.check_classes(splits, 'target.without')
   pool = open_source(config.source.name, config.source.train, config.data_dir) if config.source.name else None
   needed = pool if config.selection.method != 'none' else None
   splits, readable, skipped = setup.readable(splits, 'target', config.data.on_error, needed)
@@ -169,16 +171,17 @@ def check(config: ConfigDict) -> None:
 
 def _log_doubts(config: ConfigDict) -> None:
   """Warns of settings with which a run may end well and mean nothing."""
-  fit.log_doubts(config.train)
-  active = methods.active(config.methods.to_dict())
-  if config.selection.method == 'none' or _unlabelled(active):
+  model = setup.build_model(config.model, {'target': 2}, config.train.freeze)
+  heads_alone = fit.only_heads(model, config.image_size)
+  fit.log_doubts(config.train, heads_alone and not config.model.weights)
+  if config.selection.method == 'none' or _unlabelled(methods.active(config.methods.to_dict())):
     return
   if not config.source_weight:
     log.warning('warning: config.source_weight is 0: source images are read, and only BatchNorm learns of them; '
                 'config.selection.method=none leaves them out')
-  elif fit.only_heads(setup.build_model(config.model, {'target': 2}, config.train.freeze), config.image_size):
-    log.warning('warning: train.freeze is %r, so source images train their own head alone and do nothing for the target; '
-                'config.selection.method=none leaves them out', config.train.freeze)
+  elif heads_alone:
+    log.warning('warning: train.freeze is %r, so source images train their own head alone and do nothing for the '
+                'target; config.selection.method=none leaves them out', config.train.freeze)
 
 
 def _heads(config: ConfigDict, active: Mapping[str, methods.Method]) -> list[str]:

@@ -129,10 +129,18 @@ def only_heads(model: ResNet, image_size: int) -> bool:
   return all(fixed for path, fixed in stays.items() if not path.startswith('heads/'))
 
 
-def log_doubts(config: ConfigDict) -> None:
-  """Warns of settings of a training with which it learns nothing."""
+def log_doubts(config: ConfigDict, random_features: bool) -> None:
+  """Warns of settings with which a training ends well and means nothing.
+
+  Args:
+    config: the fields of `configs.default.train_config`.
+    random_features: whether the network starts from random weights and only its heads are trained.
+  """
   if not config.learning_rate:
     log.warning('warning: train.learning_rate is 0, so nothing is learnt: only the statistics of BatchNorm change')
+  if random_features:
+    log.warning('warning: train.freeze is %r and model.weights is empty, so all but the heads stays as it was drawn at random; give '
+                'weights, or freeze less', config.freeze)
 
 
 def own_params(methods: Mapping[str, Method], begin: Begin) -> dict[str, Any]:

@@ -51,7 +51,8 @@ def _train(config: ConfigDict, work: Workdir) -> dict[str, Any]:
   splits, _, skipped = setup.readable(splits, 'source', config.data.on_error)
   setup.check_same_images(splits)
   setup.check_classes(splits)
-  fit.log_doubts(config.train)
+  fit.log_doubts(config.train, not config.model.weights and fit.only_heads(
+      setup.build_model(config.model, {'source': 2}, config.train.freeze), config.image_size))
   splits = setup.in_memory(splits, 'source', config.data.cache)
   classes = len(splits.train.class_names)
   weights = None
