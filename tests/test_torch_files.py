@@ -314,6 +314,9 @@ def test_objects_that_are_not_made_cannot_take_part(tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, 'trap', None)  # to import it would raise
   state = torch_files.read(torch_file(tmp_path / 'a.pth', table(args=b'ctrap\nA\n)R', state_dict=NETWORK)))
   assert state.notes == ('objects that were not created: trap.A',)
+  spoof = text('x\nerror') + text('A') + b'\x93)R'
+  state = torch_files.read(torch_file(tmp_path / 'a.pth', table(args=spoof, state_dict=NETWORK)))
+  assert state.notes == (r"objects that were not created: 'x\nerror.A'",)  # in one line
   for content in (table(weight=tensor(), bias=b'cnumpy\nndarray\n)R'), b'ctorchvision.models.resnet\nResNet\n)\x81}b',
                   table(model=b'ctorchvision.models.resnet\nResNet\n)\x81}b', epoch=b'K\x01')):
     with pytest.raises(ValueError, match=r'asks for (numpy.ndarray|torchvision.models.resnet.ResNet), which is no part of a state dict.*'

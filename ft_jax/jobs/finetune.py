@@ -36,15 +36,15 @@ def run(config: ConfigDict, workdir: epath.PathLike, embeddings: epath.PathLike 
 
   log.info('fine-tuning %s -> %s', config.model.name, work.path)
   splits = setup.open_splits(config.target, config.data_dir, config.seed)
-  if not done:  # before every image is tried
-    setup.check_classes(splits, 'target.without')
+  if not done:
+    setup.check_classes(splits, 'target.without')  # before every image is tried
   pool = open_source(config.source.name, config.source.train, config.data_dir) if config.source.name else None
   needed = pool if config.selection.method != 'none' else None
   splits, readable, skipped = setup.readable(splits, 'target', config.data.on_error, needed)
   pool = pool if needed is None else readable
   setup.check_same_images(splits, pool)
   if not done:
-    setup.check_classes(splits, 'target.without')
+    setup.check_classes(splits, 'target.without')  # of what is left
     setup.log_classes_not_evaluated(splits)
     _log_doubts(config)
   splits, true_labels, noise_told = noise.add(config.noise, config.seed, splits)

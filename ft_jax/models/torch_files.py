@@ -1,7 +1,7 @@
 """State dicts in files of torch, and safetensors, to numpy arrays; without torch, and without running what a file says."""
 
 import collections
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import io
 import math
 import os
@@ -26,12 +26,12 @@ _MOST_OBJECTS = 2_000_000
 _MOST_SHARED = 8
 # What names of files of weights often end in; their bytes decide.
 ENDINGS = ('.safetensors', '.pth', '.pth.tar', '.pt', '.ckpt', '.bin')
-# Where a training script keeps its model's state dict. Of several in a file the first one here is read: the trained network
-# rather than a moving average of it, and DINO's teacher, which its authors publish.
+# Where a training script keeps its model's state dict. Of several in a file the first one here is read: the trained
+# network rather than a moving average of it, and DINO's teacher, which its authors publish.
 _STATE_KEYS = (
-    'state_dict', 'model_state_dict', 'model_state', 'model', 'net', 'network', 'backbone', 'encoder', 'module', 'weights',
-    'params', 'teacher', 'student', 'state_dict_ema', 'model_state_dict_ema', 'ema_state_dict', 'model_ema', 'ema_model', 'ema',
-    'swa_model')
+    'state_dict', 'model_state_dict', 'model_state', 'model', 'net', 'network', 'backbone', 'encoder', 'module',
+    'weights', 'params', 'teacher', 'student', 'state_dict_ema', 'model_state_dict_ema', 'ema_state_dict', 'model_ema',
+    'ema_model', 'ema', 'swa_model')
 # How many levels of nested dicts are searched for one.
 _DEEPEST = 3
 
@@ -50,11 +50,11 @@ class StateDict(NamedTuple):
 
 
 def read(path: str | os.PathLike[str]) -> StateDict:
-  """Reads safetensors, a zip file of torch 1.6 or newer, or the format before that; its bytes say which, not its ending.
+  """Reads safetensors, a zip file of torch 1.6 or newer, or the format before that, as its bytes say.
 
   Raises:
-    ValueError: no such file, one that is incomplete, damaged or of another kind, or one that holds no state dict; says which
-      and what to do.
+    ValueError: no such file, one that is incomplete, damaged or of another kind, or one that holds no state dict; says
+      which and what to do.
   """
   path = pathlib.Path(os.path.expanduser(path))
   check(path)
@@ -74,7 +74,7 @@ def read(path: str | os.PathLike[str]) -> StateDict:
 
 
 def check(path: str | os.PathLike[str]) -> None:
-  """Raises ValueError for a file that is not there or whose first bytes are not those of weights; says what it is, what to do."""
+  """Raises ValueError for a file that is not there or does not begin as weights do; says what it is and what to do."""
   path = pathlib.Path(os.path.expanduser(path))
   if not path.is_file():
     raise ValueError(f'model.weights: there is no file {path}')
@@ -153,8 +153,8 @@ def _read_legacy(path: pathlib.Path, stream: BinaryIO) -> StateDict:
   except Exception:  # no pickle at all
     known = False
   if not known:
-    raise _Unreadable('is not what torch.save writes but another pickle, which could run code; load it with the program that '
-                      'wrote it, and save its tensors with torch.save or as safetensors')
+    raise _Unreadable('is not what torch.save writes but another pickle, which could run code; load it with the program '
+                      'that wrote it, and save its tensors with torch.save or as safetensors')
   if (protocol := _load(stream).content) != _LEGACY_PROTOCOL:
     raise _Unreadable(f'has protocol {reprlib.repr(protocol)} of torch.save; known: {_LEGACY_PROTOCOL}. {_convert(path)}')
   if not _load(stream).content.get('little_endian'):
@@ -197,12 +197,13 @@ def _convert(path: pathlib.Path) -> str:
 def _state_dict(loaded: '_Loaded', numbers: Callable[[str], bytes], file_size: int) -> StateDict:
   """The tensors of what was unpickled; `numbers` gives the bytes of a storage."""
   if not isinstance(loaded.content, dict):
-    raise _Unreadable(f'holds a {type(loaded.content).__name__.lstrip("_")}; expected a state dict, as of model.state_dict()')
+    kind = type(loaded.content).__name__.lstrip('_')
+    raise _Unreadable(f'holds a {kind}; expected a state dict, as model.state_dict() gives it')
   path, copies = _choose(loaded.content)
   # dict's own methods: the object may carry attributes of the file's choice.
   entries, beside = dict(dict.items(loaded.content)), []
   for depth, key in enumerate(path):
-    beside += ['.'.join((*path[:depth], _text(name))) for name in entries if name != key]
+    beside += [_joined((*path[:depth], name)) for name in entries if name != key]
     entries = dict(dict.items(entries[key]))
   found = {name: value for name, value in entries.items() if isinstance(value, _Tensor)}
   other = {_text(name): value for name, value in entries.items() if not isinstance(value, _Tensor)}
@@ -213,7 +214,7 @@ def _state_dict(loaded: '_Loaded', numbers: Callable[[str], bytes], file_size: i
     raise _Unreadable(f'holds no state dict: not a tensor: {_first(kinds)}')
   notes = [f'objects that were not created: {_first(loaded.not_made)}'] if loaded.not_made else []
   if copies:
-    notes.append(f'{".".join(path)} is read and not {_first([".".join(copy) for copy in copies])}; to read another one '
+    notes.append(f'{_joined(path)} is read and not {_first([_joined(copy) for copy in copies])}; to read another one '
                  f'{_save_alone(copies[0])}')
   return StateDict(_arrays(found, numbers, file_size), tuple(beside), tuple(notes))
 
@@ -230,8 +231,8 @@ def _choose(content: dict[Any, Any]) -> tuple[tuple[str, ...], list[tuple[str, .
   if not sizes:  # to say what is there in place of tensors
     return next(((key,) for key in _STATE_KEYS if isinstance(dict.get(content, key), dict)), ()), []
   if others and len(_STATE_KEYS) in rank(first):
-    raise _Unreadable(f'holds {len(sizes)} state dicts, {_first([".".join(path) for path in sizes])}, and no rule says which one '
-                      f'is meant; to read one of them {_save_alone(first)}')
+    raise _Unreadable(f'holds {len(sizes)} state dicts, {_first([_joined(path) for path in sizes])}, and no rule says which '
+                      f'one is meant; to read one of them {_save_alone(first)}')
   return first, [path for path in others if 2 * sizes[path] >= sizes[first]]  # a head is no copy
 
 
@@ -254,8 +255,12 @@ def _state_dicts(
 def _save_alone(path: Sequence[str]) -> str:
   """What to do to read another state dict of a file."""
   keys = ''.join(f'[{key[:60]!r}]' for key in path)
-  return (f'save it alone, if you trust the file: torch.save(torch.load(FILE, weights_only=False){keys}, NEW_FILE) where torch '
-          'is installed')
+  return f'save it alone, if you trust the file: torch.save(torch.load(FILE, weights_only=False){keys}, NEW_FILE)'
+
+
+def _joined(path: Iterable[Any]) -> str:
+  """Keys that lead to something, for messages."""
+  return '.'.join(map(_text, path))
 
 
 def _first(names: Sequence[str], most: int = 4) -> str:
@@ -290,8 +295,8 @@ def _arrays(of: Mapping[Any, '_Tensor'], numbers: Callable[[str], bytes], file_s
 
 
 def _text(key: Any) -> str:
-  """A key of the file for messages: what is no text may be nested without end."""
-  return key if isinstance(key, str) else reprlib.repr(key)
+  """A name in the file for messages, in one line: what is no text may be nested without end."""
+  return key if isinstance(key, str) and key.isprintable() and len(key) <= 200 else reprlib.repr(key)
 
 
 def _array(name: str, tensor: '_Tensor', numbers: np.ndarray) -> np.ndarray:
@@ -328,7 +333,7 @@ class _Tensor(NamedTuple):
 
 
 class _Loaded(NamedTuple):
-  """What a pickle holds, the storages in it (type and size by key), and the names of classes whose objects were not created."""
+  """What a pickle holds, its storages (type and size by key), and the names of classes whose objects were not created."""
   content: Any
   storages: dict[str, tuple[np.dtype, int]]
   not_made: list[str]
@@ -375,8 +380,8 @@ def _check_size(stream: BinaryIO) -> None:
 class _NotMade(dict):
   """An inert placeholder for an object that no state dict has, such as a training script's settings.
 
-  Whatever a pickle does to it runs nothing and is dropped, except for the entries of dict-like objects, which may hold tensors. It is
-  compared and hashed by identity, and its repr is short, however deep it is nested.
+  Whatever a pickle does to it runs nothing and is dropped, except for the entries of dict-like objects, which may hold
+  tensors. It is compared and hashed by identity, and its repr is short, however deep it is nested.
   """
   __slots__ = ()
   __eq__, __ne__, __hash__ = object.__eq__, object.__ne__, object.__hash__
@@ -412,8 +417,8 @@ class _Unpickler(pickle.Unpickler):
       return name  # and not the dtype: a pickle may write to what it is given
     if (module, name) not in _ALLOWED:
       if module.partition('.')[0] in _HOSTILE or module in ('builtins', '__builtin__') and name in _HOSTILE_BUILTINS:
-        raise _Unreadable(_refusal(f'{module}.{name}'))
-      self.not_made[f'{module}.{name}'] = None
+        raise _Unreadable(_refusal(_text(f'{module}.{name}')))
+      self.not_made[_text(f'{module}.{name}')] = None
       return _NotMade
     found = _ALLOWED[module, name]
     # The types are immutable; of the functions it gets one of its own.
@@ -463,17 +468,16 @@ _ALLOWED: dict[tuple[str, str], Any] = {
     ('torch._utils', '_rebuild_parameter'): _rebuild_parameter,
 }
 
-# Modules that run programs, open files or import: no training script saves them. (A placeholder would be harmless, but whoever
-# made such a file meant harm.)
+# Modules that run programs, open files or import: no training script saves them. (A placeholder would be harmless, but the
+# file is an attack.)
 _HOSTILE = frozenset((
-    'os', 'posix', 'nt', 'ntpath', 'posixpath', 'sys', 'subprocess', 'commands', 'shutil', 'socket', 'importlib', 'imp', 'runpy',
-    'ctypes', 'pty', 'webbrowser', 'code', 'codeop', 'pickle', '_pickle', 'marshal', 'dill', 'cloudpickle', 'joblib', 'asyncio',
-    'multiprocessing', 'platform', 'pdb', 'bdb', 'timeit', 'cProfile', 'profile', 'doctest', 'tempfile', 'urllib', 'requests',
-    'pip', 'ensurepip', 'venv', 'io', '_io'))
+    'os', 'posix', 'nt', 'ntpath', 'posixpath', 'sys', 'subprocess', 'commands', 'shutil', 'socket', 'importlib', 'imp', 'pip',
+    'runpy', 'ctypes', 'pty', 'webbrowser', 'code', 'codeop', 'pickle', '_pickle', 'marshal', 'dill', 'cloudpickle', 'joblib',
+    'pdb', 'bdb', 'timeit', 'cProfile', 'profile', 'doctest', 'io', '_io'))
 # Likewise of the builtins; `getattr` is not among them, as some versions of Python save members of an Enum by it.
 _HOSTILE_BUILTINS = frozenset((
-    '__import__', 'breakpoint', 'compile', 'delattr', 'eval', 'exec', 'execfile', 'file', 'globals', 'input', 'locals', 'open',
-    'reload', 'setattr', 'vars'))
+    '__import__', 'breakpoint', 'compile', 'delattr', 'eval', 'exec', 'execfile', 'file', 'globals', 'input', 'locals',
+    'open', 'reload', 'setattr', 'vars'))
 
 _STORAGE_DTYPES: dict[str, Any] = {
     'FloatStorage': np.float32, 'HalfStorage': np.float16, 'BFloat16Storage': jnp.bfloat16, 'DoubleStorage': np.float64,
