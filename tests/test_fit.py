@@ -93,7 +93,7 @@ def test_batch_norm_on_several_devices(sync, devices, batch, refused, monkeypatc
   if not refused:
     return fit.check_batch_norm(config(train__batch_size=batch).train, model, 32, batch)
   with pytest.raises(ValueError, match=f'images per step {batch}, .* devices {devices}, '
-                                       + ('.*, or model.sync_batch_norm=true' if devices > 1 else '.*frozen$')):
+                                       + ('.*, model.sync_batch_norm=true or ' if devices > 1 else '.*3x3, or model.batch_norm=frozen$')):
     fit.check_batch_norm(config(train__batch_size=batch).train, model, 32, batch)
 
 

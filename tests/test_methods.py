@@ -128,7 +128,7 @@ def test_two_normalisation_layers_are_refused():
   both = {**published('stoch_norm'), 'other_norm': OtherNorm()}
   plan = methods.Plan(method_case.network(), 32, 16, True, 'x')
   methods.check(published('stoch_norm'), plan)
-  with pytest.raises(ValueError, match='methods.stoch_norm and methods.other_norm cannot be together: each has a normalisation layer'):
+  with pytest.raises(ValueError, match='methods.stoch_norm and methods.other_norm cannot be together: each replaces BatchNorm'):
     methods.check(both, plan)
   with pytest.raises(ValueError, match='methods.stoch_norm and methods.other_norm'):  # where nothing checked them
     train.make_step(method_case.network(), None, {'target': 1.0}, methods=both)

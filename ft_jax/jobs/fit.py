@@ -93,7 +93,7 @@ def check_parts(parts: int, size: int, what: str) -> None:
 
 
 def check_batch_norm(config: ConfigDict, model: ResNet, image_size: int, images: int) -> None:
-  """Raises ValueError where BatchNorm takes its statistics of one value per channel: its output is then its bias, for any image.
+  """Raises ValueError where BatchNorm takes its statistics of one value per channel: its output is then constant.
 
   Args:
     config: the fields of `configs.default.train_config`.
@@ -115,11 +115,11 @@ def check_batch_norm(config: ConfigDict, model: ResNet, image_size: int, images:
     layer = path.removesuffix('/__call__')
     if not stays[f'{layer}/mean'] and math.prod(output.shape[:-1]) == 1:
       raise ValueError(
-          f'BatchNorm {layer} would see one value per channel, so its output would not depend on the image: {each} image of '
-          f'{output.shape[1]}x{output.shape[2]} pixels there (images per step {images}, train.batch_size {config.batch_size}, '
-          f'devices {devices}, train.accumulate {config.accumulate}, image_size {image_size}, model.stem {model.stem}); use '
-          'larger batches or images, a smaller train.accumulate, model.stem=3x3, or model.batch_norm=frozen'
-          + (', or model.sync_batch_norm=true' if devices > 1 and not model.axis_name else ''))
+          f'BatchNorm {layer} would see one value per channel, so its output would not depend on the image: {each} image '
+          f'of {output.shape[1]}x{output.shape[2]} pixels there (images per step {images}, train.batch_size '
+          f'{config.batch_size}, devices {devices}, train.accumulate {config.accumulate}, image_size {image_size}, model.stem '
+          f'{model.stem}); use larger batches or images, a smaller train.accumulate, model.stem=3x3, '
+          + ('model.sync_batch_norm=true ' if devices > 1 and not model.axis_name else '') + 'or model.batch_norm=frozen')
 
 
 def only_heads(model: ResNet, image_size: int) -> bool:

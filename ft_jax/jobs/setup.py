@@ -78,16 +78,17 @@ def check_classes(splits: Splits, without: str = '') -> None:
 
   Args:
     splits: what is trained on, after slices, draws and unreadable images.
-    without: the field that leaves classes out, where a class without training images is refused: its test images are never
-      right. '' warns instead, as for a pre-training, whose classifier is rarely used.
+    without: the field that leaves classes out, where a class without training images is refused: its test images are
+      never right. '' warns instead, as for a pre-training, whose classifier is rarely used.
 
   Raises:
     ValueError: there is one class only, whose classifier is always right; or a class without training images, by name.
   """
   train = splits.train
   if len(train.class_names) < 2:
-    raise ValueError(f'{train.name} has one class, {train.class_names[0]!r}, so a classifier is always right and learns nothing; '
-                     'expected at least two classes (to tell one class from everything else, add a class of other images)')
+    raise ValueError(f'{train.name} has one class, {train.class_names[0]!r}, so a classifier is always right and learns '
+                     'nothing; expected at least two classes (to tell one class from everything else, add a class of other '
+                     'images)')
   if not (missing := _classes_without_images(train)):
     return
   named = f'{train.name}: no training image of {_class_list(missing)}'
@@ -95,10 +96,11 @@ def check_classes(splits: Splits, without: str = '') -> None:
     log.warning('warning: %s, so nothing is learnt of it', named)
     return
   first = train.class_names.index(missing[0])
-  counts = [f'{split} {np.sum(source.labels == first)}' for split, source in splits._asdict().items() if source is not None]
+  counts = [f'{split} {np.sum(source.labels == first)}' for split, source in splits._asdict().items()
+            if source is not None]
   leave_out = f"--config.{without}=\"({', '.join(map(repr, missing[:5]))},)\""
-  raise ValueError(f'{named} (images of {missing[0]!r}: {", ".join(counts)}); add images, use a larger slice for train, or leave '
-                   f'such classes out: {leave_out}')
+  raise ValueError(f'{named} (images of {missing[0]!r}: {", ".join(counts)}); add images, use a larger slice for train, or '
+                   f'leave such classes out: {leave_out}')
 
 
 def log_classes_not_evaluated(splits: Splits) -> None:
@@ -325,7 +327,8 @@ def load_weights(name: str, *, classes: int | None = None, class_names: Sequence
   pretrained.check_numbers(variables, name)
   says = '; '.join(f'{pretrained.listed(names)} ({why})' for why, names in dropped.items())
   says = (f'; dropped: {says}' if says else '') + ''.join(f'; {note}' for note in notes)
-  log.info('weights: %s%s: %d tensors used%s', name, f' at {commit}' if commit else '', len(jax.tree.leaves(variables)), says)
+  log.info('weights: %s%s: %d tensors used%s', name, f' at {commit}' if commit else '', len(jax.tree.leaves(variables)),
+           says)
   return Weights(variables, {'name': name, 'revision': commit, 'fingerprint': weights_fingerprint(
       {key: variables[key] for key in ('params', 'batch_stats')})})
 
@@ -343,15 +346,15 @@ def _read_run(folder: epath.Path) -> pretrained.Loaded:
 
 
 def _check_same_classes(name: str, known: Sequence[str] | None, wanted: Sequence[str]) -> None:
-  """Raises ValueError where a classifier has other classes than the source data, or another order; warns where that is unknown."""
+  """Raises ValueError for a classifier of other classes than the source data, or in another order; warns if unknown."""
   if known is None:
-    log.warning("warning: model.source_head is 'pretrained' and the names of the classes of %s are not known; they must be those "
-                'of the source data, in the same order', name)
+    log.warning("warning: model.source_head is 'pretrained' and the names of the classes of %s are not known; they must be "
+                'those of the source data, in the same order', name)
   elif tuple(known) != tuple(wanted):
     first = next(k for k, pair in enumerate(zip(known, wanted)) if pair[0] != pair[1])
-    raise ValueError(f"model.source_head is 'pretrained', but the classifier of {name} has other classes than the source data, or "
-                     f'another order: class {first} is {known[first]!r} there and {wanted[first]!r} in the source data; use '
-                     '--config.model.source_head=fresh, or the source data that it was trained on')
+    raise ValueError(f"model.source_head is 'pretrained', but the classifier of {name} has other classes than the source "
+                     f'data, or another order: class {first} is {known[first]!r} there and {wanted[first]!r} in the source '
+                     'data; use --config.model.source_head=fresh, or the source data that it was trained on')
 
 
 def _source_classes(path: epath.Path) -> tuple[str, ...] | None:

@@ -78,8 +78,9 @@ def norm(methods: Mapping[str, Method]) -> Callable[..., nn.Module] | None:
   """The normalisation layer that replaces BatchNorm, or None; raises ValueError where two methods have one."""
   found = {name: layer for name, method in methods.items() if (layer := method.norm()) is not None}
   if len(found) > 1:
-    raise ValueError(f'{" and ".join(f"methods.{name}" for name in found)} cannot be together: each replaces BatchNorm by a '
-                     'normalisation layer of its own; switch on one of them only')
+    both = ' and '.join(f'methods.{name}' for name in found)
+    raise ValueError(f'{both} cannot be together: each replaces BatchNorm by a normalisation layer of its own; switch on one '
+                     'of them only')
   return next(iter(found.values()), None)
 
 

@@ -125,7 +125,8 @@ _TEXTS: tuple[tuple[str, str], ...] = (
      'is a pointer of git-annex and not the weights themselves; run `git annex get` on it'),
     (r'<\?xml.*?<Error>(?:.*?<Code>(.*?)</Code>)?',
      f'is an error message of a storage service{{}} and not weights; {_AGAIN}'),
-    (r'(?:<\?xml[^>]*>\s*|<!--.*?-->\s*)*<(?:!doctype\s+html|html|head|body|script|meta|title)(?:.*?<title[^>]*>(.*?)</title>)?',
+    (r'(?:<\?xml[^>]*>\s*|<!--.*?-->\s*)*<(?:!doctype\s+html|html|head|body|script|meta|title)'
+     r'(?:.*?<title[^>]*>(.*?)</title>)?',
      f'is a web page{{}} and not weights; {_AGAIN}: some sites ask first (log in, accept terms, confirm a large file)'),
     (r'\{.*?"weight_map"', 'is the index of weights split over several files, which are not read; save them as one file'),
     (r'[\[{]', f'is JSON and not weights; {EXPECTED}'),

@@ -14,7 +14,7 @@ from ft_jax.progress import log
 
 # What torch puts into names at any place where it wraps a module: torch.compile, FSDP, activation checkpoints.
 _WRAPPERS = re.compile(r'(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.')
-# Of two networks in a state dict the first one is read: MoCo's query encoder, and DINO's teacher, which its authors publish.
+# Of two networks in a state dict the first one is read: MoCo's query encoder; DINO's teacher, which its authors publish.
 _PAIRS = (('encoder_q.', 'encoder_k.'), ('teacher.', 'student.'))
 # Moving averages of a network are not read where the network itself is there too.
 _AVERAGES = re.compile(r'(.*[._])?(ema|swa|momentum|avg|averaged?|target)[._].*')
@@ -25,7 +25,7 @@ _PROJECTION = {'fc.0.weight', 'fc.0.bias', 'fc.2.weight', 'fc.2.bias'}
 
 
 class Loaded(NamedTuple):
-  """Variables that were read, what of the file was left on purpose ({why: names}), and notes on how the file was understood."""
+  """Variables that were read, what was left on purpose ({why: names}), and notes on how the file was understood."""
   variables: dict[str, Any]
   dropped: dict[str, list[str]]
   notes: tuple[str, ...] = ()
@@ -49,8 +49,8 @@ def read(path: str | os.PathLike[str]) -> Loaded:
     (`fc.0`, `fc.2`) is `{'projection': {'0', '2'}}` beside them; see `project`.
 
   Raises:
-    ValueError: a file that cannot be read (see `torch_files.read`), a tensor that is no ResNet's, by name, several networks
-      that no rule decides between, or no running statistics.
+    ValueError: a file that cannot be read (see `torch_files.read`), a tensor that is no ResNet's, by name, several
+      networks that no rule decides between, or no running statistics.
   """
   state = torch_files.read(path)
   tensors = _unwrapped(state.tensors)
@@ -81,8 +81,9 @@ def read(path: str | os.PathLike[str]) -> Loaded:
     if here and here != head:
       raise ValueError(f'{path} holds {listed(sorted(here))} and lacks {listed(sorted(head - here))}')
   if not any(key.startswith('batch_stats/') for key in flat):
-    raise ValueError(f'{path} has no running statistics of BatchNorm (bn1.running_mean, bn1.running_var, ...), only parameters; '
-                     'save model.state_dict(), which has them (networks with GroupNorm or others in its place are not supported)')
+    raise ValueError(f'{path} has no running statistics of BatchNorm (bn1.running_mean, bn1.running_var, ...), only '
+                     'parameters; save model.state_dict(), which has them (networks with GroupNorm or others in its place are '
+                     'not supported)')
   if state.beside:
     dropped.setdefault('beside the network', []).extend(state.beside)
   return Loaded(flax.traverse_util.unflatten_dict(flat, sep='/'), dropped,
@@ -115,8 +116,8 @@ def _network(names: Collection[str], path: str | os.PathLike[str]) -> tuple[str,
     raise ValueError(f'{path} holds none of {", ".join(resnet.NETWORKS)}: there is no conv1.weight among '
                      f'{listed(strange)}')
   if len(taken) != 1:
-    raise ValueError(f'{path} holds {len(whole)} networks, with the prefixes {listed(map(repr, whole))}, and no rule says which one '
-                     f'is meant; to read one of them {_keep_alone(whole[0])}')
+    raise ValueError(f'{path} holds {len(whole)} networks, with the prefixes {listed(map(repr, whole))}, and no rule says '
+                     f'which one is meant; to read one of them {_keep_alone(whole[0])}')
   return taken[0], [prefix for prefix in whole if prefix != taken[0]]
 
 
@@ -132,7 +133,8 @@ def _notes(before: Mapping[str, np.ndarray], tensors: Mapping[str, np.ndarray], 
   wrappers = sorted({found[0] for name in before if name not in tensors for found in _WRAPPERS.finditer(name)})
   notes = [f'removed from names: {listed(wrappers + [prefix] * bool(prefix))}'] if wrappers or prefix else []
   if others and not prefix.endswith('encoder_q.'):
-    notes.append(f'not read: another network with the prefix {listed(map(repr, others))}; to read it {_keep_alone(others[0])}')
+    notes.append(f'not read: another network with the prefix {listed(map(repr, others))}; to read it '
+                 f'{_keep_alone(others[0])}')
   kinds = sorted({str(value.dtype) for value in tensors.values() if value.dtype.kind not in 'iub'} - {'float32'})
   return notes + ([f'{listed(kinds)} converted to float32'] if kinds else [])
 
@@ -148,11 +150,11 @@ def check_numbers(variables: Mapping[str, Any], name: str) -> None:
   for key, value in flat.items():
     value = np.asarray(value)
     if wrong := int(np.sum(~np.isfinite(value))):
-      raise ValueError(f'{name} has numbers that are not finite in {_both(key)} ({wrong:,d} of {value.size:,d} are NaN or infinity): '
-                       'its training diverged, or it is damaged; use an earlier checkpoint, or download it again')
+      raise ValueError(f'{name} has numbers that are not finite in {_both(key)} ({wrong:,d} of {value.size:,d} are NaN or '
+                       'infinity): its training diverged, or it is damaged; use an earlier checkpoint, or download it again')
     if key.endswith('/var') and (value < 0).any():
-      raise ValueError(f'{name} has negative running variances in {_both(key)}, down to {value.min():g}, which BatchNorm never '
-                       'computes: it is damaged; use an earlier checkpoint, or download it again')
+      raise ValueError(f'{name} has negative running variances in {_both(key)}, down to {value.min():g}, which BatchNorm '
+                       'never computes: it is damaged; use an earlier checkpoint, or download it again')
   if zero := [key for key, value in flat.items() if key.endswith('/var') and not np.any(value)]:
     log.warning('warning: %s: the running variance is zero in every channel of %s', name, listed(zero))
 
