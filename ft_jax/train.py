@@ -19,7 +19,7 @@ import optax
 
 from ft_jax import parallel
 from ft_jax.forward import forward
-from ft_jax.methods import all_needs, Method, Pass, State
+from ft_jax.methods import all_needs, Method, norm, Pass, State
 from ft_jax.methods.base import of_network, teacher_of, teacher_variables
 from ft_jax.models import resnet
 from ft_jax.models.resnet import Outputs, ResNet
@@ -87,9 +87,8 @@ def make_step(model: ResNet, optimizer: optax.GradientTransformation, loss_weigh
   """
   methods = methods or {}
   needs = all_needs(methods, model)
-  norm = next((norm for method in methods.values() if (norm := method.norm())), None)
-  if norm is not None:
-    model = model.clone(norm=norm)
+  if (layer := norm(methods)) is not None:
+    model = model.clone(norm=layer)
 
   def run(variables: Any, images: Mapping[str, jax.Array], key: jax.Array, **kwargs: Any) -> tuple[dict[str, Outputs], Any]:
     return forward(model, variables, images, key=key, parts=parts, **kwargs)

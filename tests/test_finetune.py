@@ -4,13 +4,14 @@ import json
 import pathlib
 import shutil
 
+from conftest import write_images
 from etils import epath
 import numpy as np
 import pytest
 
-from configs import miniature
+from configs import default, miniature
 from ft_jax.data.sources import open_source
-from ft_jax.jobs import finetune, setup
+from ft_jax.jobs import finetune, pretrain, setup, study_data
 import selection
 
 MOCO = pathlib.Path(__file__).parent / 'data' / 'moco.pth.tar'
@@ -166,3 +167,27 @@ def test_projection_features_are_the_mlp_of_the_pooled_ones(photos, tmp_path):
 def test_features_that_cannot_be(photos, weights, features, words):
   with pytest.raises(ValueError, match=words):
     finetune.check(config(photos, photos, **{'model.weights': weights, 'selection.features': features}))
+
+
+@pytest.mark.parametrize('fields,words', [
+    ({'target.without': ('roof', 'sky', 'wall')}, "has one class, 'blossom'"),
+    ({'target.name': 'folder:{starved}', 'target.train': 'train[:50%]', 'target.test': 'train[50%:]'}, "no training image of class 'c'")])
+def test_a_target_that_cannot_be_learnt_is_refused_before_anything_long(photos, pool, tmp_path, fields, words, monkeypatch):
+  write_images(tmp_path / 'starved', {'a': 6, 'b': 6, 'c': 1})
+  monkeypatch.setattr(finetune, '_train', None)
+  fields = {key: value.format(starved=tmp_path / 'starved') if isinstance(value, str) else value for key, value in fields.items()}
+  with pytest.raises(ValueError, match=words):
+    finetune.run(config(photos, pool, **fields), tmp_path / 'run')
+
+
+def test_the_other_jobs_refuse_such_a_target_too(photos, tmp_path):
+  """Pre-training and the study."""
+  write_images(tmp_path / 'one', {'a': 6})
+  settings = default.get_config()
+  settings.source.name, settings.model.name, settings.model.width, settings.image_size = f'folder:{tmp_path / "one"}', 'resnet18', 4, 32
+  settings.train.batch_size = 8
+  with pytest.raises(ValueError, match="has one class, 'a', so a classifier"):
+    pretrain.run(settings, tmp_path / 'run')
+  settings.target.without, settings.target.val_fraction = ('roof', 'sky', 'wall'), 0.2
+  with pytest.raises(ValueError, match="has one class, 'blossom', so a classifier"):
+    study_data.open_target(settings, f'folder:{photos}')

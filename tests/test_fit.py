@@ -54,6 +54,60 @@ def test_wrong_settings_are_refused_at_once(fields, words, monkeypatch):
   finetune.check(config(methods__bi_tuning__weight=1.0, train__learning_rate_groups=(('methods/.*', 10.0), ('.*', 1.0))))
 
 
+@pytest.mark.parametrize('fields,refused', [
+    ({}, False), ({'train__batch_size': 1}, False),  # with an image of the source they are two
+    ({'train__batch_size': 1, 'selection__method': 'none'}, True), ({'train__batch_size': 2, 'selection__method': 'none'}, False),
+    ({'train__batch_size': 4, 'train__accumulate': 4, 'selection__method': 'none'}, True),
+    ({'train__batch_size': 1, 'selection__method': 'none', 'image_size': 64}, False),
+    ({'train__batch_size': 1, 'selection__method': 'none', 'model__stem': '3x3'}, False),
+    ({'train__batch_size': 1, 'selection__method': 'none', 'model__batch_norm': 'frozen'}, False),
+    ({'train__batch_size': 1, 'selection__method': 'none', 'train__freeze': 'layer4/.*'}, False),
+    ({'train__batch_size': 1, 'selection__method': 'none', 'train__freeze': 'layer4/0/.*'}, True),
+    ({'model__weights': 'pretrain', 'pretrain__batch_size': 1}, True)])
+def test_batch_norm_over_one_value_is_refused(fields, refused, monkeypatch):
+  """What it gives then does not depend on the image; torch refuses it too."""
+  monkeypatch.setattr(finetune.setup, 'check_weights', lambda config: None)
+  monkeypatch.setattr(jax, 'device_count', lambda: 1)
+  if not refused:
+    return finetune.check(config(**fields))
+  with pytest.raises(ValueError, match='BatchNorm layer4/[01]/bn1 would see one value per channel, .* 1 image of 1x1 pixels there .*'
+                                       'train.batch_size [14], devices 1, train.accumulate [14], image_size 32, model.stem 7x7'):
+    finetune.check(config(**fields))
+
+
+@pytest.mark.parametrize('axis_name', [None, 'batch'])
+def test_batch_norm_of_one_value_gives_its_bias(axis_name):
+  """Why: one image of one pixel a device comes out alike, whatever is in it, unless devices share statistics."""
+  layer = resnet.BatchNorm(train=True, axis_name=axis_name)
+  variables = {'params': {'scale': np.ones(4), 'bias': np.arange(4.0)}, 'batch_stats': {'mean': np.zeros(4), 'var': np.ones(4)}}
+  images = np.random.default_rng(0).normal(size=(2, 1, 1, 1, 4)).astype(np.float32)
+  normalised = jax.vmap(lambda x: layer.apply(variables, x, mutable=['batch_stats'])[0], axis_name=axis_name)(images)
+  assert np.allclose(normalised, np.arange(4.0), atol=1e-3) == (axis_name is None)
+
+
+@pytest.mark.parametrize('sync,devices,batch,refused', [(False, 4, 4, True), (True, 4, 4, False), (True, 1, 1, True), (False, 4, 8, False)])
+def test_batch_norm_on_several_devices(sync, devices, batch, refused, monkeypatch):
+  """Each device has its own statistics, or all of them share one."""
+  monkeypatch.setattr(jax, 'device_count', lambda: devices)
+  model = resnet.build('resnet18', {'target': 2}, width=4, axis_name='batch' if sync else None)
+  if not refused:
+    return fit.check_batch_norm(config(train__batch_size=batch).train, model, 32, batch)
+  with pytest.raises(ValueError, match=f'images per step {batch}, .* devices {devices}, '
+                                       + ('.*, model.sync_batch_norm=true or ' if devices > 1 else '.*3x3, or model.batch_norm=frozen$')):
+    fit.check_batch_norm(config(train__batch_size=batch).train, model, 32, batch)
+
+
+@pytest.mark.parametrize('fields,words', [
+    ({}, ''), ({'train__learning_rate': 0.0}, 'train.learning_rate is 0, so nothing is learnt'),
+    ({'source_weight': 0.0}, 'config.source_weight is 0: source images are read'),
+    ({'train__freeze': 'backbone'}, "train.freeze is 'backbone', so source images train their own head alone"),
+    ({'train__freeze': 'backbone', 'model__weights': '', 'selection__method': 'none'}, 'stays as it was drawn at random'),
+    ({'train__freeze': 'backbone', 'selection__method': 'none'}, ''), ({'source_weight': 0.0, 'methods__fixmatch__weight': 1.0}, '')])
+def test_settings_with_which_a_run_means_nothing_are_told(fields, words, caplog):
+  finetune._log_doubts(config(**fields))
+  assert words in caplog.text and bool(words) == bool(caplog.text)
+
+
 def test_pre_training_refuses_what_is_for_fine_tuning(tmp_path):
   for fields, words in (({'methods__bss__weight': 0.1}, 'config.methods.bss is switched on, which is for fine-tuning'),
                         ({'noise__kind': 'symmetric', 'noise__rate': 0.5}, "config.noise.kind is 'symmetric', which is for the target")):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from configs import default
-from ft_jax import methods
+from ft_jax import methods, train
 from ft_jax.checkpoints import Checkpoints
 from ft_jax.methods import METHODS
 from ft_jax.models import resnet
@@ -112,6 +112,26 @@ def test_wrong_settings_are_named():
     methods.active({'l2sp': {'weight': 1.0}})
   with pytest.raises(ValueError, match='methods.l2_sp.weight is nan; expected a finite number'):
     methods.active({'l2_sp': {'weight': float('nan')}})
+
+
+@dataclasses.dataclass(frozen=True)
+class OtherNorm(methods.Method):
+  """A method with a normalisation layer of its own."""
+  enabled: bool = True
+
+  def norm(self):
+    return resnet.BatchNorm
+
+
+def test_two_normalisation_layers_are_refused():
+  """Only one can take BatchNorm's place; the other would be left out without a word."""
+  both = {**published('stoch_norm'), 'other_norm': OtherNorm()}
+  plan = methods.Plan(method_case.network(), 32, 16, True, 'x')
+  methods.check(published('stoch_norm'), plan)
+  with pytest.raises(ValueError, match='methods.stoch_norm and methods.other_norm cannot be together: each replaces BatchNorm'):
+    methods.check(both, plan)
+  with pytest.raises(ValueError, match='methods.stoch_norm and methods.other_norm'):  # where nothing checked them
+    train.make_step(method_case.network(), None, {'target': 1.0}, methods=both)
 
 
 def test_the_readmes_example_of_a_new_method(monkeypatch):

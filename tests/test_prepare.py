@@ -342,7 +342,7 @@ def test_the_pets_config_runs_on_prepared_pets(pets_dir, tmp_path):
   """`--config=configs/pets.py` with a prepared data_dir, made tiny: results.json has the numbers of the test split."""
   values = {
       'data_dir': pets_dir, 'image_size': 32, 'source.name': '', 'selection.method': 'none', 'model.weights': '', 'model.width': 4,
-      'model.name': 'resnet18', 'target.val_fraction': 0.5, 'train.batch_size': 4, 'train.steps': 2}
+      'model.name': 'resnet18', 'target.val_fraction': 0.5, 'train.batch_size': 8, 'train.steps': 2}
   run = subprocess.run([sys.executable, 'main.py', '--config=configs/pets.py', f'--workdir={tmp_path / "run"}',
                         *(f'--config.{field}={value}' for field, value in values.items())],
                        # Compiling is most of it.

@@ -3,13 +3,14 @@
 import pathlib
 import re
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors import numpy as safetensors
 
-from ft_jax.models import pretrained, resnet, torch_files
+from ft_jax.models import pretrained, resnet, to_torch, torch_files
 
 DATA = pathlib.Path(__file__).parent / 'data'
 
@@ -56,7 +57,7 @@ def narrow(value):
 
 def test_moco(tmp_path):
   """A file that torch wrote as MoCo's was, in the format before torch 1.6: the query encoder and its projection head come, bit by bit."""
-  loaded, dropped = pretrained.read(DATA / 'moco.pth.tar')
+  loaded, dropped, _ = pretrained.read(DATA / 'moco.pth.tar')
   original = {name: narrow(value) for name, value in state().items() if not name.startswith('fc.')}
   expected = pretrained.load_torch(save(tmp_path / 'narrow.safetensors', **original))
   jax.tree.map(np.testing.assert_array_equal, {key: loaded[key] for key in ('params', 'batch_stats')}, expected)
@@ -114,12 +115,105 @@ def test_half_precision_and_wrapped_names(tmp_path):
   """bfloat16 of safetensors, names of DataParallel; numbers come as float32. Integers are no weights."""
   plain, low = pretrained.load_torch(DATA / 'resnet18.pth'), jnp.bfloat16
   data = {f'module.{name}': value if value.dtype == np.int64 else value.astype(low) for name, value in state().items()}
-  loaded, dropped = pretrained.read(save(tmp_path / 'low.safetensors', **data))
+  loaded, dropped, notes = pretrained.read(save(tmp_path / 'low.safetensors', **data))
   jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b.astype(low).astype(np.float32)), loaded, plain)
   assert {x.dtype for x in jax.tree.leaves(loaded)} == {np.dtype('float32')} and len(dropped["BatchNorm's counters"]) == 20
+  assert notes == ('removed from names: module.', 'bfloat16 converted to float32')
   data['module.conv1.weight'] = np.ones((4, 3, 7, 7), np.int8)
   with pytest.raises(ValueError, match='conv1.weight is int8'):
     pretrained.read(save(tmp_path / 'low.safetensors', **data))
+
+
+def wrapped(*parts: dict[str, np.ndarray], path) -> pretrained.Loaded:
+  """What is read of a file with these tensors."""
+  return pretrained.read(save(path / 'wrapped.safetensors', **{name: value for part in parts for name, value in part.items()}))
+
+
+def under(prefix: str, change: float = 0.0) -> dict[str, np.ndarray]:
+  """The network's tensors with something in front of their names."""
+  return {prefix + name: value + np.asarray(change, value.dtype) for name, value in state().items()}
+
+
+@pytest.mark.parametrize('prefix', ['_orig_mod.', 'module.module.', 'model.', 'backbone.', 'encoder.', 'net.', 'encoder_q.', 'teacher.',
+                                    'module._orig_mod.model.', '_orig_mod.module.backbone.', 'ema.', 'some.other.name.'])
+def test_wrappings_are_left_out_and_told(tmp_path, prefix):
+  loaded = wrapped(under(prefix), path=tmp_path)
+  jax.tree.map(np.testing.assert_array_equal, {key: loaded.variables[key] for key in ('params', 'batch_stats')}
+               if prefix != 'encoder_q.' else loaded.variables, expected(prefix))
+  assert loaded.notes[0].startswith('removed from names: ')
+  assert all(part in loaded.notes[0] for part in prefix.split('.') if part)
+
+
+def expected(prefix: str) -> dict:
+  """The network; of MoCo's encoder the classifier is a projection, and does not come."""
+  variables = pretrained.load_torch(DATA / 'resnet18.pth')
+  if prefix == 'encoder_q.':
+    del variables['params']['heads']
+  return variables
+
+
+def test_wrappers_within_names(tmp_path):
+  """As where single stages were compiled, or sharded."""
+  tensors = {name.replace('layer2.', 'layer2._orig_mod.').replace('bn1.', '_fsdp_wrapped_module.bn1.'): value
+             for name, value in under('module.').items()}
+  loaded = wrapped(tensors, path=tmp_path)
+  jax.tree.map(np.testing.assert_array_equal, loaded.variables, expected(''))
+  assert loaded.notes == ('removed from names: _fsdp_wrapped_module., _orig_mod., module.',)
+
+
+@pytest.mark.parametrize('taken,other', [
+    ('backbone.', 'momentum_backbone.'), ('', 'ema.module.'), ('online_encoder.', 'target_encoder.'),
+    ('teacher.backbone.', 'student.backbone.'), ('model.', 'model_ema.'), ('module.', 'averaged_model.')])
+def test_of_two_copies_a_known_rule_takes_one_and_says_so(tmp_path, taken, other):
+  loaded = wrapped(under(other, 1.0), under(taken), path=tmp_path)
+  jax.tree.map(np.testing.assert_array_equal, loaded.variables, expected(''))
+  assert f'another network with the prefix {other!r}' in loaded.notes[-1] and f'name.removeprefix({other!r})' in loaded.notes[-1]
+
+
+def test_two_networks_are_not_guessed_between(tmp_path):
+  with pytest.raises(ValueError, match=r"holds 2 networks, with the prefixes 'one.', 'two.', .*name.removeprefix\('one.'\)"):
+    wrapped(under('one.'), under('two.'), path=tmp_path)
+
+
+def test_an_average_of_weights_and_what_stands_beside_a_backbone(tmp_path):
+  """torch.optim.swa_utils.AveragedModel; a detector, or a self-supervised training, around a backbone."""
+  loaded = wrapped(under('module.'), {'n_averaged': np.int64(7)}, path=tmp_path)
+  jax.tree.map(np.testing.assert_array_equal, loaded.variables, expected(''))
+  assert loaded.dropped['beside module'] == ['n_averaged']
+  loaded = wrapped(under('backbone.'), {'projector.0.weight': np.zeros((2, 2), np.float32)}, path=tmp_path)
+  assert loaded.dropped['beside backbone'] == ['projector.0.weight']
+
+
+def test_parameters_alone_are_named(tmp_path):
+  """As of networks with GroupNorm, or of model.parameters()."""
+  tensors = {name: value for name, value in state().items() if 'running' not in name and 'tracked' not in name}
+  with pytest.raises(ValueError, match='has no running statistics of BatchNorm .bn1.running_mean, .*save model.state_dict'):
+    wrapped(tensors, path=tmp_path)
+
+
+@pytest.mark.parametrize('name,value,words', [
+    ('layer1.0.conv2.weight', np.nan, r'not finite in params/layer1/0/conv2/kernel \(layer1.0.conv2.weight\) \(1 of 144 are NaN'),
+    ('fc.bias', -np.inf, r'not finite in params/heads/source/bias \(fc.bias\)'), ('bn1.running_mean', np.inf, 'bn1.running_mean'),
+    ('bn1.running_var', -1e-3, r'negative running variances in batch_stats/bn1/var \(bn1.running_var\), down to -0.001')])
+def test_numbers_that_no_training_makes_are_named(name, value, words):
+  tensors = pretrained.load_torch(DATA / 'resnet18.pth')
+  pretrained.check_numbers(tensors, 'a.pth')
+  changed = jax.tree.map(np.array, tensors)
+  flat = {to_torch.name(key): array for key, array in flax.traverse_util.flatten_dict(changed, sep='/').items()}
+  flat[name].flat[0] = value
+  with pytest.raises(ValueError, match=f'^a.pth has .*{words}'):
+    pretrained.check_numbers(changed, 'a.pth')
+
+
+def test_numbers_too_large_for_float32_and_variances_of_zero(tmp_path, caplog):
+  tensors = state()
+  tensors['conv1.weight'] = np.full(tensors['conv1.weight'].shape, 1e300)
+  with pytest.raises(ValueError, match='not finite in params/conv1/kernel'):
+    pretrained.check_numbers(wrapped(tensors, path=tmp_path).variables, 'a.pth')
+  zero = jax.tree.map(np.array, expected(''))
+  zero['batch_stats']['bn1']['var'][:] = 0
+  pretrained.check_numbers(zero, 'a.pth')
+  assert 'a.pth: the running variance is zero in every channel of batch_stats/bn1/var' in caplog.text
 
 
 def test_a_head_of_the_same_name_is_taken():

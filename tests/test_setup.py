@@ -1,5 +1,6 @@
 """Splits of a data set have the same classes and no image in common; weights of every form come as they are, or are refused by name."""
 
+import json
 import logging
 import os
 import pathlib
@@ -17,8 +18,10 @@ import pytest
 
 from configs import default
 from ft_jax.checkpoints import Checkpoints
+from ft_jax.data.sources import Source
 from ft_jax.jobs import setup
 from ft_jax.models import pretrained
+import selection
 
 DATA = pathlib.Path(__file__).parent / 'data'
 
@@ -104,6 +107,43 @@ def test_classes_are_left_out(pool):
     setup.open_splits(target(name=f'folder:{pool}', without=tuple('abcdef')), '', seed=0)
 
 
+def without_class(source: Source, k: int) -> Source:
+  return source.subset(np.flatnonzero(source.labels != k))
+
+
+def test_a_target_of_one_class_is_refused(photos):
+  splits = setup.open_splits(target(name=f'folder:{photos}', without=('roof', 'sky', 'wall')), '', seed=0)
+  for without in ('target.without', ''):
+    with pytest.raises(ValueError, match="folder:.* has one class, 'blossom', so a classifier .* learns nothing; expected at least two"):
+      setup.check_classes(splits, without)
+
+
+def test_a_class_without_training_images_is_named(photos, tmp_path, caplog):
+  """With its split, and where its images are: for a target that is an error; a pre-training only says so."""
+  splits = setup.open_splits(target(name=f'folder:{photos}'), '', seed=0)
+  setup.check_classes(splits, 'target.without')
+  with pytest.raises(ValueError, match=r"folder:.* train: no training image of class 'sky' \(images of 'sky': train 0, val 1, test 5\); "
+                                       r"add images, .*--config.target.without=\"\('sky',\)\""):
+    setup.check_classes(splits._replace(train=without_class(splits.train, 2)), 'target.without')
+  with pytest.raises(ValueError, match="no training image of 2 classes: 'roof', 'sky' "):
+    setup.check_classes(splits._replace(train=without_class(without_class(splits.train, 2), 1)), 'target.without')
+  setup.check_classes(splits._replace(train=without_class(splits.train, 2)))
+  assert "no training image of class 'sky', so nothing is learnt of it" in caplog.text
+  write_images(tmp_path, {'a': 6, 'b': 6, 'c': 1})  # a slice is taken of each class by itself
+  starved = setup.open_splits(target(name=f'folder:{tmp_path}', train='train[:50%]', test='train[50%:]'), '', seed=0)
+  with pytest.raises(ValueError, match=r"train\[:50%\]: no training image of class 'c' \(images of 'c': train 0, val 0, test 1\)"):
+    setup.check_classes(starved, 'target.without')
+
+
+def test_classes_that_are_not_evaluated_are_told(photos, caplog):
+  splits = setup.open_splits(target(name=f'folder:{photos}'), '', seed=0)
+  setup.log_classes_not_evaluated(splits._replace(test=None))
+  assert not caplog.text
+  setup.log_classes_not_evaluated(splits._replace(test=without_class(splits.test, 2)))
+  assert "test: no test image of class 'sky': mean_per_class is the mean over the other 3 classes" in caplog.text
+  assert 'no val image' not in caplog.text
+
+
 @pytest.fixture(scope='module')
 def workdir(tmp_path_factory):
   """Checkpoints of a run with a source and a target head: step 1 is the best, step 2 the newest, and all ones."""
@@ -159,6 +199,39 @@ def test_a_checkpoint_cut_short_is_named(workdir, tmp_path):
   assert re.search('the checkpoint .*run/checkpoints/1 cannot be read; it is not whole', run.stdout) and not run.stderr, run
 
 
+def pretrained_on(folder: pathlib.Path, workdir: pathlib.Path, classes: str) -> str:
+  """A copy of the run's workdir as of a pre-training on these classes."""
+  shutil.copytree(workdir, folder)
+  (folder / 'results.json').write_text(json.dumps({'job': 'pretrain', 'val': {'per_class': [{'name': name} for name in classes]}}))
+  return str(folder)
+
+
+def test_a_source_head_is_of_the_classes_of_the_source(workdir, tmp_path, caplog):
+  """By name and in order, where the run says what it was trained on; else that it is not known is said."""
+  run = pretrained_on(tmp_path / 'run', workdir, 'abcdefg')
+  for name in (run, f'{run}/checkpoints/1'):
+    assert 'source' in setup.load_weights(name, classes=7, class_names='abcdefg').variables['params']['heads']
+    with pytest.raises(ValueError, match="has other classes than the source data, or another order: class 2 is 'c' there and 'd' in"):
+      setup.load_weights(name, classes=7, class_names='abdcefg')
+  setup.load_weights(name, classes=None)  # no head is asked for
+  assert 'not known' not in caplog.text
+  for name in (str(workdir), str(DATA / 'resnet18.pth')):
+    setup.load_weights(name, classes=7, class_names='abcdefg')
+    assert f'the names of the classes of {name} are not known' in caplog.text
+
+
+def test_a_source_head_of_a_fine_tuning(workdir, tmp_path):
+  """Its selection says what the classes of its pool are."""
+  shutil.copytree(workdir, tmp_path / 'run')
+  (tmp_path / 'run' / 'results.json').write_text(json.dumps({'job': 'finetune'}))
+  rng = np.random.default_rng(0)
+  pool = selection.Embeddings(rng.normal(size=(14, 8)).astype(np.float32), np.arange(14) % 7, list('abcdefg'))
+  selection.select(pool, (rng.normal(size=(6, 8)), np.arange(6) % 2), 2).save(tmp_path / 'run' / 'selection.json')
+  setup.load_weights(str(tmp_path / 'run'), classes=7, class_names='abcdefg')
+  with pytest.raises(ValueError, match="class 0 is 'a' there and 'g' in the source data"):
+    setup.load_weights(str(tmp_path / 'run'), classes=7, class_names='gbcdefa')
+
+
 @pytest.mark.parametrize('name,wanted,words', [
     ('resnet18.pth', {'classes': 1000}, 'the classifier of .* has 7 classes and the source data 1000; use --config.model'),
     ('moco.pth.tar', {'classes': 7}, 'has no classifier; use --config.model.source_head=fresh'),
@@ -187,6 +260,35 @@ def test_fields_of_the_model_that_cannot_be_right(fields, words):
   config.update(fields)
   with pytest.raises(ValueError, match=words):
     setup.check_weights(config)
+
+
+def test_a_folder_as_on_the_hub(tmp_path):
+  """A cloned repository: its weights are found; where they are called otherwise, they are named."""
+  (tmp_path / 'config.json').write_text('{"architecture": "resnet18"}')
+  with pytest.raises(ValueError, match='is no workdir of a run.* and has no model.safetensors or pytorch_model.bin; give such a folder'):
+    setup.load_weights(str(tmp_path))
+  shutil.copy(DATA / 'resnet18.pth', tmp_path / 'net.PTH')
+  with pytest.raises(ValueError, match='give one of its files: net.PTH'):
+    setup.load_weights(str(tmp_path))
+  (tmp_path / 'net.PTH').rename(tmp_path / 'pytorch_model.bin')
+  expected = setup.load_weights(str(DATA / 'resnet18.pth')).about['fingerprint']
+  assert setup.load_weights(str(tmp_path)).about['fingerprint'] == expected
+  (tmp_path / 'model.safetensors').write_bytes(b'version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 46807446\n')
+  config = default.get_config().model
+  config.weights = str(tmp_path)
+  with pytest.raises(ValueError, match='model.safetensors is a pointer of Git LFS'):  # before anything is loaded
+    setup.check_weights(config)
+
+
+def test_numbers_of_a_run_are_looked_at(tmp_path):
+  """As those of a file."""
+  state = pretrained.load_torch(DATA / 'resnet18.pth')
+  state['batch_stats']['bn1']['var'] = -state['batch_stats']['bn1']['var']
+  checkpoints = Checkpoints(tmp_path / 'run')
+  checkpoints.save(1, {**state, 'opt_state': np.zeros(3)}, {'score': 0.9, 'loss': 1.0})
+  checkpoints.close()
+  with pytest.raises(ValueError, match='run has negative running variances in batch_stats/bn1/var'):
+    setup.load_weights(str(tmp_path / 'run'))
 
 
 def test_names_of_timm_that_are_torchvisions_networks():

@@ -37,6 +37,8 @@ def run(config: ConfigDict, workdir: epath.PathLike, embeddings: epath.PathLike 
 
   log.info('fine-tuning %s -> %s', config.model.name, work.path)
   splits = setup.open_splits(config.target, config.data_dir, config.seed)
+  if not done:
+    setup.check_classes(splits, 'target.without')  # before every image is tried
   # Plain fine-tuning uses nothing of the pre-training data, which need not be there.
   wanted = _uses_pool(config) and config.source.name
   pool = open_source(config.source.name, config.source.train, config.data_dir) if wanted else None
@@ -47,6 +49,10 @@ def run(config: ConfigDict, workdir: epath.PathLike, embeddings: epath.PathLike 
   setup.check_same_images(splits, pool)
   common = overlap.settled(work, splits, pool, config.source.duplicates)
   splits, pool = common.splits, pool if common.pool is None else common.pool
+  if not done:
+    setup.check_classes(splits, 'target.without')  # of what is left
+    setup.log_classes_not_evaluated(splits)
+    _log_doubts(config)
   splits, true_labels, noise_told = noise.add(config.noise, config.seed, splits)
   if not done:
     _describe(splits, pool)
@@ -108,6 +114,9 @@ def _train(config: ConfigDict, work: Workdir, splits: setup.Splits, pool: Source
     if not len(helping):
       raise ValueError(f'the selection ({config.selection.file or work.selection_json}) has no image of {pool.name}; '
                        'select again, or train without: --config.selection.method=none')
+    if labelled and len(present := np.unique(helping.labels)) == 1:
+      log.warning('warning: all source images are of one class, %s, so their labels teach nothing; choose more '
+                  '(config.selection.size)', pool.class_names[present[0]])
     streams['source'] = fit.Stream(helping, _source_batch(config), config.source_weight if labelled else None)
 
   needs = methods.all_needs(active, setup.build_model(config.model, heads))
@@ -169,11 +178,33 @@ def check(config: ConfigDict) -> None:
   nothing = np.zeros(0, np.int32)
   begin = methods.Begin(model, {}, 2, nothing, nothing, config.train.batch_size, config.seed, lambda split, rows=None: [])
   fit.check(config.train, config.target.metric, model, config.image_size, fresh, fit.own_params(active, begin))
+  sizes = {'target': config.train.batch_size}
   if config.selection.method != 'none':
-    parallel.check_batch(_source_batch(config), 'config.source_ratio * config.train.batch_size')
-    fit.check_parts(config.train.accumulate, _source_batch(config), 'config.source_ratio * config.train.batch_size')
+    sizes['source'] = _source_batch(config)
+    parallel.check_batch(sizes['source'], 'config.source_ratio * config.train.batch_size')
+    fit.check_parts(config.train.accumulate, sizes['source'], 'config.source_ratio * config.train.batch_size')
+  views = [stream for stream, _ in methods.all_needs(active, model).seen]
+  fit.check_batch_norm(config.train, model, config.image_size, sum(sizes.get(stream, 0) for stream in (*sizes, *views)))
   if config.model.weights == 'pretrain':
-    fit.check(config.pretrain, 'top1', setup.build_model(config.model, {'source': 2}, config.pretrain.freeze), config.image_size)
+    # BatchNorm is trained there, whatever the fine-tuning does.
+    own = setup.build_model(config.model, {'source': 2}, config.pretrain.freeze).clone(batch_norm='train')
+    fit.check(config.pretrain, 'top1', own, config.image_size)
+    fit.check_batch_norm(config.pretrain, own, config.image_size, config.pretrain.batch_size)
+
+
+def _log_doubts(config: ConfigDict) -> None:
+  """Warns of settings with which a run may end well and mean nothing."""
+  model = setup.build_model(config.model, {'target': 2}, config.train.freeze)
+  heads_alone = fit.only_heads(model, config.image_size)
+  fit.log_doubts(config.train, heads_alone and not config.model.weights)
+  if config.selection.method == 'none' or _unlabelled(methods.active(config.methods.to_dict())):
+    return
+  if not config.source_weight:
+    log.warning('warning: config.source_weight is 0: source images are read, and only BatchNorm learns of them; '
+                'config.selection.method=none leaves them out')
+  elif heads_alone:
+    log.warning('warning: train.freeze is %r, so source images train their own head alone and do nothing for the '
+                'target; config.selection.method=none leaves them out', config.train.freeze)
 
 
 def _heads(config: ConfigDict, active: Mapping[str, methods.Method]) -> list[str]:
@@ -276,7 +307,8 @@ def _weights(config: ConfigDict, work: Workdir, pool: Source | None, common: ove
   has_head = config.model.source_head == 'pretrained' and 'source' in _heads(config, active)
   classes = len(pool.class_names) if has_head else None
   if config.model.weights != 'pretrain':
-    return setup.load_weights(config.model.weights, classes=classes, classifier=classifier, projection=_projects(config))
+    return setup.load_weights(config.model.weights, classes=classes, class_names=pool.class_names if has_head else None,
+                              classifier=classifier, projection=_projects(config))
   # A run of its own beside the others, with its own checkpoints and report.
   # Only what it depends on: it is not lost where something else is changed.
   fields = config.to_dict()

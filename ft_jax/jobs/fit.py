@@ -92,6 +92,57 @@ def check_parts(parts: int, size: int, what: str) -> None:
     raise ValueError(f'train.accumulate is {parts}, into which the {each} images of a device ({what} {size}) cannot be cut evenly')
 
 
+def check_batch_norm(config: ConfigDict, model: ResNet, image_size: int, images: int) -> None:
+  """Raises ValueError where BatchNorm takes its statistics of one value per channel: its output is then constant.
+
+  Args:
+    config: the fields of `configs.default.train_config`.
+    model: as it is trained.
+    image_size: pixels a side.
+    images: how many go through the network in a step together, over all devices.
+  """
+  devices = jax.device_count()
+  each, shared = images // devices // config.accumulate, devices if model.axis_name else 1
+  if each * shared != 1:
+    return
+  image = jax.ShapeDtypeStruct((each, image_size, image_size, 3), np.uint8)
+  variables = jax.eval_shape(model.init, jax.random.key(0), image)
+  is_norm = lambda module, _: isinstance(module, resnet.BatchNorm)
+  _, captured = jax.eval_shape(
+      lambda *args: model.apply(*args, mutable=['intermediates'], capture_intermediates=is_norm), variables, image)
+  stays = flax.traverse_util.flatten_dict(resnet.fixed(model, variables['batch_stats']), sep='/')
+  for path, (output, *_) in flax.traverse_util.flatten_dict(captured['intermediates'], sep='/').items():
+    layer = path.removesuffix('/__call__')
+    if not stays[f'{layer}/mean'] and math.prod(output.shape[:-1]) == 1:
+      raise ValueError(
+          f'BatchNorm {layer} would see one value per channel, so its output would not depend on the image: {each} image '
+          f'of {output.shape[1]}x{output.shape[2]} pixels there (images per step {images}, train.batch_size '
+          f'{config.batch_size}, devices {devices}, train.accumulate {config.accumulate}, image_size {image_size}, model.stem '
+          f'{model.stem}); use larger batches or images, a smaller train.accumulate, model.stem=3x3, '
+          + ('model.sync_batch_norm=true ' if devices > 1 and not model.axis_name else '') + 'or model.batch_norm=frozen')
+
+
+def only_heads(model: ResNet, image_size: int) -> bool:
+  """Whether nothing but heads is trained."""
+  shapes = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, image_size, image_size, 3), np.uint8))
+  stays = flax.traverse_util.flatten_dict(resnet.fixed(model, shapes['params']), sep='/')
+  return all(fixed for path, fixed in stays.items() if not path.startswith('heads/'))
+
+
+def log_doubts(config: ConfigDict, random_features: bool) -> None:
+  """Warns of settings with which a training ends well and means nothing.
+
+  Args:
+    config: the fields of `configs.default.train_config`.
+    random_features: whether the network starts from random weights and only its heads are trained.
+  """
+  if not config.learning_rate:
+    log.warning('warning: train.learning_rate is 0, so nothing is learnt: only the statistics of BatchNorm change')
+  if random_features:
+    log.warning('warning: train.freeze is %r and model.weights is empty, so all but the heads stays as it was drawn at random; give '
+                'weights, or freeze less', config.freeze)
+
+
 def own_params(methods: Mapping[str, Method], begin: Begin) -> dict[str, Any]:
   """Parameters that methods have of their own, as `{'methods': {method: ...}}`; {} where none has."""
   own = {name: params for name, method in methods.items() if (params := method.params(begin))}

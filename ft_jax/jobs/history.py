@@ -12,12 +12,11 @@ import numpy as np
 from ft_jax import checkpoints, progress
 from ft_jax.data.sources import digest
 from ft_jax.jobs import setup
-from ft_jax.methods.base import flat
+from ft_jax.models import pretrained, torch_files
 from ft_jax.progress import log
 from ft_jax.workdir import read_config
 from selection import files
 
-ENDINGS = ('.safetensors', '.pth', '.pth.tar', '.pt')
 # What stands before the number that counts: epoch_12, checkpoint-0012, ckpt12.
 _COUNTER = re.compile(r'(?:epoch|ep|(?<![a-z])e|checkpoint|ckpt|step)[^a-z0-9]*$', re.IGNORECASE)
 
@@ -98,10 +97,10 @@ def load(kept: Kept, network: ConfigDict, image_size: int) -> Loaded:
     merged = setup.init_variables(setup.build_model(network, {}), image_size, 0, variables)
   except (ValueError, OSError) as error:
     raise ValueError(f'{kept.name} ({kept.weights}): {error}') from error
-  for name, value in flat(merged).items():
-    if not np.isfinite(value).all():
-      raise ValueError(f'{kept.name} ({kept.weights}) has numbers that are not finite in {name}: its training diverged, or it is damaged; '
-                       'leave it out by config.study.epochs')
+  try:
+    pretrained.check_numbers(merged, f'{kept.name} ({kept.weights})')
+  except ValueError as error:
+    raise ValueError(f'{error}; or leave it out by config.study.epochs') from error
   classifier = heads.get('source')
   numbers = [] if classifier is None else [classifier[name].tobytes() for name in ('kernel', 'bias')]
   return Loaded(merged, digest(setup.weights_fingerprint(merged), *numbers), classifier)
@@ -155,10 +154,11 @@ def _of_run(folder: epath.Path, stored: Mapping[str, Any]) -> History:
 
 
 def _of_files(folder: epath.Path, network: ConfigDict) -> History:
-  paths = sorted((path for path in folder.iterdir() if path.name.endswith(ENDINGS)), key=lambda path: path.name)
+  paths = sorted((path for path in folder.iterdir() if path.name.lower().endswith(torch_files.ENDINGS)),
+                 key=lambda path: path.name)
   if not paths:
     raise ValueError(f'config.checkpoints: {folder} holds no checkpoints: it is no workdir of a run, and no file ends in '
-                     f'{", ".join(ENDINGS)}')
+                     f'{", ".join(torch_files.ENDINGS)}')
   numbers = {path: _number(path.name) for path in paths}
   if without := [path.name for path, number in numbers.items() if number is None]:
     log.info('left out, as their names have no epoch: %s', ', '.join(without))
@@ -185,8 +185,8 @@ def _number(name: str) -> tuple[str, float] | None:
   It is the number behind 'epoch', 'step' or the like, else the only one; digits beside other letters are part of a word, as in resnet18.
   """
   stem = name
-  for ending in sorted(ENDINGS, key=len, reverse=True):
-    stem = stem.removesuffix(ending)
+  for ending in sorted(torch_files.ENDINGS, key=len, reverse=True):
+    stem = re.sub(f'{re.escape(ending)}$', '', stem, flags=re.IGNORECASE)
   for group in reversed(list(re.finditer(r'\d+([.]\d+)?', stem))):
     if counter := _COUNTER.search(stem[:group.start()]):
       return 'step' if counter[0].lower().startswith('step') else 'epoch', float(group[0])

@@ -33,6 +33,7 @@ def run(config: ConfigDict, workdir: epath.PathLike, left_out: Sequence[str] = (
     raise ValueError(f'config.noise.kind is {config.noise.kind!r}, which is for the target of a fine-tuning and not for job pretrain')
   model = setup.build_model(config.model, {'source': 2}, config.train.freeze)
   fit.check(config.train, 'top1', model, config.image_size, ('source',) if config.model.weights else ())
+  fit.check_batch_norm(config.train, model, config.image_size, config.train.batch_size)
   work = Workdir(workdir, config.to_dict())
   done = parallel.agreed(work.results)
   if not done:
@@ -69,11 +70,16 @@ def _train(config: ConfigDict, work: Workdir, left_out: Sequence[str]) -> dict[s
            len(splits.train.class_names))
   splits, _, skipped = setup.readable(splits, 'source', config.data.on_error)
   setup.check_same_images(splits)
+  setup.check_classes(splits)
+  fit.log_doubts(config.train, not config.model.weights and fit.only_heads(
+      setup.build_model(config.model, {'source': 2}, config.train.freeze), config.image_size))
   splits = setup.in_memory(splits, 'source', config.data.cache)
   classes = len(splits.train.class_names)
   weights = None
   if config.model.weights:
-    weights = setup.load_weights(config.model.weights, classes=classes if config.model.source_head == 'pretrained' else None)
+    kept = config.model.source_head == 'pretrained'
+    weights = setup.load_weights(config.model.weights, classes=classes if kept else None,
+                                 class_names=splits.train.class_names if kept else None)
   model = setup.build_model(config.model, {'source': classes}, config.train.freeze)
   variables = setup.init_variables(model, config.image_size, config.seed, weights.variables if weights else None)
   stream = fit.Stream(splits.train, config.train.batch_size, 1.0)

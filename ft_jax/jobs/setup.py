@@ -1,6 +1,6 @@
 """What the jobs share at their start: a config's fields turned into data sets, a model and its weights."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import hashlib
 from typing import Any, NamedTuple
 
@@ -19,8 +19,10 @@ from ft_jax.data.folders import log_unused, UNLABELLED
 from ft_jax.data.pipeline import Transform
 from ft_jax.data.randaugment import STRONGEST
 from ft_jax.data.sources import carve, class_difference, draw, open_source, Source
-from ft_jax.models import hub, pretrained, resnet
+from ft_jax.models import hub, pretrained, resnet, torch_files
 from ft_jax.progress import log
+from ft_jax.workdir import read_json
+import selection
 from selection import files
 
 ON_ERROR = ('raise', 'skip')
@@ -72,6 +74,53 @@ def _labelled(source: Source) -> Source:
                      '<class>/<image> in it: classes are read from the names of folders, not from a table (docs/data.md turns a .csv into '
                      'folders). Images without classes can be a pool: config.source.name with methods.fixmatch')
   return source
+
+
+def check_classes(splits: Splits, without: str = '') -> None:
+  """Raises ValueError for splits that no classifier can be learnt from.
+
+  Args:
+    splits: what is trained on, after slices, draws and unreadable images.
+    without: the field that leaves classes out, where a class without training images is refused: its test images are
+      never right. '' warns instead, as for a pre-training, whose classifier is rarely used.
+
+  Raises:
+    ValueError: there is one class only, whose classifier is always right; or a class without training images, by name.
+  """
+  train = splits.train
+  if len(train.class_names) < 2:
+    raise ValueError(f'{train.name} has one class, {train.class_names[0]!r}, so a classifier is always right and learns '
+                     'nothing; expected at least two classes (to tell one class from everything else, add a class of other '
+                     'images)')
+  if not (missing := _classes_without_images(train)):
+    return
+  named = f'{train.name}: no training image of {_class_list(missing)}'
+  if not without:
+    log.warning('warning: %s, so nothing is learnt of it', named)
+    return
+  first = train.class_names.index(missing[0])
+  counts = [f'{split} {np.sum(source.labels == first)}' for split, source in splits._asdict().items()
+            if source is not None]
+  leave_out = f"--config.{without}=\"({', '.join(map(repr, missing[:5]))},)\""
+  raise ValueError(f'{named} (images of {missing[0]!r}: {", ".join(counts)}); add images, use a larger slice for train, or '
+                   f'leave such classes out: {leave_out}')
+
+
+def log_classes_not_evaluated(splits: Splits) -> None:
+  """Warns of classes that val or test has no image of: nothing is measured on them."""
+  for split, source in (('val', splits.val), ('test', splits.test)):
+    if source is not None and (missing := _classes_without_images(source)):
+      log.warning('warning: %s: no %s image of %s: mean_per_class is the mean over the other %d classes', source.name,
+                  split, _class_list(missing), len(source.class_names) - len(missing))
+
+
+def _classes_without_images(source: Source) -> list[str]:
+  counts = np.bincount(source.labels, minlength=len(source.class_names))
+  return [source.class_names[k] for k in np.flatnonzero(counts == 0).tolist()]
+
+
+def _class_list(names: Sequence[str]) -> str:
+  return f'class {names[0]!r}' if len(names) == 1 else f'{len(names)} classes: {pretrained.listed(map(repr, names))}'
 
 
 def check_data(config: ConfigDict) -> None:
@@ -206,8 +255,30 @@ def _check_path(name: str) -> None:
   path = files.located(name)
   if not path.exists():
     raise ValueError(f'model.weights: there is no file or folder {name}; expected one, or timm:<name>, or hf:<owner>/<name>')
-  if path.is_dir() and not (path / 'checkpoints').is_dir() and path.parent.name != 'checkpoints':
-    raise ValueError(f'model.weights: {name} is no workdir of a run, which has a folder checkpoints/; give such a folder, or a file')
+  if not _is_run(path) and not files.is_url(file := _weights_file(path)):
+    torch_files.check(file)
+
+
+def _is_run(path: epath.Path) -> bool:
+  """Whether a path is the workdir of a run, or a checkpoint in one."""
+  return path.is_dir() and ((path / 'checkpoints').is_dir() or path.parent.name == 'checkpoints')
+
+
+def _weights_file(path: epath.Path) -> epath.Path:
+  """The file itself; of a folder laid out as a repository of the Hugging Face Hub its weights.
+
+  Raises:
+    ValueError: the folder holds none, or several.
+  """
+  if not path.is_dir():
+    return path
+  inside = sorted(entry.name for entry in path.iterdir())
+  if (chosen := hub.weights_in(inside)) is not None:
+    return path / chosen
+  near = [name for name in inside if name.lower().endswith(torch_files.ENDINGS)]
+  raise ValueError(f'model.weights: {path} is no workdir of a run, which has a folder checkpoints/, and has no '
+                   f'{" or ".join(hub.WEIGHTS)}; ' + (f'give one of its files: {pretrained.listed(near)}' if near else
+                                                      'give such a folder, or a file'))
 
 
 def _check_timm(network: str, tag: str = '', *, config: ConfigDict) -> None:
@@ -222,12 +293,14 @@ def _check_timm(network: str, tag: str = '', *, config: ConfigDict) -> None:
                      '--config.model.stem=7x7')
 
 
-def load_weights(name: str, *, classes: int | None = None, classifier: bool = False, projection: bool = False) -> Weights:
+def load_weights(name: str, *, classes: int | None = None, class_names: Sequence[str] | None = None,
+                 classifier: bool = False, projection: bool = False) -> Weights:
   """Reads pre-trained variables; says what was used and what was dropped.
 
   Args:
     name: as `config.model.weights`: a name of the Hugging Face Hub, a file, a workdir or a checkpoint in one.
     classes: how many the classifier must have, which then is head 'source'; None drops every head.
+    class_names: their names, in order; compared with those of the run that the weights come from.
     classifier: whether the classifier is wanted as head 'pretrained', whatever its classes.
     projection: whether MoCo-v2's projection head is wanted too.
 
@@ -238,7 +311,8 @@ def load_weights(name: str, *, classes: int | None = None, classifier: bool = Fa
   if repo is None:
     _check_path(name)
   path, commit = hub.fetch(repo) if repo else (files.located(name), None)
-  variables, dropped = _read_run(path) if path.is_dir() else read_file(path)
+  own = _is_run(path)
+  variables, dropped, notes = _read_run(path) if own else read_file(_weights_file(path))
   heads = variables['params'].pop('heads', {})
   kept = {}
   if classifier:
@@ -253,6 +327,8 @@ def load_weights(name: str, *, classes: int | None = None, classifier: bool = Fa
     if (found := len(heads['source']['bias'])) != classes:
       raise ValueError(f"model.source_head is 'pretrained', but the classifier of {name} has {found} classes and the source data "
                        f'{classes}; use --config.model.source_head=fresh')
+    if class_names is not None:
+      _check_same_classes(name, _source_classes(path) if own else None, class_names)
     kept['source'] = heads['source']
   if projection and 'projection' not in variables:
     raise ValueError(f"selection.features is 'projection', but {name} has no projection head (MoCo-v2's file has one); "
@@ -261,12 +337,14 @@ def load_weights(name: str, *, classes: int | None = None, classifier: bool = Fa
     variables['params']['heads'] = kept
     heads = {head: value for head, value in heads.items() if head != 'source'}
   if heads:
-    dropped['old classifier'] = [f'heads/{head}' for head in sorted(heads)] if path.is_dir() else ['fc.weight', 'fc.bias']
+    dropped['old classifier'] = [f'heads/{head}' for head in sorted(heads)] if own else ['fc.weight', 'fc.bias']
   if not projection and variables.pop('projection', None):
     dropped['projection head'] = ['fc.0', 'fc.2']
+  pretrained.check_numbers(variables, name)
   says = '; '.join(f'{pretrained.listed(names)} ({why})' for why, names in dropped.items())
+  says = (f'; dropped: {says}' if says else '') + ''.join(f'; {note}' for note in notes)
   log.info('weights: %s%s: %d tensors used%s', name, f' at {commit}' if commit else '', len(jax.tree.leaves(variables)),
-           f'; dropped: {says}' if says else '')
+           says)
   return Weights(variables, {'name': name, 'revision': commit, 'fingerprint': weights_fingerprint(
       {key: variables[key] for key in ('params', 'batch_stats')})})
 
@@ -282,6 +360,35 @@ def _read_run(folder: epath.Path) -> pretrained.Loaded:
   is_run = (folder / 'checkpoints').is_dir()  # whatever it and the folder above it are called
   step = int(folder.name) if not is_run and folder.parent.name == 'checkpoints' and folder.name.isdigit() else None
   return pretrained.Loaded(load_variables(folder if step is None else folder.parent.parent, step), {'of that training': ['optimizer']})
+
+
+def _check_same_classes(name: str, known: Sequence[str] | None, wanted: Sequence[str]) -> None:
+  """Raises ValueError for a classifier of other classes than the source data, or in another order; warns if unknown."""
+  if known is None:
+    log.warning("warning: model.source_head is 'pretrained' and the names of the classes of %s are not known; they must be "
+                'those of the source data, in the same order', name)
+  elif tuple(known) != tuple(wanted):
+    first = next(k for k, pair in enumerate(zip(known, wanted)) if pair[0] != pair[1])
+    raise ValueError(f"model.source_head is 'pretrained', but the classifier of {name} has other classes than the source "
+                     f'data, or another order: class {first} is {known[first]!r} there and {wanted[first]!r} in the source '
+                     'data; use --config.model.source_head=fresh, or the source data that it was trained on')
+
+
+def _source_classes(path: epath.Path) -> tuple[str, ...] | None:
+  """The classes of head 'source' of a run, by its workdir or one of its checkpoints; None where it does not say.
+
+  A pre-training has them in results.json; a fine-tuning in selection.json, where it chose whole classes.
+  """
+  folder = path if (path / 'checkpoints').is_dir() else path.parent.parent
+  results, chosen = folder / 'results.json', folder / 'selection.json'
+  try:
+    if results.exists() and (told := read_json(results))['job'] == 'pretrain':
+      return tuple(str(row['name']) for row in told['val']['per_class'])
+    if chosen.exists() and (loaded := selection.Selection.load(chosen)).by == 'class':
+      return tuple(loaded.names)
+  except (KeyError, TypeError, ValueError) as error:  # of another program, or changed by hand
+    log.debug('%s: %s', folder, error)
+  return None
 
 
 def weights_fingerprint(variables: Mapping[str, Any]) -> str:

@@ -65,6 +65,8 @@ def open_target(config: ConfigDict, name: str) -> Target:
   splits = {seed: setup.open_splits(fields, config.data_dir, seed) for seed in config.study.seeds}
   rule = config.source.duplicates
   splits = {seed: overlap.apart(of_seed, None, rule, overlap.find(of_seed)).splits for seed, of_seed in splits.items()}
+  for of_seed in splits.values():
+    setup.check_classes(of_seed, 'target.without')
   expressions = dict.fromkeys(split for split in (fields.train, fields.val, fields.test) if split and split != 'rest')
   sources = tuple(open_source(name, split, config.data_dir).without(fields.without) for split in expressions)
   if config.data.on_error == 'skip':

@@ -1,9 +1,11 @@
 """Published fine-tuning methods, one file each. Any of them are switched on together; the table is at the foot."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import dataclasses
 import math
 from typing import Any
+
+from flax import linen as nn
 
 from ft_jax.methods.base import Begin, Method, Needs, Pass, Plan, State, Term
 from ft_jax.methods.bi_tuning import BiTuning
@@ -21,7 +23,8 @@ from ft_jax.methods.self_label import SelfLabel
 from ft_jax.methods.stoch_norm import StochNorm
 from ft_jax.models.resnet import ResNet
 
-__all__ = ['METHODS', 'Begin', 'Method', 'Needs', 'Pass', 'Plan', 'State', 'Term', 'active', 'all_needs', 'check', 'defaults']
+__all__ = ['METHODS', 'Begin', 'Method', 'Needs', 'Pass', 'Plan', 'State', 'Term', 'active', 'all_needs', 'check', 'defaults',
+           'norm']
 
 
 def defaults() -> dict[str, dict[str, Any]]:
@@ -59,6 +62,7 @@ def active(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, Method]:
 
 def check(methods: Mapping[str, Method], plan: Plan) -> None:
   """Raises ValueError for methods whose settings cannot be right, or that a run has not what they need."""
+  norm(methods)
   for name, method in methods.items():
     switch = dataclasses.fields(method)[0].name
     if getattr(method, switch) is not True and isinstance(getattr(method, switch), (int, float)) and getattr(method, switch) < 0:
@@ -68,6 +72,16 @@ def check(methods: Mapping[str, Method], plan: Plan) -> None:
       what = 'a pre-trained classifier' if needs.classifier else 'pre-trained weights'
       raise ValueError(f'methods.{name} needs {what}, but config.model.weights is empty')
     method.check(plan)
+
+
+def norm(methods: Mapping[str, Method]) -> Callable[..., nn.Module] | None:
+  """The normalisation layer that replaces BatchNorm, or None; raises ValueError where two methods have one."""
+  found = {name: layer for name, method in methods.items() if (layer := method.norm()) is not None}
+  if len(found) > 1:
+    both = ' and '.join(f'methods.{name}' for name in found)
+    raise ValueError(f'{both} cannot be together: each replaces BatchNorm by a normalisation layer of its own; switch on one '
+                     'of them only')
+  return next(iter(found.values()), None)
 
 
 def all_needs(methods: Mapping[str, Method], model: ResNet) -> Needs:

@@ -15,6 +15,8 @@ from ft_jax.user_cache import home_directory
 
 # Seconds that the Hub may take to answer what a repository holds. A user's HF_HUB_ETAG_TIMEOUT goes before it.
 _TIMEOUT = 5.0
+# How a repository calls its weights, the best form first.
+WEIGHTS = ('model.safetensors', 'pytorch_model.bin')
 
 
 class Repo(NamedTuple):
@@ -112,6 +114,12 @@ def _cached(repo: Repo, cache_dir: str | os.PathLike[str] | None) -> HubFile | N
   except ValueError:  # the Hub knows what else there is
     return None
   return HubFile(snapshot / file_name, snapshot.name) if file_name is not None else None
+
+
+def weights_in(files: Iterable[str]) -> str | None:
+  """Which of the files of a folder holds its weights, in a repository's layout; None where none of `WEIGHTS` is there."""
+  files = set(files)
+  return next((name for name in WEIGHTS if name in files), None)
 
 
 def _choose(repo: Repo, files: Iterable[str]) -> str | None:

@@ -1,7 +1,7 @@
 """State dicts in files of torch, and safetensors, to numpy arrays; without torch, and without running what a file says."""
 
 import collections
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import io
 import math
 import os
@@ -16,39 +16,54 @@ import zipfile
 import jax.numpy as jnp
 import numpy as np
 
+from ft_jax.models import file_kinds
+
 # How torch.save begins a file of before torch 1.6, and the only protocol of such files that there was.
 _LEGACY_MAGIC, _LEGACY_PROTOCOL = 0x1950a86a20f9469cfc6c, 1001
-_ZIP_MAGIC = b'PK\x03\x04'
 # A ResNet-101 with the state of its optimizer has about 50,000.
 _MOST_OBJECTS = 2_000_000
 # How often the numbers of a file may be in its tensors.
 _MOST_SHARED = 8
-# Where a training script keeps its model's state dict.
-_STATE_KEYS = ('state_dict', 'model')
+# What names of files of weights often end in; their bytes decide.
+ENDINGS = ('.safetensors', '.pth', '.pth.tar', '.pt', '.ckpt', '.bin')
+# Where a training script keeps its model's state dict. Of several in a file the first one here is read: the trained
+# network rather than a moving average of it, and DINO's teacher, which its authors publish.
+_STATE_KEYS = (
+    'state_dict', 'model_state_dict', 'model_state', 'model', 'net', 'network', 'backbone', 'encoder', 'module',
+    'weights', 'params', 'teacher', 'student', 'state_dict_ema', 'model_state_dict_ema', 'ema_state_dict', 'model_ema',
+    'ema_model', 'ema', 'swa_model')
+# How many levels of nested dicts are searched for one.
+_DEEPEST = 3
 
 
 class StateDict(NamedTuple):
-  """The tensors of a model by name, and the names of what the file holds beside them (epoch, optimizer, ...)."""
+  """What a file holds.
+
+  Attributes:
+    tensors: of a model, by name.
+    beside: names of what there is beside them (epoch, optimizer, ...).
+    notes: which of several state dicts was read, and which objects were not created.
+  """
   tensors: dict[str, np.ndarray]
-  beside: tuple[str, ...]
+  beside: tuple[str, ...] = ()
+  notes: tuple[str, ...] = ()
 
 
 def read(path: str | os.PathLike[str]) -> StateDict:
-  """Reads `.safetensors`, a zip file of torch 1.6 or newer, or the format before that.
+  """Reads safetensors, a zip file of torch 1.6 or newer, or the format before that, as its bytes say.
 
   Raises:
-    ValueError: no such file, one that is incomplete or damaged, one that asks for anything but tensors, or one that holds no
-      state dict; says which.
+    ValueError: no such file, one that is incomplete, damaged or of another kind, or one that holds no state dict; says
+      which and what to do.
   """
   path = pathlib.Path(os.path.expanduser(path))
-  if not path.is_file():
-    raise ValueError(f'model.weights: there is no file {path}')
-  if path.suffix == '.safetensors':
-    return StateDict(_read_safetensors(path), ())
+  check(path)
   try:
     with path.open('rb') as stream:
-      begin = stream.read(4)
-      return _read_zip(path) if begin == _ZIP_MAGIC else _read_legacy(path, stream)
+      head = stream.read(file_kinds.HEAD_SIZE)
+      if head.startswith(file_kinds.ZIP_MAGIC):
+        return _read_zip(path)
+      return _read_legacy(path, stream) if file_kinds.is_pickle(head) else StateDict(_read_safetensors(path))
   except _Unreadable as error:
     raise ValueError(f'{path} {error}') from error
   except EOFError as error:
@@ -56,6 +71,25 @@ def read(path: str | os.PathLike[str]) -> StateDict:
   except Exception as error:  # whatever a damaged zip file or pickle makes the libraries raise
     reason = f'{type(error).__name__}: {error}'
     raise ValueError(f'{path} {_INCOMPLETE if "truncated" in reason else f"cannot be read as a state dict ({reason})"}') from error
+
+
+def check(path: str | os.PathLike[str]) -> None:
+  """Raises ValueError for a file that is not there or does not begin as weights do; says what it is and what to do."""
+  path = pathlib.Path(os.path.expanduser(path))
+  if not path.is_file():
+    raise ValueError(f'model.weights: there is no file {path}')
+  with path.open('rb') as stream:
+    head = stream.read(file_kinds.HEAD_SIZE)
+  if head.startswith(file_kinds.ZIP_MAGIC) or file_kinds.is_pickle(head) or file_kinds.is_safetensors(head):
+    return
+  if file_kinds.is_ancient_torch(head):
+    raise ValueError(f'{path} is not what torch.save writes (the tar files of before torch 0.1.10 are not read). '
+                     f'{_convert(path)}')
+  reason = file_kinds.explain(head)
+  if reason is None and path.suffix.lower() == '.safetensors':  # a damaged one, which has an error of its own
+    return
+  unknown = f'begins with {head[:8]!r}, as no known file of weights does; {file_kinds.EXPECTED}'
+  raise ValueError(f'{path} {reason or unknown}')
 
 
 class _Unreadable(Exception):
@@ -71,15 +105,15 @@ def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
   try:
     found = safetensors.deserialize(path.read_bytes())
   except safetensors.SafetensorError as error:
-    raise ValueError(f'{path} is no whole safetensors file ({error}); copy or download it again') from error
+    raise _Unreadable(f'is no whole safetensors file ({error}); copy or download it again') from error
   other = sorted({tensor['dtype'] for _, tensor in found} - set(_SAFETENSORS_DTYPES))
   if other:
-    raise ValueError(f'{path} holds tensors of type {", ".join(other)}; known: {", ".join(_SAFETENSORS_DTYPES)}')
+    raise _Unreadable(f'holds tensors of type {", ".join(other)}; known: {", ".join(_SAFETENSORS_DTYPES)}')
   try:
     return {name: np.frombuffer(tensor['data'], _SAFETENSORS_DTYPES[tensor['dtype']]).reshape(tensor['shape'])
             for name, tensor in sorted(found, key=lambda item: item[0])}
   except ValueError as error:  # of no numbers at all, in a shape that cannot be
-    raise ValueError(f'{path} has a tensor of a shape that cannot be ({error}); copy or download it again') from error
+    raise _Unreadable(f'has a tensor of a shape that cannot be ({error}); copy or download it again') from error
 
 
 def _read_zip(path: pathlib.Path) -> StateDict:
@@ -88,9 +122,9 @@ def _read_zip(path: pathlib.Path) -> StateDict:
     raise _Unreadable(_INCOMPLETE)  # the table of contents is at the end
   with zipfile.ZipFile(path) as archive:
     names = set(archive.namelist())
+    if reason := file_kinds.explain_zip(names):
+      raise _Unreadable(reason)
     pickles = [name for name in names if name.endswith('/data.pkl')]
-    if len(pickles) != 1:
-      raise _Unreadable('is a zip file without one data.pkl; expected what torch.save writes')
     if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
       raise _Unreadable('is a compressed zip file, which torch.save does not write')
     # Parts that lie on each other: a small file could hold any number of gigabytes.
@@ -99,14 +133,14 @@ def _read_zip(path: pathlib.Path) -> StateDict:
     root = pickles[0].removesuffix('data.pkl')
     if f'{root}byteorder' in names and archive.read(f'{root}byteorder') != b'little':
       raise _Unreadable(f'has its numbers in big-endian order. {_convert(path)}')
-    content = _load(io.BytesIO(archive.read(pickles[0]))).content
+    loaded = _load(io.BytesIO(archive.read(pickles[0])))
 
     def numbers(key: str) -> bytes:
       if f'{root}data/{key}' not in names:
         raise _Unreadable(f'is incomplete: its storage {key} is missing. Copy or download it again')
       return archive.read(f'{root}data/{key}')
 
-    return _state_dict(content, numbers, path.stat().st_size)
+    return _state_dict(loaded, numbers, path.stat().st_size)
 
 
 def _read_legacy(path: pathlib.Path, stream: BinaryIO) -> StateDict:
@@ -119,16 +153,17 @@ def _read_legacy(path: pathlib.Path, stream: BinaryIO) -> StateDict:
   except Exception:  # no pickle at all
     known = False
   if not known:
-    raise _Unreadable(f'is not what torch.save writes (the tar files of before torch 0.1.10 are not read). {_convert(path)}')
+    raise _Unreadable('is not what torch.save writes but another pickle, which could run code; load it with the program '
+                      'that wrote it, and save its tensors with torch.save or as safetensors')
   if (protocol := _load(stream).content) != _LEGACY_PROTOCOL:
     raise _Unreadable(f'has protocol {reprlib.repr(protocol)} of torch.save; known: {_LEGACY_PROTOCOL}. {_convert(path)}')
   if not _load(stream).content.get('little_endian'):
     raise _Unreadable(f'has its numbers in big-endian order. {_convert(path)}')
-  content, storages = _load(stream)
+  loaded = _load(stream)
   places, end = {}, path.stat().st_size
   for key in _load(stream).content:
     length = int.from_bytes(_exactly(stream, 8), 'little', signed=True)
-    dtype, size = storages.get(key, (None, None))
+    dtype, size = loaded.storages.get(key, (None, None))
     if length != size:
       raise _Unreadable(f'is damaged: storage {_text(key)} has {length} numbers where {size} are expected. Copy or download it again')
     places[key] = (stream.tell(), length * dtype.itemsize)
@@ -142,7 +177,7 @@ def _read_legacy(path: pathlib.Path, stream: BinaryIO) -> StateDict:
     stream.seek(places[key][0])
     return _exactly(stream, places[key][1])
 
-  return _state_dict(content, numbers, end)
+  return _state_dict(loaded, numbers, end)
 
 
 def _exactly(stream: BinaryIO, size: int) -> bytes:
@@ -159,22 +194,90 @@ def _convert(path: pathlib.Path) -> str:
           f'{shlex.quote(str(path))} {shlex.quote(f"{path}.new.pth")}')
 
 
-def _state_dict(content: Any, numbers: Callable[[str], bytes], file_size: int) -> StateDict:
+def _state_dict(loaded: '_Loaded', numbers: Callable[[str], bytes], file_size: int) -> StateDict:
   """The tensors of what was unpickled; `numbers` gives the bytes of a storage."""
-  if not isinstance(content, dict):
-    raise _Unreadable(f'holds a {type(content).__name__.lstrip("_")}; expected a state dict, as model.state_dict() gives it')
+  if not isinstance(loaded.content, dict):
+    kind = type(loaded.content).__name__.lstrip('_')
+    raise _Unreadable(f'holds a {kind}; expected a state dict, as model.state_dict() gives it')
+  path, copies = _choose(loaded.content)
   # dict's own methods: the object may carry attributes of the file's choice.
-  entries, beside = dict(dict.items(content)), ()
-  key = next((key for key in _STATE_KEYS if isinstance(entries.get(key), dict)), None)
-  if key is not None:
-    beside = tuple(_text(name) for name in entries if name != key)
+  entries, beside = dict(dict.items(loaded.content)), []
+  for depth, key in enumerate(path):
+    beside += [_joined((*path[:depth], name)) for name in entries if name != key]
     entries = dict(dict.items(entries[key]))
-  other = [f'{_text(name)} ({type(value).__name__})' for name, value in entries.items() if not isinstance(value, _Tensor)]
+  found = {name: value for name, value in entries.items() if isinstance(value, _Tensor)}
+  other = {_text(name): value for name, value in entries.items() if not isinstance(value, _Tensor)}
+  if loaded.not_made and (not found or any(isinstance(value, _NotMade) for value in other.values())):
+    raise _Unreadable(_refusal(_first(loaded.not_made)))
   if other:
-    raise _Unreadable(f'holds no state dict: not a tensor: {", ".join(other[:4])}{f" and {len(other) - 4} more" if len(other) > 4 else ""}')
+    kinds = [f'{name} ({type(value).__name__})' for name, value in other.items()]
+    raise _Unreadable(f'holds no state dict: not a tensor: {_first(kinds)}')
+  notes = [f'objects that were not created: {_first(loaded.not_made)}'] if loaded.not_made else []
+  if copies:
+    notes.append(f'{_joined(path)} is read and not {_first([_joined(copy) for copy in copies])}; to read another one '
+                 f'{_save_alone(copies[0])}')
+  return StateDict(_arrays(found, numbers, file_size), tuple(beside), tuple(notes))
+
+
+def _choose(content: dict[Any, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+  """The keys that lead to the state dict that is read, and those of other copies; `_STATE_KEYS` decides.
+
+  Raises:
+    _Unreadable: of several state dicts none has a known name.
+  """
+  rank = lambda path: [_STATE_KEYS.index(key) if key in _STATE_KEYS else len(_STATE_KEYS) for key in path]
+  sizes = dict(_state_dicts(content, (), set()))
+  first, *others = sorted(sizes, key=rank) or [()]
+  if not sizes:  # to say what is there in place of tensors
+    return next(((key,) for key in _STATE_KEYS if isinstance(dict.get(content, key), dict)), ()), []
+  if others and len(_STATE_KEYS) in rank(first):
+    raise _Unreadable(f'holds {len(sizes)} state dicts, {_first([_joined(path) for path in sizes])}, and no rule says which '
+                      f'one is meant; to read one of them {_save_alone(first)}')
+  return first, [path for path in others if 2 * sizes[path] >= sizes[first]]  # a head is no copy
+
+
+def _state_dicts(
+    content: dict[Any, Any], path: tuple[str, ...], seen: set[int]) -> Iterator[tuple[tuple[str, ...], int]]:
+  """The keys that lead to each dict with a tensor called ...weight, and how many entries that dict has.
+
+  Each dict is looked at once: they may hold each other.
+  """
+  seen.add(id(content))
+  if any(isinstance(value, _Tensor) and isinstance(key, str) and key.endswith('weight')
+         for key, value in dict.items(content)):
+    yield path, len(content)
+    return
+  for key, value in dict.items(content) if len(path) < _DEEPEST else ():
+    if isinstance(key, str) and isinstance(value, dict) and id(value) not in seen:
+      yield from _state_dicts(value, (*path, key), seen)
+
+
+def _save_alone(path: Sequence[str]) -> str:
+  """What to do to read another state dict of a file."""
+  keys = ''.join(f'[{key[:60]!r}]' for key in path)
+  return f'save it alone, if you trust the file: torch.save(torch.load(FILE, weights_only=False){keys}, NEW_FILE)'
+
+
+def _joined(path: Iterable[Any]) -> str:
+  """Keys that lead to something, for messages."""
+  return '.'.join(map(_text, path))
+
+
+def _first(names: Sequence[str], most: int = 4) -> str:
+  """The first few names, and how many more there are."""
+  return ', '.join(names[:most]) + (f' and {len(names) - most} more' if len(names) > most else '')
+
+
+def _refusal(names: str) -> str:
+  return (f'is not read: it asks for {names}, which is no part of a state dict. Such a file could run code; save '
+          'model.state_dict() alone')
+
+
+def _arrays(of: Mapping[Any, '_Tensor'], numbers: Callable[[str], bytes], file_size: int) -> dict[str, np.ndarray]:
+  """The numbers of tensors."""
   read: dict[str, bytes] = {}
   tensors, total = {}, 0
-  for name, tensor in entries.items():
+  for name, tensor in of.items():
     storage = tensor.storage
     if storage.key not in read:
       read[storage.key] = numbers(storage.key)
@@ -188,12 +291,12 @@ def _state_dict(content: Any, numbers: Callable[[str], bytes], file_size: int) -
     total += tensors[name].nbytes
     if total > _MOST_SHARED * file_size:
       raise _Unreadable(f'is not read: its tensors have more than {_MOST_SHARED} times the numbers of the file')
-  return StateDict(tensors, beside)
+  return tensors
 
 
 def _text(key: Any) -> str:
-  """A key of the file for messages: what is no text may be nested without end."""
-  return key if isinstance(key, str) else reprlib.repr(key)
+  """A name in the file for messages, in one line: what is no text may be nested without end."""
+  return key if isinstance(key, str) and key.isprintable() and len(key) <= 200 else reprlib.repr(key)
 
 
 def _array(name: str, tensor: '_Tensor', numbers: np.ndarray) -> np.ndarray:
@@ -230,9 +333,10 @@ class _Tensor(NamedTuple):
 
 
 class _Loaded(NamedTuple):
-  """What a pickle holds, and the storages that it speaks of: type and size by key."""
+  """What a pickle holds, its storages (type and size by key), and the names of classes whose objects were not created."""
   content: Any
   storages: dict[str, tuple[np.dtype, int]]
+  not_made: list[str]
 
 
 def _load(stream: BinaryIO) -> _Loaded:
@@ -241,7 +345,7 @@ def _load(stream: BinaryIO) -> _Loaded:
   _check_size(stream)
   stream.seek(begin)
   unpickler = _Unpickler(stream)
-  return _Loaded(unpickler.load(), unpickler.storages)
+  return _Loaded(unpickler.load(), unpickler.storages, list(unpickler.not_made))
 
 
 def _check_size(stream: BinaryIO) -> None:
@@ -273,25 +377,57 @@ def _check_size(stream: BinaryIO) -> None:
       raise _Unreadable('is not read: its pickle would take far more memory or time than a state dict')
 
 
+class _NotMade(dict):
+  """An inert placeholder for an object that no state dict has, such as a training script's settings.
+
+  Whatever a pickle does to it runs nothing and is dropped, except for the entries of dict-like objects, which may hold
+  tensors. It is compared and hashed by identity, and its repr is short, however deep it is nested.
+  """
+  __slots__ = ()
+  __eq__, __ne__, __hash__ = object.__eq__, object.__ne__, object.__hash__
+
+  def __new__(cls, *_: Any, **__: Any) -> '_NotMade':
+    return super().__new__(cls)
+
+  def __init__(self, *_: Any, **__: Any):
+    super().__init__()
+
+  def __setstate__(self, *_: Any) -> None:
+    pass
+
+  append = extend = add = __setstate__
+
+  def __repr__(self) -> str:
+    return 'an object'
+
+
 class _Unpickler(pickle.Unpickler):
-  """Knows what a state dict is made of and refuses every other class, so that a pickle can run no code."""
+  """Knows what a state dict is made of, and imports and calls nothing else, so that a pickle can run no code.
+
+  Other objects become placeholders (`_NotMade`); a file that asks for what only an attack would is refused.
+  """
 
   def __init__(self, stream: BinaryIO):
     super().__init__(stream)
     self.storages: dict[str, tuple[np.dtype, int]] = {}
+    self.not_made: dict[str, None] = {}
 
   def find_class(self, module: str, name: str) -> Any:
     if module in ('torch', 'torch.storage') and name in _STORAGE_DTYPES:
       return name  # and not the dtype: a pickle may write to what it is given
     if (module, name) not in _ALLOWED:
-      raise _Unreadable(f'is not read: it asks for {module}.{name}, which is no part of a state dict. Such a file could run code; save '
-                        'model.state_dict() alone')
+      if module.partition('.')[0] in _HOSTILE or module in ('builtins', '__builtin__') and name in _HOSTILE_BUILTINS:
+        raise _Unreadable(_refusal(_text(f'{module}.{name}')))
+      self.not_made[_text(f'{module}.{name}')] = None
+      return _NotMade
     found = _ALLOWED[module, name]
     # The types are immutable; of the functions it gets one of its own.
     return found if isinstance(found, type) else lambda *args: found(*args)
 
-  def persistent_load(self, pid: Any) -> _Storage:
+  def persistent_load(self, pid: Any) -> _Storage | _NotMade:
     kind, name, key, _, size, *view = pid
+    if kind == 'storage' and name is _NotMade:  # of numbers of another type, such as complex ones
+      return _NotMade()
     if kind != 'storage' or name not in _STORAGE_DTYPES or not isinstance(key, str) or not isinstance(size, int) or size < 0:
       raise _Unreadable(f'is damaged: it describes a storage as {reprlib.repr(pid)}')
     dtype = np.dtype(_STORAGE_DTYPES[name])
@@ -303,8 +439,11 @@ class _Unpickler(pickle.Unpickler):
     return _Storage(key, dtype, start, length, size)
 
 
-def _rebuild_tensor(storage: _Storage, offset: int, shape: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> _Tensor:
+def _rebuild_tensor(storage: _Storage | _NotMade, offset: int, shape: tuple[int, ...], stride: tuple[int, ...],
+                    *_: Any) -> _Tensor | _NotMade:
   """`torch._utils._rebuild_tensor_v2`; what follows is about gradients."""
+  if isinstance(storage, _NotMade):
+    return storage
   if not isinstance(storage, _Storage) or not isinstance(shape, tuple) or not isinstance(stride, tuple):
     raise _Unreadable(f'is damaged: it describes a tensor as {reprlib.repr((storage, offset, shape, stride))}')
   return _Tensor(storage, offset, tuple(shape), tuple(stride))
@@ -328,6 +467,17 @@ _ALLOWED: dict[tuple[str, str], Any] = {
     ('torch._utils', '_rebuild_tensor_v2'): _rebuild_tensor,
     ('torch._utils', '_rebuild_parameter'): _rebuild_parameter,
 }
+
+# Modules that run programs, open files or import: no training script saves them. (A placeholder would be harmless, but the
+# file is an attack.)
+_HOSTILE = frozenset((
+    'os', 'posix', 'nt', 'ntpath', 'posixpath', 'sys', 'subprocess', 'commands', 'shutil', 'socket', 'importlib', 'imp', 'pip',
+    'runpy', 'ctypes', 'pty', 'webbrowser', 'code', 'codeop', 'pickle', '_pickle', 'marshal', 'dill', 'cloudpickle', 'joblib',
+    'pdb', 'bdb', 'timeit', 'cProfile', 'profile', 'doctest', 'io', '_io'))
+# Likewise of the builtins; `getattr` is not among them, as some versions of Python save members of an Enum by it.
+_HOSTILE_BUILTINS = frozenset((
+    '__import__', 'breakpoint', 'compile', 'delattr', 'eval', 'exec', 'execfile', 'file', 'globals', 'input', 'locals',
+    'open', 'reload', 'setattr', 'vars'))
 
 _STORAGE_DTYPES: dict[str, Any] = {
     'FloatStorage': np.float32, 'HalfStorage': np.float16, 'BFloat16Storage': jnp.bfloat16, 'DoubleStorage': np.float64,
