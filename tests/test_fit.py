@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from configs import default
-from ft_jax.jobs import finetune, fit, pretrain
+from ft_jax.jobs import finetune, fit, pretrain, setup
 from ft_jax.models import resnet
 
 
@@ -59,3 +59,14 @@ def test_pre_training_refuses_what_is_for_fine_tuning(tmp_path):
                         ({'noise__kind': 'symmetric', 'noise__rate': 0.5}, "config.noise.kind is 'symmetric', which is for the target")):
     with pytest.raises(ValueError, match=words):
       pretrain.run(config(model__weights='', **fields), tmp_path)
+
+
+def test_random_weights_are_recorded_by_how_they_were_drawn():
+  """On another kind of machine the last bits of drawn numbers differ; of pre-trained weights every bit counts."""
+  model = resnet.build('resnet18', {'target': 3}, width=1)
+  here = setup.init_variables(model, 32, 0, None)
+  there = jax.tree.map(lambda x: np.nextafter(x, np.float32(np.inf)), here)
+  assert setup.weights_fingerprint(here) != setup.weights_fingerprint(there)
+  assert fit._made_from_weights(here, 0, None) == fit._made_from_weights(there, 0, None) == {'random weights': 'drawn with seed 0'}
+  assert fit._made_from_weights(here, 1, None) != fit._made_from_weights(here, 0, None)
+  assert fit._made_from_weights(here, 0, here) != fit._made_from_weights(there, 0, there)

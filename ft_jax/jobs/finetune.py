@@ -6,6 +6,7 @@ import io
 from typing import Any
 
 from etils import epath
+import jax
 from ml_collections import ConfigDict
 import numpy as np
 
@@ -41,7 +42,7 @@ def run(config: ConfigDict, workdir: epath.PathLike, embeddings: epath.PathLike 
   splits, readable, skipped = setup.readable(splits, 'target', config.data.on_error, needed)
   pool = pool if needed is None else readable
   setup.check_same_images(splits, pool)
-  splits, true_labels, noise_told = noise.add(config.noise, config.seed, splits)
+  splits, true_labels, noise_told = noise.add(config.noise, config.seed, splits, work.predicted_json)
   if not done:
     _describe(splits, pool)
     if config.selection.method != 'none':
@@ -356,8 +357,10 @@ def _embedded(config: ConfigDict, folder: epath.Path, unfinished: epath.Path, we
                                    weights.variables if weights else None)
   if _projects(config):
     variables['projection'] = weights.variables['projection']
+  # Another jax may draw other ones by the same seed.
+  random = '' if weights else f'{setup.drawn(config.seed)} by jax {jax.__version__}, {config.model.width} {config.model.stem}'
   return embedded(folder, config.model, variables, source, transform, config.train.batch_size, what, means, config.data.timeout,
-                  unfinished)
+                  unfinished, random)
 
 
 def _selection_section(target: Source, pool: Source, chosen: selection.Selection, most: int = 120) -> report.SelectionSection:

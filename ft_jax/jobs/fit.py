@@ -22,7 +22,7 @@ from ft_jax.data.pipeline import EvalBatches, TIMEOUT, Transform
 from ft_jax.evaluate import Evaluation, make_predict
 from ft_jax.jobs.divergence import Divergences, handle
 from ft_jax.jobs.loop import evaluated, Plan, Run, spoken, Stream, train
-from ft_jax.jobs.setup import Splits, weights_fingerprint
+from ft_jax.jobs.setup import drawn, Splits, weights_fingerprint
 from ft_jax.methods import all_needs, Begin, Method
 from ft_jax.models import resnet
 from ft_jax.models.resnet import ResNet
@@ -172,7 +172,7 @@ def fit(config: ConfigDict, work: Workdir, *, model: ResNet, variables: Mapping[
   methods = methods or {}
   checkpoints = Checkpoints(work.path, {
       **{f'{name} images': stream.source.fingerprint for name, stream in streams.items()}, 'val images': splits.val.fingerprint,
-      'pre-trained weights': weights_fingerprint(variables)}, keep=plan.keep)
+      **_made_from_weights(variables, seed, start)}, keep=plan.keep)
   labels = splits.train.labels
 
   def batches_of(split: str, rows: Sequence[int] | None = None) -> Iterator[Any]:
@@ -212,6 +212,17 @@ def fit(config: ConfigDict, work: Workdir, *, model: ResNet, variables: Mapping[
   return {'best_step': best, 'steps': plan.steps, 'steps_per_epoch': len(streams[head].source) / streams[head].batch_size, 'seed': seed,
           'metric': metric, **_environment(model), 'devices_from_step': devices, 'skipped_batches': len(losses.skipped),
           **_final(run, state, best)}
+
+
+def _made_from_weights(variables: Mapping[str, Any], seed: int, start: Mapping[str, Any] | None) -> dict[str, str]:
+  """What a checkpoint says of the weights that training began with.
+
+  Random ones are not compared by their values: the last bits of drawn numbers depend on the processor and the compiler. (Versions that did
+  so used the name 'pre-trained weights' for them too.)
+  """
+  if start:
+    return {'pre-trained weights': weights_fingerprint(variables)}
+  return {'random weights': drawn(seed)}
 
 
 def _tell_devices(devices: Sequence[Sequence[int]], start: int, model: ResNet, batch_size: int) -> None:

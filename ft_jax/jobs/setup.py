@@ -276,4 +276,9 @@ def weights_fingerprint(variables: Mapping[str, Any]) -> str:
   return state.hexdigest()[:16]
 
 
+def drawn(seed: int) -> str:
+  """Says which random weights a network of some config starts with: their last bits depend on the processor and the compiler."""
+  return f'drawn with seed {seed}'
+
+
 SOURCE_HEADS = ('fresh', 'pretrained')
