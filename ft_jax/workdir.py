@@ -41,7 +41,8 @@ class Workdir:
   def __init__(self, path: epath.PathLike, config: Mapping[str, Any]):
     """Makes the folder, or takes up the run that is there.
 
-    Fields of the config that the version which wrote the run did not have count as their defaults; see `as_now`. A run that has no checkpoint yet has nothing to lose: it takes the new config, and selects again.
+    A run that has no checkpoint yet has nothing to lose: it takes the new config, and selects again. Fields of the config that the
+    version which wrote the run did not have count as their defaults; see `as_now`.
 
     Raises:
       ValueError: it belongs to a run with another config, and names the fields that differ; or to something else; or another process
