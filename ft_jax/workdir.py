@@ -1,6 +1,6 @@
 """The folder of a run: what lies where, and how it is written. Every file is written whole or not at all."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 import contextlib
 import fcntl
 import json
@@ -171,10 +171,10 @@ def own(folder: epath.Path) -> _Owned | None:
   return _OWNED.get(name) or _OWNED.setdefault(name, _Owned(folder))
 
 
-def fixed(config: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
+def fixed(config: Mapping[str, Any], prefix: str = '', free: Collection[str] = FREE) -> dict[str, Any]:
   """The fields of a config that a run keeps."""
-  return {name: fixed(value, f'{prefix}{name}.') if isinstance(value, Mapping) else value for name, value in config.items()
-          if f'{prefix}{name}' not in FREE}
+  return {name: fixed(value, f'{prefix}{name}.', free) if isinstance(value, Mapping) else value for name, value in config.items()
+          if f'{prefix}{name}' not in free}
 
 
 def _tidy(folder: epath.Path) -> None:

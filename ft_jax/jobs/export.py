@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from ft_jax.jobs import setup, trained
 from ft_jax.models import resnet, to_torch
 from ft_jax.progress import log
+from ft_jax.settings import check_fields
 from ft_jax.workdir import write_bytes
 
 PLATFORMS = ('cpu', 'cuda', 'rocm', 'tpu')
@@ -22,6 +23,7 @@ _TEMPLATES = pathlib.Path(__file__).parents[1] / 'templates'
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
   """Writes model.safetensors, model.stablehlo, classes.txt, model.json and example.py; returns what model.json holds."""
+  check_fields(config)
   if jax.process_count() > 1:
     raise ValueError('job export runs in one process; start it on one host alone, with --num_processes=1')
   run = trained.load(config.workdir)

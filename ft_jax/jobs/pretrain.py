@@ -8,11 +8,13 @@ from ml_collections import ConfigDict
 from ft_jax import methods, parallel, report
 from ft_jax.jobs import fit, setup
 from ft_jax.progress import log
+from ft_jax.settings import check_fields
 from ft_jax.workdir import Workdir, write_results
 
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
   """Runs the job, or goes on with it; returns what results.json holds."""
+  check_fields(config)
   if not config.source.name:
     raise ValueError('config.source.name is empty; name the data to pre-train on')
   if config.model.weights == 'pretrain':
