@@ -85,12 +85,9 @@ def test_every_warmup_and_length_makes_a_schedule(kind):
       np.testing.assert_allclose(values[:rise], 0.5 * (1 + np.arange(rise)) / max(rise, 1), rtol=1e-5)
 
 
-@pytest.mark.parametrize('kwargs,words', [
-    ({'kind': 'linear'}, 'milestones, cosine, constant'), ({'warmup': 1.0}, 'from 0 to below 1'),
-    ({'milestones': (60, 80)}, 'parts of the run between 0 and 1')])
-def test_schedule_errors(kwargs, words):
-  with pytest.raises(ValueError, match=words):
-    rates(kwargs.pop('kind', 'milestones'), **kwargs)
+def test_an_unknown_schedule_is_refused():
+  with pytest.raises(ValueError, match='milestones, cosine, constant'):
+    rates('linear')
 
 
 def test_layers_decay_with_their_distance_from_the_heads():
@@ -153,11 +150,6 @@ def test_amsgrad_equals_torchs_formula():
     np.testing.assert_allclose(params['conv1']['kernel'], w, rtol=2e-5)
 
 
-@pytest.mark.parametrize('fields,words', [
-    ({'kind': 'sdg'}, "train.optimizer is 'sdg'; known: sgd, adam, adamw, amsgrad"),
-    ({'layer_decay': 0.0}, 'train.layer_decay is 0.0'),
-    ({'layer_decay': 1.5}, 'train.layer_decay is 1.5'),
-    ({'clip': -1.0}, 'train.clip is -1.0'), ({'momentum': 1.0}, 'train.momentum is 1.0')])
-def test_settings_out_of_range(fields, words):
-  with pytest.raises(ValueError, match=words):
-    optimizer.make_optimizer(fields.pop('kind', 'sgd'), optax.constant_schedule(1.0), PARAMS, **fields)
+def test_an_unknown_optimizer_is_refused():
+  with pytest.raises(ValueError, match="train.optimizer is 'sdg'; known: sgd, adam, adamw, amsgrad"):
+    optimizer.make_optimizer('sdg', optax.constant_schedule(1.0), PARAMS)

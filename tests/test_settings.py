@@ -50,7 +50,7 @@ def test_every_field_has_its_kind():
   assert {path for path in DEFAULTS if not path.startswith('methods.')} == set(settings.FIELDS)
 
 
-@pytest.mark.parametrize('path', DEFAULTS)
+@pytest.mark.parametrize('path', list(DEFAULTS))
 def test_every_value_is_fine_or_refused_by_name(path):
   kind = type(DEFAULTS[path])
   assert refused(path, changed(path, DEFAULTS[path])) is None
@@ -100,7 +100,7 @@ def shapes_once():
     yield
 
 
-@pytest.mark.parametrize('path', DEFAULTS)
+@pytest.mark.parametrize('path', list(DEFAULTS))
 def test_what_is_fine_by_itself_is_so_for_its_job(path, photos, tmp_path, shapes_once):
   """Nothing that is let through ends in another library: it is refused in one line, or the job could begin."""
   kind, first = type(DEFAULTS[path]), path.split('.')[1] if path.startswith('methods.') else ''
@@ -139,6 +139,9 @@ def test_magnitudes_are_those_of_randaugment():
     ('train.batch_size', -8, '^config.train.batch_size is -8; expected a whole number from 1 to 2147483647$'),
     ('pretrain.momentum', 1.0, '^config.pretrain.momentum is 1.0; expected a number from 0 to below 1$'),
     ('train.milestones', (0.6, 1.0), r'^config.train.milestones is \(0.6, 1.0\); expected values such as \(0.6, 0.8\), each'),
+    ('train.layer_decay', 0.0, 'config.train.layer_decay is 0.0; expected a number above 0, up to 1'),
+    ('train.layer_decay', 1.5, 'config.train.layer_decay is 1.5; expected'), ('train.clip', -1.0, 'config.train.clip is -1.0; expected'),
+    ('train.warmup', 1.0, 'config.train.warmup is 1.0; expected a number from 0 to below 1'),
     ('methods.bss.k', 1.0, '^methods.bss.k is 1.0; expected a whole number'),
     ('seed', 2**32, 'config.seed is 4294967296; expected a whole number from 0 to 4294967295')])
 def test_what_is_said(path, value, said):
@@ -157,7 +160,7 @@ def all_configs():
       yield pytest.param(module.get_config() if argument is None else module.get_config(argument), id=f'{file.stem}-{argument}')
 
 
-@pytest.mark.parametrize('config', all_configs())
+@pytest.mark.parametrize('config', list(all_configs()))
 def test_every_config_is_let_through(config):
   settings.check_fields(config)
   methods.active(config.methods.to_dict())
