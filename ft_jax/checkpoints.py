@@ -149,8 +149,7 @@ class Checkpoints:
       raise ValueError(f'{self._manager.directory} has format version {about["format_version"]}; this program goes on from '
                        f'{FORMAT_VERSION}. Give another --workdir; as model.weights it can still be used')
     before, now = about['made_from'], self._about['made_from']
-    changed = [name for name in sorted({*before, *now}) if before.get(name) not in (now.get(name), self._formerly.get(name, ''))]
-    if changed:
+    if changed := [name for name in differing(before, now) if before[name] != self._formerly.get(name)]:
       raise ValueError(f'{self._manager.directory} goes on from other data: changed since then: {", ".join(changed)}; '
                        'bring it back, or give another --workdir')
     self._about['made_from'] = before  # all checkpoints of a run say the same of it
@@ -236,6 +235,14 @@ def history(workdir: epath.PathLike) -> list[Kept]:
   kept = [Kept(step, manager.metrics(step), _about(manager, step)['made_from']) for step in sorted(manager.all_steps())]
   checkpoints.close()
   return kept
+
+
+def differing(one: Mapping[str, str], other: Mapping[str, str]) -> list[str]:
+  """The names, in order, of what two states were made from that is not the same.
+
+  What only one of them names is not compared: the versions that wrote them recorded different things.
+  """
+  return sorted(name for name in one.keys() & other.keys() if one[name] != other[name])
 
 
 def load_variables(workdir: epath.PathLike, step: int | None = None) -> dict[str, Any]:

@@ -12,6 +12,15 @@ import traceback
 from absl import flags
 from ml_collections import ConfigDict
 
+# Messages about values of the wrong type: of a flag, and of a field that the file of a config sets.
+_WRONG_TYPES = {
+    r"invalid literal for int\(\) with base 10: .*": 'expected a whole number',
+    r"could not convert string to float: .*": 'expected a number',
+    r"\('Non-boolean argument to boolean flag', .*\)": 'expected true or false',
+    r"(?s)Failed to parse '(.*)' as a ConfigDict: .*": 'this is a group of fields; set one of them, as --config.group.field=value',
+    r"(?s)Could not override field '(\w+)' \(reference\)\. (.*) is of original type <class '([\w.]+)'> and cannot be casted to type "
+    r"<class '(?:\w+[.])*(\w+)'>": r"the file of --config sets the field '\1' to \2, which is of type \3; expected \4",
+}
 _CONFIGS = pathlib.Path(__file__).parents[1] / 'configs'
 
 
@@ -34,7 +43,7 @@ def parse(argv: list[str]) -> list[str]:
     *_, reason = str(error).strip().splitlines()
     if 'takes 0 positional arguments' in reason:
       reason = 'that config takes no argument behind a colon'
-    sys.exit(f'error: {re.sub(r"^[A-Za-z]+Error: ", "", reason.strip())}\n(python main.py --help lists the flags)')
+    sys.exit(f'error: {_in_words(re.sub(r"^[A-Za-z]+Error: ", "", reason.strip()))}\n(python main.py --help lists the flags)')
   except (AttributeError, KeyError) as error:
     from configs import default
 
@@ -49,6 +58,13 @@ def parse(argv: list[str]) -> list[str]:
       meant = re.search(r'Did you mean "\w+"', str(error))
       sys.exit(f'error: the file of --config sets {wrong[1]!r}, which is no field of configs/default.py. {meant[0] + "?" if meant else ""}')
     raise
+
+
+def _in_words(reason: str) -> str:
+  """What ml_collections and Python say of a value of the wrong type, as a user would."""
+  for pattern, words in _WRONG_TYPES.items():
+    reason = re.sub(pattern, words, reason)
+  return reason
 
 
 def check_config_file(file_name: str) -> None:

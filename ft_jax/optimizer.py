@@ -1,5 +1,6 @@
 """Optimizers with learning-rate groups, and the schedules of the learning rate."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 import re
 from typing import Any
@@ -20,25 +21,22 @@ def make_schedule(kind: str, learning_rate: float, steps: int, *, milestones: Se
     kind: a name of `SCHEDULES`.
     learning_rate: the highest one.
     steps: of the whole run.
-    milestones: parts of the run (0 to 1) after which the rate is multiplied by `decay`; for 'milestones'.
+    milestones: fractions of the run (0 to 1), in any order, after which the rate is multiplied by `decay`; for 'milestones'. In a short run
+      several may fall on one step, which then multiplies the rate as many times.
     decay: see there.
-    warmup: part of the run (0 to 1) over which the rate rises from zero.
+    warmup: fraction of the run (0 to 1) over which the rate rises from zero; at least the last step is left for the schedule itself.
 
   Raises:
-    ValueError: an unknown kind, or parts outside of [0, 1].
+    ValueError: an unknown kind.
   """
   if kind not in SCHEDULES:
     raise ValueError(f'train.schedule is {kind!r}; known: {", ".join(SCHEDULES)}')
-  if not 0 <= warmup < 1:
-    raise ValueError(f'train.warmup is {warmup}; expected a part of the run from 0 to below 1')
-  outside = [m for m in milestones if not 0 < m < 1]
-  if outside:
-    raise ValueError(f'train.milestones has {outside[0]}; expected parts of the run between 0 and 1, such as (0.6, 0.8)')
-  rise = round(warmup * steps)
+  rise = min(round(warmup * steps), steps - 1)
   if kind == 'cosine':
     main = optax.cosine_decay_schedule(learning_rate, steps - rise)
   elif kind == 'milestones':
-    main = optax.piecewise_constant_schedule(learning_rate, {round(m * steps) - rise: decay for m in milestones})
+    times = Counter(round(m * steps) - rise for m in milestones)
+    main = optax.piecewise_constant_schedule(learning_rate, {step: decay**count for step, count in times.items()})
   else:
     main = optax.constant_schedule(learning_rate)
   if not rise:
@@ -65,16 +63,10 @@ def make_optimizer(kind: str, schedule: optax.Schedule, params: Any, *, momentum
     clip: the gradient is scaled down to this norm over all parameters; 0 leaves it.
 
   Raises:
-    ValueError: an unknown kind, a number out of its range, or groups that do not fit the parameters.
+    ValueError: an unknown kind, or groups that do not fit the parameters.
   """
   if kind not in OPTIMIZERS:
     raise ValueError(f'train.optimizer is {kind!r}; known: {", ".join(OPTIMIZERS)}')
-  if not 0 <= momentum < 1:
-    raise ValueError(f'train.momentum is {momentum}; expected a number from 0 to below 1')
-  if not 0 < layer_decay <= 1:
-    raise ValueError(f'train.layer_decay is {layer_decay}; expected a number above 0, up to 1 (no decay)')
-  if not 0 <= clip < float('inf'):
-    raise ValueError(f'train.clip is {clip}; expected the largest norm of the gradient, or 0 for any')
   groups = by_pattern(params, learning_rate_groups, 'train.learning_rate_groups')
   decays = by_pattern(params, weight_decay_groups, 'train.weight_decay_groups')
   rates = jax.tree.map(lambda factor, depth: factor * layer_decay**depth, groups, depths(params))

@@ -122,7 +122,7 @@ def check_batch(size: int, what: str) -> None:
   devices = jax.device_count()
   if size < 1 or size % devices:
     below, above = size // devices * devices, -(-max(size, 1) // devices) * devices
-    choice = f'{below} or {above}' if below else f'{above}'
+    choice = f'{below} or {above}' if below > 0 else f'{above}'
     raise ValueError(f'{what} is {size}, which {devices} devices cannot share evenly; use {choice}')
 
 

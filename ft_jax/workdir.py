@@ -1,6 +1,6 @@
 """The folder of a run: what lies where, and how it is written. Every file is written whole or not at all."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 import contextlib
 import fcntl
 import json
@@ -17,13 +17,17 @@ from tensorboardX.proto import event_pb2
 from tensorboardX.record_writer import masked_crc32c
 from tensorboardX.summary import scalar
 
-from ft_jax import parallel
+from ft_jax import parallel, settings
 from ft_jax.progress import log
 from selection import files
 
 # Fields that may change between two starts of one run. What they do to its images, the checkpoints notice.
 FREE = ('compile_cache', 'data.cache', 'data.on_error', 'data.timeout', 'train.nonfinite_steps', 'train.skip_diverged',
         'pretrain.nonfinite_steps', 'pretrain.skip_diverged')
+# Fields that were renamed, by path: {the name in older versions: the name now}.
+RENAMED: dict[str, str] = {}
+# Fields that were removed, by path, each with the value that had no effect: a run that had it resumes, one that had another is refused.
+REMOVED: dict[str, Any] = {}
 # Where nothing can be added to, a growing file is written again so often at most, in seconds.
 EVERY = 10.0
 # Seconds to wait for another process to leave, as one that was asked to stop does.
@@ -43,7 +47,8 @@ class Workdir:
   def __init__(self, path: epath.PathLike, config: Mapping[str, Any]):
     """Makes the folder, or takes up the run that is there.
 
-    A run that has no checkpoint yet has nothing to lose: it takes the new config, and selects again.
+    A run that has no checkpoint yet has nothing to lose: it takes the new config, and selects again. Fields of the config that the
+    version which wrote the run did not have count as their defaults; see `as_now`.
 
     Raises:
       ValueError: it belongs to a run with another config, and names the fields that differ; or to something else; or another process
@@ -64,7 +69,7 @@ class Workdir:
       self._owned = own(self.path)  # before anything is read that another process may be about to write
       _tidy(self.path)
     try:
-      before = read_config(self.path)
+      before = _stored(self.path)
     except OSError as error:  # nobody may even look
       raise files.Unwritable(self.path, error) from error
     if before is None:
@@ -73,7 +78,7 @@ class Workdir:
     else:
       if before == wanted:
         return
-      differing = _differences(fixed(before), fixed(wanted))
+      differing = _differences(fixed(as_now(before)), fixed(as_now(wanted)))
       if differing and (self.results_json.exists() or self.has_checkpoint()):
         raise ValueError(f'workdir {self.path} belongs to a run with another config ({"; ".join(differing[:5])}); '
                          'give another --workdir')
@@ -88,6 +93,7 @@ class Workdir:
   metrics_jsonl = property(lambda self: self.path / 'metrics.jsonl')
   results_json = property(lambda self: self.path / 'results.json')
   diverged_json = property(lambda self: self.path / 'diverged.json')
+  predicted_json = property(lambda self: self.path / 'predicted.json')  # label noise from a model: what it sees in each image
   report_html = property(lambda self: self.path / 'report.html')
   embeddings = property(lambda self: self.path / 'embeddings')
   unfinished = property(lambda self: self.path / 'unfinished')  # embeddings; gone when all are there
@@ -203,10 +209,10 @@ def own(folder: epath.Path) -> _Owned | None:
   return _OWNED.get(name) or _OWNED.setdefault(name, _Owned(folder))
 
 
-def fixed(config: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
+def fixed(config: Mapping[str, Any], prefix: str = '', free: Collection[str] = FREE) -> dict[str, Any]:
   """The fields of a config that a run keeps."""
-  return {name: fixed(value, f'{prefix}{name}.') if isinstance(value, Mapping) else value for name, value in config.items()
-          if f'{prefix}{name}' not in FREE}
+  return {name: fixed(value, f'{prefix}{name}.', free) if isinstance(value, Mapping) else value for name, value in config.items()
+          if f'{prefix}{name}' not in free}
 
 
 def _tidy(folder: epath.Path) -> None:
@@ -218,12 +224,31 @@ def _tidy(folder: epath.Path) -> None:
 
 
 def read_config(path: epath.PathLike) -> dict[str, Any] | None:
-  """The config of the run in a folder, or None where there is no run; other programs have files of that name too."""
+  """The config of the run in a folder as of `as_now`, or None where there is no run; other programs have files of that name too."""
+  stored = _stored(path)
+  return None if stored is None else as_now(stored)
+
+
+def as_now(config: Mapping[str, Any]) -> dict[str, Any]:
+  """A config that any version wrote, with the fields of this one.
+
+  Renamed fields have their new names (`RENAMED`), removed ones that had no effect are dropped (`REMOVED`), and fields that are missing
+  have their defaults. Other fields that this version does not know are kept.
+  """
+  known = settings.defaults()
+  fields = {RENAMED.get(name, name): value for name, value in settings.flat(config).items()}
+  kept = {name: value for name, value in fields.items() if name in known or name not in REMOVED or REMOVED[name] != value}
+  return settings.nested(known | kept)
+
+
+def _stored(path: epath.PathLike) -> dict[str, Any] | None:
+  """config.json of a run as it is; None as of `read_config`."""
   try:
     config = json.loads((epath.Path(path) / 'config.json').read_text())
+    found = isinstance(config, dict) and {'job', 'seed', 'train'} <= set(config) and settings.flat(config)  # not nested without end
   except (FileNotFoundError, NotADirectoryError, RecursionError, ValueError):
     return None
-  return config if isinstance(config, dict) and {'job', 'seed', 'train'} <= set(config) else None
+  return config if found else None
 
 
 def saved_steps(path: epath.PathLike) -> list[int]:
@@ -384,5 +409,5 @@ def _differences(before: Any, now: Any, name: str = 'config') -> list[str]:
   """The fields that differ, as `config.seed is 0 there and 1 here`."""
   if isinstance(before, dict) and isinstance(now, dict):
     return [line for key in sorted({*before, *now})
-            for line in _differences(before.get(key, 'not set'), now.get(key, 'not set'), f'{name}.{key}')]
+            for line in _differences(before.get(key, 'not known'), now.get(key, 'not known'), f'{name}.{key}')]
   return [] if before == now else [f'{name} is {before!r} there and {now!r} here']

@@ -129,6 +129,16 @@ def test_other_data_than_before_is_refused(tmp_path):
   checkpoints.close()
 
 
+def test_what_only_one_version_recorded_is_not_compared(tmp_path):
+  """Versions before recorded a hash of random weights, which depends on the processor."""
+  checkpoints = Checkpoints(tmp_path, {'val images': '1', 'pre-trained weights': '0123456789abcdef'})
+  checkpoints.save(1, state_at(1), {'score': 0.2, 'loss': 1.0})
+  checkpoints.close()
+  checkpoints = Checkpoints(tmp_path, {'val images': '1', 'random weights': 'drawn with seed 0'})
+  jax.tree.map(np.testing.assert_array_equal, checkpoints.restore(1, state_at(0)), state_at(1))
+  checkpoints.close()
+
+
 def test_a_checkpoint_of_another_format_is_refused_and_still_gives_weights(tmp_path, monkeypatch):
   with monkeypatch.context() as patch:
     patch.setattr(checkpoints_module, 'FORMAT_VERSION', 1)

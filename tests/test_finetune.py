@@ -6,6 +6,7 @@ import shutil
 
 from conftest import write_images
 from etils import epath
+import jax
 import numpy as np
 import pytest
 
@@ -158,6 +159,20 @@ def test_projection_features_are_the_mlp_of_the_pooled_ones(photos, tmp_path):
   np.testing.assert_allclose(projected, hidden @ (w2.reshape(4, 8) / 32 - 0.5).T + b2, rtol=1e-4, atol=1e-4)
   assert pooled.shape == (48, 8) and projected.shape == (48, 4) and np.ptp(projected, axis=0).min() > 1e-3
   assert encoder != with_head and len(list((folder / 'kept').iterdir())) == 2
+
+
+def test_embeddings_of_random_weights_are_found_again_on_another_machine(photos, tmp_path, monkeypatch):
+  """There the last bits of drawn weights differ; another seed draws other weights."""
+  source, folder, features = open_source(f'folder:{photos}', 'test'), epath.Path(tmp_path), []
+  drawn = setup.init_variables
+  for seed, factor in ((0, 1.0), (0, 1 + 2.0 ** -23), (1, 1.0)):
+    monkeypatch.setattr(setup, 'init_variables', lambda *args, f=factor: jax.tree.map(lambda x: x * np.float32(f), drawn(*args)))
+    settings = config(photos, photos, seed=seed, **{'model.width': 1})
+    features.append(finetune._embedded(settings, folder / 'kept', folder / 'unfinished', None, source, setup.make_transform(settings),
+                                       'source'))
+  assert len(list((folder / 'kept').iterdir())) == 2
+  np.testing.assert_array_equal(features[0].features, features[1].features)
+  assert np.abs(features[0].features - features[2].features).max() > 1e-3
 
 
 @pytest.mark.parametrize('weights,features,words', [

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from configs import default
-from ft_jax.jobs import finetune, fit, pretrain
+from ft_jax.jobs import finetune, fit, pretrain, setup
 from ft_jax.models import resnet
 
 
@@ -35,10 +35,10 @@ def test_fresh_heads_learn_ten_times_as_fast():
     ({'train__freeze': 'layr1/.*'}, "train.freeze is 'layr1/..', which no parameter matches; paths look like"),
     ({'train__freeze': '('}, r"train.freeze is '\(.*expected backbone, or a regular expression"),
     ({'train__freeze': '.*'}, "train.freeze is '..', which leaves no parameter to train"),
-    ({'train__average': 1.0}, 'train.average is 1.0; expected the part of the averages'),
+    ({'train__average': 1.0}, 'train.average is 1.0; expected a number from 0 to below 1'),
     ({'train__accumulate': 3}, 'train.accumulate is 3, into which the 4 images of a device .train.batch_size 16. cannot be cut evenly'),
     ({'train__accumulate': 2, 'source_ratio': 0.75}, 'train.accumulate is 2, into which the 3 images of a device .config.source_ratio'),
-    ({'target__train_fraction': 0.0}, 'config.target.train_fraction is 0.0; expected a part of the images above 0'),
+    ({'target__train_fraction': 0.0}, 'config.target.train_fraction is 0.0; expected a number above 0, up to 1'),
     ({'target__train_fraction': 0.5, 'target__train_per_class': 3}, 'train_fraction and config.target.train_per_class both say'),
     ({'target__test': 'rest'}, "test is 'rest', .* config.target.train_per_class is 0 and train_fraction is 1; set either"),
     ({'methods__l2_sp__weight': 0.1, 'model__weights': ''}, 'methods.l2_sp needs pre-trained weights, but config.model.weights is empty'),
@@ -113,3 +113,14 @@ def test_pre_training_refuses_what_is_for_fine_tuning(tmp_path):
                         ({'noise__kind': 'symmetric', 'noise__rate': 0.5}, "config.noise.kind is 'symmetric', which is for the target")):
     with pytest.raises(ValueError, match=words):
       pretrain.run(config(model__weights='', **fields), tmp_path)
+
+
+def test_random_weights_are_recorded_by_how_they_were_drawn():
+  """On another kind of machine the last bits of drawn numbers differ; of pre-trained weights every bit counts."""
+  model = resnet.build('resnet18', {'target': 3}, width=1)
+  here = setup.init_variables(model, 32, 0, None)
+  there = jax.tree.map(lambda x: np.nextafter(x, np.float32(np.inf)), here)
+  assert setup.weights_fingerprint(here) != setup.weights_fingerprint(there)
+  assert fit._made_from_weights(here, 0, None) == fit._made_from_weights(there, 0, None) == {'random weights': 'drawn with seed 0'}
+  assert fit._made_from_weights(here, 1, None) != fit._made_from_weights(here, 0, None)
+  assert fit._made_from_weights(here, 0, here) != fit._made_from_weights(there, 0, there)

@@ -5,6 +5,7 @@ import json
 import pathlib
 
 from conftest import quick_main
+from etils import epath
 from hypothesis import given, settings
 from hypothesis import strategies as st
 import numpy as np
@@ -173,6 +174,19 @@ def test_labels_of_another_network(trained_run, photos, tmp_path, monkeypatch):
   monkeypatch.setattr(predict, 'predict', None)
   again = noise.add(settings_of(kind='model', rate=1.0, labels=str(trained_run)), 0, splits)
   np.testing.assert_array_equal(again.splits.train.labels, expected)
+
+
+def test_a_run_keeps_the_labels_that_a_model_gave_it(trained_run, photos, tmp_path, monkeypatch):
+  """Where it resumes on another machine, which rounds differently and has no cache of them, they stay as they are."""
+  splits, predicted = splits_of(photos), predict.Predictions([], np.arange(44)[:, None] % 4, np.ones((44, 1)))
+  monkeypatch.setattr(predict, 'predict', lambda *_: (predicted, {}))
+  fields, path = settings_of(kind='model', rate=1.0, labels=str(trained_run)), epath.Path(tmp_path) / 'predicted.json'
+  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'here'))
+  begun = noise.add(fields, 0, splits, path).splits.train
+  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'there'))
+  monkeypatch.setattr(predict, 'predict', lambda *_: (predicted._replace(classes=3 - predicted.classes), {}))
+  resumed = noise.add(fields, 0, splits, path).splits.train
+  assert resumed.fingerprint == begun.fingerprint != noise.add(fields, 0, splits).splits.train.fingerprint
 
 
 def test_tables_that_do_not_fit(trained_run, photos, pool, tmp_path):

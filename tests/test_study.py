@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from configs import default
 from configs import study as study_config
+from ft_jax import settings
 from ft_jax.checkpoints import load_variables
+from ft_jax.data.sources import digest
 from ft_jax.jobs import history, study, study_results
 from ft_jax.jobs.study_data import open_target, Rows, Target
 from ft_jax.models import to_torch
@@ -171,3 +174,21 @@ def test_classes_with_one_image_and_few_images_are_told():
   assert one.startswith('1 of 3 classes have one image for training and val together (lone), which is trained on')
   assert absent == '1 of 3 classes have no image in val (absent).'
   assert few.startswith('5 images are fewer ...') and 'no LEEP' in without and 'not known for all networks' in moved
+
+
+def test_parts_of_an_older_version_are_found(monkeypatch):
+  """What parts are named by does not change when a field is added, which belongs into study.ADDED then."""
+  fields = lambda *added: study._own(changed(*added), 'folder:pets', 0, '').to_dict()
+
+  def changed(*added):
+    config = default.get_config().unlock()
+    for name, value in added:
+      config.train[name] = value
+    return config
+
+  assert digest(study._fields(fields(), study._WITHOUT_EFFECT)) == 'dafb6c26e95ccaa5', 'a new field is missing in study.ADDED'
+  assert digest(study._fields(fields())) == '7f16fe8cf548d6fa'
+  monkeypatch.setattr(study, 'ADDED', (*study.ADDED, 'train.sharpness'))
+  known = settings.defaults() | {'train.sharpness': 1.5}
+  monkeypatch.setattr(study, 'defaults', lambda: known)
+  assert digest(study._fields(fields(('sharpness', 1.5)))) == '7f16fe8cf548d6fa' != digest(study._fields(fields(('sharpness', 2.0))))

@@ -4,9 +4,11 @@ import json
 import subprocess
 import sys
 
+from ml_collections import ConfigDict
 import pytest
 
-from ft_jax import workdir
+from configs import default
+from ft_jax import settings, workdir
 from ft_jax.workdir import MetricsWriter, Workdir, write_results
 
 CONFIG = {'job': 'finetune', 'seed': 0, 'train': {'steps': 5, 'milestones': (0.6, 0.8)}}
@@ -28,6 +30,63 @@ def test_how_images_are_read_may_change(tmp_path):
   assert json.loads(work.config_json.read_text())['data'] == {'cache': True, 'on_error': 'skip'}
   with pytest.raises(ValueError, match='config.seed is 0 there and 1 here'):
     Workdir(tmp_path / 'run', {**CONFIG, 'seed': 1, 'data': {'cache': True, 'on_error': 'skip'}})
+
+
+@pytest.fixture
+def run_of_an_older_version(tmp_path):
+  """A run with a checkpoint, of whose config the later version knows more fields and other names."""
+  older = {'job': 'finetune', 'seed': 0, 'train': {'batch_size': 8, 'average': 0.9, 'fuzzy': 0}, 'pretrain': {'average': 0.0}}
+  path = tmp_path / 'run'
+  (path / 'checkpoints' / '5').mkdir(parents=True)
+  (path / 'config.json').write_text(json.dumps(older))
+  return path
+
+
+def later(**fields):
+  """The config of the version of today, with other values by path."""
+  return settings.nested(settings.flat(default.get_config().to_dict()) | {'train.batch_size': 8} | fields)
+
+
+def test_a_field_that_an_older_version_did_not_have_is_its_default(run_of_an_older_version, monkeypatch):
+  """Whatever fields are added, an old run is resumed with their defaults, and refused by name with other values."""
+  monkeypatch.setattr(workdir, 'REMOVED', {'train.fuzzy': 0})
+  config = later(**{'train.average': 0.9})
+  Workdir(run_of_an_older_version, config)
+  assert workdir.read_config(run_of_an_older_version)['augment']['scale'] == [0.08, 1.0]
+  added = default.get_config().unlock()
+  added.train.sharpness, added.colours = 1.5, ConfigDict({'count': 3})
+  monkeypatch.setattr(default, 'get_config', lambda: added)
+  now = later(**{'train.average': 0.9})
+  Workdir(run_of_an_older_version, now)
+  assert json.loads((run_of_an_older_version / 'config.json').read_text())['colours'] == {'count': 3}
+  with pytest.raises(ValueError, match=r'another config \(config.colours.count is 3 there and 4 here\); give another'):
+    Workdir(run_of_an_older_version, later(**{'train.average': 0.9, 'colours.count': 4}))
+
+
+def test_a_removed_field_that_had_no_effect_is_ignored(run_of_an_older_version, monkeypatch):
+  config = later(**{'train.average': 0.9})
+  with pytest.raises(ValueError, match=r"\(config.train.fuzzy is 0 there and 'not known' here\)"):
+    Workdir(run_of_an_older_version, config)
+  monkeypatch.setattr(workdir, 'REMOVED', {'train.fuzzy': 1})
+  with pytest.raises(ValueError, match=r"\(config.train.fuzzy is 0 there and 'not known' here\)"):
+    Workdir(run_of_an_older_version, config)
+  monkeypatch.setattr(workdir, 'REMOVED', {'train.fuzzy': 0})
+  Workdir(run_of_an_older_version, config)
+
+
+def test_a_renamed_field_keeps_its_value(run_of_an_older_version, monkeypatch):
+  """As if train.average were called train.ema_decay now."""
+  renamed = default.get_config().unlock()
+  for group in (renamed.train, renamed.pretrain):
+    group.ema_decay = group.average
+    del group.average
+  monkeypatch.setattr(default, 'get_config', lambda: renamed)
+  monkeypatch.setattr(workdir, 'REMOVED', {'train.fuzzy': 0})
+  monkeypatch.setattr(workdir, 'RENAMED', {'train.average': 'train.ema_decay', 'pretrain.average': 'pretrain.ema_decay'})
+  assert workdir.read_config(run_of_an_older_version)['train']['ema_decay'] == 0.9
+  Workdir(run_of_an_older_version, later(**{'train.ema_decay': 0.9}))
+  with pytest.raises(ValueError, match=r'\(config.train.ema_decay is 0.9 there and 0.5 here\)'):
+    Workdir(run_of_an_older_version, later(**{'train.ema_decay': 0.5}))
 
 
 def test_a_run_without_a_checkpoint_takes_the_new_config(tmp_path):

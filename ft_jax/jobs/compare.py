@@ -11,11 +11,13 @@ from ft_jax import compiled, report
 from ft_jax.jobs import finetune
 from ft_jax.methods import METHODS
 from ft_jax.progress import log
+from ft_jax.settings import check_fields
 from ft_jax.workdir import Workdir, write_results
 
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
   """Runs every fine-tuning that is not finished yet, each in a workdir of its own below; returns what results.json holds."""
+  check_fields(config)
   methods, seeds = list(config.compare.methods), list(config.compare.seeds)
   if not methods or not seeds:
     raise ValueError('config.compare.methods and config.compare.seeds need at least one entry each')

@@ -19,7 +19,7 @@ import selection
 
 def embedded(folder: epath.Path | None, network: ConfigDict, variables: Mapping[str, Any], source: Source, transform: Transform,
              batch_size: int, what: str, means: bool = False, timeout: float = TIMEOUT,
-             unfinished: epath.Path | None = None) -> selection.Embeddings:
+             unfinished: epath.Path | None = None, weights: str = '') -> selection.Embeddings:
   """Features of a source, or the means of its classes; made once for these weights, images and preprocessing.
 
   Args:
@@ -33,13 +33,14 @@ def embedded(folder: epath.Path | None, network: ConfigDict, variables: Mapping[
     means: of classes instead of images.
     timeout: seconds that a batch of images may take; 0 for any.
     unfinished: a folder, of this run alone, for what is embedded so far: a killed run goes on from there. See `forget`.
+    weights: identifies `variables`; '' takes a fingerprint of their values, which random ones do not have on every machine alike.
 
   Raises:
     ValueError: features that are not finite.
     Stalled: no images came for `timeout` seconds.
   """
   model = setup.build_model(network, {})
-  encoder = digest(setup.weights_fingerprint(variables), network.name, network.dtype, f'{transform.size}/{transform.short_side}')
+  encoder = digest(weights or setup.weights_fingerprint(variables), network.name, network.dtype, f'{transform.size}/{transform.short_side}')
   path = folder / f'{"class_means" if means else "named_features"}-{digest(encoder, source.fingerprint)}.npz' if folder else None
   if path and parallel.agreed(path.exists):
     parallel.check_shared(folder, 'the folder of embeddings (config.embeddings_dir)')

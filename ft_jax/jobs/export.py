@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from ft_jax.jobs import setup, trained
 from ft_jax.models import resnet, to_torch
 from ft_jax.progress import log
+from ft_jax.settings import check_fields
 from ft_jax.workdir import write_bytes
 
 PLATFORMS = ('cpu', 'cuda', 'rocm', 'tpu')
@@ -30,6 +31,7 @@ def run(config: ConfigDict, workdir: epath.PathLike, today: datetime.date | None
 
   `today` is the date of the export; None is the clock's.
   """
+  check_fields(config)
   if jax.process_count() > 1:
     raise ValueError('job export runs in one process; start it on one host alone, with --num_processes=1')
   run = trained.load(config.workdir)

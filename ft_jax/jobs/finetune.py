@@ -7,6 +7,7 @@ import types
 from typing import Any
 
 from etils import epath
+import jax
 from ml_collections import ConfigDict
 import numpy as np
 
@@ -17,6 +18,7 @@ from ft_jax.data.sources import digest, open_source, Source
 from ft_jax.jobs import fit, noise, overlap, pretrain, setup
 from ft_jax.jobs.embedding import embedded, forget
 from ft_jax.progress import log
+from ft_jax.settings import check_fields
 from ft_jax.workdir import Workdir, write_results
 import selection
 from selection import files, plots, strategies
@@ -53,7 +55,7 @@ def run(config: ConfigDict, workdir: epath.PathLike, embeddings: epath.PathLike 
     setup.check_classes(splits, 'target.without')  # of what is left
     setup.log_classes_not_evaluated(splits)
     _log_doubts(config)
-  splits, true_labels, noise_told = noise.add(config.noise, config.seed, splits)
+  splits, true_labels, noise_told = noise.add(config.noise, config.seed, splits, work.predicted_json)
   if not done:
     _describe(splits, pool)
     if config.selection.method != 'none':
@@ -144,14 +146,10 @@ def _train(config: ConfigDict, work: Workdir, splits: setup.Splits, pool: Source
 
 def check(config: ConfigDict) -> None:
   """Raises ValueError for what can be known before anything long begins."""
+  check_fields(config)
   if not config.target.name:
     raise ValueError('config.target.name is empty; name your images, such as folder:/data/pets or tfds:oxford_iiit_pet')
-  per_class = config.target.train_per_class
-  if per_class < 0:
-    raise ValueError(f'config.target.train_per_class is {per_class}; expected images of each class, or 0 for all of them')
-  fraction = config.target.train_fraction
-  if not 0 < fraction <= 1:
-    raise ValueError(f'config.target.train_fraction is {fraction}; expected a part of the images above 0, up to 1 (all)')
+  per_class, fraction = config.target.train_per_class, config.target.train_fraction
   if fraction < 1 and per_class:
     raise ValueError('config.target.train_fraction and config.target.train_per_class both say how many images are drawn; set one')
   if config.target.test == 'rest' and not per_class and fraction == 1:
@@ -237,12 +235,10 @@ def _check_selection(config: ConfigDict) -> None:
   if _projects(config) and (config.model.weights in ('', 'pretrain') or config.model.weights.startswith('timm:')):
     raise ValueError(f"config.selection.features is 'projection', which config.model.weights {config.model.weights!r} do not have; give "
                      "MoCo-v2's .pth.tar, or use --config.selection.features=pooled")
-  for name, value in _parameters(config).items():
-    if name == 'cost' and value not in strategies.COSTS:
-      raise ValueError(f'config.selection.cost is {value!r}; known: {", ".join(strategies.COSTS)}')
-    if name != 'cost' and not 0 < value < float('inf'):
-      raise ValueError(f'config.selection.{name} is {value}; expected a number above 0')
-  if settings.by == 'example' and _parameters(config).get('cost') == 'bures':
+  cost = _parameters(config).get('cost')
+  if cost is not None and cost not in strategies.COSTS:
+    raise ValueError(f'config.selection.cost is {cost!r}; known: {", ".join(strategies.COSTS)}')
+  if settings.by == 'example' and cost == 'bures':
     raise ValueError("config.selection.cost is 'bures', which compares classes or clusters, but config.selection.by is 'example'")
   if settings.size < 1 and settings.method not in {*strategies.BY_SHARE, 'none'}:
     raise ValueError(f'config.selection.size is {settings.size:g}, a share of transported mass, which {settings.method} does not go by; '
@@ -275,7 +271,7 @@ def _parameters(config: ConfigDict) -> dict[str, Any]:
 
 def _source_batch(config: ConfigDict) -> int:
   size = config.source_ratio * config.train.batch_size
-  if size < 1 or size != round(size):
+  if not 1 <= size < 2**31 or size != round(size):
     raise ValueError(f'config.source_ratio {config.source_ratio} of batch {config.train.batch_size} is {size} source images a step; '
                      'expected a whole number from 1 (config.selection.method=none trains without)')
   return round(size)
@@ -415,8 +411,10 @@ def _embedded(config: ConfigDict, folder: epath.Path, unfinished: epath.Path, we
                                    weights.variables if weights else None)
   if _projects(config):
     variables['projection'] = weights.variables['projection']
+  # Another jax may draw other ones by the same seed.
+  random = '' if weights else f'{setup.drawn(config.seed)} by jax {jax.__version__}, {config.model.width} {config.model.stem}'
   return embedded(folder, config.model, variables, source, transform, config.train.batch_size, what, means, config.data.timeout,
-                  unfinished)
+                  unfinished, random)
 
 
 def _selection_section(target: Source, pool: Source, chosen: selection.Selection, most: int = 120) -> report.SelectionSection:

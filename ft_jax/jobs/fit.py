@@ -22,7 +22,7 @@ from ft_jax.data.pipeline import EvalBatches, TIMEOUT, Transform
 from ft_jax.evaluate import Evaluation, make_predict
 from ft_jax.jobs.divergence import Divergences, handle
 from ft_jax.jobs.loop import evaluated, Plan, Run, spoken, Stream, train
-from ft_jax.jobs.setup import Splits, weights_fingerprint
+from ft_jax.jobs.setup import drawn, Splits, weights_fingerprint
 from ft_jax.methods import all_needs, Begin, Method
 from ft_jax.models import resnet
 from ft_jax.models.resnet import ResNet
@@ -41,9 +41,9 @@ def make_plan(config: ConfigDict, examples: int) -> Plan:
     ValueError: a length that is no step at all.
   """
   steps = config.steps or round(config.epochs * examples / config.batch_size)
-  if steps < 1:
+  if not 1 <= steps < 2**31:
     raise ValueError(f'train.epochs {config.epochs} of {examples} images in batches of {config.batch_size} are {steps} steps; '
-                     'expected at least one (train.steps sets the number itself)')
+                     'expected at least one, and fewer than 2^31 (train.steps sets the number itself)')
   keep = {max(1, round(epoch * examples / config.batch_size)) for epoch in config.keep_epochs}
   return Plan(steps, config.eval_every or math.ceil(steps / 10), config.log_every or math.ceil(steps / 100),
               tuple(sorted(step for step in keep if step <= steps)))
@@ -54,7 +54,7 @@ def check(config: ConfigDict, metric: str, model: ResNet, image_size: int, fresh
   """Raises ValueError for settings of a training that cannot be right, before anything long begins.
 
   Args:
-    config: the fields of `configs.default.train_config`.
+    config: the fields of `configs.default.train_config`, which `settings.check_fields` has seen.
     metric: chooses the best checkpoint.
     model: with the right heads, of any number of classes.
     image_size: pixels a side.
@@ -63,17 +63,8 @@ def check(config: ConfigDict, metric: str, model: ResNet, image_size: int, fresh
   """
   if metric not in METRICS:
     raise ValueError(f'metric is {metric!r}; known: {", ".join(METRICS)}')
-  if config.nonfinite_steps < 1:
-    raise ValueError(f'train.nonfinite_steps is {config.nonfinite_steps}; expected a number of steps from 1')
-  for name in ('steps', 'epochs', 'eval_every', 'log_every', 'learning_rate', 'weight_decay', 'skip_diverged'):
-    if not 0 <= config[name] < float('inf'):
-      raise ValueError(f'train.{name} is {config[name]}; expected a number from 0')
-  if wrong := [epoch for epoch in config.keep_epochs if not 0 < epoch < float('inf')]:
-    raise ValueError(f'train.keep_epochs has {wrong[0]}; expected numbers of epochs above 0')
   if not config.steps and not config.epochs:
     raise ValueError('train.steps and train.epochs are both 0; one of them gives the length')
-  if not 0 <= config.average < 1:
-    raise ValueError(f'train.average is {config.average}; expected the part of the averages that a step keeps, as 0.999, or 0 for none')
   parallel.check_batch(config.batch_size, 'train.batch_size')
   check_parts(config.accumulate, config.batch_size, 'train.batch_size')
   shapes = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, image_size, image_size, 3), np.uint8))
@@ -88,7 +79,7 @@ def check(config: ConfigDict, metric: str, model: ResNet, image_size: int, fresh
 def check_parts(parts: int, size: int, what: str) -> None:
   """Raises ValueError where each device's share of a batch cannot be cut into equal parts."""
   each = size // jax.device_count()
-  if parts < 1 or each % parts:
+  if each % parts:
     raise ValueError(f'train.accumulate is {parts}, into which the {each} images of a device ({what} {size}) cannot be cut evenly')
 
 
@@ -223,7 +214,7 @@ def fit(config: ConfigDict, work: Workdir, *, model: ResNet, variables: Mapping[
   methods = methods or {}
   checkpoints = Checkpoints(work.path, {
       **{f'{name} images': stream.source.fingerprint for name, stream in streams.items()}, 'val images': splits.val.fingerprint,
-      'pre-trained weights': weights_fingerprint(variables)}, keep=plan.keep, formerly={
+      **_made_from_weights(variables, seed, start)}, keep=plan.keep, formerly={
           **{f'{name} images': stream.source.legacy_fingerprint for name, stream in streams.items()},
           'val images': splits.val.legacy_fingerprint})
   labels = splits.train.labels
@@ -265,6 +256,17 @@ def fit(config: ConfigDict, work: Workdir, *, model: ResNet, variables: Mapping[
   return {'best_step': best, 'steps': plan.steps, 'steps_per_epoch': len(streams[head].source) / streams[head].batch_size, 'seed': seed,
           'metric': metric, **_environment(model), 'devices_from_step': devices, 'skipped_batches': len(losses.skipped),
           **_final(run, state, best)}
+
+
+def _made_from_weights(variables: Mapping[str, Any], seed: int, start: Mapping[str, Any] | None) -> dict[str, str]:
+  """What a checkpoint says of the weights that training began with.
+
+  Random ones are not compared by their values: the last bits of drawn numbers depend on the processor and the compiler. (Versions that did
+  so used the name 'pre-trained weights' for them too.)
+  """
+  if start:
+    return {'pre-trained weights': weights_fingerprint(variables)}
+  return {'random weights': drawn(seed)}
 
 
 def _tell_devices(devices: Sequence[Sequence[int]], start: int, model: ResNet, batch_size: int) -> None:

@@ -134,7 +134,7 @@ def _of_run(folder: epath.Path, stored: Mapping[str, Any]) -> History:
     raise ValueError(f'config.checkpoints: {folder} holds no checkpoint that was evaluated; let the run go on to its first one')
   made_from = every[-1].made_from
   for kept in every:
-    if differing := sorted(name for name in {*made_from, *kept.made_from} if made_from.get(name) != kept.made_from.get(name)):
+    if differing := checkpoints.differing(made_from, kept.made_from):
       raise ValueError(f'config.checkpoints: {folder} holds checkpoints of two runs: those of step {kept.step} and step {every[-1].step} '
                        f'differ in {", ".join(differing)}; put each run into a folder of its own')
   config = ConfigDict(stored)

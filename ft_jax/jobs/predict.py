@@ -17,6 +17,7 @@ from ft_jax.evaluate import make_rank
 from ft_jax.jobs import setup, trained
 from ft_jax.names import cell, csv_line
 from ft_jax.progress import log
+from ft_jax.settings import check_fields
 from ft_jax.workdir import write_bytes
 
 # A picture of more has tiles that nobody looks at.
@@ -32,6 +33,7 @@ class Predictions(NamedTuple):
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
   """Writes predictions.csv and contact_sheet.png; returns the numbers of images and, where folders name classes, the accuracy."""
+  check_fields(config)
   setup.check_data(config.data)
   if jax.process_count() > 1:
     raise ValueError('job predict runs in one process; start it on one host alone, with --num_processes=1')
@@ -44,7 +46,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
                      ', or leave such images out with --config.data.on_error=skip')
   run = trained.load(config.workdir)
   top = config.predict.top
-  if not 1 <= top <= len(run.class_names):
+  if top > len(run.class_names):
     raise ValueError(f'config.predict.top is {top}; expected 1 to {len(run.class_names)}, the classes of {run.path}')
   folder = trained.output_folder(workdir)
   log.info('predicting %s of %s with %s -> %s', _counted(len(source)), config.predict.images, run.described(), folder)

@@ -11,6 +11,7 @@ from ft_jax import methods, parallel, report
 from ft_jax.data.sources import digest
 from ft_jax.jobs import fit, setup
 from ft_jax.progress import log
+from ft_jax.settings import check_fields
 from ft_jax.workdir import Workdir, write_results
 
 
@@ -19,6 +20,7 @@ def run(config: ConfigDict, workdir: epath.PathLike, left_out: Sequence[str] = (
 
   `left_out` are ids of images that a fine-tuning does not want to be trained on, as its target has them.
   """
+  check_fields(config)
   if not config.source.name:
     raise ValueError('config.source.name is empty; name the data to pre-train on')
   if config.model.weights == 'pretrain':

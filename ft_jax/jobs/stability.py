@@ -4,7 +4,6 @@ from collections.abc import Iterator, Mapping, Sequence
 import csv
 import io
 import json
-import math
 from typing import Any, NamedTuple
 
 from etils import epath
@@ -22,6 +21,7 @@ from ft_jax.jobs import setup, trained
 from ft_jax.methods.base import flat
 from ft_jax.models.resnet import ResNet
 from ft_jax.progress import log
+from ft_jax.settings import check_fields
 from ft_jax.studies import stability
 from ft_jax.workdir import write_bytes, write_text
 
@@ -62,17 +62,8 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
 
 def check(config: ConfigDict) -> None:
   """Raises ValueError for settings that cannot be right."""
-  settings = config.stability
+  check_fields(config)
   setup.check_data(config.data)
-  if not 0 < settings.sigma < math.inf:
-    raise ValueError(f'config.stability.sigma is {settings.sigma}; expected a number above 0')
-  for name, what in (('draws', 'perturbed networks'), ('probes', 'random vectors')):
-    if settings[name] < 0:
-      raise ValueError(f'config.stability.{name} is {settings[name]}; expected a number of {what}, or 0 to leave that part out')
-  if settings.images < 0:
-    raise ValueError(f'config.stability.images is {settings.images}; expected a number of images, or 0 for all')
-  if not 0 <= settings.tolerance < math.inf:
-    raise ValueError(f'config.stability.tolerance is {settings.tolerance}; expected a number from 0')
 
 
 def _images(config: ConfigDict, run: trained.Trained) -> tuple[str, Source]:

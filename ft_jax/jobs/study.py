@@ -22,18 +22,23 @@ from ft_jax.jobs import finetune, history, setup, study_results, trained
 from ft_jax.jobs.embedding import embedded, forget
 from ft_jax.jobs.study_data import changed, described, Frozen, open_target, Parts, Target
 from ft_jax.progress import log
+from ft_jax.settings import check_fields, defaults, flat
 from ft_jax.studies import probe, spectrum, transferability
-from ft_jax.workdir import check_name, fixed, own, read_config, write_bytes, write_text
+from ft_jax.workdir import check_name, fixed, FREE, own, read_config, write_bytes, write_text
 from selection import files
 
 # Groups of a config that a fine-tuning from a checkpoint does not know: a stopped one goes on where they are changed.
 _ELSEWHERE = ('checkpoints', 'compare', 'predict', 'pretrain', 'stability', 'study', 'workdir')
 # Fields that do not change what comes of it: a finished one stays where they are changed.
 _WITHOUT_EFFECT = ('data', 'data_dir', 'embeddings_dir')
+# Fields, by path, that came after the first version of the parts. At their defaults they are left out of what a part is made of: so the
+# parts that were made before are found. tests/test_study.py says where one is missing here.
+ADDED: tuple[str, ...] = ()
 
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
   """Writes study.json, study.csv and report.html; returns what the first holds. What was done before is not done again."""
+  check_fields(config)
   kept = history.read(config.checkpoints, config.model, config.study.epochs)
   config = ConfigDict(config.to_dict())
   config.model.update({name: kept.network[name] for name in ('name', 'width', 'stem')})
@@ -71,8 +76,6 @@ def check(config: ConfigDict, kept: history.History) -> None:
   for name in ('seeds', 'targets', 'epochs'):
     if twice := [value for value in settings[name] if list(settings[name]).count(value) > 1]:
       raise ValueError(f'config.study.{name} has {twice[0]!r} twice; once is enough')
-  if not 0 < settings.threshold < 1:
-    raise ValueError(f'config.study.threshold is {settings.threshold}; expected a part of the sum of singular values, between 0 and 1')
   if config.noise.kind:
     raise ValueError(f'config.noise.kind is {config.noise.kind!r}; the study knows no label noise')
   if not config.target.test:
@@ -92,6 +95,13 @@ def _own(config: ConfigDict, target: str, seed: int, weights: str) -> ConfigDict
   own = ConfigDict({name: value for name, value in config.to_dict().items() if name not in _ELSEWHERE})
   own.job, own.seed, own.target.name, own.model.weights = 'finetune', seed, target, weights
   return own
+
+
+def _fields(config: Mapping[str, Any], without: Sequence[str] = ()) -> str:
+  """The fields of a fine-tuning that its result depends on, as text, less some groups."""
+  text, known, fields = functools.partial(json.dumps, sort_keys=True, default=str), defaults(), flat(config)
+  unused = [path for path in ADDED if path in fields and text(fields[path]) == text(known[path])]
+  return text({name: value for name, value in fixed(config, free=(*FREE, *unused)).items() if name not in without})
 
 
 class _Study:
@@ -125,8 +135,7 @@ class _Study:
 
   def _tuned(self, t: int, c: int, seed: int) -> tuple[Any, ...]:
     own = _own(self._config, self._targets[t].name, seed, '').to_dict()  # wherever the weights lie
-    fields = json.dumps({name: value for name, value in fixed(own).items() if name not in _WITHOUT_EFFECT}, sort_keys=True, default=str)
-    return 'fine_tuned', self._prints[c], self._targets[t].stamp[seed], fields, self._pool
+    return 'fine_tuned', self._prints[c], self._targets[t].stamp[seed], _fields(own, _WITHOUT_EFFECT), self._pool
 
   def _tuned_change(self, t: int, c: int, seed: int) -> tuple[Any, ...]:
     return 'tuned_change', *self._tuned(t, c, seed)[1:], *self._seen(self._targets[t], seed)
@@ -239,7 +248,7 @@ class _Study:
     todo = self._fine_tunings()
     for count, (t, c, seed) in enumerate(todo):
       own = _own(self._config, self._targets[t].name, seed, self._history.kept[c].weights)
-      name = digest(*map(str, self._tuned(t, c, seed)), json.dumps(fixed(own.to_dict()), sort_keys=True, default=str))
+      name = digest(*map(str, self._tuned(t, c, seed)), _fields(own.to_dict()))
       folder = self._folder / 'fine_tuned' / f'{self._history.kept[c].name.replace(" ", "-")}-seed-{seed}-{name}'
       if seed not in self._found[t][c]['ft']:
         log.info('[%d/%d] %s from %s, seed %d', count + 1, len(todo), self._targets[t].name, self._history.kept[c].name, seed)

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 import dataclasses
-import math
 from typing import Any
 
 from flax import linen as nn
@@ -22,6 +21,7 @@ from ft_jax.methods.mixup import Mixup
 from ft_jax.methods.self_label import SelfLabel
 from ft_jax.methods.stoch_norm import StochNorm
 from ft_jax.models.resnet import ResNet
+from ft_jax.settings import check_field, like
 
 __all__ = ['METHODS', 'Begin', 'Method', 'Needs', 'Pass', 'Plan', 'State', 'Term', 'active', 'all_needs', 'check', 'defaults',
            'norm']
@@ -48,8 +48,7 @@ def active(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, Method]:
     for key, value in fields.items():
       if key not in known:
         raise ValueError(f'methods.{name} has no field {key!r}; known: {", ".join(known)}')
-      if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f'methods.{name}.{key} is {value}; expected a finite number')
+      check_field(f'methods.{name}.{key}', value, like(known[key]))
   made = {name: METHODS[name](**{key: tuple(value) if isinstance(value, list) else value for key, value in settings[name].items()})
           for name in METHODS if name in settings}
   made = {name: method for name, method in made.items() if method.active}

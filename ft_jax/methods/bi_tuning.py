@@ -40,8 +40,8 @@ class BiTuning(Method):
 
   def check(self, plan: Plan) -> None:
     for name in ('queue', 'projection'):
-      if getattr(self, name) < 1:
-        raise ValueError(f'methods.bi_tuning.{name} is {getattr(self, name)}; expected a whole number from 1')
+      if not 1 <= getattr(self, name) < 2**16:  # more would not fit into any memory
+        raise ValueError(f'methods.bi_tuning.{name} is {getattr(self, name)}; expected a whole number from 1 to {2**16 - 1}')
     if not 0 < self.temperature < math.inf:
       raise ValueError(f'methods.bi_tuning.temperature is {self.temperature}; expected a number above 0')
     if not 0 <= self.momentum <= 1:
