@@ -294,11 +294,37 @@ def test_random_resized_crop_draws_as_torchvision():
   assert abs(np.mean(aspects)) < 0.03 and max(np.abs(aspects)) < np.log(4 / 3) + 0.1
 
 
-@pytest.mark.parametrize('side,antialias,averaged', [(48, False, False), (48, True, True), (96, False, True), (96, True, True)])
-def test_a_crop_that_shrinks_is_averaged(side, antialias, averaged):
-  """To 32 pixels: each is the mean over its area, beyond a factor of two always, below it on request."""
+@pytest.mark.parametrize('antialias', [True, False])
+def test_an_antialiased_crop_is_pillows(antialias, tmp_path):
+  """From the bytes of a JPEG file on, bit for bit: Pillow's decoder, crop, and antialiased bilinear filter, as torchvision uses them.
+
+  Crops that grow, shrink a little, shrink much, and shrink along one side alone; without antialias they are others.
+  """
+  from sklearn import datasets
+  same = []
+  for k, (height, width, size) in enumerate([(375, 500, 224), (375, 500, 32), (60, 80, 96), (427, 640, 300), (40, 400, 64), (400, 40, 64)]):
+    picture = PIL.Image.fromarray(datasets.load_sample_images().images[k % 2]).resize((width, height))
+    picture.save(tmp_path / 'photo.jpg', quality=92)
+    image = augment.decode((tmp_path / 'photo.jpg').read_bytes(), 'photo.jpg')
+    # The part that is drawn, as an image of coordinates at its own size tells.
+    place = np.stack([*np.mgrid[:height, :width], np.zeros((height, width))], -1)
+    drawn = []
+    resize, draw = augment._resize, lambda image: augment.random_resized_crop(
+        image, size, (0.3, 0.9), (3 / 4, 4 / 3), np.random.default_rng(k), antialias)
+    with pytest.MonkeyPatch.context() as patched:
+      patched.setattr(augment, '_resize', lambda part, *rest: drawn.append(part) or resize(np.zeros((1, 1, 3), np.uint8), *rest))
+      draw(place)
+    top, left, bottom, right = (*drawn[0][0, 0, :2].astype(int), *drawn[0][-1, -1, :2].astype(int) + 1)
+    part = PIL.Image.open(tmp_path / 'photo.jpg').crop((left, top, right, bottom))
+    same.append(np.array_equal(draw(image), part.resize((size, size), PIL.Image.Resampling.BILINEAR)))
+  assert same == [antialias] * 6
+
+
+@pytest.mark.parametrize('side,averaged', [(48, False), (96, True)])
+def test_a_crop_that_shrinks_much_is_averaged(side, averaged):
+  """To 32 pixels without antialias: beyond a factor of two each is the mean over its area."""
   noise = np.random.default_rng(0).integers(0, 256, (side, side, 3)).astype(np.uint8)
-  crop = augment.random_resized_crop(noise, 32, (1.0, 1.0), (1.0, 1.0), np.random.default_rng(0), antialias)
+  crop = augment.random_resized_crop(noise, 32, (1.0, 1.0), (1.0, 1.0), np.random.default_rng(0))
   fine = noise.repeat(96 // side, 0).repeat(96 // side, 1).astype(float)
   means = fine.reshape(32, 3, 32, 3, 3).mean((1, 3))
   assert (np.abs(crop - means).max() <= 1) == averaged
