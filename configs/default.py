@@ -79,7 +79,7 @@ def get_config() -> ConfigDict:
   config.augment.randaugment = 0  # random operations an image (RandAugment; FixMatch's pool, strengths and chance of a half); 0 for none
   config.augment.magnitude = 10  # of these operations, 2 to 10: each has a strength drawn from 1 to one below it
   config.augment.cutout = 0.0  # Cutout: side of a grey square on each training crop, as a part of the crop's (FixMatch 0.5); 0 for none
-  config.augment.antialias = False  # average training crops wherever they shrink (slower); else only beyond a factor of two
+  config.augment.antialias = False  # scale training crops exactly as Pillow and torchvision do (slower); else as OpenCV does
   config.augment.short_side = 0  # evaluation: short side before the middle is cut out; 0 is image_size * 256 / 224
 
   config.methods = ConfigDict(methods.defaults())  # published methods; the first field of each switches it on
@@ -141,7 +141,7 @@ def train_config() -> ConfigDict:
   train.accumulate = 1  # parts that a step's batch goes through the network in, one after the other: memory for one (GPU, TPU)
   train.eval_every = 0  # steps between evaluations on val, each with a checkpoint; 0 is a tenth of the run
   train.keep_epochs = ()  # epochs whose checkpoints stay for good, evaluated on val too, as (1, 2, 3, 5, 8); the end stays anyway
-  train.nonfinite_steps = 1  # steps in a row whose loss or gradient is not finite after which the run stops
-  train.skip_diverged = 0  # times that it goes back to its last checkpoint then, and on without the batch where it began; 0 ends it
+  # a step whose loss or gradient is not finite ends the run, or sends it back to its last checkpoint so many times,
+  train.skip_diverged = 0  # and on without the batch of that step; 0 ends it at once
   train.log_every = 0  # steps between lines of metrics.jsonl; 0 is a hundredth of the run
   return train

@@ -250,7 +250,7 @@ class Observer(Protocol):
 def run_steps(
     train_step: StepFn, state: TrainState, batches: Iterator[Mapping[str, Mapping[str, jax.Array]]], *, start: int, steps: int,
     log_every: int, due: Callable[[int], bool], observer: Observer, stop: Callable[[], bool], progress: Callable[[int, float], None],
-    evaluated: bool = True, nonfinite_steps: int = 1, clock: Callable[[], float] = time.perf_counter) -> tuple[TrainState, int]:
+    evaluated: bool = True, clock: Callable[[], float] = time.perf_counter) -> tuple[TrainState, int]:
   """Runs steps `start` to `steps`; returns the state and the number of steps done.
 
   It ends before `steps` where `stop()` said so or the batches came to an end; what was done is saved then.
@@ -270,7 +270,6 @@ def run_steps(
     stop: asked after each step.
     progress: told (steps done, loss) after each step, one step late.
     evaluated: whether that was done for `start`, where it is due.
-    nonfinite_steps: so many steps in a row whose loss or gradient is not finite end the run. After a single one, nothing is saved.
     clock: gives seconds.
 
   Raises:
@@ -278,7 +277,6 @@ def run_steps(
   """
   window: list[dict[str, float]] = []
   unread: dict[str, jax.Array] | None = None
-  bad: list[Diverged] = []
 
   def read(step: int) -> None:
     """Reads the metrics of the step that ended with `step` steps done."""
@@ -288,20 +286,14 @@ def run_steps(
     metrics = {key: float(value) for key, value in parallel.unreplicate(unread).items()}
     unread = None
     if not math.isfinite(metrics['loss']):
-      bad.append(Diverged(step, f'the loss is {metrics["loss"]}'))
-    elif not math.isfinite(metrics['gradient_norm']):
-      bad.append(Diverged(step, f'the norm of the gradient is {metrics["gradient_norm"]}'))
-    else:
-      bad.clear()
-      window.append(metrics)
-    if len(bad) >= nonfinite_steps:
-      raise bad[0]
+      raise Diverged(step, f'the loss is {metrics["loss"]}')
+    if not math.isfinite(metrics['gradient_norm']):
+      raise Diverged(step, f'the norm of the gradient is {metrics["gradient_norm"]}')
+    window.append(metrics)
     progress(step, metrics['loss'])
 
   def keep(step: int, evaluates: bool, means: dict[str, float]) -> bool:
     """Evaluates, tells and saves, in this order: what is saved has been told of. Whether the evaluation came to its end."""
-    if bad:
-      raise bad[0]
     val = observer.evaluate(step, state) if evaluates else None
     if val and not math.isfinite(val['val/loss']):
       raise Diverged(step, f'the loss on val is {val["val/loss"]}')

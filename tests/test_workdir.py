@@ -30,6 +30,14 @@ def test_how_images_are_read_may_change(tmp_path):
     Workdir(tmp_path / 'run', {**CONFIG, 'seed': 1, 'data': {'cache': True, 'on_error': 'skip'}})
 
 
+def test_a_run_of_an_older_version_has_a_field_that_is_gone(tmp_path):
+  """It resumes, whatever the field said."""
+  Workdir(tmp_path / 'run', {**CONFIG, 'train': {**CONFIG['train'], 'nonfinite_steps': 3}, 'pretrain': {'nonfinite_steps': 1}})
+  (tmp_path / 'run' / 'checkpoints' / '5').mkdir(parents=True)
+  work = Workdir(tmp_path / 'run', {**CONFIG, 'pretrain': {}})
+  assert 'nonfinite_steps' not in work.config_json.read_text()
+
+
 def test_a_run_without_a_checkpoint_takes_the_new_config(tmp_path):
   """A first try with a wrong path must not block the workdir; its selection is not kept."""
   work = Workdir(tmp_path / 'run', CONFIG)

@@ -63,8 +63,6 @@ def check(config: ConfigDict, metric: str, model: ResNet, image_size: int, fresh
   """
   if metric not in METRICS:
     raise ValueError(f'metric is {metric!r}; known: {", ".join(METRICS)}')
-  if config.nonfinite_steps < 1:
-    raise ValueError(f'train.nonfinite_steps is {config.nonfinite_steps}; expected a number of steps from 1')
   for name in ('steps', 'epochs', 'eval_every', 'log_every', 'learning_rate', 'weight_decay', 'skip_diverged'):
     if not 0 <= config[name] < float('inf'):
       raise ValueError(f'train.{name} is {config[name]}; expected a number from 0')
@@ -200,7 +198,7 @@ def fit(config: ConfigDict, work: Workdir, *, model: ResNet, variables: Mapping[
     again = lambda: _begin(config, checkpoints, schedule, variables, begin, methods)
     while True:
       try:
-        state = train(run, step, state, start, losses.skipped, views, config.nonfinite_steps)
+        state = train(run, step, state, start, losses.skipped, views)
         break
       except Diverged as diverged:
         handle(diverged, run, losses, config.skip_diverged)

@@ -67,8 +67,7 @@ class Run(NamedTuple):
   timeout: float
 
 
-def train(run: Run, step: StepFn, state: TrainState, start: int, skip: Sequence[int], views: Collection[tuple[str, str]],
-          nonfinite_steps: int) -> TrainState:
+def train(run: Run, step: StepFn, state: TrainState, start: int, skip: Sequence[int], views: Collection[tuple[str, str]]) -> TrainState:
   """The steps from `start` on.
 
   Args:
@@ -78,7 +77,6 @@ def train(run: Run, step: StepFn, state: TrainState, start: int, skip: Sequence[
     start: steps that it has behind it.
     skip: places of batches that are left out; see `data.pipeline.place_of`.
     views: further views of images, as methods need them.
-    nonfinite_steps: see `run_steps`.
 
   Returns:
     The state after the last step, on the host; it is saved and evaluated.
@@ -102,7 +100,7 @@ def train(run: Run, step: StepFn, state: TrainState, start: int, skip: Sequence[
     try:
       state, done = run_steps(step, parallel.replicate(state), batches, start=start, steps=plan.steps,
                               log_every=plan.log_every, due=plan.due, observer=observer, stop=stop, progress=show,
-                              evaluated=not plan.due(start) or run.checkpoints.evaluated(start), nonfinite_steps=nonfinite_steps)
+                              evaluated=not plan.due(start) or run.checkpoints.evaluated(start))
     except BaseException as error:
       with contextlib.suppress(Exception):  # what is being written is not lost by it
         run.checkpoints.wait()
