@@ -249,21 +249,24 @@ class Observer(Protocol):
 
 def run_steps(
     train_step: StepFn, state: TrainState, batches: Iterator[Mapping[str, Mapping[str, jax.Array]]], *, start: int, steps: int,
-    log_every: int, due: Callable[[int], bool], observer: Observer, stop: Callable[[], bool], progress: Callable[[int, float], None],
-    evaluated: bool = True, clock: Callable[[], float] = time.perf_counter) -> tuple[TrainState, int]:
+    images: int, log_every: int, due: Callable[[int], bool], observer: Observer, stop: Callable[[], bool],
+    progress: Callable[[int, float], None], evaluated: bool = True, clock: Callable[[], float] = time.perf_counter) -> tuple[TrainState, int]:
   """Runs steps `start` to `steps`; returns the state and the number of steps done.
 
   It ends before `steps` where `stop()` said so or the batches came to an end; what was done is saved then.
 
-  The metrics of a step are read when the next one is under way, so the device does not wait for the host. Whether it waits for images is
-  measured: the metrics of a window have `waiting_share`, the part of its time (without evaluation) that went by until a batch was there,
-  counted where the device was through with everything before. It had been for a part of that wait at least, so this is an upper bound.
+  The metrics of a step are read when the next one is under way, so the device does not wait for the host. The metrics of a window also say
+  how fast it was, and whether the device waited for images: `images_per_second`, and `waiting_share`, the fraction of its time that went
+  by until a batch was there, counted where the device was through with everything before. It had been for a part of that wait at least,
+  so this is an upper bound. Neither counts evaluations, checkpoints, or the first step, which is compiled: a window of that step alone has
+  neither.
 
   Args:
     train_step: of `make_train_step`.
     state: replicated; donated.
     batches: sharded, from step `start` on.
     start, steps: steps done before, and in the end.
+    images: of a step.
     log_every: steps of a window of metrics; one also ends where the state is evaluated.
     due: whether the state after so many steps is evaluated and saved; at the end it always is.
     observer: gets metrics, evaluates and saves.
@@ -305,34 +308,35 @@ def run_steps(
   # A run that was stopped in the middle of an evaluation.
   if not evaluated and (start == steps or due(start)) and not keep(start, True, {}):
     return state, start
-  done, waited, began = start, 0.0, None
+  done, timed, waited, began = start, 0, 0.0, None
   while done < steps:
     asked = clock()
     batch = next(batches, None)
     if batch is not None:
-      # The first batch of a run is not counted, nor is compiling the step: both come once.
       if began is not None and (unread is None or all(value.is_ready() for value in unread.values())):
         waited += clock() - asked
       state, metrics = train_step(state, batch)
-      if began is None:
-        began = clock()
       read(done)
       unread = metrics
       done += 1
+      if began is None:  # the clock starts when the first step is through
+        read(done)
+        began = clock()
+      else:
+        timed += 1
     stops = batch is None or done < steps and stop()
     evaluates = batch is not None and (done == steps or due(done))
     if stops or evaluates or done % log_every == 0:
       read(done)
       means = {f'train/{key}': sum(m[key] for m in window) / len(window) for key in window[0]} if window else {}
-      if means:
-        elapsed = clock() - began
-        means['waiting_share'] = waited / elapsed if elapsed > 0 else 0.0
+      if timed and (elapsed := clock() - began) > 0:
+        means |= {'images_per_second': timed * images / elapsed, 'waiting_share': waited / elapsed}
       window.clear()
       if stops and done > start or evaluates:
         stops = not keep(done, evaluates and not stops, means) or stops
       elif means:
         observer.wrote(done, means)
-      waited, began = 0.0, clock()
+      timed, waited, began = 0, 0.0, clock()
     if stops:
       break
   return state, done
