@@ -23,6 +23,18 @@ def test_shard_and_replicate_round_trip():
   assert back['a'].shape == () and back['a'] == 3 and (back['b'] == tree['b']).all()
 
 
+def test_results_are_read_while_the_next_one_is_made():
+  """In order, every one once, two at most in memory; an error of a later batch comes through."""
+  orders = ([], ['made 0', 'read 0'], ['made 0', 'made 1', 'read 0', 'read 1'], ['made 0', 'made 1', 'read 0', 'made 2', 'read 1', 'read 2'])
+  for count, order in enumerate(orders):
+    events = []
+    results = (events.append(f'made {k}') or k for k in range(count))
+    assert list(parallel.read_late(results, lambda k, events=events: events.append(f'read {k}') or k)) == list(range(count))
+    assert events == order
+  with pytest.raises(ZeroDivisionError):
+    list(parallel.read_late((1 // k for k in (1, 1, 0)), lambda k: k))
+
+
 def test_a_step_is_compiled_once():
   """The first state and those that a pmapped step returns have one layout: with two, the step would be compiled twice."""
   step = jax.pmap(lambda state: jax.tree.map(lambda x: x + 1, state), axis_name=parallel.AXIS, donate_argnums=(0,))

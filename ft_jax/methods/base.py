@@ -114,7 +114,7 @@ class Begin:
 
     @functools.cache
     def taught(split: str) -> dict[str, np.ndarray]:
-      results = [parallel.unreplicate(mapped(variables, parallel.shard(batch))) for batch in self.batches(split)]
+      results = list(parallel.read_late(mapped(variables, parallel.shard(batch)) for batch in self.batches(split)))
       whole = {key: np.concatenate([result[key][result['mask']] for result in results]) for key in results[0] if key != 'mask'}
       order = np.argsort(whole.pop('index'))
       return {key: value[order] for key, value in whole.items()}

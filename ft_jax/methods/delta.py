@@ -116,11 +116,11 @@ def loss_rises(model: ResNet, variables: Mapping[str, Any], classifier: logistic
     for layer, shape in shapes.items():
       size = max(1, min(shape[-1], _ELEMENTS // math.prod(shape)))
       measure = jax.pmap(_rises(model, layer), axis_name=parallel.AXIS, in_axes=(0, 0, None))
+      groups = [np.minimum(np.arange(first, first + size), shape[-1] - 1) for first in range(0, shape[-1], size)]
       found = []
-      for first in range(0, shape[-1], size):
-        channels = np.minimum(np.arange(first, first + size), shape[-1] - 1)
-        found.append(parallel.unreplicate(measure(given, examples, channels)))
-        shown.update(min(size, shape[-1] - first))
+      for sums in parallel.read_late(measure(given, examples, channels) for channels in groups):
+        found.append(sums)
+        shown.update(min(size, shape[-1] - (len(found) - 1) * size))
       rises[layer] = np.concatenate(found)[:shape[-1]].astype(np.float64) / count
   progress.log.info('channel attention: measured in %.0f s', time.perf_counter() - began)
   return rises

@@ -123,8 +123,7 @@ def curvatures(model: ResNet, head: str, variables: Any, batches: Iterable[Mappi
   for number in numbers:
     total: dict[str, float] = {}
     examples = 0
-    for batch in batches:
-      result = parallel.unreplicate(mapped(variables, parallel.shard(batch), number))
+    for result in parallel.read_late(mapped(variables, parallel.shard(batch), number) for batch in batches):
       examples += int(result['examples'])
       total = {path: total.get(path, 0.0) + float(value) for path, value in result['products'].items()}
       tell()
