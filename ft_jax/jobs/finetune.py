@@ -370,7 +370,7 @@ def _selection_section(target: Source, pool: Source, chosen: selection.Selection
   how = f'{len(chosen.units):,d} of {len(chosen.scores):,d} {NOUNS[chosen.by]} of {pool.name}, '
   how += 'taken from a list' if chosen.method == 'given' else f'chosen by {chosen.method}'
   settings = [f'{name} {value}' for name, value in chosen.parameters.items() if value is not None and name != 'max_iterations']
-  settings += [f'converged in {chosen.solver["iterations"]} iterations'] if chosen.solver else []
+  settings += [chosen.solver_summary] if chosen.solver else []
   how += f' ({", ".join(settings)}).' if settings else '.'
   if chosen.measure == 'share':
     how += (f' The share of a {chosen.by} is the part of the transported mass that comes from it; the last column says which target '
