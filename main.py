@@ -32,7 +32,7 @@ def main(argv: list[str]) -> None:
   # A checkpoint between two evaluations has no metrics, and is meant so.
   logging.get_absl_logger().addFilter(lambda record: 'tracked_metric' not in record.getMessage())
   # After the flags, so that --help answers at once.
-  from ft_jax import cluster, progress
+  from ft_jax import cluster, compiled, progress
 
   progress.show_log(_PROCESS.value or 0)
   with ending(_TRACEBACK.value):
@@ -42,6 +42,7 @@ def main(argv: list[str]) -> None:
     jobs = {'finetune': finetune.run, 'pretrain': pretrain.run, 'compare': compare.run, 'export': export.run, 'predict': predict.run,
             'stability': stability.run, 'study': study.run}
     config = _CONFIG.value
+    compiled.keep(config.compile_cache)
     if config.job not in jobs:
       raise ValueError(f'config.job is {config.job!r}; known: {", ".join(jobs)}')
     if config.workdir and config.job not in ('export', 'predict', 'stability'):

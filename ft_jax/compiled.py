@@ -1,23 +1,86 @@
-"""Compiling once what many short trainings share."""
+"""Compiling once what many starts, or many short trainings, share: jax's persistent compilation cache."""
 
 from collections.abc import Iterator
 import contextlib
 import gc
+import os
+import pathlib
+import stat
 import tempfile
+import warnings
 
+import filelock
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
+from ft_jax.data.kept import user_cache
+from ft_jax.progress import log
+
 # Programs that compile faster than this are compiled again: reading a file is no faster.
 SECONDS = 0.5
+# Beyond that, the programs that were not used for the longest time are removed.
+MOST_BYTES = 2 << 30
+# A lock that is not given within this time, in seconds, is one that the file system does not have.
+PATIENCE = 10.0
+
+
+def keep(folder: str) -> None:
+  """Keeps compiled programs in a folder, where the next start of the same shapes finds them.
+
+  jax tells programs apart by everything that they depend on, the processor and the versions of jax and XLA among them, so
+  machines may share the folder. It locks the folder, so that processes may, too. A folder that jax was told to use
+  (JAX_COMPILATION_CACHE_DIR) is left as it is.
+
+  Args:
+    folder: 'auto' is `ft_jax/compiled` in the user's cache folder where one process runs alone (several hosts need a folder that
+      they share); '' keeps nothing.
+
+  Raises:
+    ValueError: a folder on object storage, where nothing can be locked.
+  """
+  if not folder or jax.config.jax_compilation_cache_dir:
+    return
+  if '://' in folder:
+    raise ValueError(f"config.compile_cache is {folder!r}; expected a folder on a disk, 'auto', or '' for none")
+  if folder == 'auto' and (jax.process_count() > 1 or user_cache() is None):
+    return
+  path = user_cache() / 'compiled' if folder == 'auto' else pathlib.Path(folder).expanduser().absolute()
+  new = not path.exists()
+  try:
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _check_trusted(path)
+    _remove_incomplete(path)
+  except (OSError, NotImplementedError) as error:  # filelock's word for a file system without locks
+    log.warning("warning: compiled programs cannot be kept in %s (%s); --config.compile_cache='' goes without", path, error)
+    return
+  if new:
+    log.info("compiled programs are kept in %s, for the next start (--config.compile_cache='' keeps none)", path)
+  # One that cannot be read or written is compiled, which costs time and nothing else.
+  warnings.filterwarnings('ignore', 'Error (reading|writing) persistent compilation cache')
+  jax.config.update('jax_compilation_cache_max_size', MOST_BYTES)
+  _use(str(path), SECONDS)
+
+
+def _check_trusted(path: pathlib.Path) -> None:
+  """Raises OSError where somebody else may write: what lies there is run."""
+  status = path.stat()
+  if status.st_uid not in (os.getuid(), 0) or status.st_mode & stat.S_IWOTH:
+    raise PermissionError('others may write to it, and what lies there is run as a program')
+
+
+def _remove_incomplete(path: pathlib.Path) -> None:
+  """Removes what a process was writing when it was killed: jax writes the time of use behind the program, and never writes one again."""
+  with filelock.FileLock(path / '.lockfile', timeout=PATIENCE):
+    for program in path.glob('*-cache'):
+      if not program.with_name(program.name.removesuffix('-cache') + '-atime').exists():
+        program.unlink()
 
 
 @contextlib.contextmanager
 def once() -> Iterator[None]:
   """Within, a program that was compiled is not compiled again where another training comes to the same one.
 
-  It is kept in a folder that goes away at the end: programs for one machine's processor are of no use to another's, which may share its
-  disk. A folder that jax was told to use (JAX_COMPILATION_CACHE_DIR) is left as it is.
+  It is kept in a folder that goes away at the end, unless a folder is in use already.
   """
   if jax.config.jax_compilation_cache_dir:
     yield

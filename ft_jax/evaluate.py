@@ -56,7 +56,7 @@ def make_predict(model: ResNet, head: str) -> PredictFn:
     return jax.lax.all_gather({'prediction': jnp.argmax(logits, -1), 'loss': losses, 'label': batch['label'],
                                'mask': batch['mask']}, parallel.AXIS, tiled=True)
 
-  return jax.pmap(predict, axis_name=parallel.AXIS)
+  return parallel.pmap(predict)
 
 
 def make_rank(model: ResNet, head: str, most: int) -> PredictFn:
@@ -75,7 +75,7 @@ def make_rank(model: ResNet, head: str, most: int) -> PredictFn:
     return jax.lax.all_gather({'classes': classes, 'probabilities': probabilities, 'index': batch['index'], 'mask': batch['mask']},
                               parallel.AXIS, tiled=True)
 
-  return jax.pmap(rank, axis_name=parallel.AXIS)
+  return parallel.pmap(rank)
 
 
 def evaluate(predict: PredictFn, variables: Any, batches: Iterable[Mapping[str, np.ndarray]], num_classes: int) -> Evaluation:

@@ -64,7 +64,7 @@ def create_state(variables: Mapping[str, Any], optimizer: optax.GradientTransfor
 
 def make_train_step(model: ResNet, optimizer: optax.GradientTransformation, loss_weights: Mapping[str, float], **kwargs: Any) -> StepFn:
   """The pmapped step, over all devices, with the state donated: of a replicated state and sharded batches. Arguments as `make_step`."""
-  return jax.pmap(make_step(model, optimizer, loss_weights, **kwargs), axis_name=parallel.AXIS, donate_argnums=(0,))
+  return parallel.pmap(make_step(model, optimizer, loss_weights, **kwargs), donate=True)
 
 
 def make_step(model: ResNet, optimizer: optax.GradientTransformation, loss_weights: Mapping[str, float], *,

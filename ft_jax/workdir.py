@@ -21,7 +21,7 @@ from ft_jax.progress import log
 from selection import files
 
 # Fields that may change between two starts of one run. What they do to its images, the checkpoints notice.
-FREE = ('data.cache', 'data.on_error', 'data.timeout', 'train.skip_diverged', 'pretrain.skip_diverged',
+FREE = ('compile_cache', 'data.cache', 'data.on_error', 'data.timeout', 'train.skip_diverged', 'pretrain.skip_diverged',
         # Removed from the config: runs of older versions still have them.
         'train.nonfinite_steps', 'pretrain.nonfinite_steps')
 # Where nothing can be added to, a growing file is written again so often at most, in seconds.

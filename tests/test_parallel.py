@@ -1,5 +1,7 @@
 """Sharing a batch over devices."""
 
+import pathlib
+
 import jax
 import numpy as np
 import pytest
@@ -35,9 +37,17 @@ def test_results_are_read_while_the_next_one_is_made():
     list(parallel.read_late((1 // k for k in (1, 1, 0)), lambda k: k))
 
 
+def test_jax_pmap_is_called_in_one_file():
+  """The day that it goes, one file changes. `selection` has a mesh of its own, and no pmap."""
+  root = pathlib.Path(parallel.__file__).parents[1]
+  calling = {path.name for package in ('ft_jax', 'selection') for path in (root / package).rglob('*.py')
+             if 'jax.pmap(' in path.read_text()}
+  assert calling == {'parallel.py'}
+
+
 def test_a_step_is_compiled_once():
   """The first state and those that a pmapped step returns have one layout: with two, the step would be compiled twice."""
-  step = jax.pmap(lambda state: jax.tree.map(lambda x: x + 1, state), axis_name=parallel.AXIS, donate_argnums=(0,))
+  step = parallel.pmap(lambda state: jax.tree.map(lambda x: x + 1, state), donate=True)
   source = {'a': np.ones(3, np.float32)}
   first = parallel.replicate(source)
   layout = first['a'].sharding

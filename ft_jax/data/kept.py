@@ -7,6 +7,16 @@ import pathlib
 import numpy as np
 
 
+def user_cache() -> pathlib.Path | None:
+  """The folder of this program among the user's caches, which need not exist yet; None where the user has no home."""
+  if base := os.environ.get('XDG_CACHE_HOME'):
+    return pathlib.Path(base) / 'ft_jax'
+  try:
+    return pathlib.Path.home() / '.cache' / 'ft_jax'
+  except RuntimeError:
+    return None
+
+
 def kept(what: str, key: str, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
   """Arrays by name: those that were kept, or what `make` gives now.
 

@@ -110,7 +110,7 @@ class Begin:
       kept = {'features': outputs.features, **{key: batch[key] for key in ('label', 'index', 'mask')}}
       return parallel.gather(kept | ({'logits': outputs.logits['pretrained']} if outputs.logits else {}))
 
-    mapped = jax.pmap(predict, axis_name=parallel.AXIS)
+    mapped = parallel.pmap(predict)
 
     @functools.cache
     def taught(split: str) -> dict[str, np.ndarray]:

@@ -115,7 +115,7 @@ def loss_rises(model: ResNet, variables: Mapping[str, Any], classifier: logistic
   with progress.counter('channel attention', filters, 'filter') as shown:
     for layer, shape in shapes.items():
       size = max(1, min(shape[-1], _ELEMENTS // math.prod(shape)))
-      measure = jax.pmap(_rises(model, layer), axis_name=parallel.AXIS, in_axes=(0, 0, None))
+      measure = parallel.pmap(_rises(model, layer), in_axes=(0, 0, None))
       groups = [np.minimum(np.arange(first, first + size), shape[-1] - 1) for first in range(0, shape[-1], size)]
       found = []
       for sums in parallel.read_late(measure(given, examples, channels) for channels in groups):

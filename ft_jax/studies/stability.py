@@ -72,7 +72,7 @@ def losses_under_noise(model: ResNet, head: str, variables: Any, batches: Iterab
     return {**variables, 'params': flax.traverse_util.path_aware_map(
         lambda path, w: w + sigma * noise['/'.join(path)] if is_perturbed('/'.join(path)) else w, variables['params'])}
 
-  perturbed, predict = jax.pmap(perturb, in_axes=(0, None)), make_predict(model, head)
+  perturbed, predict = parallel.pmap(perturb, in_axes=(0, None)), make_predict(model, head)
   for number in numbers:
     yield evaluate(predict, perturbed(variables, number), batches, classes).loss
 
@@ -119,7 +119,7 @@ def curvatures(model: ResNet, head: str, variables: Any, batches: Iterable[Mappi
     products = curvature(loss, variables['params'], jax.random.fold_in(jax.random.key(seed), number))
     return jax.lax.psum({'products': products, 'examples': batch['mask'].sum()}, parallel.AXIS)
 
-  mapped = jax.pmap(of_batch, axis_name=parallel.AXIS, in_axes=(0, 0, None))
+  mapped = parallel.pmap(of_batch, in_axes=(0, 0, None))
   for number in numbers:
     total: dict[str, float] = {}
     examples = 0
