@@ -52,7 +52,9 @@ def get_config() -> ConfigDict:
   config.model.source_head = 'fresh'  # the head of the source classes starts fresh (as in the paper) or from the pretrained classifier
   config.model.batch_norm = 'train'  # train, or frozen: statistics, scales and biases stay those of the weights
   config.model.sync_batch_norm = False  # BatchNorm over the batch of all devices instead of each device's own
-  config.model.dtype = 'float32'  # precision of the computation, float32 or bfloat16; parameters are float32
+  config.model.dtype = 'float32'  # of the computation, float32 or bfloat16; parameters are float32
+  # how exactly float32 is multiplied in training and evaluation: default (a recent GPU rounds to TF32, a TPU to bfloat16), high, or
+  config.model.precision = 'default'  # highest (float32, slower); embeddings, and what else decides a choice, always have highest
 
   config.selection = ConfigDict()
   config.selection.method = 'uot'  # uot, ot, softmax, nearest, greedy_emd, random, least, or none (plain fine-tuning)

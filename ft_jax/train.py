@@ -21,7 +21,7 @@ from ft_jax import parallel
 from ft_jax.forward import forward
 from ft_jax.methods import all_needs, Method, Pass, State
 from ft_jax.methods.base import of_network, teacher_of, teacher_variables
-from ft_jax.models import resnet
+from ft_jax.models import precision, resnet
 from ft_jax.models.resnet import Outputs, ResNet
 
 StepFn = Callable[['TrainState', Mapping[str, Mapping[str, jax.Array]]], tuple['TrainState', dict[str, jax.Array]]]
@@ -94,6 +94,8 @@ def make_step(model: ResNet, optimizer: optax.GradientTransformation, loss_weigh
   def run(variables: Any, images: Mapping[str, jax.Array], key: jax.Array, **kwargs: Any) -> tuple[dict[str, Outputs], Any]:
     return forward(model, variables, images, key=key, parts=parts, **kwargs)
 
+  # For the products of the methods: those of the network have it by themselves.
+  @precision.default_of(model.precision)
   def step(state: TrainState, batch: Mapping[str, Mapping[str, jax.Array]]) -> tuple[TrainState, dict[str, jax.Array]]:
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     keys = {name: jax.random.fold_in(key, zlib.crc32(name.encode())) for name in methods}
@@ -250,7 +252,8 @@ class Observer(Protocol):
 def run_steps(
     train_step: StepFn, state: TrainState, batches: Iterator[Mapping[str, Mapping[str, jax.Array]]], *, start: int, steps: int,
     images: int, log_every: int, due: Callable[[int], bool], observer: Observer, stop: Callable[[], bool],
-    progress: Callable[[int, float], None], evaluated: bool = True, clock: Callable[[], float] = time.perf_counter) -> tuple[TrainState, int]:
+    progress: Callable[[int, float], None], evaluated: bool = True,
+    clock: Callable[[], float] = time.perf_counter) -> tuple[TrainState, int]:
   """Runs steps `start` to `steps`; returns the state and the number of steps done.
 
   It ends before `steps` where `stop()` said so or the batches came to an end; what was done is saved then.

@@ -294,30 +294,33 @@ def test_random_resized_crop_draws_as_torchvision():
   assert abs(np.mean(aspects)) < 0.03 and max(np.abs(aspects)) < np.log(4 / 3) + 0.1
 
 
-@pytest.mark.parametrize('antialias', [True, False])
-def test_an_antialiased_crop_is_pillows(antialias, tmp_path):
+def drawn_part(height, width, crop, monkeypatch):
+  """(left, top, right, bottom) of the part that `crop` takes of an image of that size."""
+  coordinates = np.stack([*np.mgrid[:height, :width], np.zeros((height, width))], -1)
+  with monkeypatch.context() as patched:
+    patched.setattr(augment, '_resize', lambda part, *_: part)
+    part = crop(coordinates).astype(int)
+  return part[0, 0, 1], part[0, 0, 0], part[-1, -1, 1] + 1, part[-1, -1, 0] + 1
+
+
+@pytest.mark.parametrize('height,width,size', [
+    (375, 500, 224), (375, 500, 32), (60, 80, 96), (427, 640, 300), (40, 400, 64), (400, 40, 64)])
+def test_an_antialiased_crop_is_pillows(height, width, size, tmp_path, monkeypatch):
   """From the bytes of a JPEG file on, bit for bit: Pillow's decoder, crop, and antialiased bilinear filter, as torchvision uses them.
 
   Crops that grow, shrink a little, shrink much, and shrink along one side alone; without antialias they are others.
   """
   from sklearn import datasets
-  same = []
-  for k, (height, width, size) in enumerate([(375, 500, 224), (375, 500, 32), (60, 80, 96), (427, 640, 300), (40, 400, 64), (400, 40, 64)]):
-    picture = PIL.Image.fromarray(datasets.load_sample_images().images[k % 2]).resize((width, height))
-    picture.save(tmp_path / 'photo.jpg', quality=92)
-    image = augment.decode((tmp_path / 'photo.jpg').read_bytes(), 'photo.jpg')
-    # The part that is drawn, as an image of coordinates at its own size tells.
-    place = np.stack([*np.mgrid[:height, :width], np.zeros((height, width))], -1)
-    drawn = []
-    resize, draw = augment._resize, lambda image: augment.random_resized_crop(
-        image, size, (0.3, 0.9), (3 / 4, 4 / 3), np.random.default_rng(k), antialias)
-    with pytest.MonkeyPatch.context() as patched:
-      patched.setattr(augment, '_resize', lambda part, *rest: drawn.append(part) or resize(np.zeros((1, 1, 3), np.uint8), *rest))
-      draw(place)
-    top, left, bottom, right = (*drawn[0][0, 0, :2].astype(int), *drawn[0][-1, -1, :2].astype(int) + 1)
-    part = PIL.Image.open(tmp_path / 'photo.jpg').crop((left, top, right, bottom))
-    same.append(np.array_equal(draw(image), part.resize((size, size), PIL.Image.Resampling.BILINEAR)))
-  assert same == [antialias] * 6
+  PIL.Image.fromarray(datasets.load_sample_images().images[0]).resize((width, height)).save(tmp_path / 'photo.jpg', quality=92)
+  image = augment.decode((tmp_path / 'photo.jpg').read_bytes(), 'photo.jpg')
+
+  def crop(image, antialias=True):
+    return augment.random_resized_crop(image, size, (0.3, 0.9), (3 / 4, 4 / 3), np.random.default_rng(size), antialias)
+
+  part = PIL.Image.open(tmp_path / 'photo.jpg').crop(drawn_part(height, width, crop, monkeypatch))
+  expected = np.asarray(part.resize((size, size), PIL.Image.Resampling.BILINEAR))
+  np.testing.assert_array_equal(crop(image), expected)
+  assert (crop(image, antialias=False) != expected).any()
 
 
 @pytest.mark.parametrize('side,averaged', [(48, False), (96, True)])

@@ -27,7 +27,8 @@ def test_shard_and_replicate_round_trip():
 
 def test_results_are_read_while_the_next_one_is_made():
   """In order, every one once, two at most in memory; an error of a later batch comes through."""
-  orders = ([], ['made 0', 'read 0'], ['made 0', 'made 1', 'read 0', 'read 1'], ['made 0', 'made 1', 'read 0', 'made 2', 'read 1', 'read 2'])
+  orders = ([], ['made 0', 'read 0'], ['made 0', 'made 1', 'read 0', 'read 1'],
+            ['made 0', 'made 1', 'read 0', 'made 2', 'read 1', 'read 2'])
   for count, order in enumerate(orders):
     events = []
     results = (events.append(f'made {k}') or k for k in range(count))

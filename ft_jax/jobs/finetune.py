@@ -13,7 +13,7 @@ from ft_jax import methods, parallel, report
 from ft_jax.data import augment
 from ft_jax.data.pipeline import Transform
 from ft_jax.data.sources import digest, open_source, Source
-from ft_jax.jobs import fit, noise, pretrain, setup
+from ft_jax.jobs import embedding, fit, noise, pretrain, setup
 from ft_jax.jobs.embedding import embedded, forget
 from ft_jax.progress import log
 from ft_jax.workdir import Workdir, write_results
@@ -97,8 +97,9 @@ def _train(config: ConfigDict, work: Workdir, splits: setup.Splits, pool: Source
   results = fit.fit(config.train, work, model=model, variables=variables, streams=streams, splits=splits, transform=transform,
                     metric=config.target.metric, seed=config.seed, start=start, methods=active, true_labels=true_labels,
                     timeout=config.data.timeout)
+  embeddings = embedding.PRECISION if chosen is not None and chosen.encoder and not config.selection.file else None  # None: none were made
   return {
-      'job': 'finetune', **results,
+      'job': 'finetune', **results, 'precision': {**results['precision'], 'embeddings': embeddings},
       'target': {'name': config.target.name, 'classes': len(splits.train.class_names), 'fingerprint': splits.train.fingerprint,
                  'train': len(splits.train), 'val': len(splits.val), 'test': len(splits.test) if splits.test else 0,
                  'fingerprints': setup.split_fingerprints(splits)},

@@ -252,6 +252,7 @@ def _environment(model: ResNet) -> dict[str, Any]:
   return {
       'devices': f'{len(devices)} x {devices[0].device_kind}',
       'batch_norm': _batch_norm(model, len(devices)),
+      'precision': {'training': model.precision},
       'commit': _commit(),
       'versions': {'python': platform.python_version(), **{name: _version(name) for name in packages}},
       'command': sys.argv,

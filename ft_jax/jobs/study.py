@@ -19,7 +19,7 @@ import numpy as np
 from ft_jax import compiled, parallel, report, study_page
 from ft_jax.data.sources import digest, open_source
 from ft_jax.jobs import finetune, history, setup, study_results, trained
-from ft_jax.jobs.embedding import embedded, forget
+from ft_jax.jobs.embedding import embedded, forget, PRECISION
 from ft_jax.jobs.study_data import changed, described, Frozen, open_target, Parts, Target
 from ft_jax.progress import log
 from ft_jax.studies import probe, spectrum, transferability
@@ -30,6 +30,8 @@ from selection import files
 _ELSEWHERE = ('checkpoints', 'compare', 'predict', 'pretrain', 'stability', 'study', 'workdir')
 # Fields that do not change what comes of it: a finished one stays where they are changed.
 _WITHOUT_EFFECT = ('data', 'data_dir', 'embeddings_dir')
+# Fields that older versions did not have, with what they did: what they finished counts where that is asked for.
+_ADDED = {'model.precision': 'default'}
 
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
@@ -118,16 +120,18 @@ class _Study:
   def _seen(self, target: Target, seed: int) -> tuple[Any, ...]:
     """What features, and numbers of their parts, depend on beside the network."""
     settings = self._config.study
-    return (self._config.model.dtype, self._transform.size, self._transform.short_side, target.stamp[seed], settings.threshold,
+    return (PRECISION, self._config.model.dtype, self._transform.size, self._transform.short_side, target.stamp[seed], settings.threshold,
             settings.centred)
 
   def _tuned(self, t: int, c: int, seed: int) -> tuple[Any, ...]:
     own = _own(self._config, self._targets[t].name, seed, '').to_dict()  # wherever the weights lie
-    fields = json.dumps({name: value for name, value in fixed(own).items() if name not in _WITHOUT_EFFECT}, sort_keys=True, default=str)
+    fields = json.dumps({name: value for name, value in _without_added(fixed(own)).items() if name not in _WITHOUT_EFFECT},
+                        sort_keys=True, default=str)
     return 'fine_tuned', self._prints[c], self._targets[t].stamp[seed], fields, self._pool
 
   def _tuned_change(self, t: int, c: int, seed: int) -> tuple[Any, ...]:
-    return 'tuned_change', *self._tuned(t, c, seed)[1:], *self._seen(self._targets[t], seed)
+    # Both networks were seen with one precision, whichever it was, and one of them may be gone.
+    return 'tuned_change', *self._tuned(t, c, seed)[1:], *self._seen(self._targets[t], seed)[1:]
 
   # Features.
 
@@ -270,6 +274,7 @@ class _Study:
     settings, kept = self._config.study, self._history
     results = {
         'job': 'study', 'checkpoints': kept.path, 'model': f'{self._config.model.name} (width {self._config.model.width})',
+        'precision': {'training': self._config.model.precision, 'embeddings': PRECISION},
         'source': kept.source, 'metric': self._config.target.metric, 'seeds': list(settings.seeds), 'threshold': settings.threshold,
         'parts_of': self._which, 'devices': f'{jax.device_count()} x {jax.devices()[0].device_kind}',
         'history': [{name: getattr(entry, name) for name in ('name', 'epoch', 'step', 'source')} for entry in kept.kept],
@@ -281,6 +286,12 @@ class _Study:
     if page:
       study_page.write(self._folder / 'report.html', results, self._config.to_dict())
     return results
+
+
+def _without_added(fields: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
+  """Fields of a config without those of `_ADDED` that have the value there."""
+  return {name: _without_added(value, f'{prefix}{name}.') if isinstance(value, Mapping) else value for name, value in fields.items()
+          if f'{prefix}{name}' not in _ADDED or value != _ADDED[f'{prefix}{name}']}
 
 
 def _softmax(features: np.ndarray, classifier: Mapping[str, np.ndarray]) -> np.ndarray:

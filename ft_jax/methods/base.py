@@ -90,8 +90,8 @@ class Begin:
 
   @property
   def teacher(self) -> ResNet:
-    """See `teacher_of`."""
-    return teacher_of(self.model, self.start)
+    """See `teacher_of`; exact, as what it says before training decides what methods do in all of it."""
+    return teacher_of(self.model, self.start).clone(precision='highest')
 
   def taught(self, split: str) -> dict[str, np.ndarray]:
     """What the teacher gives for each example of a split, in order; one pass, shared by the methods that ask.

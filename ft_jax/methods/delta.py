@@ -157,7 +157,8 @@ def _rises(model: ResNet, layer: str) -> Callable[[Any, Mapping[str, jax.Array],
 
       with nn.intercept_methods(zeroed):
         features = model.apply(variables, group['image'], train=False).features
-      return optax.softmax_cross_entropy_with_integer_labels(features @ weights + bias, group['label'])
+      logits = jnp.dot(features, weights, precision='highest') + bias
+      return optax.softmax_cross_entropy_with_integer_labels(logits, group['label'])
 
     def of_group(group: Mapping[str, jax.Array]) -> jax.Array:
       whole, *parts = jnp.split(jax.vmap(without, (0, None))(jnp.append(-1, channels), group), [1])  # no channel is -1
