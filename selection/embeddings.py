@@ -192,8 +192,8 @@ def embed(encode: Callable[[Any, jax.Array], jax.Array], variables: Any, batches
   """Runs an encoder over all images, on all devices.
 
   Args:
-    encode: a pure function of (variables, images [b, h, w, 3]) to features [b, d]. Its products of float32 numbers are exact on every
-      device (precision 'highest'), where it does not state another precision itself.
+    encode: a pure function of (variables, images [b, h, w, 3]) to features [b, d]. Its products are in full float32 on
+      every device (precision 'highest'), where it does not state another precision itself.
     variables: what it needs, as a pytree.
     batches: mappings with `image`, and `label`, `index` (kept as ids) and `mask` (False for padding) where there are any. With a
       `workdir`, a function that gives them without the first k: `lambda k: dataset.skip(k)`; always the same ones, in the same order.
