@@ -1,5 +1,5 @@
 """The input pipeline (decode, random-resized-crop 224, flip, batch) beside tf.data and torch's DataLoader with Pillow;
-with RandAugment and Cutout; and its cache.
+with Pillow's filter (augment.antialias), with RandAugment and Cutout; and its cache.
 
     pip install tensorflow torch && python benchmarks/pipeline.py
 
@@ -144,7 +144,8 @@ def main() -> None:
     folder = pathlib.Path(name)
     kilobytes = write_photos(folder, arguments.files) / 1000
     source = open_source(f'folder:{folder}', 'train')
-    rivals = {'ours': lambda seed: ours(source, seed), 'ours, RandAugment and Cutout': lambda seed: ours(source, seed, **STRONG)}
+    rivals = {'ours': lambda seed: ours(source, seed), 'ours, antialias': lambda seed: ours(source, seed, antialias=True),
+              'ours, RandAugment and Cutout': lambda seed: ours(source, seed, **STRONG)}
     others = (('tensorflow', 'tf.data', tf_data), ('torch', 'torch DataLoader, 2 workers', torch_loader))
     for module, what, make in () if arguments.only_ours else others:
       try:

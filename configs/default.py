@@ -53,7 +53,9 @@ def get_config() -> ConfigDict:
   config.model.source_head = 'fresh'  # the head of the source classes starts fresh (as in the paper) or from the pretrained classifier
   config.model.batch_norm = 'train'  # train, or frozen: statistics, scales and biases stay those of the weights
   config.model.sync_batch_norm = False  # BatchNorm over the batch of all devices instead of each device's own
-  config.model.dtype = 'float32'  # precision of the computation, float32 or bfloat16; parameters are float32
+  config.model.dtype = 'float32'  # of the computation, float32 or bfloat16; parameters are float32
+  # how exactly float32 is multiplied in training and evaluation: default (a recent GPU rounds to TF32, a TPU to bfloat16), high, or
+  config.model.precision = 'default'  # highest (float32, slower); embeddings, and what else decides a choice, always have highest
 
   config.selection = ConfigDict()
   config.selection.method = 'uot'  # uot, ot, softmax, nearest, greedy_emd, random, least, or none (plain fine-tuning)
@@ -82,7 +84,7 @@ def get_config() -> ConfigDict:
   config.augment.randaugment = 0  # random operations an image (RandAugment; FixMatch's pool, strengths and chance of a half); 0 for none
   config.augment.magnitude = 10  # of these operations, 2 to 10: each has a strength drawn from 1 to one below it
   config.augment.cutout = 0.0  # Cutout: side of a grey square on each training crop, as a part of the crop's (FixMatch 0.5); 0 for none
-  config.augment.antialias = False  # average training crops wherever they shrink (slower); else only beyond a factor of two
+  config.augment.antialias = False  # scale training crops exactly as Pillow and torchvision do (slower); else as OpenCV does
   config.augment.short_side = 0  # evaluation: short side before the middle is cut out; 0 is image_size * 256 / 224
 
   config.methods = ConfigDict(methods.defaults())  # published methods; the first field of each switches it on
@@ -144,7 +146,7 @@ def train_config() -> ConfigDict:
   train.accumulate = 1  # parts that a step's batch goes through the network in, one after the other: memory for one (GPU, TPU)
   train.eval_every = 0  # steps between evaluations on val, each with a checkpoint; 0 is a tenth of the run
   train.keep_epochs = ()  # epochs whose checkpoints stay for good, evaluated on val too, as (1, 2, 3, 5, 8); the end stays anyway
-  train.nonfinite_steps = 1  # steps in a row whose loss or gradient is not finite after which the run stops
-  train.skip_diverged = 0  # times that it goes back to its last checkpoint then, and on without the batch where it began; 0 ends it
+  # a step whose loss or gradient is not finite ends the run, or sends it back to its last checkpoint so many times,
+  train.skip_diverged = 0  # and on without the batch of that step; 0 ends it at once
   train.log_every = 0  # steps between lines of metrics.jsonl; 0 is a hundredth of the run
   return train

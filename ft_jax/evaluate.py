@@ -88,8 +88,7 @@ def evaluate(predict: PredictFn, variables: Any, batches: Iterable[Mapping[str, 
     num_classes: K.
   """
   total, count, confusion = 0.0, 0, np.zeros((num_classes, num_classes), np.int64)
-  for batch in batches:
-    result = parallel.unreplicate(predict(variables, parallel.shard(batch)))
+  for result in parallel.read_late(predict(variables, parallel.shard(batch)) for batch in batches):
     mask = result['mask']
     np.add.at(confusion, (result['label'][mask], result['prediction'][mask]), 1)
     total += float(result['loss'][mask].astype(np.float64).sum())

@@ -1,6 +1,6 @@
 """Devices and processes: how a batch is shared out, how state is copied to all and read back, how processes agree."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 import json
 import time
 from typing import Any
@@ -156,6 +156,25 @@ def replicate(tree: Any) -> Any:
 def unreplicate(tree: Any) -> Any:
   """The first local device's copy, on the host."""
   return jax.tree.map(lambda x: np.asarray(x.addressable_data(0)).reshape(x.shape[1:]), tree)
+
+
+def read_late(results: Iterable[Any], read: Callable[[Any], Any] | None = None) -> Iterator[Any]:
+  """Results of the devices on the host, in order, each read after the next one was dispatched.
+
+  So the devices work on a batch while the host reads what they made of the one before. Two results at most are in memory.
+
+  Args:
+    results: dispatches one each time it is asked for the next: `(predict(variables, shard(batch)) for batch in batches)`.
+    read: waits for a result and copies it to the host; None is `unreplicate`, for those of pmapped functions.
+  """
+  read = read or unreplicate
+  pending = None
+  for result in results:
+    if pending is not None:
+      yield read(pending)
+    pending = result
+  if pending is not None:
+    yield read(pending)
 
 
 def gather(tree: Any) -> Any:

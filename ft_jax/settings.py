@@ -162,7 +162,6 @@ TRAIN: Mapping[str, Kind] = {
     'accumulate': whole(1),
     'eval_every': whole(),
     'keep_epochs': several(number(above=0), '(1, 2, 3, 5, 8)'),
-    'nonfinite_steps': whole(1),
     'skip_diverged': whole(),
     'log_every': whole(),
 }
@@ -203,6 +202,7 @@ FIELDS: Mapping[str, Kind] = {
     'model.batch_norm': text(),
     'model.sync_batch_norm': switch(),
     'model.dtype': text(),
+    'model.precision': text(),
     'selection.method': text(),
     'selection.size': number(above=0),
     'selection.by': text(),

@@ -21,7 +21,7 @@ from ft_jax import parallel
 from ft_jax.forward import forward
 from ft_jax.methods import all_needs, Method, norm, Pass, State
 from ft_jax.methods.base import of_network, teacher_of, teacher_variables
-from ft_jax.models import resnet
+from ft_jax.models import precision, resnet
 from ft_jax.models.resnet import Outputs, ResNet
 
 StepFn = Callable[['TrainState', Mapping[str, Mapping[str, jax.Array]]], tuple['TrainState', dict[str, jax.Array]]]
@@ -93,6 +93,8 @@ def make_step(model: ResNet, optimizer: optax.GradientTransformation, loss_weigh
   def run(variables: Any, images: Mapping[str, jax.Array], key: jax.Array, **kwargs: Any) -> tuple[dict[str, Outputs], Any]:
     return forward(model, variables, images, key=key, parts=parts, **kwargs)
 
+  # For the products of the methods: those of the network have it by themselves.
+  @precision.default_of(model.precision)
   def step(state: TrainState, batch: Mapping[str, Mapping[str, jax.Array]]) -> tuple[TrainState, dict[str, jax.Array]]:
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     keys = {name: jax.random.fold_in(key, zlib.crc32(name.encode())) for name in methods}
@@ -248,28 +250,31 @@ class Observer(Protocol):
 
 def run_steps(
     train_step: StepFn, state: TrainState, batches: Iterator[Mapping[str, Mapping[str, jax.Array]]], *, start: int, steps: int,
-    log_every: int, due: Callable[[int], bool], observer: Observer, stop: Callable[[], bool], progress: Callable[[int, float], None],
-    evaluated: bool = True, nonfinite_steps: int = 1, clock: Callable[[], float] = time.perf_counter) -> tuple[TrainState, int]:
+    images: int, log_every: int, due: Callable[[int], bool], observer: Observer, stop: Callable[[], bool],
+    progress: Callable[[int, float], None], evaluated: bool = True,
+    clock: Callable[[], float] = time.perf_counter) -> tuple[TrainState, int]:
   """Runs steps `start` to `steps`; returns the state and the number of steps done.
 
   It ends before `steps` where `stop()` said so or the batches came to an end; what was done is saved then.
 
-  The metrics of a step are read when the next one is under way, so the device does not wait for the host. Whether it waits for images is
-  measured: the metrics of a window have `waiting_share`, the part of its time (without evaluation) that went by until a batch was there,
-  counted where the device was through with everything before. It had been for a part of that wait at least, so this is an upper bound.
+  The metrics of a step are read when the next one is under way, so the device does not wait for the host. The metrics of a window also say
+  how fast it was, and whether the device waited for images: `images_per_second`, and `waiting_share`, the fraction of its time that went
+  by until a batch was there, counted where the device was through with everything before. It had been for a part of that wait at least,
+  so this is an upper bound. Neither counts evaluations, checkpoints, or the first step, which is compiled: a window of that step alone has
+  neither.
 
   Args:
     train_step: of `make_train_step`.
     state: replicated; donated.
     batches: sharded, from step `start` on.
     start, steps: steps done before, and in the end.
+    images: of a step.
     log_every: steps of a window of metrics; one also ends where the state is evaluated.
     due: whether the state after so many steps is evaluated and saved; at the end it always is.
     observer: gets metrics, evaluates and saves.
     stop: asked after each step.
     progress: told (steps done, loss) after each step, one step late.
     evaluated: whether that was done for `start`, where it is due.
-    nonfinite_steps: so many steps in a row whose loss or gradient is not finite end the run. After a single one, nothing is saved.
     clock: gives seconds.
 
   Raises:
@@ -277,7 +282,6 @@ def run_steps(
   """
   window: list[dict[str, float]] = []
   unread: dict[str, jax.Array] | None = None
-  bad: list[Diverged] = []
 
   def read(step: int) -> None:
     """Reads the metrics of the step that ended with `step` steps done."""
@@ -287,20 +291,14 @@ def run_steps(
     metrics = {key: float(value) for key, value in parallel.unreplicate(unread).items()}
     unread = None
     if not math.isfinite(metrics['loss']):
-      bad.append(Diverged(step, f'the loss is {metrics["loss"]}'))
-    elif not math.isfinite(metrics['gradient_norm']):
-      bad.append(Diverged(step, f'the norm of the gradient is {metrics["gradient_norm"]}'))
-    else:
-      bad.clear()
-      window.append(metrics)
-    if len(bad) >= nonfinite_steps:
-      raise bad[0]
+      raise Diverged(step, f'the loss is {metrics["loss"]}')
+    if not math.isfinite(metrics['gradient_norm']):
+      raise Diverged(step, f'the norm of the gradient is {metrics["gradient_norm"]}')
+    window.append(metrics)
     progress(step, metrics['loss'])
 
   def keep(step: int, evaluates: bool, means: dict[str, float]) -> bool:
     """Evaluates, tells and saves, in this order: what is saved has been told of. Whether the evaluation came to its end."""
-    if bad:
-      raise bad[0]
     val = observer.evaluate(step, state) if evaluates else None
     if val and not math.isfinite(val['val/loss']):
       raise Diverged(step, f'the loss on val is {val["val/loss"]}')
@@ -312,34 +310,35 @@ def run_steps(
   # A run that was stopped in the middle of an evaluation.
   if not evaluated and (start == steps or due(start)) and not keep(start, True, {}):
     return state, start
-  done, waited, began = start, 0.0, None
+  done, timed, waited, began = start, 0, 0.0, None
   while done < steps:
     asked = clock()
     batch = next(batches, None)
     if batch is not None:
-      # The first batch of a run is not counted, nor is compiling the step: both come once.
       if began is not None and (unread is None or all(value.is_ready() for value in unread.values())):
         waited += clock() - asked
       state, metrics = train_step(state, batch)
-      if began is None:
-        began = clock()
       read(done)
       unread = metrics
       done += 1
+      if began is None:  # the clock starts when the first step is through
+        read(done)
+        began = clock()
+      else:
+        timed += 1
     stops = batch is None or done < steps and stop()
     evaluates = batch is not None and (done == steps or due(done))
     if stops or evaluates or done % log_every == 0:
       read(done)
       means = {f'train/{key}': sum(m[key] for m in window) / len(window) for key in window[0]} if window else {}
-      if means:
-        elapsed = clock() - began
-        means['waiting_share'] = waited / elapsed if elapsed > 0 else 0.0
+      if timed and (elapsed := clock() - began) > 0:
+        means |= {'images_per_second': timed * images / elapsed, 'waiting_share': waited / elapsed}
       window.clear()
       if stops and done > start or evaluates:
         stops = not keep(done, evaluates and not stops, means) or stops
       elif means:
         observer.wrote(done, means)
-      waited, began = 0.0, clock()
+      timed, waited, began = 0, 0.0, clock()
     if stops:
       break
   return state, done

@@ -22,8 +22,9 @@ from ft_jax.progress import log
 from selection import files
 
 # Fields that may change between two starts of one run. What they do to its images, the checkpoints notice.
-FREE = ('compile_cache', 'data.cache', 'data.on_error', 'data.timeout', 'train.nonfinite_steps', 'train.skip_diverged',
-        'pretrain.nonfinite_steps', 'pretrain.skip_diverged')
+FREE = ('compile_cache', 'data.cache', 'data.on_error', 'data.timeout', 'train.skip_diverged', 'pretrain.skip_diverged',
+        # Removed from the config: runs of older versions still have them.
+        'train.nonfinite_steps', 'pretrain.nonfinite_steps')
 # Fields that were renamed, by path: {the name in older versions: the name now}.
 RENAMED: dict[str, str] = {}
 # Fields that were removed, by path, each with the value that had no effect: a run that had it resumes, one that had another is refused.

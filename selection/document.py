@@ -48,6 +48,8 @@ def fields(document: Mapping[str, Any]) -> dict[str, Any]:
     raise ValueError('source holds what is no text')
   if document['solver'] and type(document['solver'].get('iterations')) is not int:
     raise ValueError('solver says no number of iterations')
+  if type(document['solver'].get('converged', True)) is not bool or type(document['solver'].get('error', 0.0)) not in (int, float):
+    raise ValueError('solver has a wrong kind of error or converged; expected a number, and true or false')
   if not 0 <= document['size'] < float('inf') or not 0 <= document['seed'] < 2**64:
     raise ValueError('size or seed is below 0 or too large')
   for name in _LISTS:

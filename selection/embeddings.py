@@ -192,7 +192,8 @@ def embed(encode: Callable[[Any, jax.Array], jax.Array], variables: Any, batches
   """Runs an encoder over all images, on all devices.
 
   Args:
-    encode: a pure function of (variables, images [b, h, w, 3]) to features [b, d].
+    encode: a pure function of (variables, images [b, h, w, 3]) to features [b, d]. Its products are in full float32 on
+      every device (precision 'highest'), where it does not state another precision itself.
     variables: what it needs, as a pytree.
     batches: mappings with `image`, and `label`, `index` (kept as ids) and `mask` (False for padding) where there are any. With a
       `workdir`, a function that gives them without the first k: `lambda k: dataset.skip(k)`; always the same ones, in the same order.
@@ -302,7 +303,10 @@ def _encoded(encode: Callable[[Any, jax.Array], jax.Array], variables: Any,
   variables = jax.device_put(jax.device_get(variables), everywhere)
 
   def run(variables: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    return {'features': encode(variables, batch['image']), **{k: v for k, v in batch.items() if k != 'image'}}
+    # A GPU or TPU would round them to ten bits or less, which is enough to change what is chosen by them.
+    with jax.default_matmul_precision('highest'):
+      features = encode(variables, batch['image'])
+    return {'features': features, **{k: v for k, v in batch.items() if k != 'image'}}
 
   run = jax.jit(run, in_shardings=(everywhere, rows), out_shardings=everywhere)
   pending = None

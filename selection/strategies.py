@@ -51,7 +51,7 @@ class Scores:
     plan: (rows, groups [m, g] or None) -> `[k, g]`, what goes from those units to each group of target units, or to each of them;
       None where nothing does.
     target_mass: `[m]`, share of the mass that arrives at each target unit; None where there is none.
-    solver: how the solver ended: iterations, error; {} where there was none.
+    solver: how the solver ended: iterations, error, converged; {} where there was none.
   """
   values: np.ndarray
   measure: str
@@ -181,8 +181,8 @@ def _transported(kernel: Blocks, potentials: transport.Potentials, values: np.nd
   if values is None:
     values = transport.normalised(transport.mass(kernel, potentials))
   plan = lambda rows, groups: transport.plan(kernel.of(rows), potentials, groups)
-  return Scores(values, 'share', plan=plan, target_mass=transport.target_mass(potentials),
-                solver={'iterations': potentials.iterations, 'error': potentials.error} if potentials.iterations else {})
+  solver = {name: getattr(potentials, name) for name in ('iterations', 'error', 'converged')} if potentials.iterations else {}
+  return Scores(values, 'share', plan=plan, target_mass=transport.target_mass(potentials), solver=solver)
 
 
 def _sampled(costs: Blocks, sample: int, rng: np.random.Generator) -> Blocks:

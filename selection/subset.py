@@ -41,7 +41,7 @@ class Selection:
       In the order of the source, or best first where the units are examples.
     ids: `[e]`, the ids of these images in the source; None where it has none.
     row_units: int `[e]`, the unit of each of these images.
-    solver: how the solver ended: iterations, error; {} where there was none.
+    solver: how the solver ended: iterations, error, converged; {} where there was none.
     encoder: fingerprint of the encoder.
     source: name and fingerprint of the source data set; {} where it is not known.
   """
@@ -65,6 +65,22 @@ class Selection:
   solver: dict[str, Any] = dataclasses.field(default_factory=dict)
   encoder: str = ''
   source: dict[str, str] = dataclasses.field(default_factory=dict)
+
+  @property
+  def converged(self) -> bool | None:
+    """Whether the solver converged; None for methods without one. (Files of older versions do not say so: those only kept what did.)"""
+    return bool(self.solver.get('converged', True)) if self.solver else None
+
+  @property
+  def solver_summary(self) -> str:
+    """How the solver ended, in words; '' for methods without one."""
+    if not self.solver:
+      return ''
+    iterations = self.solver['iterations']
+    if self.converged:
+      return f'converged in {iterations} iterations'
+    error = f' (error {self.solver["error"]:.2g})' if 'error' in self.solver else ''
+    return f'not converged after {iterations} iterations{error}'
 
   @property
   def has_scores(self) -> bool:
@@ -178,8 +194,8 @@ class Selection:
     return '\n'.join(lines)
 
   def _title(self) -> str:
-    ended = f', converged in {self.solver["iterations"]} iterations' if self.solver else ''
-    return f'{self.method}: {len(self.units):,d} of {len(self.scores):,d} source {NOUNS[self.by]}{ended}'
+    ended = self.solver_summary
+    return f'{self.method}: {len(self.units):,d} of {len(self.scores):,d} source {NOUNS[self.by]}{", " if ended else ""}{ended}'
 
   def unexplained(self) -> str:
     """Why there is no plan."""

@@ -205,7 +205,7 @@ def _total_mass(kernel: jax.Array, valid: jax.Array, tau_source: float, tau_targ
     return jnp.float32(1)
   n, m = jnp.sum(valid), kernel.shape[1]
   v = (1 / m / jnp.where(valid[:, None], kernel, 0).sum(0)) ** tau_target
-  mass = jnp.sum(jnp.where(valid, (1 / n) ** tau_source * (kernel @ v) ** (1 - tau_source), 0))
+  mass = jnp.sum(jnp.where(valid, (1 / n) ** tau_source * _row_sums(kernel, valid, v) ** (1 - tau_source), 0))
   # Marginals s times as large scale the fixed point u = (s a / K v)^tau_source, v = (s b / K' u)^tau_target by this power of s.
   power = (tau_source + tau_target - 2 * tau_source * tau_target) / (1 - tau_source * tau_target)
   return mass ** (-1 / power)
@@ -264,6 +264,7 @@ def _kernel_geometry() -> type:
 
     def apply_kernel(self, vec: jax.Array, eps: float | None = None, axis: int = 0) -> jax.Array:
       del eps  # constant here
-      return self._kernel_matrix @ vec if axis == 1 else vec @ self._kernel_matrix
+      left, right = (self._kernel_matrix, vec) if axis == 1 else (vec, self._kernel_matrix)
+      return jnp.matmul(left, right, precision=jax.lax.Precision.HIGHEST)
 
   return KernelGeometry

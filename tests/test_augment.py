@@ -295,11 +295,40 @@ def test_random_resized_crop_draws_as_torchvision():
   assert abs(np.mean(aspects)) < 0.03 and max(np.abs(aspects)) < np.log(4 / 3) + 0.1
 
 
-@pytest.mark.parametrize('side,antialias,averaged', [(48, False, False), (48, True, True), (96, False, True), (96, True, True)])
-def test_a_crop_that_shrinks_is_averaged(side, antialias, averaged):
-  """To 32 pixels: each is the mean over its area, beyond a factor of two always, below it on request."""
+def drawn_part(height, width, crop, monkeypatch):
+  """(left, top, right, bottom) of the part that `crop` takes of an image of that size."""
+  coordinates = np.stack([*np.mgrid[:height, :width], np.zeros((height, width))], -1)
+  with monkeypatch.context() as patched:
+    patched.setattr(augment, '_resize', lambda part, *_: part)
+    part = crop(coordinates).astype(int)
+  return part[0, 0, 1], part[0, 0, 0], part[-1, -1, 1] + 1, part[-1, -1, 0] + 1
+
+
+@pytest.mark.parametrize('height,width,size', [
+    (375, 500, 224), (375, 500, 32), (60, 80, 96), (427, 640, 300), (40, 400, 64), (400, 40, 64)])
+def test_an_antialiased_crop_is_pillows(height, width, size, tmp_path, monkeypatch):
+  """From the bytes of a JPEG file on, bit for bit: Pillow's decoder, crop, and antialiased bilinear filter, as torchvision uses them.
+
+  Crops that grow, shrink a little, shrink much, and shrink along one side alone; without antialias they are others.
+  """
+  from sklearn import datasets
+  PIL.Image.fromarray(datasets.load_sample_images().images[0]).resize((width, height)).save(tmp_path / 'photo.jpg', quality=92)
+  image = augment.decode((tmp_path / 'photo.jpg').read_bytes(), 'photo.jpg')
+
+  def crop(image, antialias=True):
+    return augment.random_resized_crop(image, size, (0.3, 0.9), (3 / 4, 4 / 3), np.random.default_rng(size), antialias)
+
+  part = PIL.Image.open(tmp_path / 'photo.jpg').crop(drawn_part(height, width, crop, monkeypatch))
+  expected = np.asarray(part.resize((size, size), PIL.Image.Resampling.BILINEAR))
+  np.testing.assert_array_equal(crop(image), expected)
+  assert (crop(image, antialias=False) != expected).any()
+
+
+@pytest.mark.parametrize('side,averaged', [(48, False), (96, True)])
+def test_a_crop_that_shrinks_much_is_averaged(side, averaged):
+  """To 32 pixels without antialias: beyond a factor of two each is the mean over its area."""
   noise = np.random.default_rng(0).integers(0, 256, (side, side, 3)).astype(np.uint8)
-  crop = augment.random_resized_crop(noise, 32, (1.0, 1.0), (1.0, 1.0), np.random.default_rng(0), antialias)
+  crop = augment.random_resized_crop(noise, 32, (1.0, 1.0), (1.0, 1.0), np.random.default_rng(0))
   fine = noise.repeat(96 // side, 0).repeat(96 // side, 1).astype(float)
   means = fine.reshape(32, 3, 32, 3, 3).mean((1, 3))
   assert (np.abs(crop - means).max() <= 1) == averaged

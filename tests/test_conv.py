@@ -13,9 +13,9 @@ def resnet_shapes() -> list[tuple[int, int, int, int, int]]:
   shapes = set()
   original = resnet.conv2d
 
-  def record(x, kernel, stride=1):
+  def record(x, kernel, stride=1, precision=None):
     shapes.add((x.shape[1], x.shape[3], kernel.shape[3], kernel.shape[0], stride))
-    return original(x, kernel, stride)
+    return original(x, kernel, stride, precision)
 
   resnet.conv2d = record
   try:

@@ -14,6 +14,7 @@ from orbax import checkpoint as ocp
 import pytest
 
 from configs import default, miniature
+from ft_jax import methods, parallel
 from ft_jax.data import augment, pipeline
 from ft_jax.data.pipeline import place_of, rows_at, Stalled, train_batches, Transform
 from ft_jax.data.sources import open_source
@@ -138,6 +139,30 @@ def test_a_batch_that_diverges_is_named_or_left_out(photos, whole, tmp_path, mon
   run(photos, tmp_path / 'known')
   jax.tree.map(np.testing.assert_array_equal, state(workdir), state(tmp_path / 'known'))
   assert lines(workdir) == lines(tmp_path / 'known') != lines(whole)
+
+
+@dataclasses.dataclass(frozen=True)
+class Spoils(methods.Method):
+  """A term whose loss and gradient are not finite for one batch of training examples, and zero for all others."""
+  rows: tuple = ()  # of that batch
+
+  def loss(self, seen: methods.Pass, state: methods.State) -> methods.Term:
+    """See `Method`."""
+    spoilt = jnp.array_equal(jnp.sort(parallel.gather(seen.index)), jnp.sort(jnp.array(self.rows)))
+    return methods.Term(jnp.where(spoilt, jnp.nan, 0.0) * jnp.sum(seen.outputs['target'].features), state)
+
+
+def test_a_step_that_is_not_finite_leaves_nothing_behind(photos, tmp_path, monkeypatch):
+  """Of the real step, whose update is applied before anybody reads the loss: the run goes back, and ends with a finite state."""
+  monkeypatch.setitem(methods.METHODS, 'spoils', Spoils)
+  config = default.get_config().target
+  config.name, config.val_fraction = f'folder:{photos}', 0.25
+  source = setup.open_splits(config, '', 0).train
+  rows = tuple(rows_at(source, 4, 8, stream='target', seed=0))
+  results = run(photos, tmp_path / 'run', **{'methods.spoils.rows': rows, 'train.skip_diverged': 1, 'train.average': 0.5})
+  told, = json.loads((tmp_path / 'run' / 'diverged.json').read_text())
+  assert (told['step'], told['skipped'], results['skipped_batches'], results['steps']) == (5, True, 1, 8)
+  assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state(tmp_path / 'run')))
 
 
 def test_parameters_that_are_not_finite_are_never_saved(photos, tmp_path):

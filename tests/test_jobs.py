@@ -250,10 +250,12 @@ def test_single_images_of_sets_with_damaged_files(photos, pool, tmp_path):
       'train/sky/2.jpg', 'train/sky/7.jpg']
   assert skipped == {'source pool': {'images': 1, 'first': ['c/4.jpg']}, 'target test': {'images': 1, 'first': ['test/wall/1.jpg']}}
   assert (results['test']['images'], results['target']['train'] + results['target']['val'], results['source']['images']) == (19, 46, 59)
+  assert results['precision'] == {'training': 'default', 'embeddings': 'highest'}
   assert 'source pool: 1 of 60 images cannot be read and are skipped: c/4.jpg' in printed
   assert 'keeping 46 decoded images in memory (target train, target val): ' in printed
   lines = [json.loads(line) for line in (tmp_path / 'run' / 'metrics.jsonl').read_text().splitlines()]
-  assert all(0 <= line['waiting_share'] <= 1 for line in lines)
+  assert 'waiting_share' not in lines[0] and 'images_per_second' not in lines[0]  # the first step is compiled, and a window of its own
+  assert all(0 <= line['waiting_share'] <= 1 and line['images_per_second'] > 0 for line in lines[1:])
 
 
 def test_same_images_on_both_sides_are_refused(photos, tmp_path):

@@ -25,6 +25,19 @@ def test_shard_and_replicate_round_trip():
   assert back['a'].shape == () and back['a'] == 3 and (back['b'] == tree['b']).all()
 
 
+def test_results_are_read_while_the_next_one_is_made():
+  """In order, every one once, two at most in memory; an error of a later batch comes through."""
+  orders = ([], ['made 0', 'read 0'], ['made 0', 'made 1', 'read 0', 'read 1'],
+            ['made 0', 'made 1', 'read 0', 'made 2', 'read 1', 'read 2'])
+  for count, order in enumerate(orders):
+    events = []
+    results = (events.append(f'made {k}') or k for k in range(count))
+    assert list(parallel.read_late(results, lambda k, events=events: events.append(f'read {k}') or k)) == list(range(count))
+    assert events == order
+  with pytest.raises(ZeroDivisionError):
+    list(parallel.read_late((1 // k for k in (1, 1, 0)), lambda k: k))
+
+
 def test_jax_pmap_is_called_in_one_file():
   """The day that it goes, one file changes. `selection` has a mesh of its own, and no pmap."""
   root = pathlib.Path(parallel.__file__).parents[1]

@@ -2,6 +2,7 @@
 
 import functools
 
+from flax import linen as nn
 import jax
 import method_case
 import numpy as np
@@ -114,6 +115,29 @@ def test_parts_of_a_batch_draw_alike():
   second, stats = run(variables | {'batch_stats': stats}, images[4:], 1)
   np.testing.assert_allclose(whole['target'].features, np.concatenate([first['target'].features, second['target'].features]), atol=1e-5)
   jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), whole_stats, stats)
+
+
+class Shifted(resnet.BatchNorm):
+  """Uses the layer of its parent class twice."""
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """`[b, h, w, c]` to the same."""
+    return super().__call__(x) - super().__call__(x) / 2 + 1
+
+
+@pytest.mark.parametrize('norm', [StochNorm(True).norm(), Shifted, resnet.BatchNorm])
+@pytest.mark.parametrize('parts', [1, 2])
+def test_taps_of_a_layer_are_what_the_network_goes_on_with(norm, parts):
+  """A block is relu(input + bn2): so the tap of bn2 is not the output of one of the calls that it is made of."""
+  model = resnet.ResNet((2,), resnet.BasicBlock, {}, width=4, stem='3x3', norm=norm)
+  variables, images = method_case.variables(model), method_case.images(8, 4)['image']
+  layers = ('layer1/0', 'layer1/1/bn2', 'layer1/1')
+  run = jax.jit(lambda variables, images: forward(model, variables, {'target': images}, key=jax.random.key(3), layers=layers, parts=parts),
+                compiler_options=method_case.QUICK)
+  taps = run(variables, images)[0]['target'].taps
+  np.testing.assert_allclose(np.maximum(taps['layer1/0'] + taps['layer1/1/bn2'], 0), taps['layer1/1'], atol=1e-6)
+  assert np.std(taps['layer1/1/bn2']) > 0.1
 
 
 def test_bad_settings():

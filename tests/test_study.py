@@ -42,8 +42,17 @@ def results(run):
   return json.loads((run[1] / 'study.json').read_text())
 
 
+def test_a_new_field_does_not_undo_what_is_finished():
+  """A fine-tuning of an older version counts where a field that it did not have has the value that it had then."""
+  before = {'seed': 0, 'model': {'name': 'resnet18', 'dtype': 'float32'}, 'target': {'name': 'folder:x'}}
+  with_field = lambda value: {**before, 'model': {**before['model'], 'precision': value}}
+  assert study._without_added(with_field('default')) == before
+  assert study._without_added(with_field('highest')) == with_field('highest')
+
+
 def test_everything_is_there(run):
   found, printed = results(run), run[3]
+  assert found['precision'] == {'training': 'default', 'embeddings': 'highest'}
   assert [entry['name'] for entry in found['history']] == ['epoch 1', 'epoch 2', 'epoch 4']
   target, = found['targets']
   assert (target['train'], target['val'], target['test'], target['classes']) == (36, 12, 20, 4)

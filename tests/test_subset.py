@@ -51,6 +51,32 @@ def test_save_and_load(chosen, tmp_path):
   assert json.loads(path.read_text())['format_version'] == 2
 
 
+@pytest.mark.parametrize('method', ['uot', 'ot', 'least', 'softmax', 'nearest', 'greedy_emd', 'random', 'none'])
+def test_converged_is_said(images, method, tmp_path):
+  """True where an iteration ended well, None where there is none; kept in the file, also by versions whose files do not have it."""
+  chosen = select(images, images.features[:6], 3, method=method, by='example')
+  expected = True if method in ('uot', 'ot', 'least') else None
+  chosen.save(tmp_path / 's.json')
+  saved = json.loads((tmp_path / 's.json').read_text())
+  saved['solver'].pop('converged', None)
+  (tmp_path / 'old.json').write_text(json.dumps(saved))
+  for selection in (chosen, Selection.load(tmp_path / 's.json'), Selection.load(tmp_path / 'old.json')):
+    assert selection.converged is expected and ('converged in' in repr(selection)) == bool(expected)
+
+
+def test_not_converged_is_said(chosen, tmp_path):
+  """In the first line of the table, in the representation, and after loading."""
+  ended = dataclasses.replace(chosen, solver={'iterations': 2000, 'error': 0.0123, 'converged': False})
+  ended.save(tmp_path / 's.json')
+  for selection in (ended, Selection.load(tmp_path / 's.json')):
+    assert selection.converged is False
+    for text in (repr(selection), str(selection).splitlines()[0]):
+      assert 'source classes, not converged after 2000 iterations (error 0.012)' in text
+  (tmp_path / 's.json').write_text((tmp_path / 's.json').read_text().replace('"converged": false', '"converged": "no"'))
+  with pytest.raises(ValueError, match='no selection that can be read .solver has a wrong kind of error or converged'):
+    Selection.load(tmp_path / 's.json')
+
+
 def test_load_refuses(chosen, tmp_path):
   path = tmp_path / 'selection.json'
   chosen.save(path)

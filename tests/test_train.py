@@ -1,5 +1,6 @@
 """The pmapped joint step is the plain formula on the whole batch, and the loop reads, evaluates, stops and ends where it should."""
 
+import functools
 import types
 
 import flax
@@ -169,7 +170,7 @@ def loop(steps=10, start=0, losses=None, norms=None, stop=lambda: False, log_eve
     return state + 1, parallel.replicate({'loss': np.float32(state if losses is None else losses[state]),
                                           'gradient_norm': np.float32(1 if norms is None else norms[state])})
 
-  state, done = train.run_steps(step, start, iter(range(start, last)), start=start, steps=steps, log_every=log_every,
+  state, done = train.run_steps(step, start, iter(range(start, last)), start=start, steps=steps, images=8, log_every=log_every,
                                 due=lambda step: step > 0 and step % eval_every == 0, observer=recorder, stop=stop,
                                 progress=lambda step, loss: seen.append((step, loss)), clock=lambda: 0.0, **kwargs)
   return state, done, recorder, seen
@@ -206,7 +207,7 @@ def test_loop_that_is_stopped_where_it_evaluates_does_so_when_it_goes_on():
     state, done, recorder, _ = stopped
     assert state == done == 4 and recorder.saved == [(4, 4, False)]
     assert [(step, set(metrics)) for step, metrics in recorder.lines][-1] == (
-        4, {'train/loss', 'train/gradient_norm', 'waiting_share'})
+        4, {'train/loss', 'train/gradient_norm'})
   _, _, again, _ = loop(start=4, evaluated=False)
   assert again.lines[0] == (4, {'val/loss': 0.5}) and again.saved == [(4, 4, True), (8, 8, True), (10, 10, True)]
   _, _, at_the_end, _ = loop(start=10, evaluated=False)
@@ -235,17 +236,6 @@ def test_loop_stops_when_the_loss_on_val_is_not_finite():
     loop(bad=4)
 
 
-def test_loop_waits_for_so_many_steps_that_are_not_finite():
-  """Two in a row end it, one alone does not, and is in no mean; but nothing is saved right after one."""
-  nan = float('nan')
-  _, done, recorder, _ = loop(losses=[1, nan, 1, 1, 1, 1, nan, 1, 1, 1], nonfinite_steps=2)
-  assert done == 10 and all(metrics['train/loss'] == 1 for _, metrics in recorder.lines)
-  with pytest.raises(train.Diverged, match='nan at step 6'):
-    loop(losses=[1, nan, 1, 1, 1, nan, nan, 1, 1, 1], nonfinite_steps=2)
-  with pytest.raises(train.Diverged, match='nan at step 4'):
-    loop(losses=[1, 1, 1, nan, 1, 1, 1, 1, 1, 1], nonfinite_steps=2)
-
-
 class Metric(float):
   """A loss that a device is through with, or not."""
 
@@ -259,11 +249,14 @@ class Metric(float):
     return self.ready
 
 
-@pytest.mark.parametrize('ready,shares', [(True, [2 / 8, 3 / 12]), (False, [0, 1 / 12])])
-def test_share_of_time_waiting_for_images(ready, shares, monkeypatch):
-  """Seconds of a made clock: a batch takes one, a step three, evaluation a thousand. Counted is what a ready device waits.
+@pytest.mark.parametrize('ready,shares', [(True, [2 / 8, 3 / 12]), (False, [1 / 8, 1 / 12])])
+@pytest.mark.parametrize('start', [0, 9])
+def test_images_per_second_and_share_of_time_waiting_for_them(start, ready, shares, monkeypatch):
+  """Seconds of a made clock: a batch takes one, a step three, the first one a hundred more, evaluation a thousand. Counted is what a ready
+  device waits.
 
-  The first batch of the run and the compilation do not count; after each window the device has nothing left to do, so the batch counts.
+  The first step of the run, or of a run that goes on, is compiled and does not count, neither as time nor as images; after it and after
+  each window the device has nothing left to do, so the batch counts.
   """
   monkeypatch.setattr(parallel, 'unreplicate', lambda metrics: metrics)
   now, recorder = [0.0], Recorder()
@@ -275,12 +268,20 @@ def test_share_of_time_waiting_for_images(ready, shares, monkeypatch):
       yield 'batch'
 
   def step(state, batch):
-    now[0] += 3
-    return state, {'loss': Metric(ready), 'gradient_norm': Metric(ready)}
+    now[0] += 3 if state else 103
+    return state + 1, {'loss': Metric(ready), 'gradient_norm': Metric(ready)}
 
-  train.run_steps(step, 0, batches(), start=0, steps=6, log_every=3, due=lambda step: step == 3, observer=recorder, stop=lambda: False,
-                  progress=lambda step, loss: None, clock=lambda: now[0])
+  run = functools.partial(train.run_steps, step, 0, start=start, images=8, stop=lambda: False, progress=lambda step, loss: None,
+                          clock=lambda: now[0])
+  run(batches(), steps=start + 6, log_every=3, due=lambda step: step == start + 3, observer=recorder)
   assert [metrics['waiting_share'] for _, metrics in recorder.lines] == pytest.approx(shares)
+  assert [metrics['images_per_second'] for _, metrics in recorder.lines] == pytest.approx([8 / 4, 8 / 4])
+  # Windows of one step: of the first one there is nothing to tell.
+  recorder.lines.clear()
+  run(batches(), steps=start + 3, log_every=1, due=lambda step: step == start + 2, observer=recorder)
+  (_, first), *others = recorder.lines
+  assert first == {'train/loss': 1.0, 'train/gradient_norm': 1.0}
+  assert [(line['images_per_second'], line['waiting_share']) for _, line in others] == [(8 / 4, 1 / 4)] * 2
 
 
 @pytest.mark.parametrize('share,told', [(0.43, True), (0.05, False)])

@@ -87,6 +87,12 @@ def test_a_renamed_field_keeps_its_value(run_of_an_older_version, monkeypatch):
   Workdir(run_of_an_older_version, later(**{'train.ema_decay': 0.9}))
   with pytest.raises(ValueError, match=r'\(config.train.ema_decay is 0.9 there and 0.5 here\)'):
     Workdir(run_of_an_older_version, later(**{'train.ema_decay': 0.5}))
+def test_a_run_of_an_older_version_has_a_field_that_is_gone(tmp_path):
+  """It resumes, whatever the field said."""
+  Workdir(tmp_path / 'run', {**CONFIG, 'train': {**CONFIG['train'], 'nonfinite_steps': 3}, 'pretrain': {'nonfinite_steps': 1}})
+  (tmp_path / 'run' / 'checkpoints' / '5').mkdir(parents=True)
+  work = Workdir(tmp_path / 'run', {**CONFIG, 'pretrain': {}})
+  assert 'nonfinite_steps' not in work.config_json.read_text()
 
 
 def test_a_run_without_a_checkpoint_takes_the_new_config(tmp_path):

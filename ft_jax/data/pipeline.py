@@ -40,7 +40,7 @@ class Transform:
     size: pixels a side of the result.
     scale, ratio: of the random crop (training).
     flip: whether half of the training images are mirrored.
-    antialias: whether training crops are averaged wherever they shrink; else only where they shrink by more than two.
+    antialias: whether training crops are scaled exactly as Pillow and torchvision do, or faster; see `augment.random_resized_crop`.
     short_side: pixels of the short side before the middle is cut out (evaluation).
     randaugment: random operations drawn for a training crop; 0 for none.
     magnitude: of them, 2 to 10.

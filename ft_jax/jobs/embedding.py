@@ -16,6 +16,9 @@ from ft_jax.models import pretrained
 from ft_jax.progress import log
 import selection
 
+# Of the products behind features, whatever `model.precision` is in training: what is chosen must not depend on the device.
+PRECISION = 'highest'
+
 
 def embedded(folder: epath.Path | None, network: ConfigDict, variables: Mapping[str, Any], source: Source, transform: Transform,
              batch_size: int, what: str, means: bool = False, timeout: float = TIMEOUT,
@@ -39,8 +42,10 @@ def embedded(folder: epath.Path | None, network: ConfigDict, variables: Mapping[
     ValueError: features that are not finite.
     Stalled: no images came for `timeout` seconds.
   """
-  model = setup.build_model(network, {})
-  encoder = digest(weights or setup.weights_fingerprint(variables), network.name, network.dtype, f'{transform.size}/{transform.short_side}')
+  model = setup.build_model(network, {}).clone(precision=PRECISION)
+  # The precision is part of it: older versions made features by the default one of the device, and other ones are not to be mixed.
+  encoder = digest(weights or setup.weights_fingerprint(variables), network.name, network.dtype, PRECISION,
+                   f'{transform.size}/{transform.short_side}')
   path = folder / f'{"class_means" if means else "named_features"}-{digest(encoder, source.fingerprint)}.npz' if folder else None
   if path and parallel.agreed(path.exists):
     parallel.check_shared(folder, 'the folder of embeddings (config.embeddings_dir)')

@@ -15,7 +15,7 @@ from ft_jax import methods, parallel, report
 from ft_jax.data import augment, duplicates
 from ft_jax.data.pipeline import Transform
 from ft_jax.data.sources import digest, open_source, Source
-from ft_jax.jobs import fit, noise, overlap, pretrain, setup
+from ft_jax.jobs import embedding, fit, noise, overlap, pretrain, setup
 from ft_jax.jobs.embedding import embedded, forget
 from ft_jax.progress import log
 from ft_jax.settings import check_fields
@@ -130,8 +130,9 @@ def _train(config: ConfigDict, work: Workdir, splits: setup.Splits, pool: Source
   results = fit.fit(config.train, work, model=model, variables=variables, streams=streams, splits=splits, transform=transform,
                     metric=config.target.metric, seed=config.seed, start=start, methods=active, true_labels=true_labels,
                     timeout=config.data.timeout)
+  embeddings = embedding.PRECISION if chosen is not None and chosen.encoder and not config.selection.file else None  # None: none were made
   return {
-      'job': 'finetune', **results,
+      'job': 'finetune', **results, 'precision': {**results['precision'], 'embeddings': embeddings},
       'target': {'name': config.target.name, 'classes': len(splits.train.class_names), 'fingerprint': splits.train.fingerprint,
                  'train': len(splits.train), 'val': len(splits.val), 'test': len(splits.test) if splits.test else 0,
                  'fingerprints': setup.split_fingerprints(splits)},
@@ -427,7 +428,7 @@ def _selection_section(target: Source, pool: Source, chosen: selection.Selection
   how = f'{len(chosen.units):,d} of {len(chosen.scores):,d} {NOUNS[chosen.by]} of {pool.name}, '
   how += 'taken from a list' if chosen.method == 'given' else f'chosen by {chosen.method}'
   settings = [f'{name} {value}' for name, value in chosen.parameters.items() if value is not None and name != 'max_iterations']
-  settings += [f'converged in {chosen.solver["iterations"]} iterations'] if chosen.solver else []
+  settings += [chosen.solver_summary] if chosen.solver else []
   how += f' ({", ".join(settings)}).' if settings else '.'
   if chosen.measure == 'share':
     how += (f' The share of a {chosen.by} is the part of the transported mass that comes from it; the last column says which target '

@@ -244,7 +244,7 @@ def fit(config: ConfigDict, work: Workdir, *, model: ResNet, variables: Mapping[
     again = lambda: _begin(config, checkpoints, schedule, variables, begin, methods)
     while True:
       try:
-        state = train(run, step, state, start, losses.skipped, views, config.nonfinite_steps)
+        state = train(run, step, state, start, losses.skipped, views)
         break
       except Diverged as diverged:
         handle(diverged, run, losses, config.skip_diverged)
@@ -309,6 +309,7 @@ def _environment(model: ResNet) -> dict[str, Any]:
   return {
       'devices': f'{len(devices)} x {devices[0].device_kind}',
       'batch_norm': _batch_norm(model, len(devices)),
+      'precision': {'training': model.precision},
       'commit': _commit(),
       'versions': {'python': platform.python_version(), **{name: _version(name) for name in packages}},
       'command': sys.argv,

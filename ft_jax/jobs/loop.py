@@ -3,7 +3,6 @@
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
-import time
 from typing import Any, NamedTuple
 
 from flax import jax_utils
@@ -67,8 +66,7 @@ class Run(NamedTuple):
   timeout: float
 
 
-def train(run: Run, step: StepFn, state: TrainState, start: int, skip: Sequence[int], views: Collection[tuple[str, str]],
-          nonfinite_steps: int) -> TrainState:
+def train(run: Run, step: StepFn, state: TrainState, start: int, skip: Sequence[int], views: Collection[tuple[str, str]]) -> TrainState:
   """The steps from `start` on.
 
   Args:
@@ -78,7 +76,6 @@ def train(run: Run, step: StepFn, state: TrainState, start: int, skip: Sequence[
     start: steps that it has behind it.
     skip: places of batches that are left out; see `data.pipeline.place_of`.
     views: further views of images, as methods need them.
-    nonfinite_steps: see `run_steps`.
 
   Returns:
     The state after the last step, on the host; it is saved and evaluated.
@@ -99,10 +96,11 @@ def train(run: Run, step: StepFn, state: TrainState, start: int, skip: Sequence[
 
     shown.set_postfix_str('compiling the step')
     batches = jax_utils.prefetch_to_device(observer.until_stalled(_batches(run, start, skip, views, lambda: stop.asked)), 2)
+    images = sum(stream.batch_size for stream in run.streams.values())
     try:
-      state, done = run_steps(step, parallel.replicate(state), batches, start=start, steps=plan.steps,
+      state, done = run_steps(step, parallel.replicate(state), batches, start=start, steps=plan.steps, images=images,
                               log_every=plan.log_every, due=plan.due, observer=observer, stop=stop, progress=show,
-                              evaluated=not plan.due(start) or run.checkpoints.evaluated(start), nonfinite_steps=nonfinite_steps)
+                              evaluated=not plan.due(start) or run.checkpoints.evaluated(start))
     except BaseException as error:
       with contextlib.suppress(Exception):  # what is being written is not lost by it
         run.checkpoints.wait()
@@ -167,9 +165,7 @@ class Observer:
   def __init__(self, run: Run, writer: MetricsWriter, start: int, stop: Callable[[], bool]):
     self.writer, self.complete, self.stalled = writer, False, ''
     self._run, self._stop = run, stop
-    self._images = sum(stream.batch_size for stream in run.streams.values())
-    self._last, self._time = start, time.perf_counter()
-    self._start, self._waited, self._told = start, 0.0, False
+    self._last, self._steps, self._waited, self._told = start, 0, 0.0, False
 
   def until_stalled(self, batches: Iterator[Any]) -> Iterator[Any]:
     """The batches; they end where images do not come. Of several processes, the others would wait for this one."""
@@ -182,7 +178,6 @@ class Observer:
 
   def evaluate(self, step: int, state: TrainState) -> dict[str, float] | None:
     """See `train.Observer`."""
-    spent = time.perf_counter()
     try:
       return _val_metrics(self._run, state, self._stop)
     except _Stopped:
@@ -192,12 +187,9 @@ class Observer:
         raise
       self.stalled = str(error)
       return None
-    finally:
-      self._time += time.perf_counter() - spent  # the rate is that of training alone
 
   def save(self, step: int, state: TrainState, val: dict[str, float] | None) -> None:
     """See `train.Observer`."""
-    spent = time.perf_counter()
     metrics = {'score': val[f'val/{self._run.metric}'], 'loss': val['val/loss']} if val else None
     state = parallel.unreplicate(state)
     if not all(np.isfinite(x).all() for x in jax.tree.leaves((state.params, state.batch_stats))):
@@ -205,16 +197,14 @@ class Observer:
     self.writer.flush()  # behind a checkpoint no line may be missing
     self._run.checkpoints.save(step, state, metrics)
     self.complete = val is not None
-    self._time += time.perf_counter() - spent
 
   def wrote(self, step: int, metrics: dict[str, float]) -> None:
     """See `train.Observer`."""
-    now = time.perf_counter()
-    rate = (step - self._last) * self._images / max(now - self._time, 1e-9)
-    steps, self._last, self._time = step - self._last, step, now
+    steps, self._last = step - self._last, step
+    if 'train/loss' in metrics:
+      metrics = {**metrics, 'learning_rate': float(self._run.schedule(step - 1))}
     if 'waiting_share' in metrics:
-      metrics = {**metrics, 'learning_rate': float(self._run.schedule(step - 1)), 'images_per_second': rate}
-      self._tell_waiting(step, steps * metrics['waiting_share'])
+      self._tell_waiting(steps, metrics['waiting_share'])
     metrics = self.writer.write(step, metrics)
     if 'val/loss' in metrics:
       val = {key.removeprefix('val/'): value for key, value in metrics.items() if key.startswith('val/')}
@@ -222,11 +212,11 @@ class Observer:
       rate = f'   {metrics["images_per_second"]:,.0f} images/s' if 'images_per_second' in metrics else ''
       log.info('  step %*d/%d%s   val %s%s', len(str(self._run.plan.steps)), step, self._run.plan.steps, trained, spoken(val), rate)
 
-  def _tell_waiting(self, step: int, waited: float) -> None:
-    """Says once that the images hold the training up; `waited` is in steps."""
-    self._waited += waited
-    share = self._waited / (step - self._start)
-    if not self._told and share > WAITING and step - self._start >= WAITING_STEPS:
+  def _tell_waiting(self, steps: int, share: float) -> None:
+    """Says once that the images hold the training up, from what a window of so many steps adds."""
+    self._steps, self._waited = self._steps + steps, self._waited + steps * share
+    share = self._waited / self._steps
+    if not self._told and share > WAITING and self._steps >= WAITING_STEPS:
       self._told = True
       log.info('  the device waits for images %.0f %% of the time: more CPU cores help, and for small targets --config.data.cache=true',
                100 * share)

@@ -80,8 +80,8 @@ def predict(run: trained.Trained, source: Source, top: int, skip: bool,
   rank, variables = make_rank(run.model, run.head, top), parallel.replicate(run.variables)
   classes, probabilities = np.zeros((len(source), top), np.int32), np.zeros((len(source), top), np.float32)
   batches = EvalBatches(source, transform, size, timeout)
-  for batch in progress.bar(batches, 'predicting', len(batches)):
-    result = parallel.unreplicate(rank(variables, parallel.shard(batch)))
+  shown = progress.bar(batches, 'predicting', len(batches))
+  for result in parallel.read_late(rank(variables, parallel.shard(batch)) for batch in shown):
     rows = result['index'][result['mask']]
     classes[rows], probabilities[rows] = result['classes'][result['mask']], result['probabilities'][result['mask']]
   ids = source.ids.tolist()

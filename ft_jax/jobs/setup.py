@@ -206,7 +206,7 @@ def build_model(config: ConfigDict, heads: Mapping[str, int], freeze: str = '') 
   """The network of `config.model` with the given heads, and what `train.freeze` says of it."""
   if config.dtype not in DTYPES:
     raise ValueError(f'model.dtype is {config.dtype!r}; known: {", ".join(DTYPES)}')
-  return resnet.build(config.name, heads, width=config.width, stem=config.stem, dtype=DTYPES[config.dtype],
+  return resnet.build(config.name, heads, width=config.width, stem=config.stem, dtype=DTYPES[config.dtype], precision=config.precision,
                       axis_name=parallel.AXIS if config.sync_batch_norm else None, batch_norm=config.batch_norm, frozen=freeze)
 
 

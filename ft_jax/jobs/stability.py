@@ -48,8 +48,8 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
   start = _start(run)
   if start.params is None:
     log.warning('warning: no distances from the start: %s', start.about)
-  # Noise of 0.001 on the weights would be lost in the rounding of bfloat16.
-  model = run.model.clone(dtype=jnp.float32)
+  # Noise of 0.001 on the weights would be lost in the rounding of bfloat16 or TF32.
+  model = run.model.clone(dtype=jnp.float32, precision='highest')
   batches = _held(source, run, config.data.timeout)
   estimates = _estimated(config.stability, config.seed, model, run, source, batches, folder)
   results = summary(config.stability, run, split, len(source), start, estimates)

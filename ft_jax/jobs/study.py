@@ -19,7 +19,7 @@ import numpy as np
 from ft_jax import compiled, parallel, report, study_page
 from ft_jax.data.sources import digest, open_source
 from ft_jax.jobs import finetune, history, setup, study_results, trained
-from ft_jax.jobs.embedding import embedded, forget
+from ft_jax.jobs.embedding import embedded, forget, PRECISION
 from ft_jax.jobs.study_data import changed, described, Frozen, open_target, Parts, Target
 from ft_jax.progress import log
 from ft_jax.settings import check_fields, defaults, flat
@@ -33,7 +33,7 @@ _ELSEWHERE = ('checkpoints', 'compare', 'predict', 'pretrain', 'stability', 'stu
 _WITHOUT_EFFECT = ('data', 'data_dir', 'embeddings_dir')
 # Fields, by path, that came after the first version of the parts. At their defaults they are left out of what a part is made of: so the
 # parts that were made before are found. tests/test_study.py says where one is missing here.
-ADDED: tuple[str, ...] = ()
+ADDED: tuple[str, ...] = ('model.precision', 'source.duplicates')
 
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
@@ -130,7 +130,7 @@ class _Study:
   def _seen(self, target: Target, seed: int) -> tuple[Any, ...]:
     """What features, and numbers of their parts, depend on beside the network."""
     settings = self._config.study
-    return (self._config.model.dtype, self._transform.size, self._transform.short_side, target.stamp[seed], settings.threshold,
+    return (PRECISION, self._config.model.dtype, self._transform.size, self._transform.short_side, target.stamp[seed], settings.threshold,
             settings.centred)
 
   def _tuned(self, t: int, c: int, seed: int) -> tuple[Any, ...]:
@@ -138,7 +138,8 @@ class _Study:
     return 'fine_tuned', self._prints[c], self._targets[t].stamp[seed], _fields(own, _WITHOUT_EFFECT), self._pool
 
   def _tuned_change(self, t: int, c: int, seed: int) -> tuple[Any, ...]:
-    return 'tuned_change', *self._tuned(t, c, seed)[1:], *self._seen(self._targets[t], seed)
+    # Both networks were seen with one precision, whichever it was, and one of them may be gone.
+    return 'tuned_change', *self._tuned(t, c, seed)[1:], *self._seen(self._targets[t], seed)[1:]
 
   # Features.
 
@@ -281,6 +282,7 @@ class _Study:
     settings, kept = self._config.study, self._history
     results = {
         'job': 'study', 'checkpoints': kept.path, 'model': f'{self._config.model.name} (width {self._config.model.width})',
+        'precision': {'training': self._config.model.precision, 'embeddings': PRECISION},
         'source': kept.source, 'metric': self._config.target.metric, 'seeds': list(settings.seeds), 'threshold': settings.threshold,
         'parts_of': self._which, 'devices': f'{jax.device_count()} x {jax.devices()[0].device_kind}',
         'history': [{name: getattr(entry, name) for name in ('name', 'epoch', 'step', 'source')} for entry in kept.kept],

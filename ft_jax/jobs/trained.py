@@ -67,7 +67,7 @@ def load(workdir: str, field: str = 'config.workdir') -> Trained:
     head = HEADS[config.job]
     class_names = tuple(str(row['name']) for row in results['val']['per_class'])
     model = resnet.build(config.model.name, {head: len(class_names)}, width=config.model.width, stem=config.model.stem,
-                         dtype=setup.DTYPES[config.model.dtype])
+                         dtype=setup.DTYPES[config.model.dtype], precision=config.model.get('precision', 'default'))
     run = Trained(path, config, results, head, class_names, model, {}, Transform(config.image_size, short_side=setup.short_side(config)))
     run.described()
   except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:  # of another program, or changed by hand

@@ -90,8 +90,8 @@ class Begin:
 
   @property
   def teacher(self) -> ResNet:
-    """See `teacher_of`."""
-    return teacher_of(self.model, self.start)
+    """See `teacher_of`; exact, as what it says before training decides what methods do in all of it."""
+    return teacher_of(self.model, self.start).clone(precision='highest')
 
   def taught(self, split: str) -> dict[str, np.ndarray]:
     """What the teacher gives for each example of a split, in order; one pass, shared by the methods that ask.
@@ -114,7 +114,7 @@ class Begin:
 
     @functools.cache
     def taught(split: str) -> dict[str, np.ndarray]:
-      results = [parallel.unreplicate(mapped(variables, parallel.shard(batch))) for batch in self.batches(split)]
+      results = list(parallel.read_late(mapped(variables, parallel.shard(batch)) for batch in self.batches(split)))
       whole = {key: np.concatenate([result[key][result['mask']] for result in results]) for key in results[0] if key != 'mask'}
       order = np.argsort(whole.pop('index'))
       return {key: value[order] for key, value in whole.items()}

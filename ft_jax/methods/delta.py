@@ -116,11 +116,11 @@ def loss_rises(model: ResNet, variables: Mapping[str, Any], classifier: logistic
     for layer, shape in shapes.items():
       size = max(1, min(shape[-1], _ELEMENTS // math.prod(shape)))
       measure = parallel.pmap(_rises(model, layer), in_axes=(0, 0, None))
+      groups = [np.minimum(np.arange(first, first + size), shape[-1] - 1) for first in range(0, shape[-1], size)]
       found = []
-      for first in range(0, shape[-1], size):
-        channels = np.minimum(np.arange(first, first + size), shape[-1] - 1)
-        found.append(parallel.unreplicate(measure(given, examples, channels)))
-        shown.update(min(size, shape[-1] - first))
+      for sums in parallel.read_late(measure(given, examples, channels) for channels in groups):
+        found.append(sums)
+        shown.update(min(size, shape[-1] - (len(found) - 1) * size))
       rises[layer] = np.concatenate(found)[:shape[-1]].astype(np.float64) / count
   progress.log.info('channel attention: measured in %.0f s', time.perf_counter() - began)
   return rises
@@ -157,7 +157,8 @@ def _rises(model: ResNet, layer: str) -> Callable[[Any, Mapping[str, jax.Array],
 
       with nn.intercept_methods(zeroed):
         features = model.apply(variables, group['image'], train=False).features
-      return optax.softmax_cross_entropy_with_integer_labels(features @ weights + bias, group['label'])
+      logits = jnp.dot(features, weights, precision='highest') + bias
+      return optax.softmax_cross_entropy_with_integer_labels(logits, group['label'])
 
     def of_group(group: Mapping[str, jax.Array]) -> jax.Array:
       whole, *parts = jnp.split(jax.vmap(without, (0, None))(jnp.append(-1, channels), group), [1])  # no channel is -1

@@ -14,59 +14,63 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
+Precision = jax.lax.Precision | None
+
 # Up to this height or width im2col was the faster one in every pass (forward, input gradient, kernel gradient).
 _TINY = 4
 
 
-def conv2d(x: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array:
+def conv2d(x: jax.Array, kernel: jax.Array, stride: int = 1, precision: Precision = None) -> jax.Array:
   """Convolution with torch's padding (size // 2 on each side), by the fastest exact way for the backend.
 
   Args:
     x: images `[b, h, w, c]`.
     kernel: `[k, k, c, d]` with odd k.
     stride: the same in both directions.
+    precision: of the products, in every pass; None is the backend's default.
 
   Returns:
     `[b, ceil(h / stride), ceil(w / stride), d]`.
   """
   if jax.default_backend() != 'cpu':
-    return conv2d_xla(x, kernel, stride)
+    return conv2d_xla(x, kernel, stride, precision)
   if kernel.shape[0] == 1 or min(x.shape[1:3]) <= _TINY:
-    return conv2d_im2col(x, kernel, stride)
+    return conv2d_im2col(x, kernel, stride, precision)
   if stride > 1:
-    return _conv2d_strided(x, kernel, stride)
-  return conv2d_xla(x, kernel, stride)
+    return _conv2d_strided(x, kernel, stride, precision)
+  return conv2d_xla(x, kernel, stride, precision)
 
 
-def conv2d_xla(x: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array:
+def conv2d_xla(x: jax.Array, kernel: jax.Array, stride: int = 1, precision: Precision = None) -> jax.Array:
   """XLA's own convolution, in every pass."""
   pad = kernel.shape[0] // 2
-  return lax.conv_general_dilated(
-      x, kernel, (stride, stride), ((pad, pad), (pad, pad)), dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
+  return lax.conv_general_dilated(x, kernel, (stride, stride), ((pad, pad), (pad, pad)), dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+                                  precision=precision)
 
 
-def conv2d_im2col(x: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array:
+def conv2d_im2col(x: jax.Array, kernel: jax.Array, stride: int = 1, precision: Precision = None) -> jax.Array:
   """The patches side by side, times the kernel as one matrix: the same in every pass."""
   size = kernel.shape[0]
   patches = jnp.concatenate(_shifted(x, size, stride, 0.0), axis=-1)
-  return patches @ kernel.reshape(-1, kernel.shape[-1])
+  return jnp.matmul(patches, kernel.reshape(-1, kernel.shape[-1]), precision=precision)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _conv2d_strided(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _conv2d_strided(x: jax.Array, kernel: jax.Array, stride: int, precision: Precision) -> jax.Array:
   """XLA's convolution and kernel gradient, im2col's input gradient."""
-  return conv2d_xla(x, kernel, stride)
+  return conv2d_xla(x, kernel, stride, precision)
 
 
-def _strided_forward(x: jax.Array, kernel: jax.Array, stride: int) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-  return conv2d_xla(x, kernel, stride), (x, kernel)
+def _strided_forward(x: jax.Array, kernel: jax.Array, stride: int,
+                     precision: Precision) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+  return conv2d_xla(x, kernel, stride, precision), (x, kernel)
 
 
-def _strided_backward(
-    stride: int, saved: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _strided_backward(stride: int, precision: Precision, saved: tuple[jax.Array, jax.Array],
+                      gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
   x, kernel = saved
-  dx = jax.vjp(lambda x: conv2d_im2col(x, kernel, stride), x)[1](gradient)[0]
-  dkernel = jax.vjp(lambda kernel: conv2d_xla(x, kernel, stride), kernel)[1](gradient)[0]
+  dx = jax.vjp(lambda x: conv2d_im2col(x, kernel, stride, precision), x)[1](gradient)[0]
+  dkernel = jax.vjp(lambda kernel: conv2d_xla(x, kernel, stride, precision), kernel)[1](gradient)[0]
   return dx, dkernel
 
 

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from ft_jax.models.conv import conv2d, conv2d_xla, max_pool, max_pool_xla
+from ft_jax.models.precision import PRECISIONS
 
 # Per-channel mean and standard deviation of ImageNet in [0, 1]: what torchvision's weights were trained on.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -36,6 +37,7 @@ class Conv(nn.Module):
   size: int
   stride: int = 1
   dtype: jnp.dtype = jnp.float32
+  precision: jax.lax.Precision | None = None
   portable: bool = False
 
   @nn.compact
@@ -44,7 +46,7 @@ class Conv(nn.Module):
     kernel = self.param('kernel', nn.initializers.variance_scaling(2.0, 'fan_out', 'normal'),
                         (self.size, self.size, x.shape[-1], self.features))
     convolve = conv2d_xla if self.portable else conv2d
-    return convolve(x.astype(self.dtype), kernel.astype(self.dtype), self.stride)
+    return convolve(x.astype(self.dtype), kernel.astype(self.dtype), self.stride, self.precision)
 
 
 class BatchNorm(nn.BatchNorm):
@@ -151,12 +153,13 @@ class Heads(nn.Module):
   Weights start at N(0, 2/d), biases at zero (Liu et al., NeurIPS 2022, whose code has 2/2048 whatever d is).
   """
   classes: Mapping[str, int]
+  precision: jax.lax.Precision | None = None
 
   @nn.compact
   def __call__(self, features: jax.Array) -> dict[str, jax.Array]:
     """Features `[b, d]` to logits `[b, K]` of every head."""
     std = (2.0 / features.shape[-1]) ** 0.5
-    return {name: nn.Dense(size, kernel_init=nn.initializers.normal(std), name=name)(features)
+    return {name: nn.Dense(size, kernel_init=nn.initializers.normal(std), precision=self.precision, name=name)(features)
             for name, size in self.classes.items()}
 
 
@@ -170,7 +173,8 @@ class ResNet(nn.Module):
     width: channels of the first stage; 64 is the published network.
     stem: '7x7' (stride 2 and a max-pool of stride 2, for photographs) or '3x3' (full resolution, for tiny images).
     axis_name: the pmapped axis over which BatchNorm averages; None keeps statistics of each device apart.
-    dtype: precision of the computation; parameters and statistics are float32.
+    dtype: of the computation; parameters and statistics are float32.
+    precision: of the products of float32 numbers in convolutions and heads, forwards and backwards; a key of `PRECISIONS`.
     norm: the normalisation layer, with the arguments of `BatchNorm`.
     batch_norm: 'train', or 'frozen': running statistics normalise in training too and stay as they are.
     frozen: a pattern of paths of parameters that training leaves as they are; '' is none.
@@ -183,6 +187,7 @@ class ResNet(nn.Module):
   stem: str = '7x7'
   axis_name: str | None = None
   dtype: jnp.dtype = jnp.float32
+  precision: str = 'default'
   norm: ModuleDef = BatchNorm
   batch_norm: str = 'train'
   frozen: str = ''
@@ -201,7 +206,8 @@ class ResNet(nn.Module):
       images: uint8 `[b, h, w, 3]`, normalised here, or float `[b, h, w, 3]`, taken as normalised.
       train: whether BatchNorm uses the batch and updates its running statistics.
     """
-    conv = functools.partial(Conv, dtype=self.dtype, portable=self.portable)
+    precision = PRECISIONS[self.precision]
+    conv = functools.partial(Conv, dtype=self.dtype, precision=precision, portable=self.portable)
     # 0.9 here is torch's momentum of 0.1.
     norm = functools.partial(self.norm, train=train and self.batch_norm != 'frozen', momentum=0.9, epsilon=1e-5,
                              axis_name=self.axis_name, dtype=self.dtype, frozen=self.frozen)
@@ -216,7 +222,7 @@ class ResNet(nn.Module):
       x = Stage(self.block, depth, self.width * 2**i, 1 if i == 0 else 2, conv, norm, name=f'layer{i + 1}')(x)
       taps[f'layer{i + 1}'] = x
     features = jnp.mean(x, axis=(1, 2), dtype=jnp.promote_types(x.dtype, jnp.float32))
-    return Outputs(features, Heads(self.heads, name='heads')(features), taps)
+    return Outputs(features, Heads(self.heads, precision, name='heads')(features), taps)
 
 
 def normalize(images: jax.Array) -> jax.Array:
@@ -238,14 +244,18 @@ def fixed(model: ResNet, tree: Any) -> Any:
 
 
 def build(name: str, heads: Mapping[str, int], *, width: int = 64, stem: str = '7x7', axis_name: str | None = None,
-          dtype: jnp.dtype = jnp.float32, batch_norm: str = 'train', frozen: str = '') -> ResNet:
-  """A network of the table below; raises ValueError for a name, stem, width or batch_norm that is not there, or a wrong pattern."""
+          dtype: jnp.dtype = jnp.float32, precision: str = 'default', batch_norm: str = 'train', frozen: str = '') -> ResNet:
+  """A network of the table below; raises ValueError for a name, stem, width, precision or batch_norm that it does not know, or a wrong
+  pattern.
+  """
   if name not in NETWORKS:
     raise ValueError(f'model.name is {name!r}; known: {", ".join(NETWORKS)}')
   if stem not in STEMS:
     raise ValueError(f'model.stem is {stem!r}; known: {", ".join(STEMS)}')
   if width < 1:
     raise ValueError(f'model.width is {width}; expected 1 or more (64 is the published network)')
+  if precision not in PRECISIONS:
+    raise ValueError(f'model.precision is {precision!r}; known: {", ".join(PRECISIONS)}')
   if batch_norm not in BATCH_NORMS:
     raise ValueError(f'model.batch_norm is {batch_norm!r}; known: {", ".join(BATCH_NORMS)}')
   frozen = FROZEN.get(frozen, frozen)
@@ -255,7 +265,7 @@ def build(name: str, heads: Mapping[str, int], *, width: int = 64, stem: str = '
     raise ValueError(f'train.freeze is {frozen!r}; expected {", ".join(FROZEN)}, or a regular expression of paths of parameters ({error})'
                      ) from error
   block, depths = NETWORKS[name]
-  return ResNet(depths, block, dict(heads), width, stem, axis_name, dtype, batch_norm=batch_norm, frozen=frozen)
+  return ResNet(depths, block, dict(heads), width, stem, axis_name, dtype, precision, batch_norm=batch_norm, frozen=frozen)
 
 
 STEMS = ('7x7', '3x3')

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ft_jax import logistic
+from ft_jax import logistic, parallel
 
 # Of the penalty of `linear`. Of a small ResNet-18, one to six epochs trained, and 4 to 30 images a class, 1e-3 to 1e-5 were best.
 STRENGTHS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7)
@@ -163,8 +163,8 @@ def _voted(directions: np.ndarray, labels: np.ndarray, features: np.ndarray, num
   """The predictions for each number of neighbours."""
   step, training = max(1, BLOCK // len(labels)), jnp.asarray(directions)
   predicted: list[list[np.ndarray]] = [[] for _ in numbers]
-  for begin in range(0, len(features), step):
-    similarities, near = jax.device_get(_nearest(_directions(features[begin:begin + step]), training, max(numbers)))
+  blocks = (_directions(features[begin:begin + step]) for begin in range(0, len(features), step))
+  for similarities, near in parallel.read_late((_nearest(block, training, max(numbers)) for block in blocks), jax.device_get):
     voters, weights = labels[near], np.exp(similarities.astype(np.float64) / TEMPERATURE)
     for k, found in zip(numbers, predicted):
       found.append(_elected(voters[:, :k], weights[:, :k], classes))

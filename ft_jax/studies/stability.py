@@ -6,6 +6,7 @@ weights, the distance of each weight from where it began, and the trace of the H
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import functools
 from typing import Any, NamedTuple
 
 import flax
@@ -94,7 +95,7 @@ def curvature(loss: Callable[[Any], jax.Array], params: Any, key: jax.Array) -> 
   """
   v = signs(params, key)
   product = jax.jvp(jax.grad(loss), (params,), (v,))[1]  # forward over reverse: H v without H
-  return flat(jax.tree.map(jnp.vdot, v, product))
+  return flat(jax.tree.map(functools.partial(jnp.vdot, precision='highest'), v, product))
 
 
 def signs(params: Any, key: jax.Array) -> Any:
@@ -123,8 +124,7 @@ def curvatures(model: ResNet, head: str, variables: Any, batches: Iterable[Mappi
   for number in numbers:
     total: dict[str, float] = {}
     examples = 0
-    for batch in batches:
-      result = parallel.unreplicate(mapped(variables, parallel.shard(batch), number))
+    for result in parallel.read_late(mapped(variables, parallel.shard(batch), number) for batch in batches):
       examples += int(result['examples'])
       total = {path: total.get(path, 0.0) + float(value) for path, value in result['products'].items()}
       tell()
