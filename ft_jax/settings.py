@@ -70,6 +70,7 @@ def whole(least: int = 0, most: int = 2**31 - 1, meaning: str = '') -> Kind:
 def number(least: float | None = None, most: float | None = None, *, above: float | None = None, below: float | None = None,
            meaning: str = '') -> Kind:
   """A number, whole or not, between bounds that are included (`least`, `most`) or not (`above`, `below`); by default any of float32."""
+  unbounded = all(bound is None for bound in (least, most, above, below))
   if least is None and above is None:
     least = -_FLOAT32
   if most is None and below is None:
@@ -83,7 +84,7 @@ def number(least: float | None = None, most: float | None = None, *, above: floa
       return False
     return (value >= least if above is None else value > above) and (value < below if most is None else value <= most)
 
-  return Kind(expected, fits)
+  return Kind(f'a finite number{meaning}' if unbounded else expected, fits)
 
 
 def switch() -> Kind:

@@ -15,6 +15,7 @@ from configs import default
 from ft_jax.data.label_noise import probabilities, read_predictions, with_noise
 from ft_jax.data.sources import open_source, Source
 from ft_jax.jobs import noise, predict, setup, trained
+from ft_jax.settings import check_fields
 
 NAMES = tuple(f'class {k}' for k in range(67))
 
@@ -112,7 +113,7 @@ def test_images_of_one_name_in_folders_without_splits(pool):
 
 @pytest.mark.parametrize('fields,words', [
     (dict(kind='uniform'), r"noise.kind is 'uniform'; known: symmetric, asymmetric, nonuniform, model, or '' for none"),
-    (dict(kind='symmetric', rate=1.5), 'noise.rate is 1.5; expected a part of the training images, 0 to 1'),
+    (dict(kind='symmetric', rate=1.5), 'noise.rate is 1.5; expected a number from 0 to 1'),
     (dict(kind='symmetric', rate=-0.1), 'noise.rate is -0.1; expected'),
     (dict(kind='symmetric', rate=float('nan')), 'noise.rate is nan; expected'),
     (dict(kind='symmetric'), "noise.kind is 'symmetric', but config.noise.rate is 0; give the part"),
@@ -121,16 +122,17 @@ def test_images_of_one_name_in_folders_without_splits(pool):
     (dict(kind='asymmetric', rate=0.4), r"noise.map is \(\) and config.noise.kind 'asymmetric'; the kind 'asymmetric' needs it"),
     (dict(kind='symmetric', rate=0.4, map=(('a', 'b'),)), 'no other takes it'),
     (dict(kind='model', rate=1.0), "noise.labels is '' and config.noise.kind 'model'"),
-    (dict(kind='asymmetric', rate=0.4, map=('a', 'b')), r"noise.map is \('a', 'b'\); expected pairs of class names"),
+    (dict(kind='asymmetric', rate=0.4, map=('a', 'b')), r"noise.map is \('a', 'b'\); expected pairs such as"),
     (dict(kind='asymmetric', rate=0.4, map=(('a', 'a'),)), "takes 'a' to itself"),
     (dict(kind='asymmetric', rate=0.4, map=(('a', 'b'), ('a', 'c'))), "takes 'a' to 2 classes; expected one"),
     (dict(kind='model', rate=1.0, labels='/no/such'), 'noise.labels: /no/such holds no run'),
 ])
 def test_bad_settings(fields, words):
-  config = default.get_config().noise
-  config.update(fields)
+  config = default.get_config()
+  config.noise.update(fields)
   with pytest.raises(ValueError, match=words):
-    noise.check(config)
+    check_fields(config)
+    noise.check(config.noise)
 
 
 def settings_of(**fields):

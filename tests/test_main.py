@@ -47,7 +47,11 @@ def main(*flags: str) -> subprocess.CompletedProcess:
     (['--config=configs/digits.py', '--config.model.weights=no.pth'], 'there is no file or folder no.pth'),
     (['--config=configs/miniature.py', '--config.model.weights=', "--config.compare.methods=('none','best')"],
      "config.selection.method is 'best'"),
-    (['--config=configs/digits.py', '--config.train.steps=many'], "invalid literal for int"),
+    (['--config=configs/digits.py', '--config.train.steps=many'], 'error: flag --config.train.steps=many: expected a whole number'),
+    (['--config=configs/digits.py', '--config.augment.flip=maybe'], '--config.augment.flip=maybe: expected true or false'),
+    (['--config=configs/digits.py', '--config.train=5'], 'error: flag --config.train=5: this is a group of fields; set one of them'),
+    (['--config=configs/digits.py', '--config.augment.scale=0.5'], 'config.augment.scale is (0.5,); expected two numbers such as'),
+    (['--config=configs/digits.py', '--config.train.batch_size=-8'], 'error: config.train.batch_size is -8; expected a whole number from 1'),
     (['--config=configs/digits.py', '--config.workdir=runs/x'], 'this is job finetune; its own folder is --workdir'),
     (['--config=configs/digits.py', 'digits'], "unexpected argument 'digits'"),
     (['--config=configs/digits.py', '--config.job=fine'], "config.job is 'fine'; known: finetune, pretrain, compare"),
@@ -93,6 +97,14 @@ def test_a_config_file_cannot_add_a_field(tmp_path):
   run = main(f'--config={tmp_path / "mine.py"}', f'--workdir={tmp_path / "run"}')
   assert run.returncode == 1 and 'Traceback' not in run.stderr
   assert "sets 'source_wieght', which is no field of configs/default.py. Did you mean \"source_weight\"?" in run.stderr
+
+
+def test_a_config_file_that_sets_a_wrong_type(tmp_path):
+  (tmp_path / 'mine.py').write_text('from configs import default\n\ndef get_config():\n  config = default.get_config()\n'
+                                    "  config.seed = 'one'\n  return config\n")
+  run = main(f'--config={tmp_path / "mine.py"}', f'--workdir={tmp_path / "run"}')
+  assert run.returncode == 1 and 'Traceback' not in run.stderr
+  assert "error: the file of --config sets the field 'seed' to one, which is of type str; expected int" in run.stderr
 
 
 def test_ctrl_c_outside_of_a_training_is_one_line(tmp_path):

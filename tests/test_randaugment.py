@@ -14,6 +14,7 @@ from ft_jax.data import randaugment
 from ft_jax.data.pipeline import train_batches, Transform
 from ft_jax.data.sources import Example, open_source
 from ft_jax.jobs import setup
+from ft_jax.settings import check_fields
 
 
 @pytest.fixture(scope='module')
@@ -130,13 +131,14 @@ def test_training_crops(photos):
 
 
 @pytest.mark.parametrize('field,value,words', [
-    ('randaugment', -1, 'expected a number of operations, or 0'), ('magnitude', 1, 'expected 2 to 10'),
-    ('magnitude', 11, 'expected 2 to 10'), ('cutout', 1.5, 'expected a part of the side'), ('cutout', -0.1, 'expected a part')])
+    ('randaugment', -1, 'expected a whole number from 0 .*; 0 is none'), ('magnitude', 1, 'expected a whole number from 2 to 10'),
+    ('magnitude', 11, 'expected a whole number from 2 to 10'), ('cutout', 1.5, 'expected a number from 0 to 1, a fraction of the side'),
+    ('cutout', -0.1, 'expected a number from 0 to 1')])
 def test_wrong_settings(field, value, words):
   config = default.get_config()
   config.augment[field] = value
   with pytest.raises(ValueError, match=f'augment.{field} is {value}; {words}'):
-    setup.make_transform(config)
+    check_fields(config)
 
 
 def test_settings_reach_the_crops():

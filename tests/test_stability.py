@@ -202,8 +202,9 @@ def test_where_a_run_began(trained_run, tmp_path):
 
 
 @pytest.mark.parametrize('field,value,words', [
-    ('sigma', 0.0, 'expected a number above 0'), ('sigma', float('nan'), 'expected a number above 0'), ('draws', -1, 'expected a number'),
-    ('probes', -1, 'expected a number of random vectors'), ('images', -5, 'expected a number of images'), ('tolerance', -1.0, 'expected')])
+    ('sigma', 0.0, 'expected a number above 0'), ('sigma', float('nan'), 'expected a number above 0'),
+    ('draws', -1, 'expected a whole number'), ('probes', -1, 'expected a whole number from 0 .*; 0 leaves that out'),
+    ('images', -5, 'expected a whole number from 0 .*; 0 is all'), ('tolerance', -1.0, 'expected')])
 def test_wrong_settings(field, value, words):
   config = stability_config.get_config()
   config.stability[field] = value
