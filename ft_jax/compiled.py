@@ -38,6 +38,8 @@ def keep(folder: str) -> None:
   Raises:
     ValueError: a folder on object storage, where nothing can be locked.
   """
+  # A program that cannot be read or written is compiled, which costs time and nothing else.
+  warnings.filterwarnings('ignore', 'Error (reading|writing) persistent compilation cache')
   if not folder or jax.config.jax_compilation_cache_dir:
     return
   if '://' in folder:
@@ -49,14 +51,12 @@ def keep(folder: str) -> None:
   try:
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     _check_trusted(path)
-    _remove_incomplete(path)
+    remove_incomplete(path)
   except (OSError, NotImplementedError) as error:  # filelock's word for a file system without locks
     log.warning("warning: compiled programs cannot be kept in %s (%s); --config.compile_cache='' goes without", path, error)
     return
   if new:
     log.info("compiled programs are kept in %s, for the next start (--config.compile_cache='' keeps none)", path)
-  # One that cannot be read or written is compiled, which costs time and nothing else.
-  warnings.filterwarnings('ignore', 'Error (reading|writing) persistent compilation cache')
   jax.config.update('jax_compilation_cache_max_size', MOST_BYTES)
   _use(str(path), SECONDS)
 
@@ -68,7 +68,7 @@ def _check_trusted(path: pathlib.Path) -> None:
     raise PermissionError('others may write to it, and what lies there is run as a program')
 
 
-def _remove_incomplete(path: pathlib.Path) -> None:
+def remove_incomplete(path: pathlib.Path) -> None:
   """Removes what a process was writing when it was killed: jax writes the time of use behind the program, and never writes one again."""
   with filelock.FileLock(path / '.lockfile', timeout=PATIENCE):
     for program in path.glob('*-cache'):

@@ -24,10 +24,13 @@ def _cache_folders(tmp_path_factory, pytestconfig):
 
   Compiled programs lie in pytest's cache (.pytest_cache), or in JAX_COMPILATION_CACHE_DIR where that is set.
   """
+  from ft_jax import compiled
+
   os.environ['XDG_CACHE_HOME'] = str(tmp_path_factory.mktemp('cache'))
-  compiled = os.environ.get('JAX_COMPILATION_CACHE_DIR') or pytestconfig.cache.mkdir('compiled')
+  programs = pathlib.Path(os.environ.get('JAX_COMPILATION_CACHE_DIR') or pytestconfig.cache.mkdir('compiled'))
+  compiled.remove_incomplete(programs)
   # jax locks the folder only where its size is bounded.
-  for name, value in {'compilation_cache_dir': str(compiled), 'compilation_cache_max_size': 4 << 30,
+  for name, value in {'compilation_cache_dir': str(programs), 'compilation_cache_max_size': 4 << 30,
                       'persistent_cache_min_compile_time_secs': 0.05}.items():
     os.environ[f'JAX_{name.upper()}'] = str(value)
     jax.config.update(f'jax_{name}', value)
