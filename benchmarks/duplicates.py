@@ -104,6 +104,7 @@ def main() -> None:
   parser.add_argument('data', nargs='?', help='a folder of image sets')
   parser.add_argument('--sets', default='tiny_imagenet,caltech101,pets,cub50', help='the pool first')
   parser.add_argument('--images', type=int, default=1000, help='of each set that copies are made of')
+  parser.add_argument('--rows', type=int, nargs=2, default=(60_000, 5_000), help='hashes that are compared for the time that it takes')
   args = parser.parse_args()
   if not args.data:
     print('give a folder of image sets; see --help')
@@ -133,9 +134,10 @@ def main() -> None:
   for name, (seconds, of) in times.items():
     print(f'hashing {name}: {len(of.told) / seconds:,.0f} images/s on each core; {np.count_nonzero(~of.told):,d} of {len(of.told):,d} '
           'say too little')
-  many, few = (duplicates.Hashes(*(np.resize(part, (count, *part.shape[1:])) for part in of_pool)) for count in (60_000, 5_000))
+  many, few = (duplicates.Hashes(*(np.resize(part, (count, *part.shape[1:])) for part in of_pool)) for count in args.rows)
   few = few._replace(pictures=np.random.default_rng(0).permuted(few.pictures, axis=0))  # not the same images
-  print(f'comparing 60,000 with 5,000: {on_one_core(lambda: duplicates.matches(many, few))[0]:.1f} s on one core, less on several')
+  seconds, _ = on_one_core(lambda: duplicates.matches(many, few))
+  print(f'comparing {args.rows[0]:,d} with {args.rows[1]:,d}: {seconds:.1f} s on one core, less on several')
 
 
 if __name__ == '__main__':

@@ -5,6 +5,7 @@ import pathlib
 import subprocess
 import sys
 
+from conftest import write_images
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,6 +33,18 @@ def test_benchmark_of_the_pipeline():
                        cwd=ROOT, capture_output=True, text=True, check=False)
   assert run.returncode == 0, run.stderr
   assert 'ours ' in run.stdout and 'with config.data.cache: ' in run.stdout
+
+
+def test_benchmark_of_duplicates(tmp_path):
+  """On a few crops of photographs; most copies that are not cropped must be found (some crops are of a plain sky)."""
+  for seed, name in enumerate(('pool', 'target')):
+    for split in ('train', 'test'):
+      write_images(tmp_path / name / split, {'a': 6, 'b': 6}, seed=2 * seed + (split == 'test'))
+  run = subprocess.run([sys.executable, '-W', 'error', 'benchmarks/duplicates.py', str(tmp_path), '--sets=pool,target', '--images=10',
+                        '--rows', '300', '50'], cwd=ROOT, capture_output=True, text=True, check=False)
+  assert run.returncode == 0, run.stderr
+  rows = {row[1].strip(): row[2:-1] for row in (line.split('|') for line in run.stdout.splitlines()) if len(row) > 2}
+  assert float(rows['mirrored, quality 75'][-1].split()[0]) >= 60 and 'comparing 300 with 50: ' in run.stdout
 
 
 def test_benchmark_of_studies():

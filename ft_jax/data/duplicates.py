@@ -29,7 +29,7 @@ THRESHOLD = 20
 LEAST_SIDE = 32
 # Nor have images that say little, such as plain backgrounds: of the 128 frequencies so many must be stronger than what recompressing
 # adds, in grey levels.
-LEAST_FREQUENCIES, _NOISE = 100, 2.0
+LEAST_FREQUENCIES, _NOISE = 64, 2.0
 # Part of the area that the second hash sees.
 _MIDDLE = 0.9
 # Changes with everything here that a kept hash depends on.
