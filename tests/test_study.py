@@ -42,14 +42,6 @@ def results(run):
   return json.loads((run[1] / 'study.json').read_text())
 
 
-def test_a_new_field_does_not_undo_what_is_finished():
-  """A fine-tuning of an older version counts where a field that it did not have has the value that it had then."""
-  before = {'seed': 0, 'model': {'name': 'resnet18', 'dtype': 'float32'}, 'target': {'name': 'folder:x'}}
-  with_field = lambda value: {**before, 'model': {**before['model'], 'precision': value}}
-  assert study._without_added(with_field('default')) == before
-  assert study._without_added(with_field('highest')) == with_field('highest')
-
-
 def test_everything_is_there(run):
   found, printed = results(run), run[3]
   assert found['precision'] == {'training': 'default', 'embeddings': 'highest'}
@@ -134,8 +126,8 @@ def test_checkpoints_of_two_runs_are_refused(run, tmp_path):
   mixed = tmp_path / 'mixed'
   shutil.copytree(run[0], mixed)
   about = mixed / 'checkpoints' / '6' / 'about' / 'metadata'
-  about.write_text(about.read_text().replace('pre-trained weights": "', 'pre-trained weights": "x'))
-  with pytest.raises(ValueError, match='checkpoints of two runs: those of step 6 and step 24 differ in pre-trained weights'):
+  about.write_text(about.read_text().replace('random weights": "', 'random weights": "x'))
+  with pytest.raises(ValueError, match='checkpoints of two runs: those of step 6 and step 24 differ in random weights'):
     history.read(str(mixed), study_config.get_config().model)
 
 
