@@ -123,8 +123,8 @@ def test_checkpoints_of_two_runs_are_refused(run, tmp_path):
   mixed = tmp_path / 'mixed'
   shutil.copytree(run[0], mixed)
   about = mixed / 'checkpoints' / '6' / 'about' / 'metadata'
-  about.write_text(about.read_text().replace('pre-trained weights": "', 'pre-trained weights": "x'))
-  with pytest.raises(ValueError, match='checkpoints of two runs: those of step 6 and step 24 differ in pre-trained weights'):
+  about.write_text(about.read_text().replace('random weights": "', 'random weights": "x'))
+  with pytest.raises(ValueError, match='checkpoints of two runs: those of step 6 and step 24 differ in random weights'):
     history.read(str(mixed), study_config.get_config().model)
 
 
