@@ -53,6 +53,13 @@ def agreed(value: Any) -> Any:
   return told['value']
 
 
+def same_arrays(tree: Any) -> Any:
+  """Process 0's arrays on every process, which all must ask for alike, with arrays of the same shapes: what a host computed by itself may
+  differ from another host's in its last bits.
+  """
+  return tree if jax.process_count() == 1 else jax.tree.map(np.asarray, multihost_utils.broadcast_one_to_all(tree))
+
+
 def everyone(value: Any) -> list[Any]:
   """The value of each process (anything that JSON has), in their order, on every process."""
   if jax.process_count() == 1:

@@ -19,7 +19,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 FILE = ROOT / 'tests' / 'data' / 'record.json'
 SMALL = ('--config=configs/digits.py', '--config.model.width=4', '--config.image_size=16', '--config.augment.short_side=16',
          '--config.train.steps=20', '--config.train.batch_size=16', '--config.train.eval_every=10', '--config.train.log_every=1',
-         '--config.train.learning_rate=0.0003', '--config.model.stem=3x3')
+         '--config.train.learning_rate=0.00001', '--config.model.stem=3x3')
 METHODS = ('--config.methods.l2_sp.weight=0.01', '--config.methods.bss.weight=0.001', '--config.methods.layerwise.distance=frobenius',
            '--config.methods.self_label.enabled=true', '--config.methods.self_label.correct_epoch=1',
            '--config.methods.self_label.threshold=0.2', '--config.methods.stoch_norm.enabled=true', '--config.methods.lwf.weight=4')

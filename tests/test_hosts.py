@@ -35,8 +35,8 @@ def free_port() -> int:
     return free.getsockname()[1]
 
 
-def start(command: list[str], devices: int) -> subprocess.Popen:
-  env = {**os.environ, 'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}', 'JAX_PLATFORMS': 'cpu',
+def start(command: list[str], devices: int, flags: str = '') -> subprocess.Popen:
+  env = {**os.environ, 'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices} {flags}', 'JAX_PLATFORMS': 'cpu',
          'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',  # the runs are so short that compiling is most of them
          # The exception is ml_collections' own, when it reads a config on Python 3.11.
          'PYTHONWARNINGS': 'error,ignore:the load_module() method is deprecated:DeprecationWarning'}
@@ -85,6 +85,28 @@ def told(workdir: pathlib.Path) -> tuple[dict, list[dict], dict]:
   """The selection, the metrics and the results of a run."""
   selection, metrics, results = ((workdir / name).read_text() for name in ('selection.json', 'metrics.jsonl', 'results.json'))
   return json.loads(selection), [json.loads(line) for line in metrics.splitlines()], json.loads(results)
+
+
+_DRAWN = """
+import sys
+from ft_jax import cluster
+cluster.start(sys.argv[1], 2, int(sys.argv[2]))
+from ft_jax.jobs import setup
+from ft_jax.models import resnet
+variables = setup.init_variables(resnet.build('resnet18', {'target': 3}, width=4, stem='3x3'), 16, 0, None)
+print('drawn', setup.weights_fingerprint(variables), file=sys.stderr)
+"""
+
+
+def test_fresh_weights_are_the_same_on_hosts_with_other_processors():
+  """The last bits of drawn numbers depend on what the compiler makes of a processor, and every host must start from the same."""
+  address = f'localhost:{free_port()}'
+  processes = [start([sys.executable, '-c', _DRAWN, address, str(process)], 1, flags)
+               for process, flags in enumerate(('', '--xla_cpu_max_isa=SSE4_2'))]
+  codes, printed = zip(*ended(processes))
+  assert codes == (0, 0), printed
+  first, second = ([line for line in lines.splitlines() if line.startswith('drawn')] for lines in printed)
+  assert first == second and len(first) == 1
 
 
 def test_any_number_of_processes_comes_to_the_same(photos, pool, tmp_path):

@@ -167,7 +167,8 @@ def _begin(config: ConfigDict, checkpoints: Checkpoints, schedule: optax.Schedul
     return checkpoints.restore(step, state_with({name: saved.get(name, {}) for name in methods}))
 
   if checkpoints.latest_step is None:
-    return state_with({name: method.setup(begin) for name, method in methods.items()}), tx, 0
+    # Methods draw numbers of their own, and fit some, on each host by itself.
+    return parallel.same_arrays(state_with({name: method.setup(begin) for name, method in methods.items()})), tx, 0
   state, done = _whole(checkpoints, lambda: checkpoints.latest_step, restore)
   return state, tx, done
 

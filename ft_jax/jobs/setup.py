@@ -215,7 +215,7 @@ def init_variables(model: resnet.ResNet, image_size: int, seed: int, weights: Ma
   images = jnp.zeros((1, image_size, image_size, 3), jnp.uint8)
   if weights is not None and not model.heads:  # nothing is fresh, so shapes are enough; compiling init takes many seconds
     return pretrained.merge(jax.eval_shape(model.init, jax.random.key(seed), images), weights)
-  variables = jax.device_get(jax.jit(model.init)(jax.random.key(seed), images))
+  variables = parallel.same_arrays(jax.device_get(jax.jit(model.init)(jax.random.key(seed), images)))
   return variables if weights is None else pretrained.merge(variables, weights)
 
 
