@@ -14,8 +14,7 @@ def get_config() -> ConfigDict:
   config.seed = 0  # of everything random: heads, order of data, crops, carved val split, random selection
   config.data_dir = ''  # prepared TFDS sets ('' is ~/tensorflow_datasets); relative folder: paths start here
   config.image_size = 224  # pixels a side that the network sees
-  # folder for compiled programs, which the next start takes from there; 'auto' is ft_jax/compiled in the user's cache folder, '' is none
-  config.compile_cache = 'auto'
+  config.compile_cache = 'auto'  # folder that keeps compiled programs; auto is ft_jax/compiled in the user's cache folder; '' for none
   config.workdir = ''  # jobs export, predict and stability: the workdir of the fine-tuning that they use
 
   config.target = ConfigDict()  # the images to be good at

@@ -123,14 +123,21 @@ def interval(bound: Kind, example: str) -> Kind:
 
 
 def like(default: Any) -> Kind:
-  """Whatever has the type of a default; a whole number may stand for any number."""
+  """Whatever has the type of a default; a whole number may stand for any number.
+
+  A tuple's values are of the type of the first one, and text where there is none.
+  """
   if isinstance(default, bool):
     return switch()
   if isinstance(default, int):
     return whole(-2**31)
   if isinstance(default, float):
     return number()
-  return text() if isinstance(default, str) else several(word('text that is not empty'), "('one', 'two')")
+  if isinstance(default, str):
+    return text()
+  if default and not isinstance(default[0], str):
+    return several(like(default[0]), str(tuple(default)))
+  return several(word('text that is not empty'), "('one', 'two')")
 
 
 _LONGEST = 4096  # of paths on Linux

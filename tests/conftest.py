@@ -18,6 +18,18 @@ os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = '1'
 jax.config.update('jax_disable_most_optimizations', True)
 
 
+# What `make test-short` leaves out: test_old_workdirs and test_names run whole jobs there.
+WHOLE = frozenset(f'test_{name}' for name in (
+    'benchmarks', 'compare', 'export', 'faults', 'full_disk', 'hosts', 'jobs', 'kills', 'notebook', 'predict', 'settings', 'stability',
+    'study', 'study_page', 'trust'))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+  for item in items:
+    if item.path.stem in WHOLE:
+      item.add_marker(pytest.mark.whole)
+
+
 @pytest.fixture(scope='session', autouse=True)
 def _cache_folders(tmp_path_factory, pytestconfig):
   """Label caches of the tests stay away from the user's; no program is compiled twice, in one run of the tests or the next.

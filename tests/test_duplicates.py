@@ -165,8 +165,8 @@ def test_a_class_of_the_pool_that_was_the_targets_is_gone(sets, caplog):
 
 def test_the_pre_training_of_a_run_loses_them_too(sets):
   """It would have seen the test images otherwise, and a pre-training of another pool is not taken for this one."""
-  fields = {'model.weights': 'pretrain', 'pretrain.steps': 2, 'pretrain.eval_every': 1, 'pretrain.batch_size': 4,
-            'selection.method': 'none'}
+  fields = {'model.weights': 'pretrain', 'pretrain.steps': 2, 'pretrain.eval_every': 1, 'pretrain.batch_size': 8,
+            'train.batch_size': 8, 'selection.method': 'none'}
   results = finetune.run(config(sets, **fields), sets / 'run')
   before = json.loads((sets / 'run' / 'pretrain' / 'results.json').read_text())
   assert results['duplicates']['found'][overlap.POOL]['images'] == before['source']['left_out']['images'] == 6

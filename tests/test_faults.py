@@ -144,7 +144,7 @@ def test_a_batch_that_diverges_is_named_or_left_out(photos, whole, tmp_path, mon
 @dataclasses.dataclass(frozen=True)
 class Spoils(methods.Method):
   """A term whose loss and gradient are not finite for one batch of training examples, and zero for all others."""
-  rows: tuple = ()  # of that batch
+  rows: tuple = (0,)  # of that batch
 
   def loss(self, seen: methods.Pass, state: methods.State) -> methods.Term:
     """See `Method`."""

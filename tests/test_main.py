@@ -29,7 +29,7 @@ def main(*flags: str) -> subprocess.CompletedProcess:
     (['--config', 'configs/nothing.py:x', '--config.seed=1'], 'error: --config: there is no file configs/nothing.py; in configs/ are'),
     (['--config=configs'], 'error: --config: there is no file configs; in configs/ are'),
     (['--config=configs/digits.py', '--config.data.on_error=ignore'], "error: config.data.on_error is 'ignore'; known: raise, skip"),
-    (['--config=configs/digits.py', '--config.sed=1'], "no field 'sed'; config has augment, checkpoints, compare, data, data_dir"),
+    (['--config=configs/digits.py', '--config.sed=1'], "no field 'sed'; config has augment, checkpoints, compare, compile_cache, data"),
     (['--config=configs/digits.py', '--config.train.lr=1'], "no field 'train.lr'; config.train has accumulate, average, batch_size"),
     (['--config=configs/digits.py', '--config.seed.x=1'], "no field 'seed.x'; config.seed is one value"),
     (['--config=configs/digits.py', '--config.selection.by=colour'], "config.selection.by is 'colour'; known: class, cluster, example"),

@@ -518,8 +518,8 @@ def test_names_lead_to_no_other_folder(tmp_path, monkeypatch):
   """Classes and files of any name, in all that predict and export write: nothing lies anywhere but in the folder that was asked for."""
   classes = tuple(dict.fromkeys(HOSTILE))
   config = ConfigDict({'job': 'finetune', 'seed': 0, 'image_size': 16, 'train': {'batch_size': 4}, 'target': {'name': HOSTILE[0]},
-                       'model': {'name': 'resnet18', 'width': 4, 'stem': '3x3', 'dtype': 'float32', 'sync_batch_norm': False,
-                                 'batch_norm': 'train'}})
+                       'model': {'name': 'resnet18', 'width': 4, 'stem': '3x3', 'dtype': 'float32', 'precision': 'default',
+                                 'sync_batch_norm': False, 'batch_norm': 'train'}})
   model = setup.build_model(config.model, {'target': len(classes)})
   shapes = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 16, 16, 3), np.uint8))
   results = {'best_step': 1, 'val': evaluation(list(classes)), 'test': None}
