@@ -20,8 +20,8 @@ jax.config.update('jax_disable_most_optimizations', True)
 
 # What `make test-short` leaves out: test_old_workdirs and test_names run whole jobs there.
 WHOLE = frozenset(f'test_{name}' for name in (
-    'benchmarks', 'compare', 'export', 'faults', 'full_disk', 'hosts', 'jobs', 'kills', 'notebook', 'predict', 'settings', 'stability',
-    'study', 'study_page', 'trust'))
+    'benchmarks', 'compare', 'export', 'faults', 'full_disk', 'hosts', 'jobs', 'kills', 'notebook', 'predict', 'record', 'settings',
+    'stability', 'study', 'study_page', 'trust'))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -55,7 +55,7 @@ class Disturbed:
   def __call__(self, event: str, args: tuple[Any, ...]) -> None:
     if event not in ('open', 'os.rename', 'os.mkdir', 'os.remove', 'os.rmdir') or self._busy:
       return
-    path = args[0]
+    path = args[1] if event == 'os.rename' else args[0]  # what is written whole has a name of its own until it is renamed
     if not isinstance(path, (str, bytes, os.PathLike)):
       return
     path = os.path.abspath(os.path.join(_within(event, args), os.fsdecode(path)))
@@ -92,7 +92,7 @@ class Disturbed:
 
 def _within(event: str, args: tuple[Any, ...]) -> str:
   """The folder that a path is relative to; trees are removed from one open folder to the next (Linux says which that is)."""
-  number = {'os.rename': 2, 'os.mkdir': 2, 'os.remove': 1, 'os.rmdir': 1}.get(event)
+  number = {'os.rename': 3, 'os.mkdir': 2, 'os.remove': 1, 'os.rmdir': 1}.get(event)
   if number is None or len(args) <= number or args[number] < 0:
     return ''
   try:
