@@ -103,6 +103,11 @@ def word(what: str) -> Kind:
   return Kind(what, lambda value: text().fits(value) and bool(value.strip()))
 
 
+def class_name(what: str) -> Kind:
+  """The name of a class; the command line reads a name of digits alone as a number."""
+  return Kind(what, lambda value: word(what).fits(value) or whole().fits(value))
+
+
 def several(kind: Kind, example: str) -> Kind:
   """Any number of values of one kind, also none."""
   return Kind(f'values such as {example}, each {kind.expected}',
@@ -190,11 +195,11 @@ FIELDS: Mapping[str, Kind] = {
     'target.train_per_class': whole(meaning='; 0 is all images'),
     'target.train_fraction': number(above=0, most=1),
     'target.balanced': switch(),
-    'target.without': several(word('the name of a class'), "('cat', 'dog')"),
+    'target.without': several(class_name('the name of a class'), "('cat', 'dog')"),
     'target.metric': text(),
     'noise.kind': text(),
     'noise.rate': number(0, 1),
-    'noise.map': pairs(word('the name of a class'), word('the name of another'), "(('wolf', 'husky'),)"),
+    'noise.map': pairs(class_name('the name of a class'), class_name('the name of another'), "(('wolf', 'husky'),)"),
     'noise.labels': text(),
     'source.name': text(),
     'source.duplicates': text(),

@@ -12,9 +12,10 @@ import PIL.Image
 import pytest
 
 from configs import default
+from ft_jax import settings
 from ft_jax.data import augment, folders
 from ft_jax.data.sources import open_source
-from ft_jax.jobs import setup
+from ft_jax.jobs import noise, setup
 
 
 def tree(root: pathlib.Path, *names: str, images: int = 2) -> pathlib.Path:
@@ -281,6 +282,19 @@ def test_numbers_are_names_of_classes(tmp_path, without):
   tree(tmp_path, '010/')
   with pytest.raises(ValueError, match=r"has no class '10' to leave out; it has 5: .*; is it '010'\? Then write \('010',\)"):
     open_source(f'folder:{tmp_path}', 'train').without((10,))
+
+
+def test_numbers_are_names_of_classes_in_every_field_that_names_some(tmp_path):
+  """From the config on, as a job takes it."""
+  tree(tmp_path, *(f'{k}/' for k in range(4)))
+  config = default.get_config()
+  config.target.update({'name': f'folder:{tmp_path}', 'test': '', 'without': (3,)})
+  config.noise.update({'kind': 'asymmetric', 'rate': 1.0, 'map': ((0, 1), ('2', 0))})
+  settings.check_fields(config)
+  noise.check(config.noise)
+  splits, true_labels, _ = noise.add(config.noise, 0, setup.open_splits(config.target, '', seed=0))
+  assert splits.train.class_names == ('0', '1', '2')
+  assert set(zip(true_labels.tolist(), splits.train.labels.tolist())) == {(0, 1), (1, 1), (2, 0)}
 
 
 @pytest.fixture(scope='module')

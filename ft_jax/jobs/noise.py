@@ -39,9 +39,14 @@ def check(config: ConfigDict) -> None:
     if bool(config[field]) != (config.kind == kind):
       raise ValueError(f'config.noise.{field} is {config[field]!r} and config.noise.kind {config.kind!r}; the kind {kind!r} needs it, '
                        'and no other takes it')
-  _check_map(config.map)
+  _check_map(_pairs(config))
   if config.labels and not files.located(config.labels).is_file():
     trained.load(config.labels, 'config.noise.labels')
+
+
+def _pairs(config: ConfigDict) -> list[tuple[str, str]]:
+  """`noise.map` by names: the command line reads one of digits alone as a number."""
+  return [(str(one), str(other)) for one, other in config.map]
 
 
 def _check_map(class_map: Any) -> None:
@@ -68,7 +73,7 @@ def add(config: ConfigDict, seed: int, splits: setup.Splits, predicted_json: epa
     return Noise(splits, None, None)
   train = splits.train
   predicted = _predicted(config.labels, train, predicted_json) if config.kind == 'model' else None
-  noisy = with_noise(train, config.kind, config.rate, seed, class_map=config.map, predicted=predicted)
+  noisy = with_noise(train, config.kind, config.rate, seed, class_map=_pairs(config), predicted=predicted)
   about = {'kind': config.kind, 'rate': config.rate, 'images': len(train), 'drawn': noisy.drawn, 'wrong': noisy.wrong,
            'wrong_rate': noisy.wrong / len(train)}
   log.info('noise: %s: %s of %s training labels drawn anew, %s of all are wrong (%.1f %%); val and test stay clean', config.kind,
