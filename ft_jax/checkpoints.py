@@ -371,8 +371,9 @@ def _quieten() -> None:
   show = sys.unraisablehook
 
   def show_others(raised: Any) -> None:
-    # Where one part of a checkpoint could not be written, nobody waits for the others any more, which tensorstore then tells.
-    if str(raised.exc_value) != 'Event loop is closed':
+    # Where one part of a checkpoint could not be written, nobody waits for the others any more, which tensorstore then tells; and gcsfs
+    # leaves a view of what it could not write, which Python 3.13 tells.
+    if str(raised.exc_value) not in ('Event loop is closed', 'Existing exports of data: object cannot be re-sized'):
       show(raised)
 
   sys.unraisablehook = show_others
