@@ -144,7 +144,7 @@ class Checkpoints:
     folder = epath.Path(self._manager.directory) / str(step)
     saved = _together(lambda: _check_whole(folder))
     # First what it says of itself: a state of another version has another structure.
-    about = _about(self._manager, step)
+    about = _together(lambda: _about(self._manager, step))
     if about['format_version'] != FORMAT_VERSION:
       raise ValueError(f'{self._manager.directory} has format version {about["format_version"]}; this program goes on from '
                        f'{FORMAT_VERSION}. Give another --workdir; as model.weights it can still be used')
@@ -184,9 +184,9 @@ class Checkpoints:
     """Shapes and types of the state saved at `step`, as nested dicts.
 
     Raises:
-      Damaged: it cannot be read.
+      Damaged: it cannot be read, on any process.
     """
-    return _check_whole(epath.Path(self._manager.directory) / str(step))
+    return _together(lambda: _check_whole(epath.Path(self._manager.directory) / str(step)))
 
   def wait(self) -> None:
     """Waits until everything is written; raises OSError as of `save`."""

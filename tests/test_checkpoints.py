@@ -203,6 +203,16 @@ def test_damage_is_seen_and_set_aside(tmp_path, file, how):
   checkpoints.close()
 
 
+def test_damage_that_another_process_sees_is_damage_here(tmp_path, monkeypatch):
+  """Whatever is asked of a checkpoint: where one process sets it aside and another reads on, each waits for the other for ever."""
+  checkpoints = save(tmp_path, {1: {'score': 0.5, 'loss': 1.0}})
+  monkeypatch.setattr(checkpoints_module.parallel, 'everyone', lambda value: [value, (True, 'damaged there')])
+  for ask in (lambda: checkpoints.structure(1), lambda: checkpoints.restore(1, state_at(0))):
+    with pytest.raises(Damaged, match='damaged there'):
+      ask()
+  checkpoints.close()
+
+
 def test_metrics_that_cannot_be_read(tmp_path):
   """Orbax reads those of all checkpoints at once: a damaged one must not keep the others from being used."""
   save(tmp_path, {1: {'score': 0.9, 'loss': 1.0}, 2: {'score': 0.2, 'loss': 1.0}}).close()

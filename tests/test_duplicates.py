@@ -1,5 +1,6 @@
 """Copies of the target's images never train what is measured on them: found under other names, forms and sizes, and left out or refused."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -261,6 +262,28 @@ def test_files_are_hashed_once(tmp_path, monkeypatch):
   shutil.copy(tmp_path / 'set' / 'one' / '0.jpg', tmp_path / 'set' / 'one' / '9.jpg')
   again = names()
   assert read == [3, 1] and again.contents[0] == again.contents[3] and (again.contents[:3] == first.contents).all()
+
+
+def test_a_file_that_was_just_written_is_hashed_again(tmp_path, monkeypatch):
+  """It may be written once more within the resolution of its times."""
+  write_images(tmp_path / 'set', {'one': 2})
+  read, real = [], contents._read
+  monkeypatch.setattr(contents, '_read', lambda paths, stats, rows, *more: read.append(len(rows)) or real(paths, stats, rows, *more))
+  written = max(file.stat().st_ctime_ns for file in (tmp_path / 'set' / 'one').iterdir())
+  for seconds, reads in ((1, [2]), (1, [2, 2]), (60, [2, 2, 2]), (60, [2, 2, 2])):
+    monkeypatch.setattr(contents.time, 'time_ns', lambda seconds=seconds: written + seconds * 1_000_000_000)
+    open_source(f'folder:{tmp_path}/set', 'train')
+    assert read == reads
+
+
+def test_files_that_could_not_be_read_have_nothing_in_common(tmp_path):
+  """A disk that did not answer while they were hashed makes no copies of them."""
+  write_images(tmp_path / 'set', {'one': 3})
+  source = open_source(f'folder:{tmp_path}/set', 'train')
+  unknown = dataclasses.replace(source, contents=np.array([b'', b'', source.contents[2]], contents.HASH))
+  some, = duplicates.hashes([unknown], 'set')
+  assert some.pixels[:2].tolist() == [b'', b''] and some.pixels[2] and not some.told[:2].any()
+  assert [match.row for match in duplicates.matches(some, some)] == [2]
 
 
 def test_a_run_is_resumed_with_a_copy_of_its_images(sets):

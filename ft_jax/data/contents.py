@@ -15,7 +15,7 @@ from ft_jax.data import kept
 # Of arrays of hashes: 32 hexadecimal digits each; an empty one is not known.
 HASH = np.dtype('S32')
 # A file may change again within the resolution of its times, so one that has just been written is not remembered.
-FRESH_NS = 100_000_000
+FRESH_NS = 2_000_000_000
 # From so many bytes on, a person should know why nothing else happens.
 _MANY_BYTES = 2_000_000_000
 _CHUNK = 512
@@ -53,13 +53,13 @@ def of_files(paths: Sequence[str | os.PathLike[str]], root: str, what: str, most
   """
   # Not relative to the folder that this process happens to be in.
   absolute, place = [os.path.abspath(path) for path in paths], of_bytes(os.fsencode(os.path.abspath(root))).decode()
-  stats = [_stat(path) for path in absolute]
+  now, stats = time.time_ns(), [_stat(path) for path in absolute]
   keys = [stat_key(path, stat) if stat else b'' for path, stat in zip(absolute, stats)]
   before = kept.load('contents', place)
   known = dict(zip(before['keys'].tolist(), before['hashes'].tolist())) if before else {}
   todo = [i for i, key in enumerate(keys) if key and key not in known]
   if todo:
-    found, now = _read(absolute, stats, todo, what, most_bytes), time.time_ns()
+    found = _read(absolute, stats, todo, what, most_bytes)
     for i, content in zip(todo, found):
       if content and now - max(stats[i].st_mtime_ns, stats[i].st_ctime_ns) > FRESH_NS:
         known[keys[i]] = content

@@ -101,6 +101,8 @@ def hashes(sources: Sequence[Source], what: str) -> list[Hashes]:
     found, whole = _hashed(places, what)
     if whole:  # else a disk did not answer: the next run asks again
       kept.save('hashes', key, found)
+  if len(unique) and unique[0] == b'':  # files that could not be read, which have nothing in common
+    found['pixels'][0], found['told'][0] = b'', False
   return [Hashes(part, *(found[name][rows] for name in ('pixels', 'pictures', 'told')))
           for part in known for rows in [np.searchsorted(unique, part)]]
 
@@ -196,10 +198,11 @@ def matches(some: Hashes, others: Hashes, near: bool = True, threshold: int = TH
   return [found[row] for row in sorted(found)]
 
 
-def _nearest(some: np.ndarray, others: np.ndarray, threshold: int, block: int = 256) -> Iterator[tuple[int, int, int]]:
+def _nearest(some: np.ndarray, others: np.ndarray, threshold: int, pairs: int = 4_000_000) -> Iterator[tuple[int, int, int]]:
   """(row, the nearest of the others, bits in which they differ) of each row that has one within `threshold`; hashes `[n, 2, 2]`."""
   if not len(some) or not len(others):
     return
+  block = max(1, min(256, pairs // len(others)))  # a few numbers for each pair are in memory, once a core
   # The middle of an image may be all of another; the middles of both say nothing that both images do not.
   views = [(mine, others[:, its] ^ mirror) for mine, its in ((0, 0), (0, 1), (1, 0)) for mirror in (np.uint64(0), _MIRROR)]
 
@@ -216,8 +219,9 @@ def _nearest(some: np.ndarray, others: np.ndarray, threshold: int, block: int = 
           best[row[at]], which[row[at]] = distance[at], other[at]
     return best, which
 
+  starts = range(0, len(some), block)
   with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-    starts = range(0, len(some), block)
-    for start, (best, which) in zip(starts, pool.map(nearest, starts)):
+    shown = progress.bar(pool.map(nearest, starts), 'comparing images', len(starts), f'x {block} images')
+    for start, (best, which) in zip(starts, shown):
       for row in np.flatnonzero(best <= threshold).tolist():
         yield start + row, int(which[row]), int(best[row])

@@ -313,6 +313,7 @@ def _weights(config: ConfigDict, work: Workdir, pool: Source | None, common: ove
   own.job, own.train, own.model.weights = 'pretrain', fields['pretrain'], ''
   own.model.source_head, own.model.batch_norm = 'fresh', 'train'
   own.data.cache = False  # that is for the target: the pool is large
+  own.source.duplicates = 'drop'  # results.json says what was left out, whatever the rule was
   if common.classes:
     own.source.without = common.classes
   pretrain.run(own, work.path / 'pretrain', common.dropped)
@@ -368,6 +369,9 @@ def _given(path: str, pool: Source, lost: Mapping[str, Sequence[str]] = types.Ma
     return dataclasses.replace(chosen, rows=None, ids=None, row_units=None, counts=np.bincount(pool.labels, minlength=len(chosen.scores)))
   if chosen.ids is None:
     different = f'its {NOUNS[chosen.by]} are not those of {pool.name}' if chosen.by == 'class' else f'it is of {NOUNS[chosen.by]}'
+    if chosen.by == 'class' and any(lost.values()):
+      different += ' (images that cannot be read or are in the target too were left out, and with them perhaps a class: see the warnings ' \
+          'above, and config.source.duplicates)'
     raise ValueError(f'{path} does not fit: {different}, and it knows no ids of images; select again, with ids=... in selection.Embeddings')
   return _of_ids(path, chosen.ids.tolist(), pool, lost)
 
