@@ -5,6 +5,7 @@ import json
 import shutil
 
 from conftest import quick_main
+from etils import epath
 from ml_collections import ConfigDict
 import numpy as np
 import pytest
@@ -97,6 +98,30 @@ def test_what_is_finished_is_not_done_again(run):
   assert written - {lost, damaged} == {path for path in written if path.name.startswith('tuned_change')} and len(written) == 3
 
 
+def test_fine_tunings_of_an_earlier_version_are_found(run, photos):
+  """It named them by names and sizes of the images' files."""
+  config = study_config.get_config()
+  config.update_from_flattened_dict({
+      'checkpoints': str(run[0]), 'target.name': f'folder:{photos}', 'image_size': 32, 'augment.short_side': 36, 'study.seeds': (0,),
+      'train.epochs': 0.0, 'train.steps': 6, 'train.batch_size': 8, 'train.eval_every': 6, 'target.val_fraction': 0.25})
+  kept = history.read(config.checkpoints, config.model)
+  config.model.update({name: kept.network[name] for name in ('name', 'width', 'stem')})
+
+  def found(what):
+    target = open_target(config, config.target.name)
+    begun = study._Study(config, kept, [target], epath.Path(run[1]))
+    made_of = {'ft': begun._tuned, 'ft_change': begun._tuned_change}[what]
+    paths = [begun._parts._path(kind, key) for kind, *key in (made_of(0, 0, 0), made_of(0, 0, 0, legacy=True))]
+    return begun._found[0][0][what].get(0), paths
+
+  for what in ('ft', 'ft_change'):
+    part, (now, before) = found(what)
+    assert part and now.exists() and now != before
+    now.rename(before)
+    assert found(what)[0] == part
+    before.rename(now)
+
+
 def test_bad_settings_are_refused_before_anything_long(run, photos):
   config = study_config.get_config()
   config.checkpoints, config.target.name = str(run[0]), f'folder:{photos}'
@@ -169,7 +194,7 @@ def test_a_folder_of_files(run, photos, tmp_path):
 
 def test_classes_with_one_image_and_few_images_are_told():
   source = type('Source', (), {'class_names': ('two', 'absent', 'lone')})
-  target = Target('folder:x', (source,), np.array([0, 0, 1, 1, 2]), {0: Rows(np.array([0, 2, 3, 4]), np.array([1]), np.array([]))}, {})
+  target = Target('folder:x', (source,), np.array([0, 0, 1, 1, 2]), {0: Rows(np.array([0, 2, 3, 4]), np.array([1]), np.array([]))}, {}, {})
   found = [{'about': {'note': '5 images are fewer ...', 'scores': {'leep': None}}, 'probes': {}, 'ft': {0: {}}, 'ft_change': {}}]
   one, absent, few, without, moved = study_results.notes(target, 0, found, named_val=False)
   assert one.startswith('1 of 3 classes have one image for training and val together (lone), which is trained on')

@@ -113,12 +113,13 @@ class _Study:
     self._owned = own(folder) if parallel.is_main() else None
     self._transform, self._parts = setup.make_transform(config), Parts(folder / 'parts')
     self._which = 'centred' if config.study.centred else 'plain'
-    self._pool = _pool(config)
+    self._pool, self._legacy_pool = _pool(config)
     self._prints = history.fingerprints(kept, config.image_size)
     self._found = [[{'about': None, 'change': None, 'probes': {}, 'ft': {}, 'ft_change': {}} for _ in kept.kept] for _ in targets]
     for t, c, seed in self._fine_tunings():
-      for what, key in (('ft', self._tuned(t, c, seed)), ('ft_change', self._tuned_change(t, c, seed))):
-        if part := self._parts.get(*key):
+      for what, made_of in (('ft', self._tuned), ('ft_change', self._tuned_change)):
+        # The second name is that of earlier versions.
+        if part := self._parts.get(*made_of(t, c, seed)) or self._parts.get(*made_of(t, c, seed, legacy=True)):
           self._found[t][c][what][seed] = part
 
   def _fine_tunings(self) -> list[tuple[int, int, int]]:
@@ -127,19 +128,21 @@ class _Study:
 
   # What parts are made of.
 
-  def _seen(self, target: Target, seed: int) -> tuple[Any, ...]:
-    """What features, and numbers of their parts, depend on beside the network."""
-    settings = self._config.study
-    return (PRECISION, self._config.model.dtype, self._transform.size, self._transform.short_side, target.stamp[seed], settings.threshold,
+  def _seen(self, target: Target, seed: int, legacy: bool = False) -> tuple[Any, ...]:
+    """What features, and numbers of their parts, depend on beside the network; `legacy` as earlier versions had it."""
+    settings, stamp = self._config.study, (target.legacy_stamp if legacy else target.stamp)[seed]
+    return (PRECISION, self._config.model.dtype, self._transform.size, self._transform.short_side, stamp, settings.threshold,
             settings.centred)
 
-  def _tuned(self, t: int, c: int, seed: int) -> tuple[Any, ...]:
+  def _tuned(self, t: int, c: int, seed: int, legacy: bool = False) -> tuple[Any, ...]:
     own = _own(self._config, self._targets[t].name, seed, '').to_dict()  # wherever the weights lie
-    return 'fine_tuned', self._prints[c], self._targets[t].stamp[seed], _fields(own, _WITHOUT_EFFECT), self._pool
+    target = self._targets[t]
+    stamp, pool = (target.legacy_stamp, self._legacy_pool) if legacy else (target.stamp, self._pool)
+    return 'fine_tuned', self._prints[c], stamp[seed], _fields(own, _WITHOUT_EFFECT), pool
 
-  def _tuned_change(self, t: int, c: int, seed: int) -> tuple[Any, ...]:
+  def _tuned_change(self, t: int, c: int, seed: int, legacy: bool = False) -> tuple[Any, ...]:
     # Both networks were seen with one precision, whichever it was, and one of them may be gone.
-    return 'tuned_change', *self._tuned(t, c, seed)[1:], *self._seen(self._targets[t], seed)[1:]
+    return 'tuned_change', *self._tuned(t, c, seed, legacy)[1:], *self._seen(self._targets[t], seed, legacy)[1:]
 
   # Features.
 
@@ -303,9 +306,10 @@ def _softmax(features: np.ndarray, classifier: Mapping[str, np.ndarray]) -> np.n
   return powers / powers.sum(1, keepdims=True)
 
 
-def _pool(config: ConfigDict) -> str:
-  """What fine-tuning takes beside the target, as a fingerprint; '' where it takes nothing."""
+def _pool(config: ConfigDict) -> tuple[str, str]:
+  """What fine-tuning takes beside the target, as a fingerprint, and as earlier versions had it; '' where it takes nothing."""
   if config.selection.method == 'none':
-    return ''
+    return '', ''
   given = files.located(config.selection.file).read_bytes().hex() if config.selection.file else ''
-  return digest(open_source(config.source.name, config.source.train, config.data_dir).fingerprint, given)
+  source = open_source(config.source.name, config.source.train, config.data_dir)
+  return digest(source.fingerprint, given), digest(source.legacy_fingerprint or source.fingerprint, given)

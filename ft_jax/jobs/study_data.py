@@ -42,12 +42,14 @@ class Target(NamedTuple):
     labels: int32 `[n]`, of all sources, one after the other.
     rows: of each seed.
     stamp: of each seed, what its numbers depend on, as a fingerprint.
+    legacy_stamp: of each seed, the same as earlier versions had it, by names and sizes of files.
   """
   name: str
   sources: tuple[Source, ...]
   labels: np.ndarray
   rows: dict[int, Rows]
   stamp: dict[int, str]
+  legacy_stamp: dict[int, str]
 
   @property
   def class_names(self) -> tuple[str, ...]:
@@ -74,9 +76,13 @@ def open_target(config: ConfigDict, name: str) -> Target:
   places = {name: row for row, name in enumerate(np.concatenate([source.ids for source in sources]).tolist())}
   rows = {seed: Rows(*(np.array([places[i] for i in split.ids.tolist() if i in places], np.int64) for split in of_seed))
           for seed, of_seed in splits.items()}
-  stamp = {seed: digest(*(source.fingerprint for source in sources), *(part.tobytes().hex() for part in of_seed))
-           for seed, of_seed in rows.items()}
-  return Target(name, sources, np.concatenate([source.labels for source in sources]), rows, stamp)
+
+  def stamp(fingerprints: Sequence[str]) -> dict[int, str]:
+    return {seed: digest(*fingerprints, *(part.tobytes().hex() for part in of_seed)) for seed, of_seed in rows.items()}
+
+  return Target(name, sources, np.concatenate([source.labels for source in sources]), rows,
+                stamp([source.fingerprint for source in sources]),
+                stamp([source.legacy_fingerprint or source.fingerprint for source in sources]))
 
 
 class Frozen:
