@@ -7,9 +7,9 @@ import pytest
 import record
 
 # The record was compared with itself made for AVX2 and for SSE4.2 instead of AVX-512, and on Python 3.13 with jax 0.12: losses differed
-# by 5e-6 at most, scores by 2e-6, arrays by 9e-4 of their norm. (Those are biases of BatchNorm, which begin at zero: it is 9e-4 of
-# the way that they went.)
-LOSSES, SCORES, ARRAYS = 5e-5, 2e-5, 5e-3
+# by 5e-6 at most, scores by 2e-6, arrays by 6e-3 of their norm. (Those are biases of BatchNorm, which begin at zero: it is 6e-3 of
+# the way that they went. All others differed by 6e-6.)
+LOSSES, SCORES, ARRAYS = 5e-5, 2e-5, 3e-2
 
 
 @pytest.fixture(scope='module')
