@@ -15,6 +15,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from ft_jax.progress import log
 from ft_jax.user_cache import user_cache
+from selection import files
 
 # Programs that compile faster than this are compiled again: reading a file is no faster.
 SECONDS = 0.5
@@ -36,7 +37,7 @@ def keep(folder: str) -> None:
       they share); '' keeps nothing.
 
   Raises:
-    ValueError: a folder on object storage, where nothing can be locked.
+    ValueError: a folder on object storage, where nothing can be locked; or `~` where there is no home directory.
   """
   # A program that cannot be read or written is compiled, which costs time and nothing else.
   warnings.filterwarnings('ignore', 'Error (reading|writing) persistent compilation cache')
@@ -46,7 +47,7 @@ def keep(folder: str) -> None:
     raise ValueError(f"config.compile_cache is {folder!r}; expected a folder on a disk, 'auto', or '' for none")
   if folder == 'auto' and (jax.process_count() > 1 or user_cache() is None):
     return
-  path = user_cache() / 'compiled' if folder == 'auto' else pathlib.Path(folder).expanduser().absolute()
+  path = user_cache() / 'compiled' if folder == 'auto' else pathlib.Path(files.absolute(folder))
   new = not path.exists()
   try:
     path.mkdir(mode=0o700, parents=True, exist_ok=True)

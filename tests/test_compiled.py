@@ -1,5 +1,6 @@
 """What is compiled once is not compiled again, by whichever function comes to the same program, in this start or the next."""
 
+import os
 import pathlib
 import warnings
 
@@ -89,6 +90,10 @@ def test_no_folder_no_lock_or_one_that_others_write_to(no_cache, tmp_path, monke
   monkeypatch.delenv('XDG_CACHE_HOME')
   monkeypatch.setattr(pathlib.Path, 'home', lambda: (_ for _ in ()).throw(RuntimeError('no home')))
   compiled.keep('auto')
+  monkeypatch.delenv('HOME', raising=False)
+  monkeypatch.setattr(os.path, 'expanduser', lambda path: path)  # as where the system does not know the user
+  with pytest.raises(ValueError, match='there is no home directory to put in the place of ~'):
+    compiled.keep('~/compiled')
   assert jax.config.jax_compilation_cache_dir is None
 
 
