@@ -42,8 +42,8 @@ def run(config: ConfigDict, workdir: epath.PathLike, left_out: Sequence[str] = (
     log.info('pre-training %s -> %s', config.model.name, work.path)
     write_results(work, _train(config, work, left_out))
   elif done['source'].get('left_out', _NOTHING) != _ids(left_out):
-    raise ValueError(f'{work.path} holds a pre-training that left out other copies of target images than this run does; remove that folder '
-                     'to pre-train again, or set config.source.duplicates to what it was')
+    raise ValueError(f'{work.path} holds a pre-training that left out other copies of target images than this run does; move that '
+                     'folder away to pre-train again, or set config.source.duplicates to what it was')
   done = parallel.agreed(lambda: _reported(work))
   log.info('pre-trained weights: %s', work.path)
   return done
