@@ -159,17 +159,21 @@ def test_checkpoints_come_back_and_damaged_ones_are_set_aside(bucket):
     for name in bucket.names('run/checkpoints/2/'):
       if not name.endswith('2/commit_success.txt'):
         bucket.objects[name.replace('/2/', '/3/')] = bucket.objects[name]
+    bucket.objects['run/checkpoints/3/state/remains'] = b'x', 1
   assert saved_steps('gs://bucket/run') == [1, 2]
   checkpoints = Checkpoints('gs://bucket/run')
-  assert (checkpoints.latest_step, checkpoints.best_step) == (2, 1) and not bucket.names('run/checkpoints/3/')
-  jax.tree.map(np.testing.assert_array_equal, checkpoints.restore(2, state_at(0)), state_at(2))
-  name = max(bucket.names('run/checkpoints/2/state/d/'), key=lambda name: len(bucket.read(name)))
+  assert (checkpoints.latest_step, checkpoints.best_step) == (2, 1)
+  checkpoints.save(3, state_at(3), {'score': 0.1, 'loss': 1.0})  # waits for orbax's thread, which removes what the killed one left
+  checkpoints.wait()
+  assert 'run/checkpoints/3/state/remains' not in bucket.names()
+  jax.tree.map(np.testing.assert_array_equal, checkpoints.restore(3, state_at(0)), state_at(3))
+  name = max(bucket.names('run/checkpoints/3/state/d/'), key=lambda name: len(bucket.read(name)))
   bucket.objects[name] = bucket.read(name)[:20], bucket.objects[name][1] + 1000
-  with pytest.raises(Damaged, match='gs://bucket/run/checkpoints/2 cannot be read') as error:
-    checkpoints.restore(2, state_at(0))
-  before = len(bucket.names('run/checkpoints/2/'))
-  checkpoints.set_aside(2, str(error.value))
-  assert not bucket.names('run/checkpoints/2/') and len(bucket.names('run/damaged/2/')) == before
+  with pytest.raises(Damaged, match='gs://bucket/run/checkpoints/3 cannot be read') as error:
+    checkpoints.restore(3, state_at(0))
+  before = len(bucket.names('run/checkpoints/3/'))
+  checkpoints.set_aside(3, str(error.value))
+  assert not bucket.names('run/checkpoints/3/') and len(bucket.names('run/damaged/3/')) == before
   assert checkpoints.latest_step == 1 and [kept.step for kept in history('gs://bucket/run')] == [1]
   checkpoints.close()
   np.testing.assert_array_equal(load_variables('gs://bucket/run')['params']['a']['kernel'], np.ones((2, 3)))
