@@ -3,7 +3,7 @@
 # make test-short  those without whole runs, and the demo's job: for a second version of Python
 # make stress real runs killed at least 100 times at random moments; nothing may be lost or differ (long: KILLS=10 for a glance)
 # make bench  speed, beside its peers (needs torch for some; see benchmarks/)
-# make lint   ruff
+# make lint   ruff, then the types (mypy)
 # Each makes .venv and installs what is missing first.
 
 PYTHON ?= python3
@@ -42,14 +42,15 @@ stress: $(VENV)/.installed-dev
 	@echo "== runs killed at random moments (KILLS=100 SEED=0)"
 	@$(RUN) tests/stress.py --kills=$(or $(KILLS),100) --seed=$(or $(SEED),0)
 	@echo "== four processes, then two of them"
-	@FT_JAX_STRESS=1 $(RUN) -m pytest tests/test_hosts.py
+	@FT_JAX_STRESS=1 $(RUN) -m pytest tests/runs/test_hosts.py
 	@echo "== the demo, and the benchmark of selection"
-	@FT_JAX_STRESS=1 $(RUN) -m pytest tests/test_jobs.py tests/test_benchmarks.py -k "demo or benchmark_of_selection"
+	@FT_JAX_STRESS=1 $(RUN) -m pytest tests/runs/test_jobs.py tests/runs/test_benchmarks.py -k "demo or benchmark_of_selection"
 	@echo "== files and names that are out to do harm, 3,000 of each kind"
-	@FT_JAX_FUZZ=3000 $(RUN) -m pytest --numprocesses=logical tests/test_trust.py -k "not shows_names"
+	@FT_JAX_FUZZ=3000 $(RUN) -m pytest --numprocesses=logical tests/runs/test_trust.py -k "not shows_names"
 
 lint: $(VENV)/.installed-dev
 	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/mypy
 
 bench: $(VENV)/.installed-dev
 	@for file in benchmarks/[a-z]*.py; do echo "== $$file"; $(RUN) $$file; done

@@ -25,7 +25,7 @@ import numpy as np
 import PIL.Image
 
 from ft_jax.data import augment, duplicates
-from ft_jax.data.sources import open_source, Source
+from ft_jax.data.image_set import ImageSet, open_set
 
 THRESHOLDS = (8, 12, 16, 20, 24, 28)
 
@@ -93,7 +93,7 @@ def shares(values: np.ndarray) -> str:
   return ' | '.join(f'{100 * np.mean(values <= threshold):.1f} %' for threshold in THRESHOLDS)
 
 
-def sample(source: Source, count: int) -> list[np.ndarray]:
+def sample(source: ImageSet, count: int) -> list[np.ndarray]:
   """Decoded images drawn at random."""
   rows = np.random.default_rng(0).permutation(len(source))[:count]
   return [augment.decode(example.image, example.id) for example in (source[int(row)] for row in rows)]
@@ -110,7 +110,7 @@ def main() -> None:
     print('give a folder of image sets; see --help')
     return
   os.environ['XDG_CACHE_HOME'] = tempfile.mkdtemp()  # every pass is the first one
-  sources = {name: open_source(f'folder:{args.data}/{name}', 'train+test') for name in args.sets.split(',')}
+  sources = {name: open_set(f'folder:{args.data}/{name}', 'train+test') for name in args.sets.split(',')}
   head = ' | '.join(f'{threshold} bits' for threshold in THRESHOLDS)
 
   print(f'| found | {head} |\n|---|{"---|" * len(THRESHOLDS)}')

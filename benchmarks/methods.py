@@ -19,10 +19,11 @@ import jax
 import numpy as np
 import optax
 
-from ft_jax import methods, parallel, train
+from ft_jax import methods, parallel
 from ft_jax.methods import METHODS
-from ft_jax.methods.base import Begin
+from ft_jax.methods.base import SetupContext
 from ft_jax.models import resnet
+from ft_jax.training.step import create_state, make_train_step
 
 TARGETS, SOURCES = 100, 1000
 
@@ -38,23 +39,23 @@ class Step:
     heads = {'target': TARGETS} | ({'source': SOURCES} if joint else {}) | ({'pretrained': SOURCES} if needs.trained_classifier else {})
     model = resnet.build(args.name, heads, width=args.width)
     data = batch_of(args, ['target', *(['source'] if args.source or unlabelled else [])])
-    start = jax.device_get(jax.jit(model.clone(heads={'pretrained': SOURCES}).init)(jax.random.key(1), data['target']['image'][:1]))
-    variables = jax.device_get(jax.jit(model.init)(jax.random.key(0), data['target']['image'][:1]))
+    start = jax.device_get(jax.jit(model.clone(heads={'pretrained': SOURCES}).init)(jax.random.key(1), data['target']['input'][:1]))
+    variables = jax.device_get(jax.jit(model.init)(jax.random.key(0), data['target']['input'][:1]))
 
     def batches(split: str, rows: Sequence[int] | None = None) -> list[dict[str, np.ndarray]]:
       whole = data['target']
       return [whole if rows is None else {key: value[np.resize(rows, len(value))] for key, value in whole.items()}]
 
-    begin = Begin(model, start, TARGETS, data['target']['label'], data['target']['label'], args.batch, 0, batches)
+    begin = SetupContext(model, start, TARGETS, data['target']['label'], data['target']['label'], args.batch, 0, batches)
     began = time.perf_counter()
     states = {name: method.setup(begin) for name, method in active.items()}
     self.setup_seconds = time.perf_counter() - began
     own = {name: params for name, method in active.items() if (params := method.params(begin))}
     optimizer = optax.sgd(0.001, 0.9, nesterov=True)
     kept = start if needs.start or needs.teacher or needs.classifier else None
-    state = train.create_state({**variables, 'params': {**variables['params'], **({'methods': own} if own else {})}}, optimizer,
+    state = create_state({**variables, 'params': {**variables['params'], **({'methods': own} if own else {})}}, optimizer,
                                start=kept, methods=states)
-    step = train.make_train_step(model, optimizer, {'target': 1.0, **({'source': 1.0} if joint else {})}, methods=active, parts=parts)
+    step = make_train_step(model, optimizer, {'target': 1.0, **({'source': 1.0} if joint else {})}, methods=active, parts=parts)
     self._state, self._batch = parallel.replicate(state), {name: parallel.shard(part) for name, part in data.items()}
     self._step = step.lower(self._state, self._batch).compile()
     memory = self._step.memory_analysis()
@@ -72,8 +73,8 @@ def batch_of(args: argparse.Namespace, streams: list[str]) -> dict[str, dict[str
   made = {}
   for stream in streams:
     image = rng.integers(0, 255, (args.batch, args.size, args.size, 3)).astype(np.uint8)
-    made[stream] = {'image': image, 'key': image[:, :, ::-1].copy(), 'strong': image[:, :, ::-1].copy(),
-                    'label': rng.integers(0, TARGETS, args.batch).astype(np.int32), 'index': np.arange(args.batch, dtype=np.int32),
+    made[stream] = {'input': image, 'key': image[:, :, ::-1].copy(), 'strong': image[:, :, ::-1].copy(),
+                    'label': rng.integers(0, TARGETS, args.batch).astype(np.int32), 'row': np.arange(args.batch, dtype=np.int32),
                     'mask': np.ones(args.batch, bool)}
   return made
 
@@ -90,7 +91,7 @@ def main() -> None:
   args = parser.parse_args()
   model = resnet.build(args.name, {})
   teachers = [name for name in args.only if METHODS[name](**METHODS[name].published).needs(model).teacher]
-  cases = {name: ([name], 1) for name in args.only} | {'plain, accumulate=4': ([], 4)}
+  cases = {name: ([name], 1) for name in args.only} | {'plain, accumulate_steps=4': ([], 4)}
   if len(teachers) > 1:
     cases['+'.join(teachers)] = (teachers, 1)
   plain = Step(args, [])

@@ -20,7 +20,7 @@ import tempfile
 from typing import Any
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / 'tests' / 'data'))
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / 'tests' / 'fixtures'))
 
 try:
   import torch
@@ -32,8 +32,8 @@ import numpy as np
 import optax
 from safetensors.numpy import load_file, save_file
 
-from ft_jax import optimizer, train
-from ft_jax.models import pretrained, resnet, to_torch
+from ft_jax.models import export, resnet, weights
+from ft_jax.training import optimizer, step
 
 CLASSES = 1000
 Arrays = dict[str, dict[str, np.ndarray]]
@@ -62,8 +62,8 @@ def ours(state: dict[str, np.ndarray], name: str, images: np.ndarray, labels: np
   """The same by this project, and the state dict that it exports."""
   with tempfile.TemporaryDirectory() as folder:
     save_file(state, f'{folder}/weights.safetensors')
-    variables = pretrained.load_torch(f'{folder}/weights.safetensors')
-    save_file(to_torch.state_dict(variables, 'source'), f'{folder}/exported.safetensors')
+    variables = weights.load_torch(f'{folder}/weights.safetensors')
+    save_file(export.state_dict(variables, 'source'), f'{folder}/exported.safetensors')
     exported = load_file(f'{folder}/exported.safetensors')
   model = resnet.build(name, {'source': CLASSES})
 
@@ -77,12 +77,12 @@ def ours(state: dict[str, np.ndarray], name: str, images: np.ndarray, labels: np
   tx = optimizer.make_optimizer('sgd', optax.constant_schedule(peer.SGD['lr']), variables['params'], momentum=peer.SGD['momentum'],
                      nesterov=peer.SGD['nesterov'], weight_decay=peer.SGD['weight_decay'], learning_rate_groups=everything,
                      weight_decay_groups=everything)
-  state = train.create_state(variables, tx)
+  state = step.create_state(variables, tx)
   after = optax.apply_updates(state.params, tx.update(gradients, state.opt_state, state.params)[0])
   named = lambda outputs: {'features': outputs.features, 'logits': outputs.logits['source'], **outputs.taps}
-  return {'eval': named(evaluated), 'train': named(trained), 'statistics': to_torch.state_dict(updates, None),
-          'gradients': to_torch.state_dict({'params': gradients}, 'source'),
-          'after a step': to_torch.state_dict({'params': after}, 'source')}, exported
+  return {'eval': named(evaluated), 'train': named(trained), 'statistics': export.state_dict(updates, None),
+          'gradients': export.state_dict({'params': gradients}, 'source'),
+          'after a step': export.state_dict({'params': after}, 'source')}, exported
 
 
 @contextlib.contextmanager

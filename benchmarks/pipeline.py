@@ -28,9 +28,9 @@ import numpy as np
 import PIL.Image
 from sklearn import datasets
 
-from ft_jax.data.cache import cached
+from ft_jax.data.image_set import ImageSet, open_set
+from ft_jax.data.memory_cache import cached
 from ft_jax.data.pipeline import train_batches, Transform
-from ft_jax.data.sources import open_source, Source
 
 BATCH, SIZE = 64, 224
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
@@ -84,7 +84,7 @@ class PillowCrops:
     return np.array(image), int(path.parent.name == 'flower')
 
 
-def ours(source: Source, seed: int, **kwargs: Any) -> Iterator[Any]:
+def ours(source: ImageSet, seed: int, **kwargs: Any) -> Iterator[Any]:
   return train_batches(source, Transform(SIZE, SCALE, RATIO, **kwargs), BATCH, stream='target', seed=seed, start=0)
 
 
@@ -123,7 +123,7 @@ def rate(batches: Iterator[Any], skip: int, count: int) -> float:
   return count * BATCH / (time.perf_counter() - start)
 
 
-def cache_rates(source: Source, seed: int) -> tuple[float, float]:
+def cache_rates(source: ImageSet, seed: int) -> tuple[float, float]:
   """Of one run: images a second in the first pass, which decodes, and in later ones."""
   batches = ours(cached({'photos': source})['photos'], seed)
   a_pass = len(source) // BATCH
@@ -143,7 +143,7 @@ def main() -> None:
   with tempfile.TemporaryDirectory() as name:
     folder = pathlib.Path(name)
     kilobytes = write_photos(folder, arguments.files) / 1000
-    source = open_source(f'folder:{folder}', 'train')
+    source = open_set(f'folder:{folder}', 'train')
     rivals = {'ours': lambda seed: ours(source, seed), 'ours, antialias': lambda seed: ours(source, seed, antialias=True),
               'ours, RandAugment and Cutout': lambda seed: ours(source, seed, **STRONG)}
     others = (('tensorflow', 'tf.data', tf_data), ('torch', 'torch DataLoader, 2 workers', torch_loader))

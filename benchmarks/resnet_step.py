@@ -20,8 +20,9 @@ import jax
 import numpy as np
 import optax
 
-from ft_jax import parallel, train
+from ft_jax import parallel
 from ft_jax.models import conv, resnet
+from ft_jax.training.step import create_state, make_train_step
 
 
 def make_step(name: str, width: int, size: int, batch: int) -> Callable[[], None]:
@@ -30,9 +31,9 @@ def make_step(name: str, width: int, size: int, batch: int) -> Callable[[], None
   images = np.random.default_rng(0).integers(0, 255, (batch, size, size, 3)).astype(np.uint8)
   variables = jax.device_get(jax.jit(model.init)(jax.random.key(0), images[:1]))
   optimizer = optax.sgd(0.01, 0.9, nesterov=True)
-  step = train.make_train_step(model, optimizer, {'source': 1.0})
-  state = [parallel.replicate(train.create_state(variables, optimizer))]
-  data = {'source': parallel.shard({'image': images, 'label': np.zeros(batch, np.int32)})}
+  step = make_train_step(model, optimizer, {'source': 1.0})
+  state = [parallel.replicate(create_state(variables, optimizer))]
+  data = {'source': parallel.shard({'input': images, 'label': np.zeros(batch, np.int32)})}
 
   def run() -> None:
     state[0], _ = step(state[0], data)
@@ -63,7 +64,7 @@ def torch_step(name: str, width: int, size: int, batch: int) -> Callable[[], Non
     import torch
   except ImportError:
     return None
-  sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / 'tests' / 'data'))
+  sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / 'tests' / 'fixtures'))
   import make_torch_resnet as peer
 
   model = peer.ResNet(name, width, 200).to(memory_format=torch.channels_last).train()

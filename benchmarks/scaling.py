@@ -27,10 +27,11 @@ import jax
 import numpy as np
 import optax
 
-from ft_jax import methods, parallel, train
+from ft_jax import methods, parallel
 from ft_jax.methods import METHODS
-from ft_jax.methods.base import Begin
+from ft_jax.methods.base import SetupContext
 from ft_jax.models import resnet
+from ft_jax.training.step import create_state, make_train_step
 
 TARGETS, SOURCES, DEVICES = 37, 1000, 4
 # Methods, and fields of the network.
@@ -70,19 +71,19 @@ def make(args: argparse.Namespace, names: tuple[str, ...], fields: dict[str, Any
   data = {}
   for stream in ('target', 'source'):
     image = rng.integers(0, 255, (args.batch, args.size, args.size, 3)).astype(np.uint8)
-    data[stream] = {'image': image, 'key': image[:, :, ::-1].copy(), 'strong': image[:, ::-1].copy(),
-                    'label': rng.integers(0, TARGETS, args.batch).astype(np.int32), 'index': np.arange(args.batch, dtype=np.int32),
+    data[stream] = {'input': image, 'key': image[:, :, ::-1].copy(), 'strong': image[:, ::-1].copy(),
+                    'label': rng.integers(0, TARGETS, args.batch).astype(np.int32), 'row': np.arange(args.batch, dtype=np.int32),
                     'mask': np.ones(args.batch, bool)}
-  shapes = jax.eval_shape(model.clone(axis_name=None).init, jax.random.key(0), data['target']['image'][:1])
+  shapes = jax.eval_shape(model.clone(axis_name=None).init, jax.random.key(0), data['target']['input'][:1])
   variables = jax.tree.map(lambda x: rng.normal(1.0, 0.1, x.shape).astype(np.float32) / max(1, math.prod(x.shape[:-1])) ** 0.5, shapes)
-  begin = Begin(model, variables, TARGETS, data['target']['label'], data['target']['label'], args.batch, 0, lambda *_: [data['target']])
+  begin = SetupContext(model, variables, TARGETS, data['target']['label'], data['target']['label'], args.batch, 0, lambda *_: [data['target']])
   states = {name: method.setup(begin) for name, method in active.items()}
   own = {name: params for name, method in active.items() if (params := method.params(begin))}
   needs = methods.all_needs(active, model)
   optimizer = optax.sgd(0.001, 0.9, nesterov=True)
-  state = train.create_state({**variables, 'params': {**variables['params'], **({'methods': own} if own else {})}}, optimizer,
+  state = create_state({**variables, 'params': {**variables['params'], **({'methods': own} if own else {})}}, optimizer,
                              start=variables if needs.start or needs.teacher else None, methods=states)
-  step = train.make_train_step(model, optimizer, {'target': 1.0, **({'source': 1.0} if labelled else {})}, methods=active)
+  step = make_train_step(model, optimizer, {'target': 1.0, **({'source': 1.0} if labelled else {})}, methods=active)
   return step, state, data
 
 

@@ -137,12 +137,12 @@ def train_config() -> ConfigDict:
   train.optimizer = 'sgd'  # sgd, adam, adamw or amsgrad
   train.momentum = 0.9  # of sgd, 0 to below 1
   train.nesterov = True  # of sgd: look ahead along the momentum
-  train.clip = 0.0  # largest norm of the gradient over all parameters; 0 for any
+  train.clip_norm = 0.0  # largest norm of the gradient over all parameters; 0 for any
   train.weight_decay = 1e-4  # times the factor of the group
   train.weight_decay_groups = (('.*', 1.0),)  # (pattern of the whole path, factor); first match
   train.freeze = ''  # parameters that stay as they are: backbone (all but the heads), or a pattern of paths: 'conv1/.*|bn1/.*|layer1/.*'
-  train.average = 0.0  # moving average of the parameters, which then is what is evaluated and kept: how much a step keeps, as 0.999
-  train.accumulate = 1  # parts that a step's batch goes through the network in, one after the other: memory for one (GPU, TPU)
+  train.ema_decay = 0.0  # moving average of the parameters, which then is what is evaluated and kept: how much a step keeps, as 0.999
+  train.accumulate_steps = 1  # parts that a step's batch goes through the network in, one after the other: memory for one (GPU, TPU)
   train.eval_every = 0  # steps between evaluations on val, each with a checkpoint; 0 is a tenth of the run
   train.keep_epochs = ()  # epochs whose checkpoints stay for good, evaluated on val too, as (1, 2, 3, 5, 8); the end stays anyway
   # a step whose loss or gradient is not finite ends the run, or sends it back to its last checkpoint so many times,

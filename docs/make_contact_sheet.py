@@ -14,12 +14,12 @@ import PIL.Image
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from ft_jax.data.sources import open_source  # noqa: E402
+from ft_jax.data.image_set import open_set  # noqa: E402
 
 
 def main() -> None:
   """Writes the files, predicts, and keeps the upper part of the sheet."""
-  source = open_source('digits:target', 'test')
+  source = open_set('digits:target', 'test')
   with tempfile.TemporaryDirectory() as name:
     folder = pathlib.Path(name)
     for i in sorted(np.random.default_rng(0).permutation(len(source))[:60].tolist()):

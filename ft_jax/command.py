@@ -46,8 +46,11 @@ def parse(argv: list[str]) -> list[str]:
     sys.exit(f'error: {_in_words(re.sub(r"^[A-Za-z]+Error: ", "", reason.strip()))}\n(python main.py --help lists the flags)')
   except (AttributeError, KeyError) as error:
     from configs import default
+    from ft_jax.settings import RENAMED
 
     for flag in (arg[len('--config.'):].partition('=')[0] for arg in argv if arg.startswith('--config.')):
+      if flag in RENAMED:
+        sys.exit(f'error: config.{flag} is now called config.{RENAMED[flag]}; use --config.{RENAMED[flag]}')
       group, known = '', default.get_config()
       for name in flag.split('.'):
         if not isinstance(known, ConfigDict) or name not in known:
@@ -55,6 +58,8 @@ def parse(argv: list[str]) -> list[str]:
           sys.exit(f'error: the config has no field {flag!r}; {("config." + group).rstrip(".")} {fields}')
         group, known = f'{group}{name}.', known[name]
     if wrong := re.search(r'Key "(\w+)" does not exist', str(error)):
+      if renamed := {new.rpartition('.')[2] for old, new in RENAMED.items() if old.rpartition('.')[2] == wrong[1]}:
+        sys.exit(f'error: the file of --config sets {wrong[1]!r}, a field that is now called {renamed.pop()!r}')
       meant = re.search(r'Did you mean "\w+"', str(error))
       sys.exit(f'error: the file of --config sets {wrong[1]!r}, which is no field of configs/default.py. {meant[0] + "?" if meant else ""}')
     raise

@@ -15,7 +15,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from ft_jax.progress import log
 from ft_jax.user_cache import user_cache
-from selection import files
+from selection import storage
 
 # Programs that compile faster than this are compiled again: reading a file is no faster.
 SECONDS = 0.5
@@ -47,7 +47,7 @@ def keep(folder: str) -> None:
     raise ValueError(f"config.compile_cache is {folder!r}; expected a folder on a disk, 'auto', or '' for none")
   if folder == 'auto' and (jax.process_count() > 1 or user_cache() is None):
     return
-  path = user_cache() / 'compiled' if folder == 'auto' else pathlib.Path(files.absolute(folder))
+  path = user_cache() / 'compiled' if folder == 'auto' else pathlib.Path(storage.absolute(folder))
   new = not path.exists()
   try:
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -95,7 +95,7 @@ def once() -> Iterator[None]:
       _use(None, before)
 
 
-def forget() -> None:
+def clear_compiled() -> None:
   """Gives back what the programs of a finished training hold.
 
   On the CPU each of them is hundreds of mappings of memory, of which a process may have so many (Linux: vm.max_map_count, 65,530 by

@@ -37,3 +37,9 @@ def csv_line(values: Iterable[Any]) -> str:
 def from_cell(text: str) -> str:
   """What `cell` was given."""
   return text[1:] if text.startswith("'") and _FORMULA.match(text) else text
+
+
+def listed(names: Iterable[str], most: int = 4) -> str:
+  """The first few names, and how many more there are."""
+  names = list(names)
+  return ', '.join(names[:most]) + (f' and {len(names) - most} more' if len(names) > most else '')

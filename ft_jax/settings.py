@@ -167,12 +167,12 @@ TRAIN: Mapping[str, Kind] = {
     'optimizer': text(),
     'momentum': number(0, below=1),
     'nesterov': switch(),
-    'clip': number(0, meaning='; 0 is any norm'),
+    'clip_norm': number(0, meaning='; 0 is any norm'),
     'weight_decay': number(0),
     'weight_decay_groups': pairs(word('a pattern of paths'), number(0), "(('.*/bias', 0.0), ('.*', 1.0))"),
     'freeze': text(),
-    'average': number(0, below=1, meaning=', such as 0.999; 0 is no average'),
-    'accumulate': whole(1),
+    'ema_decay': number(0, below=1, meaning=', such as 0.999; 0 is no average'),
+    'accumulate_steps': whole(1),
     'eval_every': whole(),
     'keep_epochs': several(number(above=0), '(1, 2, 3, 5, 8)'),
     'skip_diverged': whole(),
@@ -258,3 +258,8 @@ FIELDS: Mapping[str, Kind] = {
     'compare.methods': several(word('a selection method, with fine-tuning methods behind'), "('none', 'uot+l2_sp')"),
     'compare.seeds': several(_SEED, '(0, 1, 2)'),
 }
+
+# Fields that were renamed, by path: {the name in older versions: the name now}. Workdirs of older versions resume under the new names.
+_RENAMED_IN_TRAINING = {'average': 'ema_decay', 'clip': 'clip_norm', 'accumulate': 'accumulate_steps'}
+RENAMED: dict[str, str] = {f'{group}.{old}': f'{group}.{new}' for group in ('train', 'pretrain')
+                           for old, new in _RENAMED_IN_TRAINING.items()}

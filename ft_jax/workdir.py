@@ -19,14 +19,12 @@ from tensorboardX.summary import scalar
 
 from ft_jax import parallel, settings
 from ft_jax.progress import log
-from selection import files
+from selection import storage
 
 # Fields that may change between two starts of one run. What they do to its images, the checkpoints notice.
 FREE = ('compile_cache', 'data.cache', 'data.on_error', 'data.timeout', 'train.skip_diverged', 'pretrain.skip_diverged',
         # Removed from the config: runs of older versions still have them.
         'train.nonfinite_steps', 'pretrain.nonfinite_steps')
-# Fields that were renamed, by path: {the name in older versions: the name now}.
-RENAMED: dict[str, str] = {}
 # Fields that were removed, by path, each with the value that had no effect: a run that had it resumes, one that had another is refused.
 REMOVED: dict[str, Any] = {}
 # Where nothing can be added to, a growing file is written again so often at most, in seconds.
@@ -56,30 +54,30 @@ class Workdir:
         does not see the same folder; or no checkpoint can be written there because of a name (`check_name`).
       OSError: it cannot be made, written to or reached; or another process is at work in it and does not leave.
     """
-    self.path = files.located(path)
-    check_name(files.absolute(self.path))
-    if files.is_url(self.path):
-      files.make_folder(self.path)
+    self.path = storage.located(path)
+    check_name(storage.absolute(self.path))
+    if storage.is_url(self.path):
+      storage.make_folder(self.path)
     parallel.agreed(lambda: self._take_up(json.loads(json.dumps(config))))
     parallel.check_shared(self.path, '--workdir')
 
   def _take_up(self, wanted: dict[str, Any]) -> None:
     """See `__init__`; on process 0."""
-    if not files.is_url(self.path):
-      files.make_folder(self.path)
+    if not storage.is_url(self.path):
+      storage.make_folder(self.path)
       self._owned = own(self.path)  # before anything is read that another process may be about to write
       _tidy(self.path)
     try:
       before = _stored(self.path)
     except OSError as error:  # nobody may even look
-      raise files.Unwritable(self.path, error) from error
+      raise storage.Unwritable(self.path, error) from error
     if before is None:
-      if self.path.exists() and not all(files.is_leftover(entry.name) for entry in self.path.iterdir()):
+      if self.path.exists() and not all(storage.is_leftover(entry.name) for entry in self.path.iterdir()):
         raise ValueError(f'workdir {self.path} is not empty and holds no run (no config.json of one); give another --workdir')
     else:
       if before == wanted:
         return
-      differing = _differences(fixed(as_now(before)), fixed(as_now(wanted)))
+      differing = _differences(run_fields(as_now(before)), run_fields(as_now(wanted)))
       if differing and (self.results_json.exists() or self.has_checkpoint()):
         raise ValueError(f'workdir {self.path} belongs to a run with another config ({"; ".join(differing[:5])}); '
                          'give another --workdir')
@@ -120,8 +118,8 @@ def check_name(folder: epath.Path) -> None:
   Args:
     folder: from the root on; a symbolic link is not followed, here or by them.
   """
-  if problem := _url_problem(folder) if files.is_url(folder) else _name_problem(folder):
-    link = '' if files.is_url(folder) else ', or use a path through a symbolic link'
+  if problem := _url_problem(folder) if storage.is_url(folder) else _name_problem(folder):
+    link = '' if storage.is_url(folder) else ', or use a path through a symbolic link'
     raise ValueError(f'no checkpoint can be kept in {os.fspath(folder)!r}: {problem}. Give another folder{link}')
 
 
@@ -170,7 +168,7 @@ class _Owned:
     try:
       self._handle = os.open(folder, os.O_RDONLY)
     except OSError as error:  # nobody may even look
-      raise files.Unwritable(folder, error) from error
+      raise storage.Unwritable(folder, error) from error
     until, told = time.monotonic() + PATIENCE, False
     while not self._locked():
       if time.monotonic() > until:
@@ -204,15 +202,15 @@ def own(folder: epath.Path) -> _Owned | None:
   Raises:
     OSError: another process is there and does not leave.
   """
-  if files.is_url(folder):
+  if storage.is_url(folder):
     return None
   name = os.path.realpath(folder)
   return _OWNED.get(name) or _OWNED.setdefault(name, _Owned(folder))
 
 
-def fixed(config: Mapping[str, Any], prefix: str = '', free: Collection[str] = FREE) -> dict[str, Any]:
+def run_fields(config: Mapping[str, Any], prefix: str = '', free: Collection[str] = FREE) -> dict[str, Any]:
   """The fields of a config that a run keeps."""
-  return {name: fixed(value, f'{prefix}{name}.', free) if isinstance(value, Mapping) else value for name, value in config.items()
+  return {name: run_fields(value, f'{prefix}{name}.', free) if isinstance(value, Mapping) else value for name, value in config.items()
           if f'{prefix}{name}' not in free}
 
 
@@ -220,7 +218,7 @@ def _tidy(folder: epath.Path) -> None:
   """Removes what was being written when a process was killed; nobody else is at work here."""
   for part in (folder, folder / 'embeddings'):
     for path in part.iterdir() if part.is_dir() else ():
-      if files.is_leftover(path.name) or path.name.startswith(parallel.MARK):
+      if storage.is_leftover(path.name) or path.name.startswith(parallel.MARK):
         path.unlink(missing_ok=True)
 
 
@@ -233,11 +231,11 @@ def read_config(path: epath.PathLike) -> dict[str, Any] | None:
 def as_now(config: Mapping[str, Any]) -> dict[str, Any]:
   """A config that any version wrote, with the fields of this one.
 
-  Renamed fields have their new names (`RENAMED`), removed ones that had no effect are dropped (`REMOVED`), and fields that are missing
+  Renamed fields have their new names (`settings.RENAMED`), removed ones that had no effect are dropped (`REMOVED`), and fields that are missing
   have their defaults. Other fields that this version does not know are kept.
   """
   known = settings.defaults()
-  fields = {RENAMED.get(name, name): value for name, value in settings.flat(config).items()}
+  fields = {settings.RENAMED.get(name, name): value for name, value in settings.flat(config).items()}
   kept = {name: value for name, value in fields.items() if name in known or name not in REMOVED or REMOVED[name] != value}
   return settings.nested(known | kept)
 
@@ -258,7 +256,7 @@ def saved_steps(path: epath.PathLike) -> list[int]:
     found = [folder for folder in (epath.Path(path) / 'checkpoints').iterdir() if folder.name.isdigit()]
   except (FileNotFoundError, NotADirectoryError):
     return []
-  return sorted(int(folder.name) for folder in found if not files.is_url(folder) or (folder / _COMMITTED).exists())
+  return sorted(int(folder.name) for folder in found if not storage.is_url(folder) or (folder / _COMMITTED).exists())
 
 
 class MetricsWriter:
@@ -319,7 +317,7 @@ class _Growing:
 
   def __init__(self, path: epath.Path, begin: bytes):
     """Begins with `begin`, whatever is there."""
-    self._path, self._url = path, files.is_url(path)
+    self._path, self._url = path, storage.is_url(path)
     with resumable(path):
       if not self._url:
         path.parent.mkdir(exist_ok=True)
@@ -342,13 +340,13 @@ class _Growing:
         self.flush()
       return
     with resumable(self._path):
-      files.append(self._path, data)
+      storage.append(self._path, data)
 
   def flush(self) -> None:
     """Writes what is in memory alone: here, or of the system, which a power cut would lose."""
     with resumable(self._path):
       if self._behind:
-        files.write_whole(self._path, bytes(self._data))
+        storage.write_whole(self._path, bytes(self._data))
         self._behind, self._written = False, time.monotonic()
       elif not self._url:
         with self._path.open('rb') as stream:
@@ -383,7 +381,7 @@ def write_bytes(path: epath.Path, data: bytes) -> None:
   """Likewise."""
   if parallel.is_main():
     with resumable(path):
-      files.write_whole(path, data)
+      storage.write_whole(path, data)
 
 
 @contextlib.contextmanager
@@ -395,7 +393,7 @@ def resumable(path: epath.Path) -> Iterator[None]:
     raise cannot_write(path, error) from error
 
 
-def cannot_write(path: epath.Path, error: BaseException) -> files.Unwritable:
+def cannot_write(path: epath.Path, error: BaseException) -> storage.Unwritable:
   """The error that says that `path`, a file of a run, cannot be written; see `resumable`."""
   try:
     run = next((folder for folder in path.parents if saved_steps(folder)), None)
@@ -403,7 +401,7 @@ def cannot_write(path: epath.Path, error: BaseException) -> files.Unwritable:
   except OSError:  # the disk is gone
     newest = None
   before = f'What was written before stays as it was, the newest whole checkpoint is {newest}' if newest else ''
-  return files.Unwritable(path, error, 'the same command goes on', before)
+  return storage.Unwritable(path, error, 'the same command goes on', before)
 
 
 def _differences(before: Any, now: Any, name: str = 'config') -> list[str]:

@@ -5,11 +5,11 @@
 `source` and `target` are features of images by one encoder, with labels: `Embeddings`, or plain arrays. See `select`.
 """
 
-from selection.distances import distance, domain_similarity
 from selection.embeddings import class_means, embed, embed_class_means, Embeddings
+from selection.otdd import distance, domain_similarity
+from selection.result import Comparison, Selection
 from selection.select import select
 from selection.strategies import STRATEGIES
-from selection.subset import Comparison, Selection
 from selection.units import UNITS
 
 __all__ = ['STRATEGIES', 'UNITS', 'Comparison', 'Embeddings', 'Selection', 'class_means', 'distance', 'domain_similarity', 'embed',

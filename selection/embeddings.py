@@ -10,7 +10,7 @@ import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
-from selection import files
+from selection import storage
 from selection.journal import Journal
 
 Batch = Mapping[str, np.ndarray]
@@ -120,17 +120,17 @@ class Embeddings:
 
   def save(self, path: str | os.PathLike[str]) -> None:
     """Writes one .npz file, whole or not at all, on a disk or on object storage (`gs://`)."""
-    path = files.located(path)
+    path = storage.located(path)
     arrays = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if getattr(self, f.name) is not None}
-    files.make_folder(path.parent)
-    with files.whole_file(path) as stream:
+    storage.make_folder(path.parent)
+    with storage.whole_file(path) as stream:
       np.savez(stream, **arrays)
 
   @classmethod
   def load(cls, path: str | os.PathLike[str]) -> 'Embeddings':
     """Reads what `save` wrote; raises ValueError for anything else."""
     try:
-      with files.located(path).open('rb') as stream, np.load(_checked(stream), allow_pickle=False) as saved:
+      with storage.located(path).open('rb') as stream, np.load(_checked(stream), allow_pickle=False) as saved:
         fields = {name: saved[name] for name in saved.files}
       return cls(**{**fields, 'fingerprint': str(fields.get('fingerprint', ''))})
     except Exception as error:  # a damaged zip file makes the libraries raise almost anything: zlib.error, MemoryError, ...
@@ -221,10 +221,10 @@ def embed(encode: Callable[[Any, jax.Array], jax.Array], variables: Any, batches
       journal.save(f'features-{done:09d}', batches=len(new), last=part['features'], **kept[-1])
       done, new = done + len(new), []
   joined = _joined(kept + new)
-  if 'index' in joined:
-    order = np.argsort(joined['index'], kind='stable')
+  if 'row' in joined:
+    order = np.argsort(joined['row'], kind='stable')
     joined = {key: value[order] for key, value in joined.items()}
-  index = joined.get('index')
+  index = joined.get('row')
   if ids is not None:
     index = np.asarray(ids)[np.arange(len(joined['features'])) if index is None else index]
   return Embeddings(joined['features'], joined.get('label'), class_names, index, fingerprint=fingerprint)
@@ -305,15 +305,15 @@ def _encoded(encode: Callable[[Any, jax.Array], jax.Array], variables: Any,
   def run(variables: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
     # A GPU or TPU would round them to ten bits or less, which is enough to change what is chosen by them.
     with jax.default_matmul_precision('highest'):
-      features = encode(variables, batch['image'])
-    return {'features': features, **{k: v for k, v in batch.items() if k != 'image'}}
+      features = encode(variables, batch['input'])
+    return {'features': features, **{k: v for k, v in batch.items() if k != 'input'}}
 
   run = jax.jit(run, in_shardings=(everywhere, rows), out_shardings=everywhere)
   pending = None
   for batch in batches:
-    batch = {key: np.asarray(batch[key]) for key in ('image', 'label', 'index', 'mask') if key in batch}
-    batch.setdefault('mask', np.ones(len(batch['image']), bool))
-    extra = -len(batch['image']) % jax.local_device_count()
+    batch = {key: np.asarray(batch[key]) for key in ('input', 'label', 'row', 'mask') if key in batch}
+    batch.setdefault('mask', np.ones(len(batch['input']), bool))
+    extra = -len(batch['input']) % jax.local_device_count()
     padded = {key: np.concatenate([value, np.zeros((extra, *value.shape[1:]), value.dtype)]) if extra else value
               for key, value in batch.items()}
     result = run(variables, {key: jax.make_array_from_process_local_data(rows, value) for key, value in padded.items()})

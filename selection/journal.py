@@ -11,7 +11,7 @@ from etils import epath
 import jax
 import numpy as np
 
-from selection import files
+from selection import storage
 
 # A pass of many small chunks is kept so often.
 SECONDS = 60.0
@@ -33,12 +33,12 @@ class Journal:
     Raises:
       ValueError: the folder cannot be made, or holds passes over something else.
     """
-    self._folder = files.located(folder) if folder is not None else None
+    self._folder = storage.located(folder) if folder is not None else None
     self._due = time.monotonic() + SECONDS
     if self._folder is None:
       return
     try:
-      files.make_folder(self._folder)
+      storage.make_folder(self._folder)
     except OSError as error:
       raise ValueError(f'workdir {os.fspath(folder)!r} cannot be made ({error}); name a folder that can be written to') from error
     path, key = self._folder / 'selection_passes.json', json.loads(json.dumps(key, default=lambda number: number.item()))
@@ -52,7 +52,7 @@ class Journal:
         raise ValueError(f'{folder} holds passes over something else ({", ".join(sorted(different))} differ); '
                          'use another workdir')
     elif jax.process_index() == 0:
-      files.write_whole(path, json.dumps(key, indent=1).encode())
+      storage.write_whole(path, json.dumps(key, indent=1).encode())
 
   def load(self, name: str) -> dict[str, np.ndarray]:
     """What was saved last by this name; {} where nothing was, or where a file is damaged (that pass then begins again)."""
@@ -68,7 +68,7 @@ class Journal:
     """Replaces what is saved by this name."""
     if self._folder is None or jax.process_index():
       return
-    with files.whole_file(self._folder / f'{name}.npz') as stream:
+    with storage.whole_file(self._folder / f'{name}.npz') as stream:
       np.savez(stream, **arrays)
     self._due = time.monotonic() + SECONDS
 
@@ -78,7 +78,7 @@ class Journal:
 
   def scores(self, name: str) -> 'ScoreFile':
     """The growing file of a pass that scores all rows."""
-    if self._folder is not None and files.is_url(self._folder):
+    if self._folder is not None and storage.is_url(self._folder):
       return _ScoreObjects(self._folder, name)
     return ScoreFile(None if self._folder is None else self._folder / f'{name}.f32')
 
@@ -112,8 +112,8 @@ class ScoreFile:
     if self._path is None:
       return
     if not self._path.exists():
-      files.write_whole(self._path, b'')
-    files.append(self._path, data, sync=True)  # the length of the file says how far the pass is
+      storage.write_whole(self._path, b'')
+    storage.append(self._path, data, sync=True)  # the length of the file says how far the pass is
 
   def all(self) -> np.ndarray:
     """All scores, float32 `[n]`."""
@@ -141,7 +141,7 @@ class _ScoreObjects(ScoreFile):
 
   def _keep(self, begin: int, data: bytes) -> None:
     if data:
-      files.write_whole(self._folder / self._of(begin), data)
+      storage.write_whole(self._folder / self._of(begin), data)
 
 
 def array_digest(*arrays: np.ndarray) -> str:

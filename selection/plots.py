@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from selection import fonts
-from selection.subset import best, NOUNS, Selection
+from selection.result import best, NOUNS, Selection
 
 CHOSEN, OTHER, CUT = '#2563eb', '#cbd5e1', '#dc2626'
 # Characters of a name at an axis.

@@ -11,8 +11,8 @@ from selection.blocks import Settings
 from selection.embeddings import check_same_encoder, Embeddings
 from selection.journal import array_digest, Journal
 from selection.pools import check_rows, open_rows, Rows
+from selection.result import best, NOUNS, Selection
 from selection.strategies import BY_SHARE, defaults, Problem, Scores, STRATEGIES
-from selection.subset import best, NOUNS, Selection
 from selection.units import target_units, UNITS, Units
 
 # Explanations hold a number for each chosen unit and each class of the target, or each of its rows where it has no labels. Larger ones

@@ -18,15 +18,10 @@ os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = '1'
 jax.config.update('jax_disable_most_optimizations', True)
 
 
-# What `make test-short` leaves out: test_old_workdirs and test_names run whole jobs there.
-WHOLE = frozenset(f'test_{name}' for name in (
-    'benchmarks', 'compare', 'export', 'faults', 'full_disk', 'hosts', 'jobs', 'kills', 'notebook', 'predict', 'record', 'settings',
-    'stability', 'study', 'study_page', 'trust'))
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+  """`make test-short` leaves out what runs jobs from start to end."""
   for item in items:
-    if item.path.stem in WHOLE:
+    if item.path.parent.name == 'runs':
       item.add_marker(pytest.mark.whole)
 
 

@@ -13,10 +13,11 @@ import numpy as np
 import optax
 from sklearn import datasets
 
-from ft_jax import methods, train
-from ft_jax.methods.base import Begin
+from ft_jax import methods
+from ft_jax.methods.base import SetupContext
 from ft_jax.models import resnet
 from ft_jax.parallel import AXIS
+from ft_jax.training.step import create_state, make_step, TrainState
 
 # Of a few small steps most of the time is the compiler's.
 QUICK = {'xla_backend_optimization_level': 0, 'xla_llvm_disable_expensive_passes': True}
@@ -51,13 +52,13 @@ def images(count: int, classes: int, seed: int = 0) -> dict[str, np.ndarray]:
   for k in labels.tolist():
     y, x = rng.integers(0, 60, 2)
     crops.append(photos[k % 2][60 * k + y:, 80 * k + x:][:4 * SIZE:4, :4 * SIZE:4])
-  return {'image': np.stack(crops), 'label': labels, 'index': np.arange(count, dtype=np.int32), 'mask': np.ones(count, bool)}
+  return {'input': np.stack(crops), 'label': labels, 'row': np.arange(count, dtype=np.int32), 'mask': np.ones(count, bool)}
 
 
 def batch(size: int = BATCH, source: bool = True, seed: int = 0) -> dict[str, dict[str, np.ndarray]]:
   """A batch of each stream, with a further view of each image under every name that methods ask for."""
   streams = {'target': images(size, TARGETS, seed)} | ({'source': images(size, SOURCES, seed + 1)} if source else {})
-  flipped = {name: np.ascontiguousarray(part['image'][:, :, ::-1]) for name, part in streams.items()}
+  flipped = {name: np.ascontiguousarray(part['input'][:, :, ::-1]) for name, part in streams.items()}
   return {name: part | {'key': flipped[name], 'strong': flipped[name]} for name, part in streams.items()}
 
 
@@ -66,7 +67,7 @@ def start_of(model: resnet.ResNet, seed: int = 1) -> dict[str, Any]:
   return variables(model.clone(heads={'pretrained': 8}), seed)
 
 
-def begin(model: resnet.ResNet, start: Mapping[str, Any], examples: Mapping[str, np.ndarray] | None = None, **kwargs: Any) -> Begin:
+def begin(model: resnet.ResNet, start: Mapping[str, Any], examples: Mapping[str, np.ndarray] | None = None, **kwargs: Any) -> SetupContext:
   """What methods are set up with; `examples` are the training images, and val as well."""
   examples = images(BATCH, TARGETS) if examples is None else examples
 
@@ -77,12 +78,12 @@ def begin(model: resnet.ResNet, start: Mapping[str, Any], examples: Mapping[str,
     return [padded | {'mask': np.arange(len(padded['mask'])) < len(chosen['label'])}]
 
   given = dict(labels=examples['label'], true_labels=examples['label'], batch_size=BATCH, seed=0)
-  return Begin(model, start, TARGETS, batches=batches, **{**given, **kwargs})
+  return SetupContext(model, start, TARGETS, batches=batches, **{**given, **kwargs})
 
 
 def run(active: Mapping[str, methods.Method], *, steps: int = 1, devices: int = 1, parts: int = 1, model: resnet.ResNet | None = None,
         batches: Any = None, rate: float = 0.05, start: Mapping[str, Any] | None = None, state: Any = None,
-        loss_weights: Mapping[str, float] | None = None, examples: Any = None) -> tuple[train.TrainState, list[dict[str, float]]]:
+        loss_weights: Mapping[str, float] | None = None, examples: Any = None) -> tuple[TrainState, list[dict[str, float]]]:
   """The state after some steps of plain gradient descent (so what changes is the gradient), and the metrics of each step.
 
   Args:
@@ -111,7 +112,7 @@ def run(active: Mapping[str, methods.Method], *, steps: int = 1, devices: int = 
     if needs.trained_classifier:
       fresh['params']['heads']['pretrained'] = start['params']['heads']['pretrained']
     fresh['batch_stats'] = start['batch_stats']
-    state = train.create_state({**fresh, 'params': fresh['params'] | ({'methods': own} if own else {})}, optimizer, start=start,
+    state = create_state({**fresh, 'params': fresh['params'] | ({'methods': own} if own else {})}, optimizer, start=start,
                                methods={name: method.setup(told) for name, method in active.items()})
   step = compiled(model.clone(heads=()), tuple(heads.items()), rate, tuple(loss_weights.items()), tuple(active.items()), parts, devices)
   split = lambda x: x.reshape(devices, -1, *x.shape[1:])
@@ -129,7 +130,7 @@ def compiled(model: resnet.ResNet, heads: tuple[tuple[str, int], ...], rate: flo
              active: tuple[tuple[str, methods.Method], ...], parts: int, devices: int) -> Any:
   """The step on so many devices; kept for the next test that asks for the same one."""
   model = model.clone(heads=dict(heads))
-  step = train.make_step(model, optax.sgd(rate), dict(loss_weights), methods=dict(active), parts=parts)
+  step = make_step(model, optax.sgd(rate), dict(loss_weights), methods=dict(active), parts=parts)
   return jax.jit(jax.vmap(step, in_axes=(None, 0), axis_name=AXIS, axis_size=devices), compiler_options=QUICK)
 
 

@@ -1,4 +1,4 @@
-"""The workdirs in tests/data/workdirs.tar.xz: what an older version wrote, which every later one opens.
+"""The workdirs in tests/fixtures/workdirs.tar.xz: what an older version wrote, which every later one opens.
 
     python tests/old_workdirs.py FOLDER    # writes such workdirs, by this version, into an empty folder
 
@@ -15,7 +15,7 @@ import sys
 import PIL.Image
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-ARCHIVE = pathlib.Path(__file__).resolve().parent / 'data' / 'workdirs.tar.xz'
+ARCHIVE = pathlib.Path(__file__).resolve().parent / 'fixtures' / 'workdirs.tar.xz'
 
 _TINY = {'data_dir': 'images', 'image_size': 32, 'augment.short_side': 32, 'model.name': 'resnet18', 'model.width': 1, 'model.stem': '3x3',
          'source.name': 'folder:pool', 'train.steps': 4, 'train.eval_every': 2, 'train.batch_size': 8, 'train.learning_rate': 0.001}
@@ -55,8 +55,8 @@ def write_images(folder: pathlib.Path) -> None:
 
 def write(name: str) -> None:
   """Runs the job of a workdir; an interrupted one ends the process behind its first checkpoint."""
-  from ft_jax import checkpoints
   from ft_jax.jobs import finetune, pretrain
+  from ft_jax.training import checkpoints
 
   save = checkpoints.Checkpoints.save
 

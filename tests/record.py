@@ -1,6 +1,6 @@
 """A few short runs by the command line, and what they give: the record that a rebuilt program is held against.
 
-    python tests/record.py    writes tests/data/record.json anew (only where a result is meant to change, with the reason in the commit)
+    python tests/record.py    writes tests/fixtures/record.json anew (only where a result is meant to change, with the reason in the commit)
 """
 
 import json
@@ -16,7 +16,7 @@ import flax
 import numpy as np
 
 ROOT = pathlib.Path(__file__).parents[1]
-FILE = ROOT / 'tests' / 'data' / 'record.json'
+FILE = ROOT / 'tests' / 'fixtures' / 'record.json'
 SMALL = ('--config=configs/digits.py', '--config.model.width=4', '--config.image_size=16', '--config.augment.short_side=16',
          '--config.train.steps=20', '--config.train.batch_size=16', '--config.train.eval_every=10', '--config.train.log_every=1',
          '--config.train.learning_rate=0.00001', '--config.model.stem=3x3')
@@ -38,7 +38,7 @@ def record(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def _run(name: str, flags: tuple[str, ...], folder: pathlib.Path) -> dict[str, Any]:
-  from ft_jax.checkpoints import load_variables
+  from ft_jax.training.checkpoints import load_variables
 
   workdir = folder / name
   command = [sys.executable, 'main.py', *SMALL, *(flag.format(pretrain=folder / 'pretrain') for flag in flags), f'--workdir={workdir}']

@@ -50,11 +50,11 @@ WORKLOADS = {
     # The shortest run with all its parts, which `make test` kills too: pre-training, selection, a method with a state, averages.
     'short': Workload((
         *TINY, '--config.pretrain.steps=4', '--config.pretrain.eval_every=1', '--config.train.steps=8', '--config.train.eval_every=2',
-        '--config.selection.method=nearest', '--config.train.average=0.9',
+        '--config.selection.method=nearest', '--config.train.ema_decay=0.9',
         *_methods(self_label={'enabled': True, 'reweight_epoch': 1, 'correct_epoch': 2, 'threshold': 0.5}))),
     # Pre-training, embedding, selection and joint fine-tuning with all methods that can go together and have labels of the source.
     'joint': Workload((
-        *SMALL, '--config.train.average=0.9', '--config.train.keep_epochs=(1.2,)', *_methods(
+        *SMALL, '--config.train.ema_decay=0.9', '--config.train.keep_epochs=(1.2,)', *_methods(
             self_label={'enabled': True, 'reweight_epoch': 1, 'correct_epoch': 2, 'threshold': 0.5}, l2_sp={'weight': 0.01},
             layerwise={'distance': 'frobenius'}, delta={'weight': 0.1, 'attention_images': 8}, co_tuning={'weight': 2.3},
             lwf={'weight': 4.0}, stoch_norm={'enabled': True}, bi_tuning={'weight': 1.0, 'queue': 4, 'projection': 8}))),

@@ -16,8 +16,8 @@ def test_uneven_batch_is_refused_with_what_would_do(size, words):
 
 
 def test_shard_and_replicate_round_trip():
-  batch = {'image': np.arange(24).reshape(8, 3)}
-  assert parallel.shard(batch)['image'].shape == (4, 2, 3)
+  batch = {'input': np.arange(24).reshape(8, 3)}
+  assert parallel.shard(batch)['input'].shape == (4, 2, 3)
   tree = {'a': np.float32(3), 'b': np.arange(5, dtype=np.float32)}
   copies = parallel.replicate(tree)
   assert copies['b'].shape == (4, 5)

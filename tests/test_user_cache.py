@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from ft_jax import user_cache as user_cache_module
-from ft_jax.data import sources
-from ft_jax.data.kept import kept
+from ft_jax.data import image_set
+from ft_jax.data.disk_cache import kept
 from ft_jax.user_cache import home_directory, user_cache
-from selection import files
+from selection import storage
 
 
 def nobody(number: int):
@@ -62,10 +62,10 @@ def test_what_must_be_in_the_home_is_refused(no_home, tmp_path):
   """Libraries would write to a folder named `~` in the folder that the program was started from."""
   for path in ('~', '~/runs/pets'):
     with pytest.raises(ValueError, match='there is no home directory to put in the place of ~'):
-      files.located(path)
-  assert os.fspath(files.located(tmp_path / '~')) == str(tmp_path / '~')
+      storage.located(path)
+  assert os.fspath(storage.located(tmp_path / '~')) == str(tmp_path / '~')
   with pytest.raises(ValueError, match='there is no home directory for ~/tensorflow_datasets; give the folder of TFDS sets'):
-    sources.tfds_builder('mnist', '')
+    image_set.tfds_builder('mnist', '')
 
 
 def test_the_hub_gets_a_folder_for_the_time_of_the_process(tmp_path):

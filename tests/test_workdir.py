@@ -50,21 +50,21 @@ def later(**fields):
 def test_a_field_that_an_older_version_did_not_have_is_its_default(run_of_an_older_version, monkeypatch):
   """Whatever fields are added, an old run is resumed with their defaults, and refused by name with other values."""
   monkeypatch.setattr(workdir, 'REMOVED', {'train.fuzzy': 0})
-  config = later(**{'train.average': 0.9})
+  config = later(**{'train.ema_decay': 0.9})
   Workdir(run_of_an_older_version, config)
   assert workdir.read_config(run_of_an_older_version)['augment']['scale'] == [0.08, 1.0]
   added = default.get_config().unlock()
   added.train.sharpness, added.colours = 1.5, ConfigDict({'count': 3})
   monkeypatch.setattr(default, 'get_config', lambda: added)
-  now = later(**{'train.average': 0.9})
+  now = later(**{'train.ema_decay': 0.9})
   Workdir(run_of_an_older_version, now)
   assert json.loads((run_of_an_older_version / 'config.json').read_text())['colours'] == {'count': 3}
   with pytest.raises(ValueError, match=r'another config \(config.colours.count is 3 there and 4 here\); give another'):
-    Workdir(run_of_an_older_version, later(**{'train.average': 0.9, 'colours.count': 4}))
+    Workdir(run_of_an_older_version, later(**{'train.ema_decay': 0.9, 'colours.count': 4}))
 
 
 def test_a_removed_field_that_had_no_effect_is_ignored(run_of_an_older_version, monkeypatch):
-  config = later(**{'train.average': 0.9})
+  config = later(**{'train.ema_decay': 0.9})
   with pytest.raises(ValueError, match=r"\(config.train.fuzzy is 0 there and 'not known' here\)"):
     Workdir(run_of_an_older_version, config)
   monkeypatch.setattr(workdir, 'REMOVED', {'train.fuzzy': 1})
@@ -75,14 +75,8 @@ def test_a_removed_field_that_had_no_effect_is_ignored(run_of_an_older_version, 
 
 
 def test_a_renamed_field_keeps_its_value(run_of_an_older_version, monkeypatch):
-  """As if train.average were called train.ema_decay now."""
-  renamed = default.get_config().unlock()
-  for group in (renamed.train, renamed.pretrain):
-    group.ema_decay = group.average
-    del group.average
-  monkeypatch.setattr(default, 'get_config', lambda: renamed)
+  """train.average of older versions is train.ema_decay now."""
   monkeypatch.setattr(workdir, 'REMOVED', {'train.fuzzy': 0})
-  monkeypatch.setattr(workdir, 'RENAMED', {'train.average': 'train.ema_decay', 'pretrain.average': 'pretrain.ema_decay'})
   assert workdir.read_config(run_of_an_older_version)['train']['ema_decay'] == 0.9
   Workdir(run_of_an_older_version, later(**{'train.ema_decay': 0.9}))
   with pytest.raises(ValueError, match=r'\(config.train.ema_decay is 0.9 there and 0.5 here\)'):

@@ -1,4 +1,4 @@
-"""Reads what tests/data/make_torch_resnet.py recorded from torch in resnet_training.npz."""
+"""Reads what tests/fixtures/make_torch_resnet.py recorded from torch in resnet_training.npz."""
 
 import pathlib
 import re
@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from safetensors.numpy import save_file
 
-from ft_jax.models import pretrained, resnet, to_torch
+from ft_jax.models import export, resnet, weights
 
 CLASSES, WIDTH = 7, 2
 
@@ -16,13 +16,13 @@ class Record:
   """Images, labels and what torch made of them, for one network."""
 
   def __init__(self, name: str):
-    with np.load(pathlib.Path(__file__).parent / 'data' / 'resnet_training.npz') as arrays:
+    with np.load(pathlib.Path(__file__).parent / 'fixtures' / 'resnet_training.npz') as arrays:
       self.images, self.labels = arrays['images'], arrays['labels']
       self._arrays = {key.removeprefix(f'{name}/'): arrays[key] for key in arrays if key.startswith(f'{name}/')}
     model = resnet.build(name, {'source': CLASSES}, width=WIDTH)
     shapes = jax.eval_shape(model.init, jax.random.key(0), self.images[:1])
     # Nothing but names and shapes is taken from here.
-    self._zeros = to_torch.state_dict(jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes), 'source')
+    self._zeros = export.state_dict(jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes), 'source')
 
   def outputs(self, mode: str) -> dict[str, np.ndarray]:
     """Of 'eval' (two images) or 'train'."""
@@ -41,7 +41,7 @@ class Record:
   def variables(self, folder: pathlib.Path) -> dict:
     """The weights as variables of the network with a head 'source', by way of a file."""
     save_file(self.tensors('weights'), folder / 'weights.safetensors')
-    return pretrained.load_torch(folder / 'weights.safetensors')
+    return weights.load_torch(folder / 'weights.safetensors')
 
 
 def error(value, expected) -> float:

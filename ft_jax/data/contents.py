@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ft_jax import progress
-from ft_jax.data import kept
+from ft_jax.data import disk_cache
 
 # Of arrays of hashes: 32 hexadecimal digits each; an empty one is not known.
 HASH = np.dtype('S32')
@@ -55,7 +55,7 @@ def of_files(paths: Sequence[str | os.PathLike[str]], root: str, what: str, most
   absolute, place = [os.path.abspath(path) for path in paths], of_bytes(os.fsencode(os.path.abspath(root))).decode()
   now, stats = time.time_ns(), [_stat(path) for path in absolute]
   keys = [stat_key(path, stat) if stat else b'' for path, stat in zip(absolute, stats)]
-  before = kept.load('contents', place)
+  before = disk_cache.load('contents', place)
   known = dict(zip(before['keys'].tolist(), before['hashes'].tolist())) if before else {}
   todo = [i for i, key in enumerate(keys) if key and key not in known]
   if todo:
@@ -63,7 +63,7 @@ def of_files(paths: Sequence[str | os.PathLike[str]], root: str, what: str, most
     for i, content in zip(todo, found):
       if content and now - max(stats[i].st_mtime_ns, stats[i].st_ctime_ns) > FRESH_NS:
         known[keys[i]] = content
-    kept.save('contents', place, {'keys': np.array(list(known), HASH), 'hashes': np.array(list(known.values()), HASH)})
+    disk_cache.save('contents', place, {'keys': np.array(list(known), HASH), 'hashes': np.array(list(known.values()), HASH)})
     known |= {keys[i]: content for i, content in zip(todo, found)}
   return Files(np.array([known[key] if key else b'' for key in keys], HASH), [stat.st_size if stat else 0 for stat in stats])
 

@@ -19,8 +19,8 @@ import cv2
 import numpy as np
 
 from ft_jax import progress
-from ft_jax.data import augment, contents, kept
-from ft_jax.data.sources import digest, Source
+from ft_jax.data import augment, contents, disk_cache
+from ft_jax.data.image_set import digest, ImageSet
 
 KINDS = {'exact': 'the same file', 'pixel': 'the same pixels', 'near': 'nearly the same picture'}
 # Bits of 128 in which the hashes of one picture may differ; see docs/data.md.
@@ -83,7 +83,7 @@ class Match(NamedTuple):
   distance: int
 
 
-def hashes(sources: Sequence[Source], what: str) -> list[Hashes]:
+def hashes(sources: Sequence[ImageSet], what: str) -> list[Hashes]:
   """Hashes of each source. Every different image is decoded once; the result is kept in the user's cache folder.
 
   Images that cannot be read have no hash of their pixels; nothing is raised for them.
@@ -96,18 +96,18 @@ def hashes(sources: Sequence[Source], what: str) -> list[Hashes]:
   # Another version of a decoder may give other pixels.
   versions = [importlib.metadata.version(name) for name in ('pillow', 'simplejpeg')]
   key = digest(_VERSION, *versions, cv2.__version__, unique.tobytes())
-  found = kept.load('hashes', key)
+  found = disk_cache.load('hashes', key)
   if found is None:
     found, whole = _hashed(places, what)
     if whole:  # else a disk did not answer: the next run asks again
-      kept.save('hashes', key, found)
+      disk_cache.save('hashes', key, found)
   if len(unique) and unique[0] == b'':  # files that could not be read, which have nothing in common
     found['pixels'][0], found['told'][0] = b'', False
   return [Hashes(part, *(found[name][rows] for name in ('pixels', 'pictures', 'told')))
           for part in known for rows in [np.searchsorted(unique, part)]]
 
 
-def _contents(source: Source) -> np.ndarray:
+def _contents(source: ImageSet) -> np.ndarray:
   if source.contents is not None:
     return source.contents
   images = (source.read(int(row)) for row in source.rows)
@@ -115,7 +115,7 @@ def _contents(source: Source) -> np.ndarray:
                   contents.HASH)
 
 
-def _hashed(places: Sequence[tuple[Source, int]], what: str, chunk: int = 512) -> tuple[dict[str, np.ndarray], bool]:
+def _hashed(places: Sequence[tuple[ImageSet, int]], what: str, chunk: int = 512) -> tuple[dict[str, np.ndarray], bool]:
   """What is kept of images, by their source and place in it; and whether the bytes of all of them could be read."""
   if len(places) > 20_000:  # a minute or more, once
     progress.log.info('hashing the pixels of %s images of %s to find duplicates, once: later runs find the hashes in the cache',
@@ -133,7 +133,7 @@ def _hashed(places: Sequence[tuple[Source, int]], what: str, chunk: int = 512) -
 _UNREADABLE = (b'', np.zeros((2, 2), np.uint64), False)
 
 
-def _hash(source: Source, i: int) -> tuple[bytes, np.ndarray, bool] | None:
+def _hash(source: ImageSet, i: int) -> tuple[bytes, np.ndarray, bool] | None:
   """Of pixels, of the picture, and whether that says enough; None where the bytes cannot be had."""
   try:
     example = source[i]

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from etils import epath
 import numpy as np
 
-from ft_jax.data.sources import digest, Source
+from ft_jax.data.image_set import digest, ImageSet
 from ft_jax.names import from_cell
 
 KINDS = ('symmetric', 'asymmetric', 'nonuniform', 'model')
@@ -17,7 +17,7 @@ KINDS = ('symmetric', 'asymmetric', 'nonuniform', 'model')
 
 class Noisy(NamedTuple):
   """A source whose labels are those to train on, the true ones int32 `[n]`, and how many labels were drawn anew."""
-  source: Source
+  source: ImageSet
   true_labels: np.ndarray
   drawn: int
 
@@ -27,7 +27,7 @@ class Noisy(NamedTuple):
     return int(np.sum(self.source.labels != self.true_labels))
 
 
-def with_noise(source: Source, kind: str, rate: float, seed: int, *, class_map: Sequence[tuple[str, str]] = (),
+def with_noise(source: ImageSet, kind: str, rate: float, seed: int, *, class_map: Sequence[tuple[str, str]] = (),
                predicted: np.ndarray | None = None) -> Noisy:
   """Draws the labels of exactly int(rate * n) of the n examples anew, as the published code of RegSL does (Li and Zhang, NeurIPS 2021).
 
@@ -80,7 +80,7 @@ def probabilities(kind: str, classes: int, seed: int) -> np.ndarray:
   return weights / weights.sum()
 
 
-def read_predictions(path: str, source: Source) -> np.ndarray:
+def read_predictions(path: str, source: ImageSet) -> np.ndarray:
   """The class of each example of a source, int32 `[n]`, in a CSV file as job predict writes it: columns `file` and `class_1`.
 
   A file is an example's id, or what follows the split in it: a table of the folder `pets/train` fits `folder:pets`.
@@ -110,7 +110,7 @@ def read_predictions(path: str, source: Source) -> np.ndarray:
   return np.array([numbers[class_name] for class_name in said], np.int32)
 
 
-def _names(source: Source) -> list[str]:
+def _names(source: ImageSet) -> list[str]:
   """A name for each example, without the split that it is stored in where that is not needed to tell them apart."""
   classes = [source.class_names[k] for k in source.labels.tolist()]
   names = [f'{class_name}/{name.partition("/")[2]}' for class_name, name in zip(classes, source.ids.tolist())]
@@ -122,7 +122,7 @@ def _uniform(*parts: str) -> float:
   return (int(digest(*parts), 16) >> 11) / 2**53
 
 
-def _numbers(source: Source, class_map: Sequence[tuple[str, str]]) -> dict[int, int]:
+def _numbers(source: ImageSet, class_map: Sequence[tuple[str, str]]) -> dict[int, int]:
   """The map by the numbers of the classes."""
   numbers = {name: k for k, name in enumerate(source.class_names)}
   for name in (name for pair in class_map for name in pair):

@@ -1,6 +1,6 @@
 """Batches of images. The order is a function of (seed, step): a run that starts again at a step gets the same batches.
 
-A batch is `{'image': uint8 [b, h, w, 3], 'label': int32 [b], 'index': int32 [b], 'mask': bool [b]}`, where `index` is the
+A batch is `{'input': uint8 [b, h, w, 3], 'label': int32 [b], 'row': int32 [b], 'mask': bool [b]}`, where `index` is the
 example's row in the source and `mask` is False for padding; further views of the images are like `image`. Each host makes its own share.
 """
 
@@ -19,8 +19,8 @@ import jax
 import numpy as np
 
 from ft_jax.data import augment
+from ft_jax.data.image_set import Example, ImageSet
 from ft_jax.data.randaugment import cutout, randaugment
-from ft_jax.data.sources import Example, Source
 from ft_jax.progress import log
 
 Batch = dict[str, np.ndarray]
@@ -72,7 +72,7 @@ class Transform:
     return augment.center_crop(augment.decode(example.image, example.id, scratch=True), self.size, self.short_side)
 
 
-def train_batches(source: Source, transform: Transform, batch_size: int, *, stream: str, seed: int, start: int,
+def train_batches(source: ImageSet, transform: Transform, batch_size: int, *, stream: str, seed: int, start: int,
                   views: Mapping[str, Transform] | None = None, balanced: bool = False, skip: Sequence[int] = (),
                   timeout: float = TIMEOUT, cancelled: Callable[[], bool] = lambda: False) -> Iterator[Batch]:
   """Endless training batches from step `start` on.
@@ -99,7 +99,7 @@ def train_batches(source: Source, transform: Transform, batch_size: int, *, stre
   hosts, host = jax.process_count(), jax.process_index()
   key = zlib.crc32(f'{stream}/{seed}'.encode())
   order = (_balanced_order if balanced else _order)(source, key)
-  transforms = {'image': transform, **(views or {})}
+  transforms = {'input': transform, **(views or {})}
   reading = _Reading(source)
 
   def make(step: int) -> Batch:
@@ -128,7 +128,7 @@ def place_of(step: int, skip: Sequence[int]) -> int:
   return step
 
 
-def rows_at(source: Source, place: int, batch_size: int, *, stream: str, seed: int, balanced: bool = False) -> list[int]:
+def rows_at(source: ImageSet, place: int, batch_size: int, *, stream: str, seed: int, balanced: bool = False) -> list[int]:
   """The rows of the batch at a place in the order, over all hosts; arguments as of `train_batches`."""
   order = (_balanced_order if balanced else _order)(source, zlib.crc32(f'{stream}/{seed}'.encode()))
   return [order(example) for example in range(place * batch_size, (place + 1) * batch_size)]
@@ -140,7 +140,7 @@ def _share(first: int, size: int, host: int, hosts: int) -> range:
   return range(first + host * each, first + (host + 1) * each)
 
 
-def _order(source: Source, key: int) -> Callable[[int], int]:
+def _order(source: ImageSet, key: int) -> Callable[[int], int]:
   """The row at each place of an endless order: one permutation after another."""
 
   @functools.lru_cache(4)
@@ -151,7 +151,7 @@ def _order(source: Source, key: int) -> Callable[[int], int]:
   return lambda place: int(permutation(place // len(source))[place % len(source)])
 
 
-def _balanced_order(source: Source, key: int) -> Callable[[int], int]:
+def _balanced_order(source: ImageSet, key: int) -> Callable[[int], int]:
   """Likewise: one permutation of the classes after another, and in the n-th of them the n-th example of each class."""
   classes = np.unique(source.labels)
   rows = {k: np.flatnonzero(source.labels == k) for k in classes.tolist()}
@@ -175,7 +175,7 @@ def _balanced_order(source: Source, key: int) -> Callable[[int], int]:
 class EvalBatches:
   """Every example once, in order, in batches of one size; the last ones padded and masked so that all hosts make as many."""
 
-  def __init__(self, source: Source, transform: Transform, batch_size: int, timeout: float = TIMEOUT, start: int = 0):
+  def __init__(self, source: ImageSet, transform: Transform, batch_size: int, timeout: float = TIMEOUT, start: int = 0):
     """From batch `start` on; `batch_size` is that of all hosts together. One that takes longer than `timeout` seconds raises Stalled."""
     self._source, self._transform, self._batch_size, self._timeout = source, transform, batch_size, timeout
     self._start, self._stop = start, -(-len(source) // batch_size)
@@ -188,12 +188,12 @@ class EvalBatches:
     reading = _Reading(self._source)
 
     def load(i: int, example: Example, out: Mapping[str, np.ndarray]) -> None:
-      out['image'][:] = self._transform.evaluate(example)
+      out['input'][:] = self._transform.evaluate(example)
 
     def make(step: int) -> Batch:
       share = _share(step * self._batch_size, self._batch_size, host, hosts)
       rows = np.arange(share.start, max(share.start, min(share.stop, len(self._source))))
-      batch = _batch(reading, rows, load, self._transform.size, ('image',))
+      batch = _batch(reading, rows, load, self._transform.size, ('input',))
       missing = len(share) - len(rows)
       return {key: np.pad(value, [(0, missing)] + [(0, 0)] * (value.ndim - 1)) if missing else value for key, value in batch.items()}
 
@@ -203,7 +203,7 @@ class EvalBatches:
 class _Reading:
   """A source, and which of its examples are being read, by thread."""
 
-  def __init__(self, source: Source):
+  def __init__(self, source: ImageSet):
     self.source = source
     self.now: dict[int, tuple[int, float]] = {}
 
@@ -225,7 +225,7 @@ def _batch(reading: _Reading, rows: Sequence[int], load: Callable[[int, Example,
     load(i, example, {view: images[view][i] for view in views})
     labels[i] = example.label
   reading.now.pop(thread, None)
-  return {**images, 'label': labels, 'index': np.asarray(rows, np.int32), 'mask': np.ones(len(rows), bool)}
+  return {**images, 'label': labels, 'row': np.asarray(rows, np.int32), 'mask': np.ones(len(rows), bool)}
 
 
 def _prefetched(batches: grain.MapDataset, start: int) -> Iterator[Batch]:

@@ -7,9 +7,10 @@ from typing import Any
 from etils import epath
 from ml_collections import ConfigDict
 
-from ft_jax import compiled, report
+from ft_jax import compiled
 from ft_jax.jobs import finetune
 from ft_jax.methods import METHODS
+from ft_jax.pages import report
 from ft_jax.progress import log
 from ft_jax.settings import check_fields
 from ft_jax.workdir import Workdir, write_results
@@ -37,7 +38,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
       log.info('[%d/%d] %s, seed %d', count + 1, len(methods) * len(seeds), method, seed)
       # The images are embedded once for all of them.
       results[method].append(finetune.run(_one_run(config, method, seed), work.path / f'{method}-{seed}', work.embeddings))
-      compiled.forget()
+      compiled.clear_compiled()
 
   split = 'test' if results[methods[0]][0]['test'] else 'val'
   rows = [{'method': method, **{key: [run[split][key] for run in results[method]] for key in ('top1', 'mean_per_class')}}

@@ -13,17 +13,18 @@ from jax import export as jax_export
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from ft_jax.jobs import setup, trained
-from ft_jax.models import resnet, to_torch
+from ft_jax import trained
+from ft_jax.models import export, resnet
 from ft_jax.progress import log
 from ft_jax.settings import check_fields
+from ft_jax.training import initial_weights
 from ft_jax.workdir import write_bytes
 
 PLATFORMS = ('cpu', 'cuda', 'rocm', 'tpu')
 # For so long jax guarantees that newer versions read what an older one exported, counted from the release of the older one:
 # https://docs.jax.dev/en/latest/export/export.html#compatibility-guarantees
 READABLE_MONTHS = 6
-_TEMPLATES = pathlib.Path(__file__).parents[1] / 'templates'
+_TEMPLATES = pathlib.Path(__file__).parents[1] / 'pages' / 'templates'
 
 
 def run(config: ConfigDict, workdir: epath.PathLike, today: datetime.date | None = None) -> dict[str, Any]:
@@ -73,7 +74,7 @@ def describe(run: trained.Trained, today: datetime.date) -> dict[str, Any]:
                     'calling_convention_version': jax.config.jax_export_calling_convention_version, 'exported': str(today),
                     'readable_until': str(months_later(today, READABLE_MONTHS))},
       'trained': {'job': run.config.job, 'data': run.config[run.head].name, 'step': run.results['best_step'],
-                  'weights_fingerprint': setup.weights_fingerprint(run.variables),
+                  'weights_fingerprint': initial_weights.weights_fingerprint(run.variables),
                   **{split: {key: run.results[split][key] for key in ('top1', 'mean_per_class', 'loss', 'images')}
                      for split in ('val', 'test') if run.results[split]}},
   }
@@ -87,7 +88,7 @@ def safetensors_file(run: trained.Trained, about: dict[str, Any]) -> bytes:
   metadata = {'format': 'pt', **{
       key: json.dumps(about[key], ensure_ascii=False).encode(errors='backslashreplace').decode()  # a name may be of any bytes
       for key in ('architecture', 'classes', 'preprocessing')}}
-  return safetensors.save(to_torch.state_dict(run.variables, run.head), metadata)
+  return safetensors.save(export.state_dict(run.variables, run.head), metadata)
 
 
 def stablehlo_file(run: trained.Trained) -> bytes:

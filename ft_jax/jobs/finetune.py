@@ -11,18 +11,31 @@ import jax
 from ml_collections import ConfigDict
 import numpy as np
 
-from ft_jax import methods, parallel, report
-from ft_jax.data import augment, duplicates
+from ft_jax import embedding, methods, noise, parallel
+from ft_jax.data import augment, duplicates, overlap
+from ft_jax.data.image_set import digest, ImageSet, open_set
 from ft_jax.data.pipeline import Transform
-from ft_jax.data.sources import digest, open_source, Source
-from ft_jax.jobs import embedding, fit, noise, overlap, pretrain, setup
-from ft_jax.jobs.embedding import embedded, forget
+from ft_jax.data.splits import (
+  cache_in_memory,
+  check_classes,
+  check_same_images,
+  drop_unreadable,
+  log_classes_not_evaluated,
+  open_splits,
+  skipped_summary,
+  split_fingerprints,
+  Splits,
+)
+from ft_jax.embedding import embedded, remove_partial
+from ft_jax.jobs import pretrain, setup
+from ft_jax.pages import report
 from ft_jax.progress import log
 from ft_jax.settings import check_fields
+from ft_jax.training import fit, initial_weights
 from ft_jax.workdir import Workdir, write_results
 import selection
-from selection import files, plots, strategies
-from selection.subset import NOUNS
+from selection import plots, storage, strategies
+from selection.result import NOUNS
 
 
 def run(config: ConfigDict, workdir: epath.PathLike, embeddings: epath.PathLike = '') -> dict[str, Any]:
@@ -38,32 +51,32 @@ def run(config: ConfigDict, workdir: epath.PathLike, embeddings: epath.PathLike 
     return done
 
   log.info('fine-tuning %s -> %s', config.model.name, work.path)
-  splits = setup.open_splits(config.target, config.data_dir, config.seed)
+  splits = open_splits(config.target, config.data_dir, config.seed)
   if not done:
-    setup.check_classes(splits, 'target.without')  # before every image is tried
+    check_classes(splits, 'target.without')  # before every image is tried
   # Plain fine-tuning uses nothing of the pre-training data, which need not be there.
   wanted = _uses_pool(config) and config.source.name
-  pool = open_source(config.source.name, config.source.train, config.data_dir) if wanted else None
+  pool = open_set(config.source.name, config.source.train, config.data_dir) if wanted else None
   needed = pool if config.selection.method != 'none' else None
-  splits, readable, skipped = setup.readable(splits, 'target', config.data.on_error, needed)
+  splits, readable, skipped = drop_unreadable(splits, 'target', config.data.on_error, needed)
   pool = pool if needed is None else readable
   opened = {**{f'target {name}': source for name, source in splits._asdict().items()}, overlap.POOL: pool}
-  setup.check_same_images(splits, pool)
+  check_same_images(splits, pool)
   common = overlap.settled(work, splits, pool, config.source.duplicates)
   splits, pool = common.splits, pool if common.pool is None else common.pool
   if not done:
-    setup.check_classes(splits, 'target.without')  # of what is left
-    setup.log_classes_not_evaluated(splits)
+    check_classes(splits, 'target.without')  # of what is left
+    log_classes_not_evaluated(splits)
     _log_doubts(config)
   splits, true_labels, noise_told = noise.add(config.noise, config.seed, splits, work.predicted_json)
   if not done:
     _describe(splits, pool)
     if config.selection.method != 'none':
       _check_pool(config, pool)
-    folder = files.located(config.embeddings_dir or embeddings or work.embeddings)
-    splits = setup.in_memory(splits, 'target', config.data.cache)
+    folder = storage.located(config.embeddings_dir or embeddings or work.embeddings)
+    splits = cache_in_memory(splits, 'target', config.data.cache)
     results = _train(config, work, splits, pool, folder, common, skipped.get(overlap.POOL, ()), true_labels)
-    write_results(work, {**results, 'noise': noise_told, 'skipped': setup.skipped_summary(skipped), 'duplicates': common.summary()})
+    write_results(work, {**results, 'noise': noise_told, 'skipped': skipped_summary(skipped), 'duplicates': common.summary()})
   done = parallel.agreed(lambda: _reported(work, splits.train, pool, _pairs(common, opened)))
   log.info('report: %s', work.report_html)
   return done
@@ -74,14 +87,14 @@ def _uses_pool(config: ConfigDict) -> bool:
   return config.selection.method != 'none' or config.model.weights == 'pretrain'
 
 
-def _reported(work: Workdir, target: Source, pool: Source | None, pairs: Sequence[report.DuplicatePair]) -> dict[str, Any]:
+def _reported(work: Workdir, target: ImageSet, pool: ImageSet | None, pairs: Sequence[report.DuplicatePair]) -> dict[str, Any]:
   """Writes the report of a finished run; returns its results."""
   chosen = _load_selection(work, pool) if work.selection_json.exists() else None
   report.write(work, _selection_section(target, pool, chosen) if chosen else None, pairs)
   return work.results()
 
 
-def _load_selection(work: Workdir, pool: Source) -> selection.Selection:
+def _load_selection(work: Workdir, pool: ImageSet) -> selection.Selection:
   """The selection that the run began with; raises ValueError where it was made for other images than the pool's."""
   chosen = selection.Selection.load(work.selection_json)
   if not pool.is_known_as(made_for := chosen.source.get('fingerprint', pool.fingerprint)):
@@ -91,7 +104,7 @@ def _load_selection(work: Workdir, pool: Source) -> selection.Selection:
   return chosen
 
 
-def _train(config: ConfigDict, work: Workdir, splits: setup.Splits, pool: Source | None, embeddings: epath.Path,
+def _train(config: ConfigDict, work: Workdir, splits: Splits, pool: ImageSet | None, embeddings: epath.Path,
            common: overlap.Overlap, unreadable: Sequence[str], true_labels: np.ndarray | None) -> dict[str, Any]:
   """Weights, selection, joint fine-tuning, evaluation: the results.
 
@@ -102,7 +115,7 @@ def _train(config: ConfigDict, work: Workdir, splits: setup.Splits, pool: Source
   transform = setup.make_transform(config)
   chosen = _select(config, work, weights, splits.train, pool, transform, embeddings,
                    {'cannot be read': unreadable, 'are in the target too': common.dropped})
-  forget(work.unfinished)
+  remove_partial(work.unfinished)
   streams = {'target': fit.Stream(splits.train, config.train.batch_size, 1.0, config.target.balanced)}
   heads = {'target': len(splits.train.class_names)}
   if chosen is not None:
@@ -135,7 +148,7 @@ def _train(config: ConfigDict, work: Workdir, splits: setup.Splits, pool: Source
       'job': 'finetune', **results, 'precision': {**results['precision'], 'embeddings': embeddings},
       'target': {'name': config.target.name, 'classes': len(splits.train.class_names), 'fingerprint': splits.train.fingerprint,
                  'train': len(splits.train), 'val': len(splits.val), 'test': len(splits.test) if splits.test else 0,
-                 'fingerprints': setup.split_fingerprints(splits)},
+                 'fingerprints': split_fingerprints(splits)},
       'source': None if pool is None else {
           'name': config.source.name, 'classes': len(pool.class_names), 'images': len(pool), 'fingerprint': pool.fingerprint},
       'selection': None if chosen is None else {
@@ -161,9 +174,9 @@ def check(config: ConfigDict) -> None:
   noise.check(config.noise)
   setup.check_data(config.data)
   if config.embeddings_dir:
-    files.located(config.embeddings_dir)
+    storage.located(config.embeddings_dir)
   setup.make_transform(config)
-  setup.check_weights(config.model)
+  initial_weights.check_weights(config.model)
   # The numbers of classes are not known yet and do not matter for what is checked.
   active = methods.active(config.methods.to_dict())
   heads = _heads(config, active)
@@ -175,13 +188,13 @@ def check(config: ConfigDict) -> None:
   methods.check(active, methods.Plan(model, config.image_size, config.train.batch_size, config.selection.method != 'none',
                                      config.model.weights))
   nothing = np.zeros(0, np.int32)
-  begin = methods.Begin(model, {}, 2, nothing, nothing, config.train.batch_size, config.seed, lambda split, rows=None: [])
+  begin = methods.SetupContext(model, {}, 2, nothing, nothing, config.train.batch_size, config.seed, lambda split, rows=None: [])
   fit.check(config.train, config.target.metric, model, config.image_size, fresh, fit.own_params(active, begin))
   sizes = {'target': config.train.batch_size}
   if config.selection.method != 'none':
     sizes['source'] = _source_batch(config)
     parallel.check_batch(sizes['source'], 'config.source_ratio * config.train.batch_size')
-    fit.check_parts(config.train.accumulate, sizes['source'], 'config.source_ratio * config.train.batch_size')
+    fit.check_parts(config.train.accumulate_steps, sizes['source'], 'config.source_ratio * config.train.batch_size')
   views = [stream for stream, _ in methods.all_needs(active, model).seen]
   fit.check_batch_norm(config.train, model, config.image_size, sum(sizes.get(stream, 0) for stream in (*sizes, *views)))
   if config.model.weights == 'pretrain':
@@ -227,7 +240,7 @@ def _check_selection(config: ConfigDict) -> None:
     raise ValueError(f'config.selection.method is {settings.method!r}; known: {", ".join(selection.STRATEGIES)}')
   if settings.file and settings.method == 'none':
     raise ValueError("config.selection.file is set, but config.selection.method is 'none', which uses no selection; set either")
-  if settings.file and not files.located(settings.file).is_file():
+  if settings.file and not storage.located(settings.file).is_file():
     raise ValueError(f'config.selection.file: there is no file {settings.file}; expected a selection.json, or ids as text, one a line')
   if settings.by not in selection.UNITS:
     raise ValueError(f'config.selection.by is {settings.by!r}; known: {", ".join(selection.UNITS)}')
@@ -246,7 +259,7 @@ def _check_selection(config: ConfigDict) -> None:
                      'give a number of units')
 
 
-def _check_pool(config: ConfigDict, pool: Source) -> None:
+def _check_pool(config: ConfigDict, pool: ImageSet) -> None:
   """Raises ValueError where the pool has not what is to be chosen from it or learnt of it."""
   if len(pool.class_names) < 2 and not _unlabelled(methods.active(config.methods.to_dict())):
     raise ValueError(f'{pool.name} has one class, {pool.class_names[0]}, so its labels teach nothing; use its images without them, by '
@@ -278,7 +291,7 @@ def _source_batch(config: ConfigDict) -> int:
   return round(size)
 
 
-def _describe(splits: setup.Splits, pool: Source | None) -> None:
+def _describe(splits: Splits, pool: ImageSet | None) -> None:
   test = f', {len(splits.test):,d} test' if splits.test else ''
   log.info('target: %s: %s train, %s val%s images of %d classes', splits.train.name, f'{len(splits.train):,d}',
            f'{len(splits.val):,d}', test, len(splits.train.class_names))
@@ -294,7 +307,7 @@ def _projects(config: ConfigDict) -> bool:
   return config.selection.features == 'projection' and config.selection.method != 'none' and not config.selection.file
 
 
-def _weights(config: ConfigDict, work: Workdir, pool: Source | None, common: overlap.Overlap) -> setup.Weights | None:
+def _weights(config: ConfigDict, work: Workdir, pool: ImageSet | None, common: overlap.Overlap) -> initial_weights.Weights | None:
   """The pre-trained variables, with the source head where it is to come from them; pre-trains first where the config says so."""
   if not config.model.weights:
     log.warning('warning: config.model.weights is empty, so the network starts from random weights')
@@ -304,7 +317,7 @@ def _weights(config: ConfigDict, work: Workdir, pool: Source | None, common: ove
   has_head = config.model.source_head == 'pretrained' and 'source' in _heads(config, active)
   classes = len(pool.class_names) if has_head else None
   if config.model.weights != 'pretrain':
-    return setup.load_weights(config.model.weights, classes=classes, class_names=pool.class_names if has_head else None,
+    return initial_weights.load_weights(config.model.weights, classes=classes, class_names=pool.class_names if has_head else None,
                               classifier=classifier, projection=_projects(config))
   # A run of its own beside the others, with its own checkpoints and report.
   # Only what it depends on: it is not lost where something else is changed.
@@ -317,10 +330,10 @@ def _weights(config: ConfigDict, work: Workdir, pool: Source | None, common: ove
   if common.classes:
     own.source.without = common.classes
   pretrain.run(own, work.path / 'pretrain', common.dropped)
-  return setup.load_weights(str(work.path / 'pretrain'), classes=classes, classifier=classifier)
+  return initial_weights.load_weights(str(work.path / 'pretrain'), classes=classes, classifier=classifier)
 
 
-def _select(config: ConfigDict, work: Workdir, weights: setup.Weights | None, target: Source, pool: Source | None,
+def _select(config: ConfigDict, work: Workdir, weights: initial_weights.Weights | None, target: ImageSet, pool: ImageSet | None,
             transform: Transform, folder: epath.Path, lost: Mapping[str, Sequence[str]]) -> selection.Selection | None:
   """The selection of this run, None for plain fine-tuning; a run that goes on from a checkpoint keeps the one it began with."""
   settings = config.selection
@@ -338,7 +351,7 @@ def _select(config: ConfigDict, work: Workdir, weights: setup.Weights | None, ta
   return _kept(chosen, work, pool)
 
 
-def _kept(chosen: selection.Selection, work: Workdir, pool: Source) -> selection.Selection:
+def _kept(chosen: selection.Selection, work: Workdir, pool: ImageSet) -> selection.Selection:
   """The selection with the name of its source, written to the workdir."""
   chosen = dataclasses.replace(chosen, source={'name': pool.name, 'fingerprint': pool.fingerprint})
   if parallel.is_main():
@@ -348,7 +361,7 @@ def _kept(chosen: selection.Selection, work: Workdir, pool: Source) -> selection
   return chosen
 
 
-def _given(path: str, pool: Source, lost: Mapping[str, Sequence[str]] = types.MappingProxyType({})) -> selection.Selection:
+def _given(path: str, pool: ImageSet, lost: Mapping[str, Sequence[str]] = types.MappingProxyType({})) -> selection.Selection:
   """A selection that was made before: classes of the same names, or images whose ids are in the pool.
 
   Args:
@@ -376,7 +389,7 @@ def _given(path: str, pool: Source, lost: Mapping[str, Sequence[str]] = types.Ma
   return _of_ids(path, chosen.ids.tolist(), pool, lost)
 
 
-def _check_fits(path: str, chosen: selection.Selection, pool: Source) -> None:
+def _check_fits(path: str, chosen: selection.Selection, pool: ImageSet) -> None:
   """Raises ValueError where a file that says it was made for the pool was not: anybody can write that."""
   known = chosen.by == 'class' or chosen.rows is not None
   if not known or chosen.by == 'class' and tuple(chosen.names) != pool.class_names or \
@@ -386,7 +399,7 @@ def _check_fits(path: str, chosen: selection.Selection, pool: Source) -> None:
 
 def _read_ids(path: str, example: str) -> list[str]:
   try:
-    text = files.located(path).read_bytes().decode('utf-8-sig')  # with or without a mark at its start
+    text = storage.located(path).read_bytes().decode('utf-8-sig')  # with or without a mark at its start
     lines = io.StringIO(text, newline=None).read().split('\n')
   except UnicodeDecodeError as error:
     raise ValueError(f'{path} is no text (UTF-8); expected ids of images, one a line, such as {example!r}') from error
@@ -396,7 +409,7 @@ def _read_ids(path: str, example: str) -> list[str]:
   return ids
 
 
-def _of_ids(path: str, ids: Sequence[str], pool: Source, lost: Mapping[str, Sequence[str]]) -> selection.Selection:
+def _of_ids(path: str, ids: Sequence[str], pool: ImageSet, lost: Mapping[str, Sequence[str]]) -> selection.Selection:
   left = [str(i) for i in ids]
   for reason, those in lost.items():
     if out := set(those).intersection(left):
@@ -405,7 +418,7 @@ def _of_ids(path: str, ids: Sequence[str], pool: Source, lost: Mapping[str, Sequ
   return selection.Selection.of_rows(pool.at_ids(left), pool.ids)
 
 
-def _embedded(config: ConfigDict, folder: epath.Path, unfinished: epath.Path, weights: setup.Weights | None, source: Source,
+def _embedded(config: ConfigDict, folder: epath.Path, unfinished: epath.Path, weights: initial_weights.Weights | None, source: ImageSet,
               transform: Transform, what: str) -> selection.Embeddings:
   """Features of a source, as means of its classes where those are enough; made once for these weights, images and preprocessing.
 
@@ -417,12 +430,12 @@ def _embedded(config: ConfigDict, folder: epath.Path, unfinished: epath.Path, we
   if _projects(config):
     variables['projection'] = weights.variables['projection']
   # Another jax may draw other ones by the same seed.
-  random = '' if weights else f'{setup.drawn(config.seed)} by jax {jax.__version__}, {config.model.width} {config.model.stem}'
+  random = '' if weights else f'{initial_weights.drawn(config.seed)} by jax {jax.__version__}, {config.model.width} {config.model.stem}'
   return embedded(folder, config.model, variables, source, transform, config.train.batch_size, what, means, config.data.timeout,
                   unfinished, random)
 
 
-def _selection_section(target: Source, pool: Source, chosen: selection.Selection, most: int = 120) -> report.SelectionSection:
+def _selection_section(target: ImageSet, pool: ImageSet, chosen: selection.Selection, most: int = 120) -> report.SelectionSection:
   """What the report shows of a selection, with a few images of each class."""
   members = {unit: np.flatnonzero(pool.labels == unit) if chosen.by == 'class' else chosen.rows_of(unit)
              for unit in chosen.units[:most].tolist()}
@@ -445,7 +458,7 @@ def _selection_section(target: Source, pool: Source, chosen: selection.Selection
   return report.SelectionSection(how, chosen.by, NOUNS[chosen.by], measure, rows, picture, target_rows)
 
 
-def _pairs(common: overlap.Overlap, opened: Mapping[str, Source | None], most: int = 6) -> list[report.DuplicatePair]:
+def _pairs(common: overlap.Overlap, opened: Mapping[str, ImageSet | None], most: int = 6) -> list[report.DuplicatePair]:
   """Pictures of the first copies of each split and of what they are copies of; `opened` are the splits with their copies."""
   def picture(split: str, example_id: str) -> bytes:
     source = opened[split]
@@ -457,7 +470,7 @@ def _pairs(common: overlap.Overlap, opened: Mapping[str, Source | None], most: i
           for name, copies in common.found.items() for copy in copies[:most]]
 
 
-def _examples(source: Source, rows: np.ndarray, most: int) -> list[bytes]:
+def _examples(source: ImageSet, rows: np.ndarray, most: int) -> list[bytes]:
   rows = rows[np.linspace(0, len(rows) - 1, min(most, len(rows))).round().astype(int)]
   return [augment.thumbnail(example.image, example.id, 64) for example in (source[int(row)] for row in rows)]
 

@@ -8,16 +8,17 @@ import jax
 from ml_collections import ConfigDict
 import numpy as np
 
-from ft_jax import contact_sheet, parallel, progress
+from ft_jax import parallel, progress, trained
 from ft_jax.data import augment, imagenet
-from ft_jax.data.files import open_files
+from ft_jax.data.image_set import Example, ImageSet
+from ft_jax.data.path_list import open_files
 from ft_jax.data.pipeline import EvalBatches, TIMEOUT, Transform
-from ft_jax.data.sources import Example, Source
-from ft_jax.evaluate import make_rank
-from ft_jax.jobs import setup, trained
+from ft_jax.jobs import setup
 from ft_jax.names import cell, csv_line
+from ft_jax.pages import contact_sheet
 from ft_jax.progress import log
 from ft_jax.settings import check_fields
+from ft_jax.training.evaluate import make_rank
 from ft_jax.workdir import write_bytes
 
 # A picture of more has tiles that nobody looks at.
@@ -61,7 +62,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
   return _summary(names, found, truth, problems, folder)
 
 
-def predict(run: trained.Trained, source: Source, top: int, skip: bool,
+def predict(run: trained.Trained, source: ImageSet, top: int, skip: bool,
             timeout: float = TIMEOUT) -> tuple[Predictions, dict[str, str]]:
   """The likeliest classes of each image, and {id: what is wrong} of those that cannot be read, where `skip` leaves them out.
 
@@ -82,7 +83,7 @@ def predict(run: trained.Trained, source: Source, top: int, skip: bool,
   batches = EvalBatches(source, transform, size, timeout)
   shown = progress.bar(batches, 'predicting', len(batches))
   for result in parallel.read_late(rank(variables, parallel.shard(batch)) for batch in shown):
-    rows = result['index'][result['mask']]
+    rows = result['row'][result['mask']]
     classes[rows], probabilities[rows] = result['classes'][result['mask']], result['probabilities'][result['mask']]
   ids = source.ids.tolist()
   kept = [row for row, name in enumerate(ids) if name not in unreadable]
@@ -131,12 +132,12 @@ def _true_classes(ids: list[str], class_names: tuple[str, ...]) -> list[int] | N
   return [numbers[parent] for parent in parents] if ids and all(parent in numbers for parent in parents) else None
 
 
-def _sheet(run: trained.Trained, source: Source, found: Predictions, truth: list[int] | None, unreadable: int) -> bytes:
+def _sheet(run: trained.Trained, source: ImageSet, found: Predictions, truth: list[int] | None, unreadable: int) -> bytes:
   """The least sure ones first: those are what a person can judge better."""
   rows = {name: row for row, name in enumerate(source.ids.tolist())}
   order = np.argsort(found.probabilities[:, 0], kind='stable')[:SHOWN].tolist()
   tiles = []
-  for k in progress.bar(order, 'drawing', len(order), 'image'):
+  for k in progress.bar(order, 'drawing', len(order), 'input'):
     example = source[rows[found.ids[k]]]
     wrong = truth is not None and truth[k] != found.classes[k, 0]
     tiles.append(contact_sheet.Tile(

@@ -7,11 +7,23 @@ from etils import epath
 from ml_collections import ConfigDict
 import numpy as np
 
-from ft_jax import methods, parallel, report
-from ft_jax.data.sources import digest
-from ft_jax.jobs import fit, setup
+from ft_jax import methods, parallel
+from ft_jax.data.image_set import digest
+from ft_jax.data.splits import (
+  cache_in_memory,
+  check_classes,
+  check_same_images,
+  drop_unreadable,
+  open_splits,
+  skipped_summary,
+  split_fingerprints,
+  Splits,
+)
+from ft_jax.jobs import setup
+from ft_jax.pages import report
 from ft_jax.progress import log
 from ft_jax.settings import check_fields
+from ft_jax.training import fit, initial_weights
 from ft_jax.workdir import Workdir, write_results
 
 
@@ -26,7 +38,7 @@ def run(config: ConfigDict, workdir: epath.PathLike, left_out: Sequence[str] = (
   if config.model.weights == 'pretrain':
     raise ValueError("config.model.weights is 'pretrain', which is what this job does; use --config.model.weights= for a fresh network")
   setup.check_data(config.data)
-  setup.check_weights(config.model)
+  initial_weights.check_weights(config.model)
   setup.make_transform(config)
   # The number of classes is not known yet and does not matter for what is checked.
   if on := methods.active(config.methods.to_dict() if 'methods' in config else {}):  # of a fine-tuning's own pre-training it has none
@@ -64,23 +76,23 @@ _NOTHING = _ids(())
 
 
 def _train(config: ConfigDict, work: Workdir, left_out: Sequence[str]) -> dict[str, Any]:
-  splits = setup.open_splits(config.source, config.data_dir, config.seed)
+  splits = open_splits(config.source, config.data_dir, config.seed)
   if left_out:
-    splits = setup.Splits(*(None if source is None else source.subset(np.flatnonzero(~np.isin(source.ids, left_out)))
+    splits = Splits(*(None if source is None else source.subset(np.flatnonzero(~np.isin(source.ids, left_out)))
                             for source in splits))
   log.info('data: %s: %s train, %s val images of %d classes', splits.train.name, f'{len(splits.train):,d}', f'{len(splits.val):,d}',
            len(splits.train.class_names))
-  splits, _, skipped = setup.readable(splits, 'source', config.data.on_error)
-  setup.check_same_images(splits)
-  setup.check_classes(splits)
+  splits, _, skipped = drop_unreadable(splits, 'source', config.data.on_error)
+  check_same_images(splits)
+  check_classes(splits)
   fit.log_doubts(config.train, not config.model.weights and fit.only_heads(
       setup.build_model(config.model, {'source': 2}, config.train.freeze), config.image_size))
-  splits = setup.in_memory(splits, 'source', config.data.cache)
+  splits = cache_in_memory(splits, 'source', config.data.cache)
   classes = len(splits.train.class_names)
   weights = None
   if config.model.weights:
     kept = config.model.source_head == 'pretrained'
-    weights = setup.load_weights(config.model.weights, classes=classes if kept else None,
+    weights = initial_weights.load_weights(config.model.weights, classes=classes if kept else None,
                                  class_names=splits.train.class_names if kept else None)
   model = setup.build_model(config.model, {'source': classes}, config.train.freeze)
   variables = setup.init_variables(model, config.image_size, config.seed, weights.variables if weights else None)
@@ -89,5 +101,5 @@ def _train(config: ConfigDict, work: Workdir, left_out: Sequence[str]) -> dict[s
                     transform=setup.make_transform(config), metric='top1', seed=config.seed,
                     start=weights.variables if weights else None, timeout=config.data.timeout)
   return {'job': 'pretrain', **results, 'source': {'name': config.source.name, 'classes': classes,
-                                                   'fingerprints': setup.split_fingerprints(splits), 'left_out': _ids(left_out)},
-          'skipped': setup.skipped_summary(skipped), 'weights': weights.about if weights else None}
+                                                   'fingerprints': split_fingerprints(splits), 'left_out': _ids(left_out)},
+          'skipped': skipped_summary(skipped), 'weights': weights.about if weights else None}

@@ -12,17 +12,20 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 import numpy as np
 
-from ft_jax import parallel, progress, report
-from ft_jax.checkpoints import load_start
-from ft_jax.data.cache import free_memory
+from ft_jax import parallel, progress, trained
+from ft_jax.data.image_set import digest, ImageSet
+from ft_jax.data.memory_cache import free_memory
 from ft_jax.data.pipeline import Batch, EvalBatches, TIMEOUT
-from ft_jax.data.sources import digest, Source
-from ft_jax.jobs import setup, trained
+from ft_jax.data.splits import drop_unreadable, open_splits
+from ft_jax.jobs import setup
 from ft_jax.methods.base import flat
 from ft_jax.models.resnet import ResNet
+from ft_jax.pages import report
 from ft_jax.progress import log
 from ft_jax.settings import check_fields
 from ft_jax.studies import stability
+from ft_jax.training import initial_weights
+from ft_jax.training.checkpoints import load_start
 from ft_jax.workdir import write_bytes, write_text
 
 # Images of a device at a time: the product with the Hessian takes several times the memory of a training step.
@@ -66,11 +69,11 @@ def check(config: ConfigDict) -> None:
   setup.check_data(config.data)
 
 
-def _images(config: ConfigDict, run: trained.Trained) -> tuple[str, Source]:
+def _images(config: ConfigDict, run: trained.Trained) -> tuple[str, ImageSet]:
   """The split that is measured on, and images of it drawn by seed."""
   fields = run.config[run.head]  # config.target or config.source
-  splits = setup.open_splits(fields, config.data_dir or run.config.data_dir, run.config.seed)
-  splits, _, _ = setup.readable(splits, run.head, run.config.get('data', {}).get('on_error', 'raise'))
+  splits = open_splits(fields, config.data_dir or run.config.data_dir, run.config.seed)
+  splits, _, _ = drop_unreadable(splits, run.head, run.config.get('data', {}).get('on_error', 'raise'))
   if splits.train.class_names != run.class_names:
     raise ValueError(f'{splits.train.name} has other classes than the run in {run.path}; bring its images back (config.data_dir is where a '
                      'relative folder: path starts)')
@@ -91,7 +94,7 @@ def _start(run: trained.Trained) -> Start:
     return Start(None, 'the run began with random weights (its config.model.weights is empty)')
   name = str(run.path / 'pretrain') if name == 'pretrain' else name
   try:
-    weights = setup.load_weights(name)
+    weights = initial_weights.load_weights(name)
   except (ValueError, OSError, RuntimeError) as error:
     return Start(None, f'the weights that the run began with are not at hand: {error}')
   expected = (run.results.get('weights') or {}).get('fingerprint')
@@ -100,7 +103,7 @@ def _start(run: trained.Trained) -> Start:
   return Start(weights.variables['params'], name)
 
 
-def _held(source: Source, run: trained.Trained, timeout: float = TIMEOUT) -> list[Batch]:
+def _held(source: ImageSet, run: trained.Trained, timeout: float = TIMEOUT) -> list[Batch]:
   """The crops of all images in memory, as every network and every vector goes through them."""
   devices = jax.device_count()
   needed, free = 3 * run.transform.size ** 2 * len(source), free_memory()
@@ -140,7 +143,7 @@ class Estimates:
                                        'probes': [[probe[name] for name in names] for probe in self.probes]}) + '\n')
 
 
-def _estimated(settings: ConfigDict, seed: int, model: ResNet, run: trained.Trained, source: Source, batches: Sequence[Batch],
+def _estimated(settings: ConfigDict, seed: int, model: ResNet, run: trained.Trained, source: ImageSet, batches: Sequence[Batch],
                folder: epath.Path) -> Estimates:
   """All draws and random vectors that are asked for; those that are there are taken as they are."""
   transform = f'{run.transform.size}/{run.transform.short_side}'

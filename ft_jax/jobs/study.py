@@ -16,23 +16,24 @@ import jax
 from ml_collections import ConfigDict
 import numpy as np
 
-from ft_jax import compiled, parallel, report, study_page
-from ft_jax.data.sources import digest, open_source
-from ft_jax.jobs import finetune, history, setup, study_results, trained
-from ft_jax.jobs.embedding import embedded, forget, PRECISION
-from ft_jax.jobs.study_data import changed, described, Frozen, open_target, Parts, Target
+from ft_jax import compiled, parallel, trained
+from ft_jax.data.image_set import digest, open_set
+from ft_jax.embedding import embedded, PRECISION, remove_partial
+from ft_jax.jobs import finetune, setup
+from ft_jax.pages import report, study_page
 from ft_jax.progress import log
 from ft_jax.settings import check_fields, defaults, flat
-from ft_jax.studies import probe, spectrum, transferability
-from ft_jax.workdir import check_name, fixed, FREE, own, read_config, write_bytes, write_text
-from selection import files
+from ft_jax.studies import history, probe, spectrum, study_results, transferability
+from ft_jax.studies.study_data import changed, described, Frozen, open_target, Parts, Target
+from ft_jax.workdir import check_name, FREE, own, read_config, run_fields, write_bytes, write_text
+from selection import storage
 
 # Groups of a config that a fine-tuning from a checkpoint does not know: a stopped one goes on where they are changed.
 _ELSEWHERE = ('checkpoints', 'compare', 'predict', 'pretrain', 'stability', 'study', 'workdir')
 # Fields that do not change what comes of it: a finished one stays where they are changed.
 _WITHOUT_EFFECT = ('data', 'data_dir', 'embeddings_dir')
 # Fields, by path, that came after the first version of the parts. At their defaults they are left out of what a part is made of: so the
-# parts that were made before are found. tests/test_study.py says where one is missing here.
+# parts that were made before are found. tests/runs/test_study.py says where one is missing here.
 ADDED: tuple[str, ...] = ('model.precision', 'source.duplicates')
 
 
@@ -44,7 +45,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
   config.model.update({name: kept.network[name] for name in ('name', 'width', 'stem')})
   check(config, kept)
   if config.study.fine_tune:
-    check_name(files.absolute(workdir))
+    check_name(storage.absolute(workdir))
   targets = [open_target(config, name) for name in _names(config)]
   folder = trained.output_folder(workdir)
   if read_config(folder):
@@ -101,7 +102,7 @@ def _fields(config: Mapping[str, Any], without: Sequence[str] = ()) -> str:
   """The fields of a fine-tuning that its result depends on, as text, less some groups."""
   text, known, fields = functools.partial(json.dumps, sort_keys=True, default=str), defaults(), flat(config)
   unused = [path for path in ADDED if path in fields and text(fields[path]) == text(known[path])]
-  return text({name: value for name, value in fixed(config, free=(*FREE, *unused)).items() if name not in without})
+  return text({name: value for name, value in run_fields(config, free=(*FREE, *unused)).items() if name not in without})
 
 
 class _Study:
@@ -164,7 +165,7 @@ class _Study:
           for source in target.sources])
     except ValueError as error:
       raise ValueError(f'{target.name} by {network}: {error}') from error
-    forget(unfinished)
+    remove_partial(unfinished)
     return features
 
   # Frozen.
@@ -182,7 +183,7 @@ class _Study:
         if before is not None:
           found['change'] = {'since': entries[c - 1].name, **self._changed(target, c, before, frozen)}
         before = frozen
-        compiled.forget()
+        compiled.clear_compiled()
         told = ', '.join(f'{name} {report.spoken([found["probes"][seed][key]["test"] for seed in seeds])}'
                          for name, key in (('linear', 'linear'), ('k-NN', 'neighbours'), ('nearest mean', 'nearest_mean')))
         log.info('[%d/%d] %s, frozen %s: %s %%', t * len(entries) + c + 1, len(entries) * len(self._targets), target.name, entry.name, told)
@@ -257,7 +258,7 @@ class _Study:
       if seed not in self._found[t][c]['ft']:
         log.info('[%d/%d] %s from %s, seed %d', count + 1, len(todo), self._targets[t].name, self._history.kept[c].name, seed)
         self._fine_tune(own, t, c, seed, folder)
-        compiled.forget()
+        compiled.clear_compiled()
         # Its pictures take longer than a short fine-tuning; behind the last one all is written anyway.
         self.write(page=c == len(self._history.kept) - 1 and count < len(todo) - 1)
       if parallel.is_main() and (folder / 'checkpoints').exists():
@@ -310,6 +311,6 @@ def _pool(config: ConfigDict) -> tuple[str, str]:
   """What fine-tuning takes beside the target, as a fingerprint, and as earlier versions had it; '' where it takes nothing."""
   if config.selection.method == 'none':
     return '', ''
-  given = files.located(config.selection.file).read_bytes().hex() if config.selection.file else ''
-  source = open_source(config.source.name, config.source.train, config.data_dir)
+  given = storage.located(config.selection.file).read_bytes().hex() if config.selection.file else ''
+  source = open_set(config.source.name, config.source.train, config.data_dir)
   return digest(source.fingerprint, given), digest(source.legacy_fingerprint or source.fingerprint, given)

@@ -6,7 +6,7 @@ from typing import Any
 
 from flax import linen as nn
 
-from ft_jax.methods.base import Begin, Method, Needs, Pass, Plan, State, Term
+from ft_jax.methods.base import LossTerm, Method, Needs, Plan, SetupContext, State, StepContext
 from ft_jax.methods.bi_tuning import BiTuning
 from ft_jax.methods.bss import BSS
 from ft_jax.methods.co_tuning import CoTuning
@@ -23,7 +23,7 @@ from ft_jax.methods.stoch_norm import StochNorm
 from ft_jax.models.resnet import ResNet
 from ft_jax.settings import check_field, like
 
-__all__ = ['METHODS', 'Begin', 'Method', 'Needs', 'Pass', 'Plan', 'State', 'Term', 'active', 'all_needs', 'check', 'defaults',
+__all__ = ['METHODS', 'LossTerm', 'Method', 'Needs', 'Plan', 'SetupContext', 'State', 'StepContext', 'active', 'all_needs', 'check', 'defaults',
            'norm']
 
 

@@ -1,6 +1,6 @@
 """What a fine-tuning method may add to a training step.
 
-A method is a frozen dataclass of its settings; `Method` has every hook as a no-op. The step (`ft_jax.train`) runs on every device with
+A method is a frozen dataclass of its settings; `Method` has every hook as a no-op. The step (`ft_jax.training.step`) runs on every device with
 its own share of the batch, and gradients and losses are averaged over the devices. So a term that is a mean over examples is a local mean;
 a term of the batch as a whole has to be the same number on every device, from what `gather` brings together.
 """
@@ -60,7 +60,7 @@ class Plan(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Begin:
+class SetupContext:
   """What is known when training begins.
 
   Attributes:
@@ -106,8 +106,8 @@ class Begin:
     model, variables = self.teacher, parallel.replicate(teacher_variables(self.start))
 
     def predict(variables: Any, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-      outputs = model.apply(variables, batch['image'], train=False)
-      kept = {'features': outputs.features, **{key: batch[key] for key in ('label', 'index', 'mask')}}
+      outputs = model.apply(variables, batch['input'], train=False)
+      kept = {'features': outputs.features, **{key: batch[key] for key in ('label', 'row', 'mask')}}
       return parallel.gather(kept | ({'logits': outputs.logits['pretrained']} if outputs.logits else {}))
 
     mapped = parallel.pmap(predict)
@@ -116,13 +116,13 @@ class Begin:
     def taught(split: str) -> dict[str, np.ndarray]:
       results = list(parallel.read_late(mapped(variables, parallel.shard(batch)) for batch in self.batches(split)))
       whole = {key: np.concatenate([result[key][result['mask']] for result in results]) for key in results[0] if key != 'mask'}
-      order = np.argsort(whole.pop('index'))
+      order = np.argsort(whole.pop('row'))
       return {key: value[order] for key, value in whole.items()}
 
     return taught
 
 
-class Pass(NamedTuple):
+class StepContext(NamedTuple):
   """One training step on one device: the forward pass and what led to it.
 
   Attributes:
@@ -151,7 +151,7 @@ class Pass(NamedTuple):
   forward: Callable[[Any, jax.Array], tuple[Outputs, Any]]
 
 
-class Term(NamedTuple):
+class LossTerm(NamedTuple):
   """What a method adds to the loss (its weight is in it), its state after the step, and further metrics by name."""
   loss: jax.Array | float
   state: State
@@ -183,11 +183,11 @@ class Method:
   def norm(self) -> Callable[..., nn.Module] | None:
     """The normalisation layer to use in place of BatchNorm, with the arguments of `resnet.BatchNorm`."""
 
-  def params(self, begin: Begin) -> Any:
+  def params(self, begin: SetupContext) -> Any:
     """Trainable parameters of its own, which start as these; {} for none."""
     return {}
 
-  def setup(self, begin: Begin) -> State:
+  def setup(self, begin: SetupContext) -> State:
     """Its state before the first step. What takes long happens here, once in a run."""
     return {}
 
@@ -198,7 +198,7 @@ class Method:
     """
     return images, labels
 
-  def relabel(self, seen: Pass, state: State) -> tuple[jax.Array, State, dict[str, jax.Array]]:
+  def relabel(self, seen: StepContext, state: State) -> tuple[jax.Array, State, dict[str, jax.Array]]:
     """The labels (like `seen.labels`) to use in this step, its state, and metrics. Outside of differentiation."""
     return seen.labels, state, {}
 
@@ -206,13 +206,13 @@ class Method:
     """Labels float32 `[b, K]` for the cross-entropy alone."""
     return labels
 
-  def weigh(self, losses: jax.Array, seen: Pass, state: State) -> jax.Array | None:
+  def weigh(self, losses: jax.Array, seen: StepContext, state: State) -> jax.Array | None:
     """Weights float32 `[b]` of the target examples, whose mean over all devices is one; None leaves them. Outside of differentiation."""
     return None
 
-  def loss(self, seen: Pass, state: State) -> Term:
+  def loss(self, seen: StepContext, state: State) -> LossTerm:
     """What it adds to the loss."""
-    return Term(0.0, state)
+    return LossTerm(0.0, state)
 
   def project(self, params: Any, batch_stats: Any, start: Any) -> Any:
     """The parameters after the update, brought back to where they may be."""

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ft_jax import parallel
-from ft_jax.methods.base import Begin, Method, Needs, of_network, Pass, Plan, State, Term
+from ft_jax.methods.base import LossTerm, Method, Needs, of_network, Plan, SetupContext, State, StepContext
 from ft_jax.models.resnet import ResNet
 
 _MIXED = 'it compares images of the same class, and a mixed image has no class of its own'
@@ -50,13 +50,13 @@ class BiTuning(Method):
   def needs(self, model: ResNet) -> Needs:
     return Needs(views=(('target', 'key'),))
 
-  def params(self, begin: Begin) -> dict[str, np.ndarray]:
+  def params(self, begin: SetupContext) -> dict[str, np.ndarray]:
     """The projection, as torch starts a linear layer."""
     width, rng = begin.model.width_of_features, np.random.default_rng((begin.seed, 1))
     draw = lambda *shape: rng.uniform(-width ** -0.5, width ** -0.5, shape).astype(np.float32)
     return {'kernel': draw(width, self.projection), 'bias': draw(self.projection)}
 
-  def setup(self, begin: Begin) -> State:
+  def setup(self, begin: SetupContext) -> State:
     rng = np.random.default_rng((begin.seed, 2))
     image = jax.ShapeDtypeStruct((1, 32, 32, 3), np.uint8)
     shapes = jax.eval_shape(begin.model.init, jax.random.key(0), image)
@@ -67,7 +67,7 @@ class BiTuning(Method):
     return {'key': key, 'h': draw(begin.model.width_of_features + 1), 'z': draw(self.projection),
             'next': np.zeros(begin.classes, np.int32)}
 
-  def loss(self, seen: Pass, state: State) -> Term:
+  def loss(self, seen: StepContext, state: State) -> LossTerm:
     projection = seen.params['methods']['bi_tuning']
     key = jax.lax.stop_gradient(self._key(seen, projection, state['key']))
     heads = jax.lax.stop_gradient(seen.params['heads'])
@@ -84,9 +84,9 @@ class BiTuning(Method):
     put = lambda queue, new: queue.at[labels, slots].set(new, mode='drop')
     state = {'key': key | {'batch_stats': batch_stats}, 'h': put(state['h'], new_h), 'z': put(state['z'], new_z), 'next': after}
     by_y = self._divergence(jnp.sum(w * h, -1), w, state['h'], seen.labels)
-    return Term(self.weight * (by_z + by_y), state, {'by_projection': by_z, 'by_class': by_y})
+    return LossTerm(self.weight * (by_z + by_y), state, {'by_projection': by_z, 'by_class': by_y})
 
-  def _key(self, seen: Pass, projection: Any, key: State) -> State:
+  def _key(self, seen: StepContext, projection: Any, key: State) -> State:
     """The key encoder of this step; the network itself in the first one."""
     first = seen.step == 0
     now = {'params': _without_heads(of_network(seen.params)), 'projection': projection}

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from ft_jax import parallel
-from ft_jax.methods.base import Method, Pass, Plan, State, Term
+from ft_jax.methods.base import LossTerm, Method, Plan, State, StepContext
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,9 +27,9 @@ class BSS(Method):
       raise ValueError(f'methods.bss.k is {self.k}; expected 1 to {most}, the number of singular values of a batch of {plan.batch_size} '
                        f'with {plan.model.width_of_features} features each')
 
-  def loss(self, seen: Pass, state: State) -> Term:
+  def loss(self, seen: StepContext, state: State) -> LossTerm:
     value = smallest(parallel.gather(seen.outputs['target'].features), self.k)
-    return Term(self.weight * value, state)
+    return LossTerm(self.weight * value, state)
 
 
 def smallest(features: jax.Array, k: int) -> jax.Array:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ft_jax import logistic
-from ft_jax.methods.base import Begin, Method, Needs, Pass, Plan, State, Term
+from ft_jax.methods.base import LossTerm, Method, Needs, Plan, SetupContext, State, StepContext
 from ft_jax.models.resnet import ResNet
 from ft_jax.progress import bar, log
 
@@ -35,17 +35,17 @@ class CoTuning(Method):
   def needs(self, model: ResNet) -> Needs:
     return Needs(classifier=True, trained_classifier=True)
 
-  def setup(self, begin: Begin) -> State:
+  def setup(self, begin: SetupContext) -> State:
     train = _softmax(begin.taught('train')['logits'] * self.scale)
     if self.relation == 'direct':
       return {'relation': direct(train, begin.labels, begin.classes)}
     val = begin.taught('val')
     return {'relation': calibrated(train, begin.labels, _softmax(val['logits'] * self.scale), val['label'], begin.classes)}
 
-  def loss(self, seen: Pass, state: State) -> Term:
+  def loss(self, seen: StepContext, state: State) -> LossTerm:
     said = state['relation'][seen.labels] if seen.labels.ndim == 1 else seen.labels @ state['relation']
     losses = -jnp.sum(said * jax.nn.log_softmax(seen.outputs['target'].logits['pretrained']), -1)
-    return Term(self.weight * losses.mean(), state)
+    return LossTerm(self.weight * losses.mean(), state)
 
 
 def direct(probabilities: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:

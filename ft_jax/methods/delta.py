@@ -13,10 +13,10 @@ import numpy as np
 import optax
 
 from ft_jax import logistic, parallel, progress
-from ft_jax.forward import forward
-from ft_jax.methods.base import Begin, flat, Method, Needs, of_network, Pass, Plan, State, teacher_variables, Term
+from ft_jax.methods.base import flat, LossTerm, Method, Needs, of_network, Plan, SetupContext, State, StepContext, teacher_variables
 from ft_jax.models import resnet
 from ft_jax.models.resnet import ResNet
+from ft_jax.training.forward import forward
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Delta(Method):
   def needs(self, model: ResNet) -> Needs:
     return Needs(start=True, teacher=True, layers=self.layers or last_convolutions(model))
 
-  def setup(self, begin: Begin) -> State:
+  def setup(self, begin: SetupContext) -> State:
     if self.form != 'attention':
       return {}
     rows = np.sort(np.random.default_rng(begin.seed).permutation(len(begin.labels))[:self.attention_images])
@@ -57,7 +57,7 @@ class Delta(Method):
     rises = loss_rises(begin.teacher, teacher_variables(begin.start), classifier, begin.batches('train', rows), len(rows), layers)
     return {'attention': {_key(layer): attention(rise) for layer, rise in rises.items()}}
 
-  def loss(self, seen: Pass, state: State) -> Term:
+  def loss(self, seen: StepContext, state: State) -> LossTerm:
     start = flat(seen.start['params'])
     heads = sum(jnp.sum(value ** 2) for path, value in flat(of_network(seen.params)).items() if path not in start)
     student, teacher = seen.outputs['target'].taps, seen.teacher.taps
@@ -69,7 +69,7 @@ class Delta(Method):
         kept += jnp.sum(squares.mean((0, 1, 2)) * weights * len(weights))
       else:
         kept += jnp.sum(squares.mean(0))
-    return Term(0.5 * self.weight * kept + 0.5 * self.head_weight * heads, state)
+    return LossTerm(0.5 * self.weight * kept + 0.5 * self.head_weight * heads, state)
 
 
 def last_convolutions(model: ResNet) -> tuple[str, ...]:
@@ -106,7 +106,7 @@ def loss_rises(model: ResNet, variables: Mapping[str, Any], classifier: logistic
   """
   examples = _examples(batches, count)
   given = parallel.replicate((variables, classifier.weights, classifier.bias))
-  a_group = jax.ShapeDtypeStruct(examples['image'].shape[2:], np.uint8)
+  a_group = jax.ShapeDtypeStruct(examples['input'].shape[2:], np.uint8)
   shapes = {layer: tap.shape for layer, tap in jax.eval_shape(
       lambda variables, images: forward(model, variables, {'target': images}, train=False, layers=layers)[0]['target'].taps,
       variables, a_group).items()}
@@ -131,7 +131,7 @@ def _examples(batches: Iterable[Mapping[str, np.ndarray]], count: int) -> dict[s
   batches = list(batches)
   each = len(batches[0]['mask'])  # of a host; the first one has the most, as the padding is at the end of the last batch
   most = (len(batches) - 1) * each + min(each, count - (len(batches) - 1) * each * jax.process_count())
-  kept = [{key: batch[key][batch['mask']] for key in ('image', 'label', 'mask')} for batch in batches]
+  kept = [{key: batch[key][batch['mask']] for key in ('input', 'label', 'mask')} for batch in batches]
   examples = {key: np.concatenate([part[key] for part in kept]) for key in kept[0]}
   devices = jax.local_device_count()
   groups = -(-most // (devices * _IMAGES))
@@ -156,7 +156,7 @@ def _rises(model: ResNet, layer: str) -> Callable[[Any, Mapping[str, jax.Array],
         return y
 
       with nn.intercept_methods(zeroed):
-        features = model.apply(variables, group['image'], train=False).features
+        features = model.apply(variables, group['input'], train=False).features
       logits = jnp.dot(features, weights, precision='highest') + bias
       return optax.softmax_cross_entropy_with_integer_labels(logits, group['label'])
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from ft_jax import parallel
-from ft_jax.methods.base import Method, Needs, Pass, Plan, State, Term
+from ft_jax.methods.base import LossTerm, Method, Needs, Plan, State, StepContext
 from ft_jax.models.resnet import ResNet
 
 LABELS = ('soft', 'hard')
@@ -43,7 +43,7 @@ class FixMatch(Method):
   def needs(self, model: ResNet) -> Needs:
     return Needs(views=(('source', 'strong'),), seen=(('source', 'strong'),))
 
-  def loss(self, seen: Pass, state: State) -> Term:
+  def loss(self, seen: StepContext, state: State) -> LossTerm:
     weak = jax.lax.stop_gradient(seen.outputs['source'].logits['target']) / self.temperature
     probabilities = jax.nn.softmax(weak)
     sure = probabilities.max(-1)
@@ -53,4 +53,4 @@ class FixMatch(Method):
     # Divided by the part that all devices keep, the mean over devices of what follows is the mean over all that are kept.
     part = jax.lax.pmean(kept.mean(), parallel.AXIS)
     loss = jnp.mean(kept * losses) / jnp.where(part > 0, part, 1.0)
-    return Term(self.weight * loss, state, {'kept': part, 'sure': sure.mean()})
+    return LossTerm(self.weight * loss, state, {'kept': part, 'sure': sure.mean()})

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 
-from ft_jax.methods.base import flat, Method, Needs, of_network, Pass, Plan, State, Term
+from ft_jax.methods.base import flat, LossTerm, Method, Needs, of_network, Plan, State, StepContext
 from ft_jax.models.resnet import ResNet
 
 
@@ -27,8 +27,8 @@ class L2SP(Method):
   def needs(self, model: ResNet) -> Needs:
     return Needs(start=True)
 
-  def loss(self, seen: Pass, state: State) -> Term:
+  def loss(self, seen: StepContext, state: State) -> LossTerm:
     start = flat(seen.start['params'])
     squares = {path: jnp.sum((value - start.get(path, 0.0)) ** 2) for path, value in flat(of_network(seen.params)).items()}
     weights = {path: self.weight if path in start else self.head_weight for path in squares}
-    return Term(0.5 * sum(weights[path] * square for path, square in squares.items()), state)
+    return LossTerm(0.5 * sum(weights[path] * square for path, square in squares.items()), state)

@@ -10,7 +10,7 @@ import flax
 import jax
 import jax.numpy as jnp
 
-from ft_jax.methods.base import flat, Method, Needs, of_network, Pass, Plan, State, Term
+from ft_jax.methods.base import flat, LossTerm, Method, Needs, of_network, Plan, State, StepContext
 from ft_jax.models.resnet import ResNet
 
 EPSILON = 1e-6  # beside running variances, as in the published code
@@ -55,16 +55,16 @@ class Layerwise(Method):
   def needs(self, model: ResNet) -> Needs:
     return Needs(start=True)
 
-  def loss(self, seen: Pass, state: State) -> Term:
+  def loss(self, seen: StepContext, state: State) -> LossTerm:
     if self.form != 'penalty':
-      return Term(0.0, state)
+      return LossTerm(0.0, state)
     start, norm = flat(seen.start['params']), NORMS[self.distance]
     total = 0.0
     for path, value in flat(of_network(seen.params)).items():
       if path.endswith(('kernel', 'scale')) and (grown := self._grown(path)):
         weight = self.head_weight if path.startswith('heads/') else self.weight * grown
         total += weight * norm.penalty(value - start.get(path, 0.0))
-    return Term(total, state)
+    return LossTerm(total, state)
 
   def project(self, params: Any, batch_stats: Any, start: Any) -> Any:
     if self.form != 'constraint':

@@ -7,7 +7,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from ft_jax.methods.base import Method, Needs, Pass, Plan, State, Term
+from ft_jax.methods.base import LossTerm, Method, Needs, Plan, State, StepContext
 from ft_jax.models.resnet import ResNet
 
 
@@ -30,8 +30,8 @@ class LwF(Method):
   def needs(self, model: ResNet) -> Needs:
     return Needs(start=True, teacher=True, classifier=True)
 
-  def loss(self, seen: Pass, state: State) -> Term:
+  def loss(self, seen: StepContext, state: State) -> LossTerm:
     head = seen.start['params']['heads']['pretrained']
     logits = seen.outputs['target'].features @ head['kernel'] + head['bias']
     log_p, log_q = (jax.nn.log_softmax(x / self.temperature) for x in (seen.teacher.logits['pretrained'], logits))
-    return Term(self.weight * jnp.sum(jnp.exp(log_p) * (log_p - log_q), -1).mean(), state)
+    return LossTerm(self.weight * jnp.sum(jnp.exp(log_p) * (log_p - log_q), -1).mean(), state)

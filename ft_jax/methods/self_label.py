@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ft_jax import parallel
-from ft_jax.methods.base import Begin, Method, Pass, Plan, State
+from ft_jax.methods.base import Method, Plan, SetupContext, State, StepContext
 
 MIXED = 'it gives each example one class, and the label of a mixture is several; switch either off'
 # Of the schedule of the temperature: how fast it falls, down to which part, and after how many epochs of reweighting it is there.
@@ -45,14 +45,14 @@ class SelfLabel(Method):
     if not 0 < self.temperature:
       raise ValueError(f'methods.self_label.temperature is {self.temperature}; expected a number above 0')
 
-  def setup(self, begin: Begin) -> State:
+  def setup(self, begin: SetupContext) -> State:
     known = begin.true_labels is not begin.labels
     return {'labels': begin.labels.astype(np.int32), 'given': begin.labels.astype(np.int32),
             **({'true': begin.true_labels.astype(np.int32)} if known else {}),
             'correct_from': first_steps(begin, [self.correct_epoch])[0],
             'reweight_from': first_steps(begin, range(self.reweight_epoch, self.reweight_epoch + EPOCHS))}
 
-  def relabel(self, seen: Pass, state: State) -> tuple[jax.Array, State, dict[str, jax.Array]]:
+  def relabel(self, seen: StepContext, state: State) -> tuple[jax.Array, State, dict[str, jax.Array]]:
     logits = seen.outputs['target'].logits['target']
     sure = (jax.nn.softmax(logits).max(-1) > self.threshold) & (seen.step >= state['correct_from'])
     labels = corrected(state['labels'], *parallel.gather((seen.index, jnp.argmax(logits, -1), sure)))
@@ -63,7 +63,7 @@ class SelfLabel(Method):
       metrics['true'] = jnp.mean(labels == state['true'])
     return labels[seen.index], {**state, 'labels': labels}, metrics
 
-  def weigh(self, losses: jax.Array, seen: Pass, state: State) -> jax.Array:
+  def weigh(self, losses: jax.Array, seen: StepContext, state: State) -> jax.Array:
     epochs = jnp.sum(seen.step >= state['reweight_from'])  # that have begun since the reweighting did
     scores = -losses / (self.temperature * schedule(epochs - 2))
     everyone = parallel.gather(scores)
@@ -76,7 +76,7 @@ def schedule(epochs: jax.Array) -> jax.Array:
   return jnp.maximum(LOWEST, jnp.exp(-DECAY * jnp.maximum(epochs, 0)))
 
 
-def first_steps(begin: Begin, epochs: Sequence[int]) -> np.ndarray:
+def first_steps(begin: SetupContext, epochs: Sequence[int]) -> np.ndarray:
   """The first step of each epoch, int32: that whose first image is of the epoch. Those beyond int32 do not come."""
   steps = [-(-(epoch - 1) * len(begin.labels) // begin.batch_size) for epoch in epochs]
   return np.asarray([min(step, np.iinfo(np.int32).max) for step in steps], np.int32)

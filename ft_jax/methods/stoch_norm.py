@@ -32,7 +32,7 @@ class StochNorm(Method):
       raise ValueError(f'methods.stoch_norm.probability is {self.probability}; expected a number from 0 to 1')
     image = jax.ShapeDtypeStruct((1, plan.image_size, plan.image_size, 3), np.uint8)
     shapes = jax.eval_shape(plan.model.init, jax.random.key(0), image)
-    if all(jax.tree.leaves(resnet.fixed(plan.model, shapes['batch_stats']))):
+    if all(jax.tree.leaves(resnet.frozen_mask(plan.model, shapes['batch_stats']))):
       raise ValueError("methods.stoch_norm has no layer to work in: model.batch_norm = 'frozen' or train.freeze leaves all of them with "
                        'running statistics; unfreeze some, or leave the method out')
 

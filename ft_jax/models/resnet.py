@@ -231,7 +231,7 @@ def normalize(images: jax.Array) -> jax.Array:
   return (images.astype(jnp.float32) / 255.0 - mean) / std
 
 
-def fixed(model: ResNet, tree: Any) -> Any:
+def frozen_mask(model: ResNet, tree: Any) -> Any:
   """A tree of bools in the shape of a network's parameters or running statistics: which of them training leaves as they are."""
 
   def stays(path: tuple[str, ...], _: Any) -> bool:

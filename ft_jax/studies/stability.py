@@ -17,9 +17,9 @@ import numpy as np
 import optax
 
 from ft_jax import parallel
-from ft_jax.evaluate import evaluate, make_predict
 from ft_jax.methods.base import flat
 from ft_jax.models.resnet import ResNet
+from ft_jax.training.evaluate import evaluate, make_predict
 
 # A few random vectors can agree by chance: no decision before so many.
 FEWEST_PROBES = 10
@@ -114,7 +114,7 @@ def curvatures(model: ResNet, head: str, variables: Any, batches: Iterable[Mappi
   """
   def of_batch(variables: Any, batch: Mapping[str, jax.Array], number: jax.Array) -> dict[str, jax.Array]:
     def loss(params: Any) -> jax.Array:
-      logits = model.apply({**variables, 'params': params}, batch['image'], train=False).logits[head]
+      logits = model.apply({**variables, 'params': params}, batch['input'], train=False).logits[head]
       return jnp.sum(jnp.where(batch['mask'], optax.softmax_cross_entropy_with_integer_labels(logits, batch['label']), 0.0))
 
     products = curvature(loss, variables['params'], jax.random.fold_in(jax.random.key(seed), number))

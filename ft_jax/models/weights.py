@@ -1,0 +1,247 @@
+"""Pre-trained weights: state dicts with torchvision's or MoCo's names to variables of `resnet`; and a strict merge."""
+
+from collections.abc import Collection, Mapping, Sequence
+import os
+import re
+from typing import Any, NamedTuple
+
+import flax
+import jax
+import numpy as np
+
+from ft_jax.models import export, resnet, torch_pickle
+from ft_jax.names import listed
+from ft_jax.progress import log
+
+# What torch puts into names at any place where it wraps a module: torch.compile, FSDP, activation checkpoints.
+_WRAPPERS = re.compile(r'(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.')
+# Of two networks in a state dict the first one is read: MoCo's query encoder; DINO's teacher, which its authors publish.
+_PAIRS = (('encoder_q.', 'encoder_k.'), ('teacher.', 'student.'))
+# Moving averages of a network are not read where the network itself is there too.
+_AVERAGES = re.compile(r'(.*[._])?(ema|swa|momentum|avg|averaged?|target)[._].*')
+_MOCO_REST = re.compile(r'.*encoder_k\..+|(.+\.)?(queue|queue_ptr)')
+_BACKBONE = re.compile(r'(conv1|bn1|layer[1-4]\.\d+\.(conv[123]|bn[123]|downsample\.[01]))\.(weight|bias|running_mean|running_var)')
+_CLASSIFIER = {'fc.weight', 'fc.bias'}
+_PROJECTION = {'fc.0.weight', 'fc.0.bias', 'fc.2.weight', 'fc.2.bias'}
+
+
+class Loaded(NamedTuple):
+  """Variables that were read, what was left on purpose ({why: names}), and notes on how the file was understood."""
+  variables: dict[str, Any]
+  dropped: dict[str, list[str]]
+  notes: tuple[str, ...] = ()
+
+
+def load_torch(path: str | os.PathLike[str]) -> dict[str, Any]:
+  """The variables of `read`."""
+  return read(path).variables
+
+
+def read(path: str | os.PathLike[str]) -> Loaded:
+  """Reads a ResNet's state dict from a file of safetensors or torch, whatever its name ends in.
+
+  Prefixes of the network's names (`module.`, `_orig_mod.`, `model.`, `backbone.`, ..., in any order) are removed.
+
+  Args:
+    path: a file with torchvision's names, or MoCo's checkpoint, whose query encoder is taken.
+
+  Returns:
+    `{'params', 'batch_stats'}` of float32 numpy arrays; a classifier `fc` becomes the head 'source'. MoCo-v2's projection head
+    (`fc.0`, `fc.2`) is `{'projection': {'0', '2'}}` beside them; see `project`.
+
+  Raises:
+    ValueError: a file that cannot be read (see `torch_files.read`), a tensor that is no ResNet's, by name, several
+      networks that no rule decides between, or no running statistics.
+  """
+  state = torch_pickle.read(path)
+  tensors = _unwrapped(state.tensors)
+  prefix, others = _network(tensors, path)
+  moco = prefix.endswith('encoder_q.')
+  flat: dict[str, np.ndarray] = {}
+  dropped: dict[str, list[str]] = {}
+  unknown = []
+  inner = tuple(other for other in others if len(other) > len(prefix))
+  for name, value in tensors.items():
+    bare = name.removeprefix(prefix) if name.startswith(prefix) and not name.startswith(inner) else ''
+    if bare.endswith('num_batches_tracked'):
+      dropped.setdefault("BatchNorm's counters", []).append(name)
+    elif moco and not bare and _MOCO_REST.fullmatch(name):
+      dropped.setdefault("MoCo's key encoder and queue", []).append(name)
+    elif not bare:
+      dropped.setdefault(f'beside {prefix.removesuffix(".") or "the network"}', []).append(name)
+    elif moco and bare in _CLASSIFIER:
+      dropped.setdefault("MoCo-v1's projection", []).append(name)
+    elif _BACKBONE.fullmatch(bare) or bare in _CLASSIFIER or moco and bare in _PROJECTION:
+      flat.update([_convert(bare, value, path)])
+    else:
+      unknown.append(name)
+  if unknown:
+    raise ValueError(f'{path} holds none of {", ".join(resnet.NETWORKS)}: they have no {listed(unknown)}')
+  for head in (_CLASSIFIER, _PROJECTION):
+    here = {name for name in head if _key(name) in flat}
+    if here and here != head:
+      raise ValueError(f'{path} holds {listed(sorted(here))} and lacks {listed(sorted(head - here))}')
+  if not any(key.startswith('batch_stats/') for key in flat):
+    raise ValueError(f'{path} has no running statistics of BatchNorm (bn1.running_mean, bn1.running_var, ...), only '
+                     'parameters; save model.state_dict(), which has them (networks with GroupNorm or others in its place are '
+                     'not supported)')
+  if state.beside:
+    dropped.setdefault('beside the network', []).extend(state.beside)
+  return Loaded(flax.traverse_util.unflatten_dict(flat, sep='/'), dropped,
+                (*state.notes, *_notes(state.tensors, tensors, prefix, others)))
+
+
+def _unwrapped(tensors: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+  """The tensors by names without what torch's wrappers insert; unchanged where two names would become one."""
+  short = {_WRAPPERS.sub('', name): value for name, value in tensors.items()}
+  return short if len(short) == len(tensors) else tensors
+
+
+def _network(names: Collection[str], path: str | os.PathLike[str]) -> tuple[str, list[str]]:
+  """The prefix of the names of the network that is read ('' for none), and those of other networks in the same file.
+
+  Raises:
+    ValueError: there is no network, or there are several and no rule decides between them.
+  """
+  found = [name.removesuffix('conv1.weight') for name in names
+           if re.fullmatch(r'(.+\.)?conv1\.weight', name) and not re.search(r'(^|\.)layer\d+\.', name)]
+  whole = [prefix for prefix in found if f'{prefix}layer1.0.conv1.weight' in names] or found
+  taken = whole
+  for first, second in _PAIRS:
+    if any(first in prefix for prefix in whole) and any(second in prefix for prefix in whole):
+      taken = [prefix for prefix in whole if first in prefix]
+  if len(taken) > 1:
+    taken = [prefix for prefix in taken if not _AVERAGES.fullmatch(prefix)]
+  if not found:
+    strange = sorted(names, key=lambda name: bool(_BACKBONE.fullmatch(name)) or name.endswith('num_batches_tracked'))
+    raise ValueError(f'{path} holds none of {", ".join(resnet.NETWORKS)}: there is no conv1.weight among '
+                     f'{listed(strange)}')
+  if len(taken) != 1:
+    raise ValueError(f'{path} holds {len(whole)} networks, with the prefixes {listed(map(repr, whole))}, and no rule says '
+                     f'which one is meant; to read one of them {_keep_alone(whole[0])}')
+  return taken[0], [prefix for prefix in whole if prefix != taken[0]]
+
+
+def _keep_alone(prefix: str) -> str:
+  """What to do to read another network of a file."""
+  return (f'save it alone: {{name.removeprefix({prefix!r}): value for name, value in state_dict.items() if '
+          f'name.startswith({prefix!r})}}')
+
+
+def _notes(before: Mapping[str, np.ndarray], tensors: Mapping[str, np.ndarray], prefix: str,
+           others: Sequence[str]) -> list[str]:
+  """How the names and numbers of a file were understood."""
+  wrappers = sorted({found[0] for name in before if name not in tensors for found in _WRAPPERS.finditer(name)})
+  notes = [f'removed from names: {listed(wrappers + [prefix] * bool(prefix))}'] if wrappers or prefix else []
+  if others and not prefix.endswith('encoder_q.'):
+    notes.append(f'not read: another network with the prefix {listed(map(repr, others))}; to read it '
+                 f'{_keep_alone(others[0])}')
+  kinds = sorted({str(value.dtype) for value in tensors.values() if value.dtype.kind not in 'iub'} - {'float32'})
+  return notes + ([f'{listed(kinds)} converted to float32'] if kinds else [])
+
+
+def check_numbers(variables: Mapping[str, Any], name: str) -> None:
+  """Raises ValueError for numbers that no trained network has, by tensor; warns where running variances are zero.
+
+  Args:
+    variables: `{'params', 'batch_stats'}` and whatever else is used.
+    name: of the weights, for messages.
+  """
+  flat = flax.traverse_util.flatten_dict(dict(variables), sep='/')
+  for key, value in flat.items():
+    value = np.asarray(value)
+    if wrong := int(np.sum(~np.isfinite(value))):
+      raise ValueError(f'{name} has numbers that are not finite in {_both(key)} ({wrong:,d} of {value.size:,d} are NaN or '
+                       'infinity): its training diverged, or it is damaged; use an earlier checkpoint, or download it again')
+    if key.endswith('/var') and (value < 0).any():
+      raise ValueError(f'{name} has negative running variances in {_both(key)}, down to {value.min():g}, which BatchNorm '
+                       'never computes: it is damaged; use an earlier checkpoint, or download it again')
+  if zero := [key for key, value in flat.items() if key.endswith('/var') and not np.any(value)]:
+    log.warning('warning: %s: the running variance is zero in every channel of %s', name, listed(zero))
+
+
+def merge(variables: Mapping[str, Any], loaded: Mapping[str, Any]) -> dict[str, Any]:
+  """Fresh variables with the backbone replaced by the loaded one, and every head that the weights have under the same name.
+
+  Raises:
+    ValueError: a tensor that is missing, left over or of another shape, by name; and which network the weights are of.
+  """
+  fresh = flax.traverse_util.flatten_dict(dict(variables), sep='/')
+  given = flax.traverse_util.flatten_dict({key: loaded.get(key, {}) for key in ('params', 'batch_stats')}, sep='/')
+  given = {key: value for key, value in given.items() if key in fresh or not key.startswith('params/heads/')}
+  if problems := _problems({key: value for key, value in fresh.items() if key in given or not key.startswith('params/heads/')}, given):
+    raise ValueError(f'the weights do not fit the model (model.name, model.width, model.stem). {_nearest(given)}. {". ".join(problems)}')
+  merged = {key: np.asarray(given[key], np.float32) if key in given else value for key, value in fresh.items()}
+  return flax.traverse_util.unflatten_dict(merged, sep='/')
+
+
+def _both(key: str) -> str:
+  """A path here and the tensor's name in a file of torch: `params/conv1/kernel (conv1.weight)`."""
+  return f'{key} ({export.name(key)})' if key.startswith(('params/', 'batch_stats/')) else key
+
+
+def project(projection: Mapping[str, Any], features: jax.Array) -> jax.Array:
+  """MoCo-v2's projection head: features `[b, 2048]` to `[b, 128]`, not normalised (Chen et al., 2020: linear, ReLU, linear)."""
+  hidden = jax.nn.relu(features @ projection['0']['kernel'] + projection['0']['bias'])
+  return hidden @ projection['2']['kernel'] + projection['2']['bias']
+
+
+def _problems(expected: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
+  """What differs between two flat trees of arrays or their shapes."""
+  missing, extra = expected.keys() - given.keys(), given.keys() - expected.keys()
+  shapes = [f'{key} {given[key].shape} in the weights, {expected[key].shape} in the model'
+            for key in sorted(expected.keys() & given.keys(), key=_params_first) if given[key].shape != expected[key].shape]
+  return [*([f'Missing in the weights: {listed(sorted(missing, key=_params_first))}'] if missing else []),
+          *([f'Not in the model: {listed(sorted(extra, key=_params_first))}'] if extra else []),
+          *([f'Other shapes: {"; ".join(shapes[:3])}' + (f' and {len(shapes) - 3} more' if len(shapes) > 3 else '')] if shapes else [])]
+
+
+def _nearest(given: Mapping[str, Any]) -> str:
+  """The network that loaded variables are of, or are most like."""
+  given = {key: value for key, value in given.items() if not key.startswith('params/heads/')}
+  kernel = given['params/conv1/kernel'] if 'params/conv1/kernel' in given else np.zeros((7, 7, 3, 64))
+  stem, width = f'{kernel.shape[0]}x{kernel.shape[1]}', kernel.shape[-1]
+  known = ', '.join(resnet.NETWORKS)
+  if stem not in resnet.STEMS:
+    return f'They are of none of {known}'
+  fits = {}
+  for name in resnet.NETWORKS:
+    model = resnet.build(name, {}, width=width, stem=stem)
+    shapes = flax.traverse_util.flatten_dict(
+        jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 32, 32, 3), np.uint8)), sep='/')
+    alike = sum(key in given and given[key].shape == value.shape for key, value in shapes.items())
+    fits[name] = alike - len(given), alike - len(shapes)  # zeros: nothing is left over, nothing missing
+  best = max(fits, key=lambda name: sum(fits[name]))
+  if fits[best] == (0, 0):
+    return f'They are of {best}: set --config.model.name={best} --config.model.width={width} --config.model.stem={stem}'
+  return (f'They are of none of {known}; the nearest is {best} of width {width}, which has {len(given) + fits[best][0]} of their '
+          f'{len(given)} tensors')
+
+
+def _params_first(name: str) -> tuple[bool, str]:
+  return not name.startswith('params/'), name
+
+
+def _convert(name: str, value: np.ndarray, path: str | os.PathLike[str]) -> tuple[str, np.ndarray]:
+  """A torch tensor's place and value here."""
+  if value.dtype.kind in 'iub':
+    raise ValueError(f'{path}: {name} is {value.dtype}; expected floating-point numbers')
+  with np.errstate(over='ignore'):  # what is too large becomes infinite, which `check_numbers` names
+    value = np.asarray(value, np.float32)
+  if name.endswith('weight') and value.ndim == 4:
+    value = value.transpose(2, 3, 1, 0)
+  elif name.endswith('weight') and value.ndim == 2:
+    value = value.T
+  return _key(name), value
+
+
+def _key(name: str) -> str:
+  """The path here of a tensor of torchvision or MoCo-v2: `layer1.0.conv1.weight` is params/layer1/0/conv1/kernel."""
+  module, _, leaf = name.replace('.', '/').rpartition('/')
+  if name in _PROJECTION:
+    return f'projection/{module.removeprefix("fc/")}/{"kernel" if leaf == "weight" else leaf}'
+  if leaf in ('running_mean', 'running_var'):
+    return f'batch_stats/{module}/{leaf.removeprefix("running_")}'
+  module = 'heads/source' if module == 'fc' else module
+  normalisation = re.fullmatch(r'(.*/)?(bn\d|downsample/1)', module)
+  return f'params/{module}/{leaf if leaf == "bias" else "scale" if normalisation else "kernel"}'

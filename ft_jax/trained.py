@@ -1,0 +1,98 @@
+"""A finished run, taken up to be used: what export, predict and stability share."""
+
+from collections.abc import Mapping
+import json
+from typing import Any, NamedTuple
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from ft_jax.data.pipeline import Transform
+from ft_jax.jobs import setup
+from ft_jax.models import resnet
+from ft_jax.training.checkpoints import load_variables
+from ft_jax.workdir import read_config
+from selection import storage
+
+
+class Trained(NamedTuple):
+  """The best checkpoint of a run.
+
+  Attributes:
+    path: the run's workdir.
+    config: the run's; one of an older version may lack fields.
+    results: what its results.json holds.
+    head: 'target', or 'source' of a pre-training.
+    class_names: one a logit of the head.
+    model: with that head alone.
+    variables: `{'params', 'batch_stats'}` of the model, numpy arrays.
+    transform: what images went through when it was evaluated.
+  """
+  path: epath.Path
+  config: ConfigDict
+  results: dict[str, Any]
+  head: str
+  class_names: tuple[str, ...]
+  model: resnet.ResNet
+  variables: dict[str, Any]
+  transform: Transform
+
+  def described(self) -> str:
+    """One line on what it is."""
+    split = 'test' if self.results['test'] else 'val'
+    return (f'{self.config.model.name} of {self.path}, {len(self.class_names)} classes, checkpoint of step {self.results["best_step"]} '
+            f'({split} top-1 {self.results[split]["top1"]:.1%})')
+
+
+def load(workdir: str, field: str = 'config.workdir') -> Trained:
+  """Takes up the run in a workdir, which `field` of the config names.
+
+  Raises:
+    ValueError: no run, one that is not finished, or one of a job that trains no network of its own.
+  """
+  if not workdir:
+    raise ValueError(f'{field} is empty; give the workdir of a finished run, such as --{field}=runs/pets')
+  path = storage.located(workdir)
+  stored = read_config(path)
+  if stored is None:
+    raise ValueError(f'{field}: {workdir} holds no run (no config.json of one); give the workdir of a finished fine-tuning')
+  if str(stored['job']) not in HEADS:
+    inside = sorted(p.name for p in path.iterdir() if read_config(p)) if stored['job'] == 'compare' else []
+    raise ValueError(f'{field}: {workdir} is of job {stored["job"]}; give that of a fine-tuning'
+                     + (f', such as {path / inside[0]} ({len(inside)} are inside)' if inside else ''))
+  if not (path / 'results.json').exists():
+    raise ValueError(f'{field}: the run in {workdir} is not finished (no results.json); run its command again, which goes on')
+  try:
+    config, results = ConfigDict(stored), json.loads((path / 'results.json').read_text())
+    head = HEADS[config.job]
+    class_names = tuple(str(row['name']) for row in results['val']['per_class'])
+    model = resnet.build(config.model.name, {head: len(class_names)}, width=config.model.width, stem=config.model.stem,
+                         dtype=setup.DTYPES[config.model.dtype], precision=config.model.get('precision', 'default'))
+    run = Trained(path, config, results, head, class_names, model, {}, Transform(config.image_size, short_side=setup.short_side(config)))
+    run.described()
+  except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:  # of another program, or changed by hand
+    raise ValueError(f'{field}: config.json and results.json of {workdir} are not those of a finished run '
+                     f'({type(error).__name__}: {error})') from error
+  return run._replace(variables=_of_head(load_variables(path), head))
+
+
+def output_folder(workdir: epath.PathLike) -> epath.Path:
+  """Makes the folder that is written to; what is there of the same names is replaced file by file.
+
+  Raises:
+    ValueError: it is a file.
+    OSError: it cannot be made.
+  """
+  folder = storage.located(workdir)
+  if folder.exists() and not folder.is_dir():
+    raise ValueError(f'--workdir={workdir} is a file; give a folder to write to')
+  return storage.make_folder(folder)
+
+
+def _of_head(variables: Mapping[str, Any], head: str) -> dict[str, Any]:
+  heads = variables['params']['heads']
+  return {**variables, 'params': {**variables['params'], 'heads': {head: heads[head]}}}
+
+
+# The head that each job trains for.
+HEADS = {'finetune': 'target', 'pretrain': 'source'}

@@ -1,0 +1,148 @@
+"""Optimizers with learning-rate groups, and the schedules of the learning rate."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+import re
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import optax
+
+Groups = Sequence[tuple[str, float]]
+
+
+def make_schedule(kind: str, learning_rate: float, steps: int, *, milestones: Sequence[float], decay: float,
+                  warmup: float) -> optax.Schedule:
+  """The learning rate of each step.
+
+  Args:
+    kind: a name of `SCHEDULES`.
+    learning_rate: the highest one.
+    steps: of the whole run.
+    milestones: fractions of the run (0 to 1), in any order, after which the rate is multiplied by `decay`; for 'milestones'. In a short run
+      several may fall on one step, which then multiplies the rate as many times.
+    decay: see there.
+    warmup: fraction of the run (0 to 1) over which the rate rises from zero; at least the last step is left for the schedule itself.
+
+  Raises:
+    ValueError: an unknown kind.
+  """
+  if kind not in SCHEDULES:
+    raise ValueError(f'train.schedule is {kind!r}; known: {", ".join(SCHEDULES)}')
+  rise = min(round(warmup * steps), steps - 1)
+  if kind == 'cosine':
+    main = optax.cosine_decay_schedule(learning_rate, steps - rise)
+  elif kind == 'milestones':
+    times = Counter(round(m * steps) - rise for m in milestones)
+    main = optax.piecewise_constant_schedule(learning_rate, {step: decay**count for step, count in times.items()})
+  else:
+    main = optax.constant_schedule(learning_rate)
+  if not rise:
+    return main
+  # The first step already moves: (step + 1) / rise.
+  return optax.join_schedules([lambda step: learning_rate * (step + 1) / rise, main], [rise])
+
+
+def make_optimizer(kind: str, schedule: optax.Schedule, params: Any, *, momentum: float = 0.9, nesterov: bool = True,
+                   weight_decay: float = 0.0, learning_rate_groups: Groups = (('.*', 1.0),), weight_decay_groups: Groups = (('.*', 1.0),),
+                   layer_decay: float = 1.0, clip_norm: float = 0.0) -> optax.GradientTransformation:
+  """An optimizer of the table below, as torch has it: sgd, adam and amsgrad add the weight decay to the gradient, adamw to the update.
+
+  Args:
+    kind: a name of `OPTIMIZERS`.
+    schedule: the learning rate of each step.
+    params: the parameters (or their shapes), for their paths.
+    momentum: of sgd, 0 to below 1.
+    nesterov: of sgd: look ahead along the momentum.
+    weight_decay: times the parameter.
+    learning_rate_groups: (pattern, factor) pairs; see `by_pattern`.
+    weight_decay_groups: likewise for the weight decay.
+    layer_decay: the rate is multiplied by it once more for each block that a parameter is further from the heads; see `depths`.
+    clip_norm: the gradient is scaled down to this norm over all parameters; 0 leaves it.
+
+  Raises:
+    ValueError: an unknown kind, or groups that do not fit the parameters.
+  """
+  if kind not in OPTIMIZERS:
+    raise ValueError(f'train.optimizer is {kind!r}; known: {", ".join(OPTIMIZERS)}')
+  groups = by_pattern(params, learning_rate_groups, 'train.learning_rate_groups')
+  decays = by_pattern(params, weight_decay_groups, 'train.weight_decay_groups')
+  rates = jax.tree.map(lambda factor, depth: factor * layer_decay**depth, groups, depths(params))
+  decay = optax.stateless(lambda updates, params: jax.tree.map(lambda g, p, d: g + weight_decay * d * p, updates, params, decays))
+  main = OPTIMIZERS[kind](momentum, nesterov)
+  return optax.chain(
+      *([optax.clip_by_global_norm(clip_norm)] if clip_norm else []),
+      *((main, decay) if kind == 'adamw' else (decay, main)),
+      optax.stateless(lambda updates, params: jax.tree.map(lambda g, r: r * g, updates, rates)),
+      optax.scale_by_learning_rate(schedule))
+
+
+def scale_by_amsgrad(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> optax.GradientTransformation:
+  """AMSGrad as torch has it (Reddi, Kale and Kumar, ICLR 2018): the maximum is of the second moments before their bias correction.
+
+  optax.scale_by_amsgrad takes the maximum after it, where the large corrections of the first steps stay for good.
+  """
+
+  def update(updates: Any, state: optax.ScaleByAmsgradState, params: Any = None) -> tuple[Any, optax.ScaleByAmsgradState]:
+    count = state.count + 1
+    mu = jax.tree.map(lambda g, m: b1 * m + (1 - b1) * g, updates, state.mu)
+    nu = jax.tree.map(lambda g, v: b2 * v + (1 - b2) * g * g, updates, state.nu)
+    most = jax.tree.map(jnp.maximum, state.nu_max, nu)
+    steps = count.astype(jnp.float32)
+    scaled = jax.tree.map(lambda m, v: m / (1 - b1**steps) / (jnp.sqrt(v) / jnp.sqrt(1 - b2**steps) + eps), mu, most)
+    return scaled, optax.ScaleByAmsgradState(count=count, mu=mu, nu=nu, nu_max=most)
+
+  return optax.GradientTransformation(optax.scale_by_amsgrad(b1, b2, eps).init, update)
+
+
+def depths(params: Any) -> Any:
+  """How many blocks each parameter is away from the heads, as a tree of numbers: heads 0, the last block 1, ... the stem most.
+
+  Layer-wise decay after Howard and Ruder (ACL 2018) and Clark et al. (ICLR 2020), with a residual block as a layer.
+  """
+  flat = flax.traverse_util.flatten_dict(params, sep='/')
+  blocks = {path: re.match(r'layer(\d+)/(\d+)/', path) for path in flat}
+  order = sorted({(int(match[1]), int(match[2])) for match in blocks.values() if match})
+  numbers = {path: len(order) - order.index((int(match[1]), int(match[2]))) if match else
+             0 if path.startswith(('heads/', 'methods/')) else len(order) + 1 for path, match in blocks.items()}
+  return flax.traverse_util.unflatten_dict(numbers, sep='/')
+
+
+def by_pattern(params: Any, groups: Groups, what: str) -> Any:
+  """A tree of numbers in the shape of `params`: that of the first pattern that matches the whole path.
+
+  Paths look like `layer4/1/conv2/kernel` and `heads/target/bias`.
+
+  Raises:
+    ValueError: a parameter that no pattern covers, a pattern that is used for none, or one that is no regular expression.
+  """
+  try:
+    patterns = [(re.compile(pattern), float(value)) for pattern, value in groups]
+  except (re.error, TypeError, ValueError) as error:
+    raise ValueError(f'{what} is {groups!r}; expected (regular expression, number) pairs ({error})') from error
+  flat = flax.traverse_util.flatten_dict(params, sep='/')
+  values, used = {}, set()
+  for path in flat:
+    match = next((i for i, (pattern, _) in enumerate(patterns) if pattern.fullmatch(path)), None)
+    if match is None:
+      raise ValueError(f'{what} covers no parameter {path!r}; end it with (".*", 1.0)')
+    used.add(match)
+    values[path] = patterns[match][1]
+  unused = [groups[i][0] for i in range(len(patterns)) if i not in used]
+  if unused:
+    raise ValueError(f'{what}: pattern {unused[0]!r} matches no parameter before an earlier pattern does; '
+                     f'paths look like {next(iter(flat))!r}')
+  return flax.traverse_util.unflatten_dict(values, sep='/')
+
+
+SCHEDULES = ('milestones', 'cosine', 'constant')
+
+# Gradients to updates, from (momentum, nesterov).
+OPTIMIZERS: dict[str, Callable[[float, bool], optax.GradientTransformation]] = {
+    'sgd': lambda momentum, nesterov: optax.trace(momentum, nesterov),
+    'adam': lambda momentum, nesterov: optax.scale_by_adam(),
+    'adamw': lambda momentum, nesterov: optax.scale_by_adam(),
+    'amsgrad': lambda momentum, nesterov: scale_by_amsgrad(),
+}

@@ -1,0 +1,79 @@
+"""How signals end a program: soon, whatever it is doing, and in a training by asking it."""
+
+import pathlib
+import signal
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+# What takes long is a lock that is taken twice, outside of the interpreter, as a compilation is: no handler of Python is called meanwhile.
+BEGIN = '''
+import ctypes
+import sys
+import threading
+import time
+from ft_jax import command, progress, stopping
+progress.show_log()
+stopping.PATIENCE = float(sys.argv[1])
+library, lock = ctypes.CDLL(None), (ctypes.c_char * 64)()
+long = lambda: [library.pthread_mutex_lock(lock) for _ in range(2)]
+def ready(): print('ready', flush=True)
+def ready_within():
+  def tell():
+    while int.from_bytes(lock.raw[:4], sys.byteorder) != 2:  # what glibc writes there when somebody has to wait
+      time.sleep(0.01)
+    ready()
+  threading.Thread(target=tell, daemon=True).start()
+'''
+OUTSIDE = BEGIN + '''
+with command.ending(False):
+  ready_within()
+  long()
+'''
+WAITING = BEGIN + '''
+with command.ending(False):
+  ready()
+  input()
+'''
+TRAINING = BEGIN + '''
+with command.ending(False), stopping.signals() as stop:
+  ready()
+  while not stop():
+    pass
+  print(stop.signal, flush=True)
+  long()
+'''
+STUCK = BEGIN + '''
+with command.ending(False), stopping.signals() as stop:
+  ready_within()
+  long()
+'''
+
+
+def end(script, signals, patience=600.0):
+  """Starts it, sends the signals one after the other (a line of its output comes before each); (exit code, output, messages)."""
+  command = [sys.executable, '-c', script, str(patience)]
+  with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    lines = []
+    for number in signals:
+      lines.append(process.stdout.readline().strip())
+      process.send_signal(number)
+    rest, messages = process.communicate(timeout=300)
+  return process.returncode, [*lines, *rest.split()], messages
+
+
+@pytest.mark.parametrize('script,patience,words', [
+    (WAITING, 600.0, 'stopped (SIG'), (OUTSIDE, 1.0, 'left at once'), (STUCK, 0.5, 'has not come to an end within')])
+def test_a_signal_ends_whatever_is_going_on(script, patience, words):
+  """Where Python gets to it, at once; where it does not, as in a compilation, after a while."""
+  for number in (signal.SIGTERM, signal.SIGINT) if script is WAITING else (signal.SIGTERM,):
+    code, _, messages = end(script, [number], patience)
+    assert code == 128 + number and words in messages and 'the same command goes on' in messages and 'Traceback' not in messages
+
+
+def test_a_second_one_leaves_at_once():
+  """The first asks the training to stop, which saves for a long time; nobody has to wait for that."""
+  code, printed, messages = end(TRAINING, [signal.SIGINT, signal.SIGINT])
+  assert (code, printed) == (130, ['ready', '2']) and 'stopping after this step (SIGINT)' in messages and 'left at once' in messages
