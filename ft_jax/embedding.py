@@ -43,7 +43,7 @@ def embedded(folder: epath.Path | None, network: ConfigDict, variables: Mapping[
     ValueError: features that are not finite.
     Stalled: no images came for `timeout` seconds.
   """
-  model = setup.build_model(network, {}).clone(precision=PRECISION)
+  model = setup.build_model(network, {}, transform.size).clone(precision=PRECISION)
   # The precision is part of it: older versions made features by the default one of the device, and other ones are not to be mixed.
   encoder = digest(weights or initial_weights.weights_fingerprint(variables), network.name, network.dtype, PRECISION,
                    f'{transform.size}/{transform.short_side}')

@@ -27,7 +27,7 @@ SIZE, TARGETS, SOURCES, BATCH = 16, 4, 6, 16
 def network(heads: Mapping[str, int] | None = None, **kwargs: Any) -> resnet.ResNet:
   """One block a stage, four channels in the first one: compiled in a few seconds."""
   heads = {'target': TARGETS, 'source': SOURCES} if heads is None else heads
-  return resnet.ResNet((1, 1, 1, 1), resnet.BasicBlock, dict(heads), width=4, **kwargs)
+  return resnet.ResNet((1, 1, 1, 1), resnet.BasicBlock, heads=dict(heads), width=4, **kwargs)
 
 
 def variables(model: resnet.ResNet, seed: int = 0) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from ft_jax.data.splits import (
 )
 from ft_jax.embedding import embedded, remove_partial
 from ft_jax.jobs import pretrain, setup
+from ft_jax.models.network import network_variables
 from ft_jax.pages import report
 from ft_jax.progress import log
 from ft_jax.settings import check_fields
@@ -134,12 +135,12 @@ def _train(config: ConfigDict, work: Workdir, splits: Splits, pool: ImageSet | N
                   '(config.selection.size)', pool.class_names[present[0]])
     streams['source'] = fit.Stream(helping, _source_batch(config), config.source_weight if labelled else None)
 
-  needs = methods.all_needs(active, setup.build_model(config.model, heads))
-  start = {key: weights.variables[key] for key in ('params', 'batch_stats')} if weights else None
+  needs = methods.all_needs(active, setup.build_model(config.model, heads, config.image_size))
+  start = network_variables(weights.variables) if weights else None
   if needs.trained_classifier:
     heads['pretrained'] = len(start['params']['heads']['pretrained']['bias'])
-  model = setup.build_model(config.model, heads, config.train.freeze)
-  variables = setup.init_variables(model, config.image_size, config.seed, start)
+  model = setup.build_model(config.model, heads, config.image_size, config.train.freeze)
+  variables = setup.init_variables(model, config.seed, start)
   results = fit.fit(config.train, work, model=model, variables=variables, streams=streams, splits=splits, transform=transform,
                     metric=config.target.metric, seed=config.seed, start=start, methods=active, true_labels=true_labels,
                     timeout=config.data.timeout)
@@ -183,31 +184,31 @@ def check(config: ConfigDict) -> None:
   if _unlabelled(active) and config.model.source_head == 'pretrained':
     raise ValueError(f"config.model.source_head is 'pretrained', but with methods.{_unlabelled(active)} source images have no labels and "
                      'there is no head for their classes; use --config.model.source_head=fresh')
-  model = setup.build_model(config.model, dict.fromkeys(heads, 2), config.train.freeze)
+  model = setup.build_model(config.model, dict.fromkeys(heads, 2), config.image_size, config.train.freeze)
   fresh = {'target'} | ({'source'} & set(heads) if config.model.source_head == 'fresh' else set()) if config.model.weights else ()
-  methods.check(active, methods.Plan(model, config.image_size, config.train.batch_size, config.selection.method != 'none',
+  methods.check(active, methods.Plan(model, config.train.batch_size, config.selection.method != 'none',
                                      config.model.weights))
   nothing = np.zeros(0, np.int32)
   begin = methods.SetupContext(model, {}, 2, nothing, nothing, config.train.batch_size, config.seed, lambda split, rows=None: [])
-  fit.check(config.train, config.target.metric, model, config.image_size, fresh, fit.own_params(active, begin))
+  fit.check(config.train, config.target.metric, model, fresh, fit.own_params(active, begin))
   sizes = {'target': config.train.batch_size}
   if config.selection.method != 'none':
     sizes['source'] = _source_batch(config)
     parallel.check_batch(sizes['source'], 'config.source_ratio * config.train.batch_size')
     fit.check_parts(config.train.accumulate_steps, sizes['source'], 'config.source_ratio * config.train.batch_size')
   views = [stream for stream, _ in methods.all_needs(active, model).seen]
-  fit.check_batch_norm(config.train, model, config.image_size, sum(sizes.get(stream, 0) for stream in (*sizes, *views)))
+  fit.check_batch_norm(config.train, model, sum(sizes.get(stream, 0) for stream in (*sizes, *views)))
   if config.model.weights == 'pretrain':
     # BatchNorm is trained there, whatever the fine-tuning does.
-    own = setup.build_model(config.model, {'source': 2}, config.pretrain.freeze).clone(batch_norm='train')
-    fit.check(config.pretrain, 'top1', own, config.image_size)
-    fit.check_batch_norm(config.pretrain, own, config.image_size, config.pretrain.batch_size)
+    own = setup.build_model(config.model, {'source': 2}, config.image_size, config.pretrain.freeze).clone(batch_norm='train')
+    fit.check(config.pretrain, 'top1', own)
+    fit.check_batch_norm(config.pretrain, own, config.pretrain.batch_size)
 
 
 def _log_doubts(config: ConfigDict) -> None:
   """Warns of settings with which a run may end well and mean nothing."""
-  model = setup.build_model(config.model, {'target': 2}, config.train.freeze)
-  heads_alone = fit.only_heads(model, config.image_size)
+  model = setup.build_model(config.model, {'target': 2}, config.image_size, config.train.freeze)
+  heads_alone = fit.only_heads(model)
   fit.log_doubts(config.train, heads_alone and not config.model.weights)
   if config.selection.method == 'none' or _unlabelled(methods.active(config.methods.to_dict())):
     return
@@ -221,7 +222,7 @@ def _log_doubts(config: ConfigDict) -> None:
 
 def _heads(config: ConfigDict, active: Mapping[str, methods.Method]) -> list[str]:
   """Names of the heads that are trained."""
-  needs = methods.all_needs(active, setup.build_model(config.model, {'target': 2}))
+  needs = methods.all_needs(active, setup.build_model(config.model, {'target': 2}, config.image_size))
   labelled = config.selection.method != 'none' and not _unlabelled(active)
   return ['target', *(['source'] if labelled else []), *(['pretrained'] if needs.trained_classifier else [])]
 
@@ -313,12 +314,13 @@ def _weights(config: ConfigDict, work: Workdir, pool: ImageSet | None, common: o
     log.warning('warning: config.model.weights is empty, so the network starts from random weights')
     return None
   active = methods.active(config.methods.to_dict())
-  classifier = any(method.needs(setup.build_model(config.model, {})).classifier for method in active.values())
+  network = setup.build_model(config.model, {}, config.image_size)
+  classifier = any(method.needs(network).classifier for method in active.values())
   has_head = config.model.source_head == 'pretrained' and 'source' in _heads(config, active)
   classes = len(pool.class_names) if has_head else None
   if config.model.weights != 'pretrain':
-    return initial_weights.load_weights(config.model.weights, classes=classes, class_names=pool.class_names if has_head else None,
-                              classifier=classifier, projection=_projects(config))
+    return initial_weights.load_weights(config.model.weights, network, classes=classes, class_names=pool.class_names if has_head else None,
+                                        classifier=classifier, projection=_projects(config))
   # A run of its own beside the others, with its own checkpoints and report.
   # Only what it depends on: it is not lost where something else is changed.
   fields = config.to_dict()
@@ -330,7 +332,7 @@ def _weights(config: ConfigDict, work: Workdir, pool: ImageSet | None, common: o
   if common.classes:
     own.source.without = common.classes
   pretrain.run(own, work.path / 'pretrain', common.dropped)
-  return initial_weights.load_weights(str(work.path / 'pretrain'), classes=classes, classifier=classifier)
+  return initial_weights.load_weights(str(work.path / 'pretrain'), network, classes=classes, classifier=classifier)
 
 
 def _select(config: ConfigDict, work: Workdir, weights: initial_weights.Weights | None, target: ImageSet, pool: ImageSet | None,
@@ -425,12 +427,12 @@ def _embedded(config: ConfigDict, folder: epath.Path, unfinished: epath.Path, we
   `selection.features` of 'projection' are the 128 numbers behind MoCo-v2's projection head (Liu et al., NeurIPS 2022).
   """
   means = config.selection.by == 'class' and _parameters(config).get('cost') != 'bures'
-  variables = setup.init_variables(setup.build_model(config.model, {}), config.image_size, config.seed,
-                                   weights.variables if weights else None)
+  model = setup.build_model(config.model, {}, config.image_size)
+  variables = setup.init_variables(model, config.seed, weights.variables if weights else None)
   if _projects(config):
     variables['projection'] = weights.variables['projection']
   # Another jax may draw other ones by the same seed.
-  random = '' if weights else f'{initial_weights.drawn(config.seed)} by jax {jax.__version__}, {config.model.width} {config.model.stem}'
+  random = '' if weights else f'{initial_weights.drawn(config.seed)} by jax {jax.__version__}, {" ".join(map(str, model.options.values()))}'
   return embedded(folder, config.model, variables, source, transform, config.train.batch_size, what, means, config.data.timeout,
                   unfinished, random)
 

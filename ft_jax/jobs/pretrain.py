@@ -45,9 +45,9 @@ def run(config: ConfigDict, workdir: epath.PathLike, left_out: Sequence[str] = (
     raise ValueError(f'config.methods.{next(iter(on))} is switched on, which is for fine-tuning and not for job pretrain')
   if config.get('noise') and (config.noise.kind or config.noise.rate):
     raise ValueError(f'config.noise.kind is {config.noise.kind!r}, which is for the target of a fine-tuning and not for job pretrain')
-  model = setup.build_model(config.model, {'source': 2}, config.train.freeze)
-  fit.check(config.train, 'top1', model, config.image_size, ('source',) if config.model.weights else ())
-  fit.check_batch_norm(config.train, model, config.image_size, config.train.batch_size)
+  model = setup.build_model(config.model, {'source': 2}, config.image_size, config.train.freeze)
+  fit.check(config.train, 'top1', model, ('source',) if config.model.weights else ())
+  fit.check_batch_norm(config.train, model, config.train.batch_size)
   work = Workdir(workdir, config.to_dict())
   done = parallel.agreed(work.results)
   if not done:
@@ -86,16 +86,16 @@ def _train(config: ConfigDict, work: Workdir, left_out: Sequence[str]) -> dict[s
   check_same_images(splits)
   check_classes(splits)
   fit.log_doubts(config.train, not config.model.weights and fit.only_heads(
-      setup.build_model(config.model, {'source': 2}, config.train.freeze), config.image_size))
+      setup.build_model(config.model, {'source': 2}, config.image_size, config.train.freeze)))
   splits = cache_in_memory(splits, 'source', config.data.cache)
   classes = len(splits.train.class_names)
   weights = None
   if config.model.weights:
     kept = config.model.source_head == 'pretrained'
-    weights = initial_weights.load_weights(config.model.weights, classes=classes if kept else None,
-                                 class_names=splits.train.class_names if kept else None)
-  model = setup.build_model(config.model, {'source': classes}, config.train.freeze)
-  variables = setup.init_variables(model, config.image_size, config.seed, weights.variables if weights else None)
+    weights = initial_weights.load_weights(config.model.weights, setup.build_model(config.model, {}, config.image_size),
+                                           classes=classes if kept else None, class_names=splits.train.class_names if kept else None)
+  model = setup.build_model(config.model, {'source': classes}, config.image_size, config.train.freeze)
+  variables = setup.init_variables(model, config.seed, weights.variables if weights else None)
   stream = fit.Stream(splits.train, config.train.batch_size, 1.0)
   results = fit.fit(config.train, work, model=model, variables=variables, streams={'source': stream}, splits=splits,
                     transform=setup.make_transform(config), metric='top1', seed=config.seed,

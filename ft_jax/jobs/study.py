@@ -20,6 +20,7 @@ from ft_jax import compiled, parallel, trained
 from ft_jax.data.image_set import digest, open_set
 from ft_jax.embedding import embedded, PRECISION, remove_partial
 from ft_jax.jobs import finetune, setup
+from ft_jax.models.network import OPTIONS
 from ft_jax.pages import report, study_page
 from ft_jax.progress import log
 from ft_jax.settings import check_fields, defaults, flat
@@ -42,7 +43,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
   check_fields(config)
   kept = history.read(config.checkpoints, config.model, config.study.epochs)
   config = ConfigDict(config.to_dict())
-  config.model.update({name: kept.network[name] for name in ('name', 'width', 'stem')})
+  config.model.update({name: kept.network[name] for name in ('name', *OPTIONS) if name in kept.network})
   check(config, kept)
   if config.study.fine_tune:
     check_name(storage.absolute(workdir))
@@ -113,6 +114,8 @@ class _Study:
     self._config, self._history, self._targets, self._folder = config, kept, targets, folder
     self._owned = own(folder) if parallel.is_main() else None
     self._transform, self._parts = setup.make_transform(config), Parts(folder / 'parts')
+    options = setup.build_model(config.model, {}, config.image_size).options
+    self._model = f'{config.model.name} ({", ".join(f"{name} {value}" for name, value in options.items())})'
     self._which = 'centred' if config.study.centred else 'plain'
     self._pool, self._legacy_pool = _pool(config)
     self._prints = history.fingerprints(kept, config.image_size)
@@ -285,7 +288,7 @@ class _Study:
     """Writes what is known; returns what study.json holds."""
     settings, kept = self._config.study, self._history
     results = {
-        'job': 'study', 'checkpoints': kept.path, 'model': f'{self._config.model.name} (width {self._config.model.width})',
+        'job': 'study', 'checkpoints': kept.path, 'model': self._model,
         'precision': {'training': self._config.model.precision, 'embeddings': PRECISION},
         'source': kept.source, 'metric': self._config.target.metric, 'seeds': list(settings.seeds), 'threshold': settings.threshold,
         'parts_of': self._which, 'devices': f'{jax.device_count()} x {jax.devices()[0].device_kind}',

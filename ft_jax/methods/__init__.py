@@ -20,7 +20,7 @@ from ft_jax.methods.lwf import LwF
 from ft_jax.methods.mixup import Mixup
 from ft_jax.methods.self_label import SelfLabel
 from ft_jax.methods.stoch_norm import StochNorm
-from ft_jax.models.resnet import ResNet
+from ft_jax.models.network import Network
 from ft_jax.settings import check_field, like
 
 __all__ = ['METHODS', 'LossTerm', 'Method', 'Needs', 'Plan', 'SetupContext', 'State', 'StepContext', 'active', 'all_needs', 'check', 'defaults',
@@ -83,7 +83,7 @@ def norm(methods: Mapping[str, Method]) -> Callable[..., nn.Module] | None:
   return next(iter(found.values()), None)
 
 
-def all_needs(methods: Mapping[str, Method], model: ResNet) -> Needs:
+def all_needs(methods: Mapping[str, Method], model: Network) -> Needs:
   """What all of them together need."""
   each = [method.needs(model) for method in methods.values()]
   joined = [[getattr(needs, field) for needs in each] for field in Needs._fields]

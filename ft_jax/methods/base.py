@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from ft_jax import parallel
-from ft_jax.models.resnet import Outputs, ResNet
+from ft_jax.models.network import Network, network_variables, Outputs
 
 State = dict[str, Any]  # nested dicts of arrays, the same on every device; part of every checkpoint
 
@@ -47,13 +47,11 @@ class Plan(NamedTuple):
 
   Attributes:
     model: the network; the numbers of classes of its heads may not be known yet.
-    image_size: pixels a side.
     batch_size: target images a step, over all devices.
     source: whether source images take part in the step.
     weights: `config.model.weights`.
   """
-  model: ResNet
-  image_size: int
+  model: Network
   batch_size: int
   source: bool
   weights: str
@@ -65,7 +63,7 @@ class SetupContext:
 
   Attributes:
     model: the network that is trained.
-    start: `{'params', 'batch_stats'}` that it starts with, numpy arrays, without fresh heads.
+    start: `{'params', 'batch_stats'}` that it starts with, numpy arrays, without fresh heads; {} where nothing is pre-trained.
     classes: of the target.
     labels: int32 `[n]`, labels of the training examples as they are trained on, by `index`.
     true_labels: int32 `[n]`, what they were before noise was put in; the same array where none was.
@@ -74,7 +72,7 @@ class SetupContext:
     batches: gives the evaluation batches of 'train' or 'val', padded and masked, as `data.pipeline.EvalBatches` makes them; as a second
       argument it takes rows (int `[n]`), where not all are wanted.
   """
-  model: ResNet
+  model: Network
   start: Mapping[str, Any]
   classes: int
   labels: np.ndarray
@@ -89,7 +87,7 @@ class SetupContext:
     return len(self.labels) / self.batch_size
 
   @property
-  def teacher(self) -> ResNet:
+  def teacher(self) -> Network:
     """See `teacher_of`; exact, as what it says before training decides what methods do in all of it."""
     return teacher_of(self.model, self.start).clone(precision='highest')
 
@@ -126,8 +124,9 @@ class StepContext(NamedTuple):
   """One training step on one device: the forward pass and what led to it.
 
   Attributes:
+    model: the network that is trained.
     params: of the network, and `params['methods'][<method>]` of the methods.
-    batch_stats: running statistics before the step.
+    batch_stats: running statistics before the step; {} of a network without.
     start: see `Needs.start`; {} where nothing needs it.
     teacher: see `Needs.teacher`, for the target images; None where nothing needs it.
     outputs: of the network by stream ('target', 'source'), and by 'stream/view' for the views that go through it.
@@ -138,6 +137,7 @@ class StepContext(NamedTuple):
     key: random, of this step and method, the same on every device.
     forward: (variables, images) -> (outputs, running statistics averaged over devices): another network's pass in training mode.
   """
+  model: Network
   params: Any
   batch_stats: Any
   start: Any
@@ -176,12 +176,12 @@ class Method:
   def check(self, plan: Plan) -> None:
     """Raises ValueError for settings that cannot be right."""
 
-  def needs(self, model: ResNet) -> Needs:
+  def needs(self, model: Network) -> Needs:
     """What has to be computed for it."""
     return Needs()
 
   def norm(self) -> Callable[..., nn.Module] | None:
-    """The normalisation layer to use in place of BatchNorm, with the arguments of `resnet.BatchNorm`."""
+    """The normalisation layer to use in place of BatchNorm, with the arguments of `models.batch_norm.BatchNorm`."""
 
   def params(self, begin: SetupContext) -> Any:
     """Trainable parameters of its own, which start as these; {} for none."""
@@ -214,12 +214,12 @@ class Method:
     """What it adds to the loss."""
     return LossTerm(0.0, state)
 
-  def project(self, params: Any, batch_stats: Any, start: Any) -> Any:
+  def project(self, model: Network, params: Any, batch_stats: Any, start: Any) -> Any:
     """The parameters after the update, brought back to where they may be."""
     return params
 
 
-def teacher_of(model: ResNet, start: Mapping[str, Any]) -> ResNet:
+def teacher_of(model: Network, start: Mapping[str, Any]) -> Network:
   """The network that `start` is of, with the head 'pretrained' where that is there."""
   heads = {name: head['bias'].shape[0] for name, head in start['params'].get('heads', {}).items() if name == 'pretrained'}
   return model.clone(heads=heads)
@@ -231,7 +231,7 @@ def teacher_variables(start: Mapping[str, Any]) -> dict[str, Any]:
   heads = start['params'].get('heads', {})
   if 'pretrained' in heads:
     params['heads'] = {'pretrained': heads['pretrained']}
-  return {'params': params, 'batch_stats': start['batch_stats']}
+  return network_variables({**start, 'params': params})
 
 
 def of_network(params: Mapping[str, Any]) -> dict[str, Any]:

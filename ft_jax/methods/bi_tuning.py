@@ -11,7 +11,7 @@ import numpy as np
 
 from ft_jax import parallel
 from ft_jax.methods.base import LossTerm, Method, Needs, of_network, Plan, SetupContext, State, StepContext
-from ft_jax.models.resnet import ResNet
+from ft_jax.models.network import Network
 
 _MIXED = 'it compares images of the same class, and a mixed image has no class of its own'
 
@@ -26,7 +26,7 @@ class BiTuning(Method):
 
   As in the published code (tllib, regularization/bi_tuning.py): Z is as it was before the batch's keys are put in and H as it is after, the
   second term does not train the head, and the projection has the learning rate of the backbone. Unlike there, the target head starts as
-  `models.resnet.Heads` does (there with N(0, 0.01)). The key encoder sees target images alone, also in joint fine-tuning.
+  `models.network.Heads` does (there with N(0, 0.01)). The key encoder sees target images alone, also in joint fine-tuning.
 
   Its state is a copy of the backbone and C * K * (d + 1 + `projection`) numbers: 140 MB for 397 classes of 2048 features.
   """
@@ -47,24 +47,23 @@ class BiTuning(Method):
     if not 0 <= self.momentum <= 1:
       raise ValueError(f'methods.bi_tuning.momentum is {self.momentum}; expected a number from 0 to 1')
 
-  def needs(self, model: ResNet) -> Needs:
+  def needs(self, model: Network) -> Needs:
     return Needs(views=(('target', 'key'),))
 
   def params(self, begin: SetupContext) -> dict[str, np.ndarray]:
     """The projection, as torch starts a linear layer."""
-    width, rng = begin.model.width_of_features, np.random.default_rng((begin.seed, 1))
+    width, rng = begin.model.features_dim, np.random.default_rng((begin.seed, 1))
     draw = lambda *shape: rng.uniform(-width ** -0.5, width ** -0.5, shape).astype(np.float32)
     return {'kernel': draw(width, self.projection), 'bias': draw(self.projection)}
 
   def setup(self, begin: SetupContext) -> State:
     rng = np.random.default_rng((begin.seed, 2))
-    image = jax.ShapeDtypeStruct((1, 32, 32, 3), np.uint8)
-    shapes = jax.eval_shape(begin.model.init, jax.random.key(0), image)
+    shapes = begin.model.shapes()
     network = {'params': _without_heads(shapes['params']), 'batch_stats': shapes['batch_stats']}
     # A copy of the network, once the first step knows it.
     key = {**jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), network), 'projection': self.params(begin)}
     draw = lambda width: _directions(rng.normal(size=(begin.classes, self.queue, width)).astype(np.float32))
-    return {'key': key, 'h': draw(begin.model.width_of_features + 1), 'z': draw(self.projection),
+    return {'key': key, 'h': draw(begin.model.features_dim + 1), 'z': draw(self.projection),
             'next': np.zeros(begin.classes, np.int32)}
 
   def loss(self, seen: StepContext, state: State) -> LossTerm:

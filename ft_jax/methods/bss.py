@@ -22,10 +22,10 @@ class BSS(Method):
   k: int = 1  # how many singular values; published 1
 
   def check(self, plan: Plan) -> None:
-    most = min(plan.batch_size, plan.model.width_of_features)
+    most = min(plan.batch_size, plan.model.features_dim)
     if not 1 <= self.k <= most:
       raise ValueError(f'methods.bss.k is {self.k}; expected 1 to {most}, the number of singular values of a batch of {plan.batch_size} '
-                       f'with {plan.model.width_of_features} features each')
+                       f'with {plan.model.features_dim} features each')
 
   def loss(self, seen: StepContext, state: State) -> LossTerm:
     value = smallest(parallel.gather(seen.outputs['target'].features), self.k)

@@ -10,7 +10,7 @@ import numpy as np
 
 from ft_jax import logistic
 from ft_jax.methods.base import LossTerm, Method, Needs, Plan, SetupContext, State, StepContext
-from ft_jax.models.resnet import ResNet
+from ft_jax.models.network import Network
 from ft_jax.progress import bar, log
 
 
@@ -32,7 +32,7 @@ class CoTuning(Method):
     if not 0 < self.scale < math.inf:
       raise ValueError(f'methods.co_tuning.scale is {self.scale}; expected a number above 0')
 
-  def needs(self, model: ResNet) -> Needs:
+  def needs(self, model: Network) -> Needs:
     return Needs(classifier=True, trained_classifier=True)
 
   def setup(self, begin: SetupContext) -> State:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from ft_jax import parallel
 from ft_jax.methods.base import LossTerm, Method, Needs, Plan, State, StepContext
-from ft_jax.models.resnet import ResNet
+from ft_jax.models.network import Network
 
 LABELS = ('soft', 'hard')
 
@@ -40,7 +40,7 @@ class FixMatch(Method):
     if not 0 < self.temperature < math.inf:
       raise ValueError(f'methods.fixmatch.temperature is {self.temperature}; expected a number above 0')
 
-  def needs(self, model: ResNet) -> Needs:
+  def needs(self, model: Network) -> Needs:
     return Needs(views=(('source', 'strong'),), seen=(('source', 'strong'),))
 
   def loss(self, seen: StepContext, state: State) -> LossTerm:

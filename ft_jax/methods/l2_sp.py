@@ -7,7 +7,7 @@ from typing import ClassVar
 import jax.numpy as jnp
 
 from ft_jax.methods.base import flat, LossTerm, Method, Needs, of_network, Plan, State, StepContext
-from ft_jax.models.resnet import ResNet
+from ft_jax.models.network import Network
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +24,7 @@ class L2SP(Method):
     if not 0 <= self.head_weight < math.inf:
       raise ValueError(f'methods.l2_sp.head_weight is {self.head_weight}; expected a number from 0')
 
-  def needs(self, model: ResNet) -> Needs:
+  def needs(self, model: Network) -> Needs:
     return Needs(start=True)
 
   def loss(self, seen: StepContext, state: State) -> LossTerm:

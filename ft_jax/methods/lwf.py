@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from ft_jax.methods.base import LossTerm, Method, Needs, Plan, State, StepContext
-from ft_jax.models.resnet import ResNet
+from ft_jax.models.network import Network
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +27,7 @@ class LwF(Method):
     if not 0 < self.temperature < math.inf:
       raise ValueError(f'methods.lwf.temperature is {self.temperature}; expected a number above 0')
 
-  def needs(self, model: ResNet) -> Needs:
+  def needs(self, model: Network) -> Needs:
     return Needs(start=True, teacher=True, classifier=True)
 
   def loss(self, seen: StepContext, state: State) -> LossTerm:

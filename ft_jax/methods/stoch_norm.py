@@ -8,10 +8,10 @@ from typing import ClassVar
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from ft_jax.methods.base import Method, Plan
-from ft_jax.models import resnet
+from ft_jax.models.batch_norm import BatchNorm
+from ft_jax.models.network import frozen_mask
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,9 +30,9 @@ class StochNorm(Method):
   def check(self, plan: Plan) -> None:
     if not 0 <= self.probability <= 1:
       raise ValueError(f'methods.stoch_norm.probability is {self.probability}; expected a number from 0 to 1')
-    image = jax.ShapeDtypeStruct((1, plan.image_size, plan.image_size, 3), np.uint8)
-    shapes = jax.eval_shape(plan.model.init, jax.random.key(0), image)
-    if all(jax.tree.leaves(resnet.frozen_mask(plan.model, shapes['batch_stats']))):
+    if not plan.model.has_batch_norm:
+      raise ValueError('methods.stoch_norm works in BatchNorm, which this network does not have; leave the method out')
+    if all(jax.tree.leaves(frozen_mask(plan.model, plan.model.shapes()['batch_stats']))):
       raise ValueError("methods.stoch_norm has no layer to work in: model.batch_norm = 'frozen' or train.freeze leaves all of them with "
                        'running statistics; unfreeze some, or leave the method out')
 
@@ -40,7 +40,7 @@ class StochNorm(Method):
     return functools.partial(StochNormLayer, probability=self.probability)
 
 
-class StochNormLayer(resnet.BatchNorm):
+class StochNormLayer(BatchNorm):
   """BatchNorm that takes running statistics for some channels, drawn by the random stream 'norm', in training.
 
   Attributes:

@@ -20,8 +20,8 @@ from ft_jax import parallel, progress
 from ft_jax.data.pipeline import EvalBatches, TIMEOUT, Transform
 from ft_jax.data.splits import Splits
 from ft_jax.methods import all_needs, Method, SetupContext
-from ft_jax.models import resnet
-from ft_jax.models.resnet import ResNet
+from ft_jax.models.batch_norm import BatchNorm
+from ft_jax.models.network import frozen_mask, head_of, head_pattern, Network
 from ft_jax.progress import log
 from ft_jax.training import optimizer
 from ft_jax.training.checkpoints import Checkpoints, Damaged
@@ -51,15 +51,13 @@ def make_plan(config: ConfigDict, examples: int) -> Plan:
               tuple(sorted(step for step in keep if step <= steps)))
 
 
-def check(config: ConfigDict, metric: str, model: ResNet, image_size: int, fresh: Collection[str] = (),
-          own: Mapping[str, Any] | None = None) -> None:
+def check(config: ConfigDict, metric: str, model: Network, fresh: Collection[str] = (), own: Mapping[str, Any] | None = None) -> None:
   """Raises ValueError for settings of a training that cannot be right, before anything long begins.
 
   Args:
     config: the fields of `configs.default.train_config`, which `settings.check_fields` has seen.
     metric: chooses the best checkpoint.
     model: with the right heads, of any number of classes.
-    image_size: pixels a side.
     fresh: the heads that start fresh on weights that do not.
     own: parameters of methods, as of `own_params`.
   """
@@ -69,12 +67,12 @@ def check(config: ConfigDict, metric: str, model: ResNet, image_size: int, fresh
     raise ValueError('train.steps and train.epochs are both 0; one of them gives the length')
   parallel.check_batch(config.batch_size, 'train.batch_size')
   check_parts(config.accumulate_steps, config.batch_size, 'train.batch_size')
-  shapes = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, image_size, image_size, 3), np.uint8))
-  _optimizer(config, _schedule(config, 1000), {**shapes['params'], **(own or {})}, fresh)
-  if model.frozen and not any(jax.tree.leaves(resnet.frozen_mask(model.clone(batch_norm='train'), shapes['params']))):
+  shapes = model.shapes()
+  _optimizer(config, _schedule(config, 1000), model, {**shapes['params'], **(own or {})}, fresh)
+  if model.frozen and not any(jax.tree.leaves(frozen_mask(model.clone(batch_norm='train'), shapes['params']))):
     raise ValueError(f'train.freeze is {config.freeze!r}, which no parameter matches; paths look like '
                      f'{next(iter(flax.traverse_util.flatten_dict(shapes["params"], sep="/")))!r}')
-  if all(jax.tree.leaves(resnet.frozen_mask(model, shapes['params']))):
+  if all(jax.tree.leaves(frozen_mask(model, shapes['params']))):
     raise ValueError(f'train.freeze is {config.freeze!r}, which leaves no parameter to train')
 
 
@@ -85,41 +83,39 @@ def check_parts(parts: int, size: int, what: str) -> None:
     raise ValueError(f'train.accumulate_steps is {parts}, into which the {each} images of a device ({what} {size}) cannot be cut evenly')
 
 
-def check_batch_norm(config: ConfigDict, model: ResNet, image_size: int, images: int) -> None:
+def check_batch_norm(config: ConfigDict, model: Network, images: int) -> None:
   """Raises ValueError where BatchNorm takes its statistics of one value per channel: its output is then constant.
 
   Args:
     config: the fields of `configs.default.train_config`.
     model: as it is trained.
-    image_size: pixels a side.
     images: how many go through the network in a step together, over all devices.
   """
   devices = jax.device_count()
   each, shared = images // devices // config.accumulate_steps, devices if model.axis_name else 1
-  if each * shared != 1:
+  if each * shared != 1 or not model.has_batch_norm:
     return
-  image = jax.ShapeDtypeStruct((each, image_size, image_size, 3), np.uint8)
-  variables = jax.eval_shape(model.init, jax.random.key(0), image)
-  is_norm = lambda module, _: isinstance(module, resnet.BatchNorm)
+  variables = model.shapes()
+  is_norm = lambda module, _: isinstance(module, BatchNorm)
   _, captured = jax.eval_shape(
-      lambda *args: model.apply(*args, mutable=['intermediates'], capture_intermediates=is_norm), variables, image)
-  stays = flax.traverse_util.flatten_dict(resnet.frozen_mask(model, variables['batch_stats']), sep='/')
+      lambda *args: model.apply(*args, mutable=['intermediates'], capture_intermediates=is_norm), variables, model.example(each))
+  stays = flax.traverse_util.flatten_dict(frozen_mask(model, variables['batch_stats']), sep='/')
   for path, (output, *_) in flax.traverse_util.flatten_dict(captured['intermediates'], sep='/').items():
     layer = path.removesuffix('/__call__')
     if not stays[f'{layer}/mean'] and math.prod(output.shape[:-1]) == 1:
       raise ValueError(
           f'BatchNorm {layer} would see one value per channel, so its output would not depend on the image: {each} image '
           f'of {output.shape[1]}x{output.shape[2]} pixels there (images per step {images}, train.batch_size '
-          f'{config.batch_size}, devices {devices}, train.accumulate_steps {config.accumulate_steps}, image_size {image_size}, model.stem '
-          f'{model.stem}); use larger batches or images, a smaller train.accumulate_steps, model.stem=3x3, '
+          f'{config.batch_size}, devices {devices}, train.accumulate_steps {config.accumulate_steps}, image_size {model.size}, '
+          f'{", ".join(f"model.{name} {value}" for name, value in model.options.items())}); use larger batches or images, a smaller '
+          'train.accumulate_steps, model.stem=3x3, '
           + ('model.sync_batch_norm=true ' if devices > 1 and not model.axis_name else '') + 'or model.batch_norm=frozen')
 
 
-def only_heads(model: ResNet, image_size: int) -> bool:
+def only_heads(model: Network) -> bool:
   """Whether nothing but heads is trained."""
-  shapes = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, image_size, image_size, 3), np.uint8))
-  stays = flax.traverse_util.flatten_dict(resnet.frozen_mask(model, shapes['params']), sep='/')
-  return all(fixed for path, fixed in stays.items() if not path.startswith('heads/'))
+  stays = flax.traverse_util.flatten_dict(frozen_mask(model, model.shapes()['params']), sep='/')
+  return all(fixed for path, fixed in stays.items() if not head_of(path))
 
 
 def log_doubts(config: ConfigDict, random_features: bool) -> None:
@@ -142,10 +138,11 @@ def own_params(methods: Mapping[str, Method], begin: SetupContext) -> dict[str, 
   return {'methods': own} if own else {}
 
 
-def _optimizer(config: ConfigDict, schedule: optax.Schedule, params: Any, fresh: Collection[str]) -> optax.GradientTransformation:
-  groups = config.learning_rate_groups or (*((f'heads/{head}/.*', 10.0) for head in sorted(fresh)), ('.*', 1.0))
+def _optimizer(config: ConfigDict, schedule: optax.Schedule, model: Network, params: Any,
+               fresh: Collection[str]) -> optax.GradientTransformation:
+  groups = config.learning_rate_groups or (*((head_pattern(head), 10.0) for head in sorted(fresh)), ('.*', 1.0))
   return optimizer.make_optimizer(
-      config.optimizer, schedule, params, momentum=config.momentum, nesterov=config.nesterov, weight_decay=config.weight_decay,
+      config.optimizer, schedule, params, depth=model.depth, momentum=config.momentum, nesterov=config.nesterov, weight_decay=config.weight_decay,
       learning_rate_groups=groups, weight_decay_groups=config.weight_decay_groups, layer_decay=config.layer_decay, clip_norm=config.clip_norm)
 
 
@@ -159,7 +156,7 @@ def _begin(config: ConfigDict, checkpoints: Checkpoints, schedule: optax.Schedul
   """The state to start from, the optimizer, and the steps that the state has behind it."""
   variables = {**variables, 'params': {**variables['params'], **own_params(methods, begin)}}
   fresh = set(begin.model.heads) - set(begin.start['params'].get('heads', {})) if begin.start else ()
-  tx = _optimizer(config, schedule, variables['params'], fresh)
+  tx = _optimizer(config, schedule, begin.model, variables['params'], fresh)
   needs = all_needs(methods, begin.model)
   kept = begin.start if needs.start or needs.teacher else None
   state_with = lambda states: create_state(variables, tx, start=kept, methods=states, averaged=config.ema_decay > 0)
@@ -185,7 +182,7 @@ def _whole(checkpoints: Checkpoints, choose: Callable[[], int | None], restore: 
       checkpoints.set_aside(step, str(error))
 
 
-def fit(config: ConfigDict, work: Workdir, *, model: ResNet, variables: Mapping[str, Any], streams: Mapping[str, Stream],
+def fit(config: ConfigDict, work: Workdir, *, model: Network, variables: Mapping[str, Any], streams: Mapping[str, Stream],
         splits: Splits, transform: Transform, metric: str, seed: int, start: Mapping[str, Any] | None = None,
         methods: Mapping[str, Method] | None = None, true_labels: np.ndarray | None = None, timeout: float = TIMEOUT) -> dict[str, Any]:
   """Trains, keeps the newest and the best checkpoint, evaluates the best one, and returns the results.
@@ -272,12 +269,12 @@ def _made_from_weights(variables: Mapping[str, Any], seed: int, start: Mapping[s
   return {'random weights': drawn(seed)}
 
 
-def _tell_devices(devices: Sequence[Sequence[int]], start: int, model: ResNet, batch_size: int) -> None:
+def _tell_devices(devices: Sequence[Sequence[int]], start: int, model: Network, batch_size: int) -> None:
   """Says what it means where a run goes on with another number of devices from step `start` on; `devices` are (from step, how many)."""
   if len(devices) < 2 or devices[-1][0] != start:
     return
   before, now = devices[-2][1], devices[-1][1]
-  if model.axis_name or model.batch_norm == 'frozen':
+  if model.axis_name or model.batch_norm == 'frozen' or not model.has_batch_norm:
     log.info('on %d devices now, %d before: the same batches and, but for rounding, the same result', now, before)
   else:
     log.warning('warning: on %d devices now, %d before: BatchNorm takes its statistics of the %d images of each device now, of %d '
@@ -304,7 +301,7 @@ def _split_results(evaluation: Evaluation, class_names: Sequence[str]) -> dict[s
           'confusion': [[int(t), int(p), int(confusion[t, p])] for t, p in np.argwhere(confusion)]}
 
 
-def _environment(model: ResNet) -> dict[str, Any]:
+def _environment(model: Network) -> dict[str, Any]:
   """What the numbers may depend on."""
   devices = jax.devices()
   packages = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'ott-jax', 'tensorflow-datasets', 'grain', 'numpy', 'pillow',
@@ -346,7 +343,9 @@ def _commit() -> str | None:
   return commit + ('+' if changed else '')
 
 
-def _batch_norm(model: ResNet, devices: int) -> str:
+def _batch_norm(model: Network, devices: int) -> str:
+  if not model.has_batch_norm:
+    return 'none in this network'
   if model.batch_norm == 'frozen':
     return 'frozen: statistics, scales and biases of the weights'
   return 'statistics of the whole batch' if model.axis_name else f'statistics of each of {devices} devices'

@@ -47,7 +47,7 @@ def make_schedule(kind: str, learning_rate: float, steps: int, *, milestones: Se
 
 def make_optimizer(kind: str, schedule: optax.Schedule, params: Any, *, momentum: float = 0.9, nesterov: bool = True,
                    weight_decay: float = 0.0, learning_rate_groups: Groups = (('.*', 1.0),), weight_decay_groups: Groups = (('.*', 1.0),),
-                   layer_decay: float = 1.0, clip_norm: float = 0.0) -> optax.GradientTransformation:
+                   depth: Callable[[str], int] = lambda path: 0, layer_decay: float = 1.0, clip_norm: float = 0.0) -> optax.GradientTransformation:
   """An optimizer of the table below, as torch has it: sgd, adam and amsgrad add the weight decay to the gradient, adamw to the update.
 
   Args:
@@ -59,7 +59,8 @@ def make_optimizer(kind: str, schedule: optax.Schedule, params: Any, *, momentum
     weight_decay: times the parameter.
     learning_rate_groups: (pattern, factor) pairs; see `by_pattern`.
     weight_decay_groups: likewise for the weight decay.
-    layer_decay: the rate is multiplied by it once more for each block that a parameter is further from the heads; see `depths`.
+    depth: how far from the heads the parameter of a path is: `Network.depth`.
+    layer_decay: the rate is multiplied by layer_decay ** depth (Howard and Ruder, ACL 2018; Clark et al., ICLR 2020).
     clip_norm: the gradient is scaled down to this norm over all parameters; 0 leaves it.
 
   Raises:
@@ -69,7 +70,7 @@ def make_optimizer(kind: str, schedule: optax.Schedule, params: Any, *, momentum
     raise ValueError(f'train.optimizer is {kind!r}; known: {", ".join(OPTIMIZERS)}')
   groups = by_pattern(params, learning_rate_groups, 'train.learning_rate_groups')
   decays = by_pattern(params, weight_decay_groups, 'train.weight_decay_groups')
-  rates = jax.tree.map(lambda factor, depth: factor * layer_decay**depth, groups, depths(params))
+  rates = flax.traverse_util.path_aware_map(lambda path, factor: factor * layer_decay**depth('/'.join(path)), groups)
   decay = optax.stateless(lambda updates, params: jax.tree.map(lambda g, p, d: g + weight_decay * d * p, updates, params, decays))
   main = OPTIMIZERS[kind](momentum, nesterov)
   return optax.chain(
@@ -95,19 +96,6 @@ def scale_by_amsgrad(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> o
     return scaled, optax.ScaleByAmsgradState(count=count, mu=mu, nu=nu, nu_max=most)
 
   return optax.GradientTransformation(optax.scale_by_amsgrad(b1, b2, eps).init, update)
-
-
-def depths(params: Any) -> Any:
-  """How many blocks each parameter is away from the heads, as a tree of numbers: heads 0, the last block 1, ... the stem most.
-
-  Layer-wise decay after Howard and Ruder (ACL 2018) and Clark et al. (ICLR 2020), with a residual block as a layer.
-  """
-  flat = flax.traverse_util.flatten_dict(params, sep='/')
-  blocks = {path: re.match(r'layer(\d+)/(\d+)/', path) for path in flat}
-  order = sorted({(int(match[1]), int(match[2])) for match in blocks.values() if match})
-  numbers = {path: len(order) - order.index((int(match[1]), int(match[2]))) if match else
-             0 if path.startswith(('heads/', 'methods/')) else len(order) + 1 for path, match in blocks.items()}
-  return flax.traverse_util.unflatten_dict(numbers, sep='/')
 
 
 def by_pattern(params: Any, groups: Groups, what: str) -> Any:

@@ -20,8 +20,8 @@ import optax
 from ft_jax import parallel
 from ft_jax.methods import all_needs, Method, norm, State, StepContext
 from ft_jax.methods.base import of_network, teacher_of, teacher_variables
-from ft_jax.models import precision, resnet
-from ft_jax.models.resnet import Outputs, ResNet
+from ft_jax.models import precision
+from ft_jax.models.network import frozen_mask, Network, network_variables, Outputs
 from ft_jax.training.forward import forward
 
 StepFn = Callable[['TrainState', Mapping[str, Mapping[str, jax.Array]]], tuple['TrainState', dict[str, jax.Array]]]
@@ -33,7 +33,7 @@ class TrainState(flax.struct.PyTreeNode):
   Attributes:
     step: updates done.
     params: of the network; those of methods are under 'methods'.
-    batch_stats: running statistics.
+    batch_stats: running statistics; {} of a network without.
     opt_state: of the optimizer.
     start: what methods compare with: the variables that training began with, without fresh heads; {} where none does.
     methods: the state of each method, by name.
@@ -56,18 +56,18 @@ class TrainState(flax.struct.PyTreeNode):
 def create_state(variables: Mapping[str, Any], optimizer: optax.GradientTransformation, *, start: Any = None,
                  methods: Mapping[str, State] | None = None, averaged: bool = False) -> TrainState:
   """The state before the first step, from the variables of a model; see `TrainState`."""
-  params, batch_stats = variables['params'], variables['batch_stats']
+  params, batch_stats = (network_variables(variables)[name] for name in ('params', 'batch_stats'))
   return TrainState(step=jnp.zeros((), jnp.int32), params=params, batch_stats=batch_stats, opt_state=optimizer.init(params),
                     start=start or {}, methods=dict(methods or {}),
                     average={'params': of_network(params), 'batch_stats': batch_stats} if averaged else {})
 
 
-def make_train_step(model: ResNet, optimizer: optax.GradientTransformation, loss_weights: Mapping[str, float], **kwargs: Any) -> StepFn:
+def make_train_step(model: Network, optimizer: optax.GradientTransformation, loss_weights: Mapping[str, float], **kwargs: Any) -> StepFn:
   """The pmapped step, over all devices, with the state donated: of a replicated state and sharded batches. Arguments as `make_step`."""
   return parallel.pmap(make_step(model, optimizer, loss_weights, **kwargs), donate=True)
 
 
-def make_step(model: ResNet, optimizer: optax.GradientTransformation, loss_weights: Mapping[str, float], *,
+def make_step(model: Network, optimizer: optax.GradientTransformation, loss_weights: Mapping[str, float], *,
               methods: Mapping[str, Method] | None = None, seed: int = 0, parts: int = 1, average: float = 0.0) -> StepFn:
   """The step of one device: (state, {stream: batch}) -> (state, metrics).
 
@@ -101,21 +101,21 @@ def make_step(model: ResNet, optimizer: optax.GradientTransformation, loss_weigh
     streams = [*loss_weights, *(stream for stream in sorted(batch) if stream not in loss_weights)]
     images = {stream: batch[stream]['input'] for stream in streams}
     labels = {stream: batch[stream]['label'] for stream in loss_weights}
-    images, labels = _mixed(methods, keys, images, labels, model.heads,
+    images, labels = _mixed(methods, keys, images, labels, model,
                             jax.random.fold_in(key, zlib.crc32(b'mix')))
     teacher = None
     if needs.teacher:
       teacher = forward(teacher_of(model, state.start), teacher_variables(state.start), {'target': images['target']}, train=False,
                         layers=needs.layers, parts=parts)[0]['target']
     images |= {f'{stream}/{view}': batch[stream][view] for stream, view in needs.seen}
-    fixed, fixed_stats = resnet.frozen_mask(model, state.params), resnet.frozen_mask(model, state.batch_stats)
+    fixed, fixed_stats = frozen_mask(model, state.params), frozen_mask(model, state.batch_stats)
 
     def loss_fn(params: Any) -> tuple[jax.Array, tuple[Any, Any, dict[str, jax.Array]]]:
       params = _stopped(fixed, params)
       outputs, batch_stats = run({'params': of_network(params), 'batch_stats': state.batch_stats}, images, key, layers=needs.layers)
       seen = None
       if methods:
-        seen = StepContext(params, state.batch_stats, state.start, teacher, outputs,
+        seen = StepContext(model, params, state.batch_stats, state.start, teacher, outputs,
                     {f'{stream}/{view}': batch[stream][view] for stream, view in needs.views}, labels['target'],
                     batch['target']['row'], state.step, key, lambda *args: _apart(model, run, key, *args))
       loss, states, metrics = _losses(methods, keys, loss_weights, outputs, labels, seen, state.methods)
@@ -128,7 +128,7 @@ def make_step(model: ResNet, optimizer: optax.GradientTransformation, loss_weigh
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     for method in methods.values():
-      params = method.project(params, batch_stats, state.start)
+      params = method.project(model, params, batch_stats, state.start)
     params, batch_stats = _kept(fixed, state.params, params), _kept(fixed_stats, state.batch_stats, batch_stats)
     averages = state.average
     if averages:  # in the first steps little is worth keeping
@@ -142,14 +142,14 @@ def make_step(model: ResNet, optimizer: optax.GradientTransformation, loss_weigh
 
 
 def _mixed(methods: Mapping[str, Method], keys: Mapping[str, jax.Array], images: dict[str, jax.Array], labels: dict[str, jax.Array],
-           classes: Mapping[str, int], key: jax.Array) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+           model: Network, key: jax.Array) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
   """Images and labels after the target's were mixed by one of the methods that do so, drawn by `key`; what they were where none does."""
   mixing = [functools.partial(method.mix, key=keys[name]) for name, method in methods.items() if type(method).mix is not Method.mix]
   if not mixing:
     return images, labels
-  image = resnet.normalize(images['target']) if images['target'].dtype == jnp.uint8 else images['target']
+  image = model.input.normalize(images['target'])
   chosen = jax.random.randint(key, (), 0, len(mixing))
-  mixed, soft = jax.lax.switch(chosen, mixing, image, _distribution(labels['target'], classes['target']))
+  mixed, soft = jax.lax.switch(chosen, mixing, image, _distribution(labels['target'], model.heads['target']))
   return images | {'target': mixed}, labels | {'target': soft}
 
 
@@ -196,16 +196,16 @@ def _distribution(labels: jax.Array, classes: int) -> jax.Array:
   return jax.nn.one_hot(labels, classes) if labels.ndim == 1 else labels
 
 
-def _apart(model: ResNet, run: Callable[..., Any], key: jax.Array, variables: Any, images: jax.Array) -> tuple[Outputs, Any]:
+def _apart(model: Network, run: Callable[..., Any], key: jax.Array, variables: Any, images: jax.Array) -> tuple[Outputs, Any]:
   """Another network's pass in training mode: `Pass.forward`."""
   before = variables['batch_stats']
   outputs, batch_stats = run(variables, {'images': images}, key)
-  return outputs['images'], _kept(resnet.frozen_mask(model, before), before, jax.lax.pmean(batch_stats, parallel.AXIS))
+  return outputs['images'], _kept(frozen_mask(model, before), before, jax.lax.pmean(batch_stats, parallel.AXIS))
 
 
 def _constant(seen: StepContext) -> StepContext:
   """The same, without a gradient."""
-  return jax.lax.stop_gradient(seen._replace(forward=None))._replace(forward=seen.forward)
+  return jax.lax.stop_gradient(seen._replace(model=None, forward=None))._replace(model=seen.model, forward=seen.forward)
 
 
 def _stopped(fixed: Any, params: Any) -> Any:

@@ -20,7 +20,7 @@ METHOD = BiTuning(weight=0.7, queue=QUEUE, temperature=0.3, momentum=0.8, projec
 STEP = {'bi_tuning': BiTuning(1.0, queue=3, momentum=0.5), 'bss': BSS(0.05, 4)}
 
 # One stage of one block: enough of a network for what is tested here.
-NETWORK = resnet.ResNet((1,), resnet.BasicBlock, {}, width=8, stem='3x3', batch_norm='frozen')
+NETWORK = resnet.ResNet((1,), resnet.BasicBlock, heads={}, width=8, stem='3x3', batch_norm='frozen')
 
 
 def unit(x: np.ndarray) -> np.ndarray:
@@ -67,7 +67,7 @@ def term(network, projection, heads, features, state, view, labels, step):
   """The method's term; the network is one matrix."""
   params = {'layer': network, 'heads': {'target': heads}, 'methods': {'bi_tuning': projection}}
   forward = lambda variables, images: (Outputs(images @ variables['params']['layer'], {}, {}), variables['batch_stats'])
-  seen = StepContext(params, {'mean': np.zeros(1)}, {}, None, {'target': Outputs(features, {}, {})}, {'target/key': view}, labels, labels, step,
+  seen = StepContext(NETWORK, params, {'mean': np.zeros(1)}, {}, None, {'target': Outputs(features, {}, {})}, {'target/key': view}, labels, labels, step,
               jax.random.key(0), forward)
   loss = lambda state: METHOD.loss(seen, state)[:2]
   return jax.tree.map(lambda x: x[0], jax.vmap(loss, in_axes=None, axis_size=1, axis_name=AXIS)(state))
@@ -129,7 +129,7 @@ def test_same_whatever_the_split():
 
 
 def test_bad_settings():
-  plan = methods.Plan(method_case.network(), 16, 16, True, 'weights')
+  plan = methods.Plan(method_case.network(), 16, True, 'weights')
   for field, value, expected in (('queue', 0, 'a whole number from 1'), ('projection', 0, 'a whole number from 1'),
                                  ('temperature', 0.0, 'a number above 0'), ('momentum', 1.5, 'a number from 0 to 1')):
     with pytest.raises(ValueError, match=f'bi_tuning.{field} is {value}; expected {expected}'):

@@ -68,7 +68,7 @@ def test_lost_directions():
 
 
 def test_bad_settings():
-  plan = methods.Plan(method_case.network(), 16, 16, True, '')
+  plan = methods.Plan(method_case.network(), 16, True, '')
   for settings_, message in ((dict(weight=1.0, k=0), 'methods.bss.k is 0; expected 1 to 16, .* a batch of 16 with 32 features each'),
                              (dict(weight=1.0, k=17), 'methods.bss.k is 17; expected 1 to 16'),
                              (dict(weight=-1.0), 'methods.bss.weight is -1.0')):

@@ -18,7 +18,7 @@ K, S = 5, 8
 
 
 def seen(logits: np.ndarray, labels: np.ndarray) -> StepContext:
-  return StepContext({}, {}, {}, None, {'target': Outputs(None, {'pretrained': logits}, {})}, {}, labels, None, None, None, None)
+  return StepContext(None, {}, {}, {}, None, {'target': Outputs(None, {'pretrained': logits}, {})}, {}, labels, None, None, None, None)
 
 
 @settings(max_examples=10, deadline=None, derandomize=True)
@@ -105,7 +105,7 @@ def test_classes_without_images():
 
 
 def test_bad_settings():
-  plan = methods.Plan(None, 16, 16, False, 'weights')
+  plan = methods.Plan(None, 16, False, 'weights')
   for method, message in ((CoTuning(1.0, 'reverse'), r"relation is 'reverse'; known: calibrated, direct"),
                           (CoTuning(1.0, scale=0.0), r'scale is 0.0; expected a number above 0')):
     with pytest.raises(ValueError, match=f'methods.co_tuning.{message}'):

@@ -36,7 +36,7 @@ def term(method: FixMatch, weak: np.ndarray, strong: np.ndarray, devices: int) -
 
   def of_device(weak, strong):
     outputs = {name: Outputs(None, {'target': logits}, {}) for name, logits in (('source', weak), ('source/strong', strong))}
-    made = method.loss(StepContext(*[None] * 4, outputs, *[None] * 6), {})
+    made = method.loss(StepContext(*[None] * 5, outputs, *[None] * 6), {})
     return made.loss, made.metrics
 
   split = lambda x: x.reshape(devices, -1, x.shape[-1])
@@ -85,7 +85,7 @@ def test_same_whatever_the_split():
 
 
 def test_bad_settings():
-  plan = methods.Plan(method_case.network(), 16, 16, True, '')
+  plan = methods.Plan(method_case.network(), 16, True, '')
   for fields, words in ((dict(labels='firm'), "labels is 'firm'; known: soft, hard"), (dict(threshold=1.0), 'threshold is 1.0; expected'),
                         (dict(threshold=-0.1), 'threshold is -0.1'), (dict(temperature=0.0), 'temperature is 0.0; expected')):
     with pytest.raises(ValueError, match=f'methods.fixmatch.{words}'):

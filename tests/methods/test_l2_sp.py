@@ -33,7 +33,7 @@ def test_same_whatever_the_split():
 
 
 def test_bad_settings():
-  plan = methods.Plan(method_case.network(), 16, 16, True, 'weights')
+  plan = methods.Plan(method_case.network(), 16, True, 'weights')
   for settings, message in ((dict(weight=-1.0), r'l2_sp.weight is -1.0; expected a number above 0'),
                             (dict(weight=1.0, head_weight=-2.0), r'head_weight is -2.0; expected a number from 0')):
     with pytest.raises(ValueError, match=message):

@@ -20,7 +20,7 @@ def term(features: np.ndarray, head: dict[str, np.ndarray], teacher: np.ndarray,
 
 
 def seen(features, head, teacher) -> StepContext:
-  return StepContext({}, {}, {'params': {'heads': {'pretrained': head}}}, Outputs(None, {'pretrained': teacher}, {}),
+  return StepContext(None, {}, {}, {'params': {'heads': {'pretrained': head}}}, Outputs(None, {'pretrained': teacher}, {}),
               {'target': Outputs(features, {}, {})}, {}, None, None, None, None, None)
 
 
@@ -41,7 +41,7 @@ def test_term_and_gradient(seed, weight, temperature):
 
 
 def test_bad_settings():
-  plan = methods.Plan(None, 16, 16, False, 'weights')
+  plan = methods.Plan(None, 16, False, 'weights')
   with pytest.raises(ValueError, match=r'methods.lwf.temperature is 0.0; expected a number above 0'):
     methods.check({'lwf': LwF(1.0, 0.0)}, plan)
   with pytest.raises(ValueError, match=r'methods.lwf needs a pre-trained classifier, but config.model.weights is empty'):

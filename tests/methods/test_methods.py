@@ -16,6 +16,7 @@ from configs import default
 from ft_jax import methods
 from ft_jax.methods import METHODS
 from ft_jax.models import resnet
+from ft_jax.models.batch_norm import BatchNorm
 from ft_jax.training import step
 from ft_jax.training.checkpoints import Checkpoints
 
@@ -35,7 +36,7 @@ SHORT: dict[str, dict[str, Any]] = {
 
 def tiny() -> resnet.ResNet:
   """One stage of one block: what is compiled a hundred times."""
-  return resnet.ResNet((1,), resnet.BasicBlock, {}, width=4, stem='3x3')
+  return resnet.ResNet((1,), resnet.BasicBlock, heads={}, width=4, stem='3x3')
 
 
 @pytest.mark.parametrize('names', PAIRS, ids='+'.join)
@@ -121,13 +122,13 @@ class OtherNorm(methods.Method):
   enabled: bool = True
 
   def norm(self):
-    return resnet.BatchNorm
+    return BatchNorm
 
 
 def test_two_normalisation_layers_are_refused():
   """Only one can take BatchNorm's place; the other would be left out without a word."""
   both = {**published('stoch_norm'), 'other_norm': OtherNorm()}
-  plan = methods.Plan(method_case.network(), 32, 16, True, 'x')
+  plan = methods.Plan(method_case.network(), 16, True, 'x')
   methods.check(published('stoch_norm'), plan)
   with pytest.raises(ValueError, match='methods.stoch_norm and methods.other_norm cannot be together: each replaces BatchNorm'):
     methods.check(both, plan)

@@ -109,7 +109,7 @@ def test_smoothed_labels():
 
 
 def test_bad_settings():
-  plan = methods.Plan(method_case.network(), 16, 16, True, '')
+  plan = methods.Plan(method_case.network(), 16, True, '')
   for settings_, message in (({'label_smoothing': {'amount': 1.0}}, 'label_smoothing.amount is 1.0; expected a number below 1'),
                              ({'cutmix': {'alpha': 1.0, 'probability': 0.0}}, 'cutmix.probability is 0.0; expected a number above 0'),
                              ({'mixup': {'alpha': -1.0}}, 'mixup.alpha is -1.0; expected a number above 0')):

@@ -23,7 +23,7 @@ def begin(labels, true_labels=None, batch_size=8):
 
 def pass_of(logits, index, labels, step):
   outputs = {'target': Outputs(jnp.zeros((len(logits), 1)), {'target': logits}, {})}
-  return methods.StepContext({}, {}, {}, None, outputs, {}, labels, index, step, None, None)
+  return methods.StepContext(None, {}, {}, {}, None, outputs, {}, labels, index, step, None, None)
 
 
 def on_devices(function, devices):
@@ -157,14 +157,14 @@ def test_same_whatever_the_split():
     return batch
 
   case = dict(batches=batches, examples=wrong,
-              model=resnet.ResNet((1,), resnet.BasicBlock, {}, width=4, stem='3x3', batch_norm='frozen'))
+              model=resnet.ResNet((1,), resnet.BasicBlock, heads={}, width=4, stem='3x3', batch_norm='frozen'))
   active = {'self_label': SelfLabel(True, 1, 1, 0.3, 1.5)}
   assert method_case.run(active, **case)[1][0]['self_label/corrected'] > 3, 'nothing to compare'
   method_case.assert_same_whatever_the_split(active, **case)
 
 
 def test_bad_settings():
-  plan = methods.Plan(method_case.network(), 16, 16, True, '')
+  plan = methods.Plan(method_case.network(), 16, True, '')
   for fields, message in ((dict(reweight_epoch=0), 'self_label.reweight_epoch is 0; expected an epoch from 1'),
                           (dict(correct_epoch=-2), 'self_label.correct_epoch is -2; expected an epoch from 1'),
                           (dict(threshold=1.0), 'self_label.threshold is 1.0; expected a probability from 0 to below 1'),

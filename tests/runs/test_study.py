@@ -20,6 +20,7 @@ from ft_jax.models import export
 from ft_jax.studies import history, study_results
 from ft_jax.studies.study_data import open_target, Rows, Target
 from ft_jax.training.checkpoints import load_variables
+from torch_weights import RESNET
 
 SIZES = ['--config.model.width=4', '--config.image_size=32', '--config.augment.short_side=36']
 
@@ -178,7 +179,7 @@ def test_a_folder_of_files(run, photos, tmp_path):
   def study_files(head):
     for entry in results(run)['history'][::2]:
       variables = load_variables(run[0], entry['step'])
-      save_file(export.state_dict(variables, head), tmp_path / 'files' / f'checkpoint_{entry["epoch"]:03.0f}.safetensors')
+      save_file(export.state_dict(RESNET, variables, head), tmp_path / 'files' / f'checkpoint_{entry["epoch"]:03.0f}.safetensors')
     return study.run(config, tmp_path / 'out')
 
   found = study_files(None)
