@@ -3,7 +3,6 @@
 import dataclasses
 import inspect
 import itertools
-import pathlib
 import re
 from typing import Any
 
@@ -12,7 +11,6 @@ import method_case
 import numpy as np
 import pytest
 
-from configs import default
 from ft_jax import methods
 from ft_jax.methods import METHODS
 from ft_jax.models import resnet
@@ -133,23 +131,3 @@ def test_two_normalisation_layers_are_refused():
     methods.check(both, plan)
   with pytest.raises(ValueError, match='methods.stoch_norm and methods.other_norm'):  # where nothing checked them
     step.make_step(method_case.network(), None, {'target': 1.0}, methods=both)
-
-
-def test_the_readmes_example_of_a_new_method(monkeypatch):
-  """It is what it says: under 30 lines, a line in the table, and a field of the config; and its term is its formula."""
-  text = (pathlib.Path(__file__).parents[2] / 'README.md').read_text()
-  code = next(block for block in re.findall(r'```python\n(.*?)```', text, re.S) if '(Method)' in block)
-  assert len(code.splitlines()) < 30
-  space: dict[str, Any] = {'__name__': 'features'}
-  exec(compile(code, 'README.md', 'exec'), space)
-  monkeypatch.setitem(METHODS, 'features', space['Features'])
-  assert default.get_config().methods.features.weight == 0.0
-  active = methods.active({'features': {'weight': 0.5}})
-  start = method_case.start_of(method_case.network())
-  plain, _ = method_case.run({}, start=start)
-  state, history = method_case.run(active, start=start, state=plain.replace(start=start, methods={'features': {}}))
-  model, image = method_case.network({}, batch_norm='frozen'), method_case.batch()['target']['input']
-  of = lambda params: model.apply({'params': params, 'batch_stats': start['batch_stats']}, image).features
-  distance = np.sum(np.square(np.float64(of(plain.params)) - of(start['params'])), axis=1)
-  np.testing.assert_allclose(history[0]['loss_features'], 0.5 / 2 * distance.mean(), rtol=1e-4)
-  assert any((a != b).any() for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(plain.params)))
