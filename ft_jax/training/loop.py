@@ -17,6 +17,7 @@ from ft_jax.data.splits import Splits
 from ft_jax.progress import log
 from ft_jax.training.checkpoints import Checkpoints
 from ft_jax.training.evaluate import evaluate, Evaluation, PredictFn
+from ft_jax.training.settings import Plan
 from ft_jax.training.step import Diverged, run_steps, StepFn, TrainState
 from ft_jax.workdir import MetricsWriter, Workdir
 
@@ -37,18 +38,6 @@ class Stream(NamedTuple):
   batch_size: int
   weight: float | None
   balanced: bool = False
-
-
-class Plan(NamedTuple):
-  """Lengths in steps."""
-  steps: int
-  eval_every: int
-  log_every: int
-  keep: tuple[int, ...] = ()
-
-  def due(self, step: int) -> bool:
-    """Whether the state after so many steps is evaluated."""
-    return step > 0 and (step == self.steps or step % self.eval_every == 0 or step in self.keep)
 
 
 class Run(NamedTuple):

@@ -15,7 +15,7 @@ from ft_jax.methods.base import flat
 from ft_jax.methods.layerwise import frobenius, into_ball, into_interval, Layerwise, outputs_l1
 from ft_jax.models import resnet
 from ft_jax.parallel import AXIS
-from ft_jax.training.optimizer import make_optimizer
+from ft_jax.training.optimizer import make_optimizer, parameter_factors
 from ft_jax.training.step import create_state, make_step
 
 NORMS = {'frobenius': frobenius, 'mars': outputs_l1}
@@ -147,7 +147,7 @@ def test_holds_after_steps(norm, kind, rate):
   model = one_stage()
   start = method_case.start_of(model)
   params = method_case.variables(model, 2)['params'] | {key: value for key, value in start['params'].items() if key != 'heads'}
-  tx = make_optimizer(kind, lambda step: rate, params)
+  tx = make_optimizer(kind, lambda step: rate, parameter_factors(params))
   step = jax.jit(jax.vmap(make_step(model, tx, {'target': 1.0, 'source': 0.5}, methods={'layerwise': method}), in_axes=(None, 0),
                           axis_name=AXIS), compiler_options=method_case.QUICK)
   state = create_state({'params': params, 'batch_stats': start['batch_stats']}, tx, start=start, methods={'layerwise': {}})

@@ -15,7 +15,7 @@ from torch_record import error, Record
 from ft_jax import parallel
 from ft_jax.models import export, resnet
 from ft_jax.training.loop import Observer, Stream
-from ft_jax.training.optimizer import make_optimizer
+from ft_jax.training.optimizer import make_optimizer, parameter_factors
 from ft_jax.training.step import create_state, Diverged, make_step, make_train_step, run_steps
 
 LAMBDA = 0.3
@@ -92,11 +92,10 @@ def test_steps_equal_torchs(tmp_path):
   record = Record('resnet18')
   variables = record.variables(tmp_path)
   model = resnet.build('resnet18', {'source': 7}, width=2, axis_name=parallel.AXIS)
-  everything = (('.*', 1.0),)
   # Keeps the gradients of a step beside what the optimiser keeps.
   keep = optax.GradientTransformation(lambda params: params, lambda gradients, state, params=None: (gradients, gradients))
-  tx = optax.chain(keep, make_optimizer('sgd', optax.constant_schedule(0.05), variables['params'], momentum=0.9, nesterov=True,
-                                        weight_decay=0.02, learning_rate_groups=everything, weight_decay_groups=everything))
+  tx = optax.chain(keep, make_optimizer('sgd', optax.constant_schedule(0.05), parameter_factors(variables['params']), momentum=0.9,
+                                        nesterov=True, weight_decay=0.02))
   step = make_train_step(model, tx, {'source': 1.0})
   state = parallel.replicate(create_state(variables, tx))
   batch = {'source': parallel.shard({'input': record.images, 'label': record.labels})}
@@ -118,8 +117,8 @@ def test_frozen_batch_norm_keeps_every_bit(setting):
   noisy = jax.tree.map(lambda x: (x + rng.uniform(0.1, 0.3, x.shape)).astype(x.dtype), variables)
   noisy['params']['bn1']['bias'][0] = -0.0  # an update of zero would lose the sign
   model = resnet.build('resnet18', {'target': 3, 'source': 5}, width=4, batch_norm='frozen')
-  optimizer = make_optimizer('sgd', lambda step: 0.1, noisy['params'], momentum=0.9, nesterov=True, weight_decay=0.1,
-                  learning_rate_groups=(('heads/.*', 10.0), ('.*bn.*', 2.0), ('.*', 1.0)), weight_decay_groups=(('.*', 1.0),))
+  factors = parameter_factors(noisy['params'], (('heads/.*', 10.0), ('.*bn.*', 2.0), ('.*', 1.0)))
+  optimizer = make_optimizer('sgd', lambda step: 0.1, factors, momentum=0.9, nesterov=True, weight_decay=0.1)
   state = parallel.replicate(create_state(noisy, optimizer))
   step = make_train_step(model, optimizer, {'target': 1.0, 'source': LAMBDA})
   for _ in range(3):
