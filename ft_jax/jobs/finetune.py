@@ -186,16 +186,18 @@ def check(config: ConfigDict) -> tuple[Training, Trainable]:
                      'there is no head for their classes; use --config.model.source_head=fresh')
   model = setup.build_model(config.model, dict.fromkeys(heads, 2), config.train.freeze)
   fresh = {'target'} | ({'source'} & set(heads) if config.model.source_head == 'fresh' else set()) if config.model.weights else ()
-  methods.check(active, methods.Plan(model, config.image_size, config.train.batch_size, config.selection.method != 'none',
-                                     config.model.weights))
   nothing = np.zeros(0, np.int32)
-  begin = methods.SetupContext(model, {}, 2, nothing, nothing, config.train.batch_size, config.seed, lambda split, rows=None: [])
+  begin = methods.SetupContext(
+      model=model, image_size=config.image_size, classes=2, labels=nothing, true_labels=nothing, batch_size=config.train.batch_size,
+      seed=config.seed, pretrained=bool(config.model.weights), has_source=config.selection.method != 'none', start={},
+      batches=lambda split, rows=None: [])
+  methods.check(active, begin)
   training = Training.from_config(config.train, config.target.metric)
   sizes = {'target': config.train.batch_size}
   if config.selection.method != 'none':
     sizes['source'] = _source_batch(config)
     training.check_batch(sizes['source'], 'config.source_ratio * config.train.batch_size')
-  views = [stream for stream, _ in methods.all_needs(active, model).seen]
+  views = [view.stream for view in methods.all_needs(active, model).forwarded_views]
   images = sum(sizes.get(stream, 0) for stream in (*sizes, *views))
   trainable = Trainable.of(training, model, config.image_size, images, fresh=fresh, own=own_params(active, begin))
   if config.model.weights == 'pretrain':
