@@ -101,7 +101,7 @@ def test_a_whole_run_drops_tells_and_shows_them(sets, caplog):
   chosen = json.loads((sets / 'run' / 'selection.json').read_text())
   assert chosen['counts'] == [7, 7, 7]
   page = (sets / 'run' / 'report.html').read_text()
-  assert 'had in common' in page and all(f'a/{name}' in page for name in PLANTED) and 'the same pixels' in page
+  assert 'Images shared by training and evaluation' in page and all(f'a/{name}' in page for name in PLANTED) and 'the same pixels' in page
   splits, whole = opened(sets)
   kept = overlap.apart(splits, whole, 'keep', overlap.find(splits, whole))
   assert kept.pool is whole and not kept.dropped and kept.summary() == {**told, 'rule': 'keep'}
