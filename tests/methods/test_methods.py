@@ -3,7 +3,6 @@
 import dataclasses
 import inspect
 import itertools
-import pathlib
 import re
 from typing import Any
 
@@ -12,7 +11,6 @@ import method_case
 import numpy as np
 import pytest
 
-from configs import default
 from ft_jax import methods
 from ft_jax.methods import METHODS
 from ft_jax.models import resnet
@@ -45,7 +43,7 @@ def test_every_pair_trains_or_says_why_not(names):
   try:
     active = published(*names)
   except ValueError as error:
-    assert re.fullmatch(rf'methods\.({"|".join(names)}) and methods\.({"|".join(names)}) cannot be together: .{{20,}}', str(error))
+    assert re.fullmatch(rf'methods\.({"|".join(names)}) and methods\.({"|".join(names)}) cannot be combined: .{{20,}}', str(error))
     return
   state, history = method_case.run(active, steps=12, model=tiny(), rate=0.02)
   assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
@@ -128,29 +126,41 @@ class OtherNorm(methods.Method):
 def test_two_normalisation_layers_are_refused():
   """Only one can take BatchNorm's place; the other would be left out without a word."""
   both = {**published('stoch_norm'), 'other_norm': OtherNorm()}
-  plan = methods.Plan(method_case.network(), 16, True, 'x')
-  methods.check(published('stoch_norm'), plan)
-  with pytest.raises(ValueError, match='methods.stoch_norm and methods.other_norm cannot be together: each replaces BatchNorm'):
-    methods.check(both, plan)
+  context = method_case.context(method_case.network())
+  methods.check(published('stoch_norm'), context)
+  with pytest.raises(ValueError, match='methods.stoch_norm and methods.other_norm cannot be combined: each replaces BatchNorm'):
+    methods.check(both, context)
   with pytest.raises(ValueError, match='methods.stoch_norm and methods.other_norm'):  # where nothing checked them
     step.make_step(method_case.network(), None, {'target': 1.0}, methods=both)
 
 
-def test_the_readmes_example_of_a_new_method(monkeypatch):
-  """It is what it says: under 30 lines, a line in the table, and a field of the config; and its term is its formula."""
-  text = (pathlib.Path(__file__).parents[2] / 'README.md').read_text()
-  code = next(block for block in re.findall(r'```python\n(.*?)```', text, re.S) if '(Method)' in block)
-  assert len(code.splitlines()) < 30
-  space: dict[str, Any] = {'__name__': 'features'}
-  exec(compile(code, 'README.md', 'exec'), space)
-  monkeypatch.setitem(METHODS, 'features', space['Features'])
-  assert default.get_config().methods.features.weight == 0.0
-  active = methods.active({'features': {'weight': 0.5}})
-  start = method_case.start_of(method_case.network())
-  plain, _ = method_case.run({}, start=start)
-  state, history = method_case.run(active, start=start, state=plain.replace(start=start, methods={'features': {}}))
-  model, image = method_case.network({}, batch_norm='frozen'), method_case.batch()['target']['input']
-  of = lambda params: model.apply({'params': params, 'batch_stats': start['batch_stats']}, image).features
-  distance = np.sum(np.square(np.float64(of(plain.params)) - of(start['params'])), axis=1)
-  np.testing.assert_allclose(history[0]['loss_features'], 0.5 / 2 * distance.mean(), rtol=1e-4)
-  assert any((a != b).any() for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(plain.params)))
+@pytest.mark.parametrize('name', METHODS)
+def test_hooks_are_declared(name):
+  """The step asks `mixes` and `softens`; a hook that is not declared would never be called."""
+  method = METHODS[name]
+  assert method.mixes == (method.mix is not methods.Method.mix)
+  assert method.softens == (method.soften is not methods.Method.soften)
+
+
+@dataclasses.dataclass(frozen=True)
+class OtherView(methods.Method):
+  """A method that wants another view of source images under the name that FixMatch uses."""
+  enabled: bool = True
+
+  def needs(self, model):
+    return methods.Needs(views=(methods.View('source', 'strong', cutout=0.1),))
+
+
+def test_two_recipes_of_one_view_are_refused():
+  """A batch has one array of that name."""
+  both = {**published('fixmatch'), 'other_view': OtherView()}
+  with pytest.raises(ValueError, match="methods.fixmatch and methods.other_view cannot be combined: each needs a view 'source/strong'"):
+    methods.check(both, method_case.context(method_case.network()))
+
+
+def test_views_differ_by_their_recipe_alone():
+  assert methods.View('target', 'key').recipe == {}
+  view = methods.View('source', 'strong', randaugment=2, cutout=0.0)
+  assert view.recipe == {'randaugment': 2, 'cutout': 0.0} and view.path == 'source/strong'
+  needs = methods.Needs(views=(view,), forwarded_views=(view, methods.View('target', 'key')))
+  assert needs.all_views == (view, methods.View('target', 'key'))
