@@ -79,7 +79,7 @@ def context(model: resnet.ResNet, start: Mapping[str, Any] = types.MappingProxyT
     padded = {key: np.resize(value, (-(-len(value) // devices) * devices, *value.shape[1:])) for key, value in chosen.items()}
     return [padded | {'mask': np.arange(len(padded['mask'])) < len(chosen['label'])}]
 
-  known = dict(image_size=SIZE, classes=TARGETS, labels=examples['label'], true_labels=examples['label'], batch_size=BATCH, seed=0,
+  known = dict(classes=TARGETS, labels=examples['label'], true_labels=examples['label'], batch_size=BATCH, seed=0,
                pretrained=True, has_source=True)
   return SetupContext(model=model, start=start, batches=batches, **{**known, **kwargs})
 

@@ -141,8 +141,8 @@ def _train(config: ConfigDict, training: Training, trainable: Trainable, work: W
   start = network_variables(weights.variables) if weights else None
   if needs.trained_classifier:
     heads['pretrained'] = len(start['params']['heads']['pretrained']['bias'])
-  model = setup.build_model(config.model, heads, config.train.freeze)
-  variables = setup.init_variables(model, config.image_size, config.seed, start)
+  model = setup.build_model(config.model, heads, config.image_size, config.train.freeze)
+  variables = setup.init_variables(model, config.seed, start)
   results = fit.fit(training, work, model=model, factors=trainable.factors, variables=variables, streams=streams, splits=splits,
                     transform=transform, seed=config.seed, start=start, methods=active, true_labels=true_labels,
                     timeout=config.data.timeout)
@@ -190,7 +190,7 @@ def check(config: ConfigDict) -> tuple[Training, Trainable]:
   fresh = {'target'} | ({'source'} & set(heads) if config.model.source_head == 'fresh' else set()) if config.model.weights else ()
   nothing = np.zeros(0, np.int32)
   begin = methods.SetupContext(
-      model=model, image_size=config.image_size, classes=2, labels=nothing, true_labels=nothing, batch_size=config.train.batch_size,
+      model=model, classes=2, labels=nothing, true_labels=nothing, batch_size=config.train.batch_size,
       seed=config.seed, pretrained=bool(config.model.weights), has_source=config.selection.method != 'none', start={},
       batches=lambda split, rows=None: [])
   methods.check(active, begin)
@@ -201,11 +201,11 @@ def check(config: ConfigDict) -> tuple[Training, Trainable]:
     training.check_batch(sizes['source'], 'config.source_ratio * config.train.batch_size')
   views = [view.stream for view in methods.all_needs(active, model).forwarded_views]
   images = sum(sizes.get(stream, 0) for stream in (*sizes, *views))
-  trainable = Trainable.of(training, model, config.image_size, images, fresh=fresh, own=own_params(active, begin))
+  trainable = Trainable.of(training, model, images, fresh=fresh, own=own_params(active, begin))
   if config.model.weights == 'pretrain':
     # BatchNorm is trained there, whatever the fine-tuning does.
-    own = setup.build_model(config.model, {'source': 2}, config.pretrain.freeze).clone(batch_norm='train')
-    Trainable.of(Training.from_config(config.pretrain), own, config.image_size, config.pretrain.batch_size)
+    own = setup.build_model(config.model, {'source': 2}, config.image_size, config.pretrain.freeze).clone(batch_norm='train')
+    Trainable.of(Training.from_config(config.pretrain), own, config.pretrain.batch_size)
   return training, trainable
 
 

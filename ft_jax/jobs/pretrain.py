@@ -46,10 +46,10 @@ def run(config: ConfigDict, workdir: epath.PathLike, left_out: Sequence[str] = (
     raise ValueError(f'config.methods.{next(iter(on))} is switched on, which is for fine-tuning and not for job pretrain')
   if config.get('noise') and (config.noise.kind or config.noise.rate):
     raise ValueError(f'config.noise.kind is {config.noise.kind!r}, which is for the target of a fine-tuning and not for job pretrain')
-  model = setup.build_model(config.model, {'source': 2}, config.train.freeze)
+  model = setup.build_model(config.model, {'source': 2}, config.image_size, config.train.freeze)
   training = Training.from_config(config.train)
   fresh = ('source',) if config.model.weights and config.model.source_head == 'fresh' else ()
-  trainable = Trainable.of(training, model, config.image_size, training.batch_size, fresh=fresh)
+  trainable = Trainable.of(training, model, training.batch_size, fresh=fresh)
   work = Workdir(workdir, config.to_dict())
   done = parallel.agreed(work.results)
   if not done:

@@ -20,7 +20,7 @@ from ft_jax.data.pipeline import Batch, EvalBatches, TIMEOUT
 from ft_jax.data.splits import drop_unreadable, open_splits
 from ft_jax.jobs import setup
 from ft_jax.methods.base import flat
-from ft_jax.models.resnet import ResNet
+from ft_jax.models.network import Network
 from ft_jax.pages import stability as stability_page
 from ft_jax.pages.page import format_with_error
 from ft_jax.progress import log

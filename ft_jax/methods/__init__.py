@@ -92,7 +92,7 @@ def norm(methods: Mapping[str, Method]) -> Callable[..., nn.Module] | None:
   return next(iter(found.values()), None)
 
 
-def all_needs(methods: Mapping[str, Method], model: ResNet) -> Needs:
+def all_needs(methods: Mapping[str, Method], model: Network) -> Needs:
   """What all of them together need.
 
   Raises:

@@ -12,7 +12,7 @@ import numpy as np
 
 from ft_jax import logistic
 from ft_jax.methods.base import check_above_zero, check_known, LossTerm, Method, Needs, SetupContext, State, StepContext
-from ft_jax.models.resnet import ResNet
+from ft_jax.models.network import Network
 from ft_jax.progress import bar, log
 
 

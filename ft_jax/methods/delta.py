@@ -28,8 +28,7 @@ from ft_jax.methods.base import (
   StepContext,
   teacher_variables,
 )
-from ft_jax.models import resnet
-from ft_jax.models.resnet import ResNet
+from ft_jax.models.network import Network
 from ft_jax.training.forward import forward
 
 
@@ -80,7 +79,7 @@ class Delta(Method):
       squares = (student[layer].astype(jnp.float32) - teacher[layer].astype(jnp.float32)) ** 2
       if self.form == 'attention':
         weights = state['attention'][_key(layer)]
-        distance += jnp.sum(squares.mean((0, 1, 2)) * weights * len(weights))
+        distance += jnp.sum(squares.mean(tuple(range(squares.ndim - 1))) * weights * len(weights))
       else:
         distance += jnp.sum(squares.mean(0))
     return LossTerm(0.5 * self.weight * distance + 0.5 * self.head_weight * heads, state)
@@ -116,7 +115,7 @@ def loss_rises(model: Network, variables: Mapping[str, Any], classifier: logisti
   """
   examples = _examples(batches, count)
   replicated = parallel.replicate((variables, classifier.weights, classifier.bias))
-  a_group = jax.ShapeDtypeStruct(examples['input'].shape[2:], np.uint8)
+  a_group = jax.ShapeDtypeStruct(examples['input'].shape[2:], examples['input'].dtype)
   shapes = {layer: tap.shape for layer, tap in jax.eval_shape(
       lambda variables, images: forward(model, variables, {'target': images}, train=False, layers=layers)[0]['target'].taps,
       variables, a_group).items()}
@@ -151,7 +150,7 @@ def _examples(batches: Iterable[Mapping[str, np.ndarray]], count: int) -> dict[s
   return {key: value.reshape(devices, groups, images, *value.shape[1:]) for key, value in padded.items()}
 
 
-def _rises(model: ResNet, layer: str) -> Callable[[Any, Mapping[str, jax.Array], jax.Array], jax.Array]:
+def _rises(model: Network, layer: str) -> Callable[[Any, Mapping[str, jax.Array], jax.Array], jax.Array]:
   """A function to be mapped over devices: (variables, classifier), examples and channels `[c]` to sums over examples,
   `[c]`.
   """
@@ -187,8 +186,7 @@ def _check_layers(layers: Sequence[str], context: SetupContext) -> None:
     return
   if isinstance(layers, str):
     raise ValueError(f"methods.delta.layers is {layers!r}; expected a tuple of paths, such as ('{layers}',)")
-  images = jax.ShapeDtypeStruct((1, context.image_size, context.image_size, 3), np.uint8)
-  params = jax.eval_shape(context.model.clone(heads={}).init, jax.random.key(0), images)['params']
+  params = context.model.clone(heads={}).shapes()['params']
   for layer in layers:
     here: list[str] = []
     inside: Mapping[str, Any] = params

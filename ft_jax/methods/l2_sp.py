@@ -16,7 +16,7 @@ from ft_jax.methods.base import (
   State,
   StepContext,
 )
-from ft_jax.models.resnet import ResNet
+from ft_jax.models.network import Network
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,7 +24,7 @@ from ft_jax.methods.base import (
   State,
   StepContext,
 )
-from ft_jax.models.resnet import ResNet
+from ft_jax.models.network import head_of, Network
 
 EPSILON = 1e-6  # added to running variances, as in the published code
 
@@ -32,9 +32,9 @@ EPSILON = 1e-6  # added to running variances, as in the published code
 @dataclasses.dataclass(frozen=True)
 class Layerwise(Method):
   """After each step, every kernel w of a stage goes back to w0 + t * min(1, r / |t|), t = w - w0, with the norm of the
-  whole kernel (frobenius) or the L1 norm of the weights into each output (mars); r is D in layer1 and layer2, D *
-  growth in layer3 and D * growth^2 in layer4. Li and Zhang, "Improved Regularization and Robustness for Fine-tuning in
-  Neural Networks" (NeurIPS 2021); MARS-PGM: Gouk, Hospedales and Pontil (ICLR 2021), with one radius for all stages.
+  whole kernel (frobenius) or the L1 norm of the weights into each output (mars); r is D in the first two stages
+  (`Network.stage`), D * growth in the third and D * growth^2 in the fourth. Li and Zhang, "Improved Regularization and
+  Robustness for Fine-tuning in Neural Networks" (NeurIPS 2021); MARS-PGM: Gouk, Hospedales and Pontil (ICLR 2021), with one radius for all stages.
 
   As in the published code, shortcut convolutions are constrained, the stem and all biases are free, and for BatchNorm s
   = scale / sqrt(running variance + 1e-6) stays within r of its start, with the current variance. Fresh heads stay
@@ -67,11 +67,11 @@ class Layerwise(Method):
   def loss(self, context: StepContext, state: State) -> LossTerm:
     if self.form != 'penalty':
       return LossTerm(None, state)
-    start, norm = flat(context.start['params']), NORMS[self.distance]
+    start, norm, variances = flat(context.start['params']), NORMS[self.distance], flat(context.batch_stats)
     total: Any = 0.0
     for path, value in flat(of_network(context.params)).items():
-      if path.endswith(('kernel', 'scale')) and (grown := self._grown(path)):
-        weight = self.head_weight if path.startswith('heads/') else self.weight * grown
+      if (grown := self._grown(context.model, path)) and (path.endswith('kernel') or variance_of(path) in variances):
+        weight = self.head_weight if head_of(path) else self.weight * grown
         total += weight * norm.penalty(value - start.get(path, 0.0))
     return LossTerm(total, state)
 
@@ -82,11 +82,9 @@ class Layerwise(Method):
     classes = params['heads']['target']['kernel'].shape[-1]
 
     def projected(path: tuple[str, ...], value: jax.Array) -> jax.Array:
-      name, grown = '/'.join(path), self._grown('/'.join(path))
-      if not grown or path[-1] == 'bias':
-        return value
-      if path[-1] == 'scale':
-        variance = f'{name.removesuffix("scale")}var'
+      name = '/'.join(path)
+      grown, variance = self._grown(model, name), variance_of(name)
+      if grown and variance in now:
         return into_interval(value, now[variance], first[name], then[variance], self.radius * grown)
       if not grown or path[-1] != 'kernel':
         return value
@@ -97,10 +95,10 @@ class Layerwise(Method):
 
     return flax.traverse_util.path_aware_map(projected, params)
 
-  def _grown(self, path: str) -> float:
+  def _grown(self, model: Network, path: str) -> float:
     """The factor of the radius or weight: powers of growth in the stages, 1 in heads, 0 where nothing is constrained.
     """
-    if path.startswith('heads/'):
+    if head_of(path):
       return 1.0
     stage = model.stage(path)
     return self.growth ** max(stage - 2, 0) if stage else 0.0

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from ft_jax.methods.base import check_above_zero, LossTerm, Method, Needs, SetupContext, State, StepContext
-from ft_jax.models.resnet import ResNet
+from ft_jax.models.network import Network
 
 
 @dataclasses.dataclass(frozen=True)

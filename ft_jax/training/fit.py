@@ -17,7 +17,7 @@ from ft_jax import parallel, progress
 from ft_jax.data.pipeline import EvalBatches, TIMEOUT, Transform
 from ft_jax.data.splits import Splits
 from ft_jax.methods import all_needs, Method, SetupContext
-from ft_jax.models.resnet import ResNet
+from ft_jax.models.network import Network
 from ft_jax.progress import log
 from ft_jax.training.checkpoints import Checkpoints, Damaged
 from ft_jax.training.divergence import Divergences, handle
@@ -58,7 +58,7 @@ def _whole(checkpoints: Checkpoints, choose: Callable[[], int | None], restore: 
       checkpoints.set_aside(step, str(error))
 
 
-def fit(training: Training, work: Workdir, *, model: ResNet, factors: Factors, variables: Mapping[str, Any],
+def fit(training: Training, work: Workdir, *, model: Network, factors: Factors, variables: Mapping[str, Any],
         streams: Mapping[str, Stream], splits: Splits, transform: Transform, seed: int, start: Mapping[str, Any] | None = None,
         methods: Mapping[str, Method] | None = None, true_labels: np.ndarray | None = None, timeout: float = TIMEOUT) -> dict[str, Any]:
   """Trains, keeps the newest and the best checkpoint, evaluates the best one, and returns the results.
@@ -101,7 +101,7 @@ def fit(training: Training, work: Workdir, *, model: ResNet, factors: Factors, v
     batches = EvalBatches(source if rows is None else source.subset(rows), transform, streams[head].batch_size, timeout)
     return progress.bar(batches, f'pre-trained network on {split}', len(batches))
 
-  begin = SetupContext(model=model, image_size=transform.size, classes=len(splits.train.class_names), labels=labels,
+  begin = SetupContext(model=model, classes=len(splits.train.class_names), labels=labels,
                        true_labels=labels if true_labels is None else true_labels, batch_size=streams[head].batch_size,
                        seed=seed, pretrained=bool(start), has_source=len(streams) > 1, start=start or {}, batches=batches_of)
   try:

@@ -18,7 +18,7 @@ from configs import stability as stability_config
 from ft_jax import parallel, trained
 from ft_jax.jobs import stability as job
 from ft_jax.methods.base import flat
-from ft_jax.models import resnet
+from ft_jax.models import build, resnet
 from ft_jax.pages import page, stability as stability_page
 from ft_jax.studies import stability
 from ft_jax.training import initial_weights

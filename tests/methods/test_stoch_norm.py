@@ -13,6 +13,7 @@ from ft_jax import methods
 from ft_jax.methods.stoch_norm import StochNorm, StochNormLayer
 from ft_jax.models import resnet
 from ft_jax.models.batch_norm import BatchNorm
+from ft_jax.models.network import FROZEN
 from ft_jax.parallel import AXIS
 from ft_jax.training.forward import forward
 
@@ -147,7 +148,7 @@ def test_bad_settings():
   on = methods.active({'stoch_norm': {'enabled': True}})
   methods.check(on, context)
   methods.check(on, dataclasses.replace(context, model=method_case.network(frozen='layer1/.*')))
-  for frozen in (dict(batch_norm='frozen'), dict(frozen=resnet.FROZEN['backbone'])):
+  for frozen in (dict(batch_norm='frozen'), dict(frozen=FROZEN['backbone'])):
     with pytest.raises(ValueError, match='stoch_norm has no layer to work in: model.batch_norm .* train.freeze'):
       methods.check(on, dataclasses.replace(context, model=method_case.network(**frozen)))
   with pytest.raises(ValueError, match='stoch_norm.probability is 1.5; expected a number from 0 to 1'):

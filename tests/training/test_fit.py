@@ -97,11 +97,11 @@ def test_batch_norm_on_several_devices(sync, devices, batch, refused, monkeypatc
   monkeypatch.setattr(jax, 'device_count', lambda: devices)
   model = build('resnet18', {'target': 2}, width=4, axis_name='batch' if sync else None)
   if not refused:
-    Trainable.of(Training.from_config(config(train__batch_size=batch).train), model, 32, batch)
+    Trainable.of(Training.from_config(config(train__batch_size=batch).train), model, batch)
     return
   with pytest.raises(ValueError, match=f'images per step {batch}, .* devices {devices}, '
                                        + ('.*, model.sync_batch_norm=true or ' if devices > 1 else '.*3x3, or model.batch_norm=frozen$')):
-    Trainable.of(Training.from_config(config(train__batch_size=batch).train), model, 32, batch)
+    Trainable.of(Training.from_config(config(train__batch_size=batch).train), model, batch)
 
 
 @pytest.mark.parametrize('fields,words', [

@@ -92,7 +92,7 @@ def test_steps_equal_torchs(tmp_path):
   """Two Nesterov steps of torch.optim.SGD with weight decay on one device: gradients, statistics and parameters on four here."""
   record = Record('resnet18')
   variables = record.variables(tmp_path)
-  model = resnet.build('resnet18', {'source': 7}, width=2, axis_name=parallel.AXIS)
+  model = build('resnet18', {'source': 7}, width=2, axis_name=parallel.AXIS)
   # Keeps the gradients of a step beside what the optimiser keeps.
   keep = optax.GradientTransformation(lambda params: params, lambda gradients, state, params=None: (gradients, gradients))
   tx = optax.chain(keep, make_optimizer('sgd', optax.constant_schedule(0.05), parameter_factors(variables['params']), momentum=0.9,
@@ -117,7 +117,7 @@ def test_frozen_batch_norm_keeps_every_bit(setting):
   rng = np.random.default_rng(1)
   noisy = jax.tree.map(lambda x: (x + rng.uniform(0.1, 0.3, x.shape)).astype(x.dtype), variables)
   noisy['params']['bn1']['bias'][0] = -0.0  # an update of zero would lose the sign
-  model = resnet.build('resnet18', {'target': 3, 'source': 5}, width=4, batch_norm='frozen')
+  model = build('resnet18', {'target': 3, 'source': 5}, width=4, batch_norm='frozen')
   factors = parameter_factors(noisy['params'], (('heads/.*', 10.0), ('.*bn.*', 2.0), ('.*', 1.0)))
   optimizer = make_optimizer('sgd', lambda step: 0.1, factors, momentum=0.9, nesterov=True, weight_decay=0.1)
   state = parallel.replicate(create_state(noisy, optimizer))
