@@ -21,6 +21,7 @@ from ft_jax.data import open_set
 from ft_jax.data.image_set import digest
 from ft_jax.embedding import embedded, PRECISION, remove_partial
 from ft_jax.jobs import finetune, setup
+from ft_jax.models.network import OPTIONS
 from ft_jax.pages import study as study_page, study_csv
 from ft_jax.pages.page import format_percent
 from ft_jax.progress import log
