@@ -200,7 +200,7 @@ def test_numbers_that_no_training_makes_are_named(name, value, words):
   tensors = load_torch(DATA / 'resnet18.pth')
   weights.check_numbers(RESNET, tensors, 'a.pth')
   changed = jax.tree.map(np.array, tensors)
-  flat = {export.name(key): array for key, array in flax.traverse_util.flatten_dict(changed, sep='/').items()}
+  flat = {RESNET.torch_name(key): array for key, array in flax.traverse_util.flatten_dict(changed, sep='/').items()}
   flat[name].flat[0] = value
   with pytest.raises(ValueError, match=f'^a.pth has .*{words}'):
     weights.check_numbers(RESNET, changed, 'a.pth')

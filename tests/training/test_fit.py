@@ -29,7 +29,7 @@ def test_fresh_heads_learn_ten_times_as_fast():
   params = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), params)
   for fresh, expected in ((('target', 'source'), (10, 10, 1)), (('target',), (10, 1, 1)), ((), (1, 1, 1))):
     training = Training.from_config(config(train__momentum=0.0, train__nesterov=False, train__weight_decay=0.0).train)
-    tx = training.make_optimizer(optax.constant_schedule(1.0), training.factors(params, fresh))
+    tx = training.make_optimizer(optax.constant_schedule(1.0), training.factors(model, params, fresh))
     steps, _ = tx.update(jax.tree.map(np.ones_like, params), tx.init(params), params)
     assert (-steps['heads']['target']['bias'][0], -steps['heads']['source']['bias'][0], -steps['conv1']['kernel'][0, 0, 0, 0]) == expected
 
@@ -95,7 +95,7 @@ def test_batch_norm_of_one_value_gives_its_bias(axis_name):
 def test_batch_norm_on_several_devices(sync, devices, batch, refused, monkeypatch):
   """Each device has its own statistics, or all of them share one."""
   monkeypatch.setattr(jax, 'device_count', lambda: devices)
-  model = build('resnet18', {'target': 2}, width=4, axis_name='batch' if sync else None)
+  model = build('resnet18', {'target': 2}, width=4, size=32, axis_name='batch' if sync else None)
   if not refused:
     Trainable.of(Training.from_config(config(train__batch_size=batch).train), model, batch)
     return
