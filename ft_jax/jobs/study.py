@@ -102,9 +102,15 @@ def _fields(config: Mapping[str, Any], without: Sequence[str] = ()) -> str:
   """The fields of a fine-tuning that its result depends on, as text, less some groups."""
   text, known, fields = functools.partial(json.dumps, sort_keys=True, default=str), defaults(), flat(config)
   unused = [path for path in ADDED if path in fields and text(fields[path]) == text(known[path])]
-  named = {new: old for old, new in RENAMED.items()}  # cached parts keep the names that they were saved under
-  found = run_fields(config, free=(*FREE, *unused))
-  return text({named.get(name, name): value for name, value in found.items() if name not in without})
+  kept = _first_names(run_fields(config, free=(*FREE, *unused)))
+  return text({name: value for name, value in kept.items() if name not in without})
+
+
+def _first_names(config: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
+  """A config with the first name that each field had: cached parts are named by those."""
+  first = {new: old.rpartition('.')[2] for old, new in RENAMED.items()}
+  return {first.get(f'{prefix}{name}', name): _first_names(value, f'{prefix}{name}.') if isinstance(value, Mapping) else value
+          for name, value in config.items()}
 
 
 class _Study:
