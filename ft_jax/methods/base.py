@@ -44,7 +44,7 @@ class View:
     return f'{self.stream}/{self.name}'
 
   @property
-  def recipe(self) -> dict[str, float]:
+  def recipe(self) -> dict[str, Any]:
     """The fields of the training transform that are different for this view."""
     fields = {'randaugment': self.randaugment, 'magnitude': self.magnitude, 'cutout': self.cutout}
     return {name: value for name, value in fields.items() if value is not None}

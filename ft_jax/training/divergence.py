@@ -65,6 +65,7 @@ def _ids_at(run: Run, place: int) -> dict[str, list[str]]:
 def _advice(most: int) -> str:
   advice = 'use a smaller train.learning_rate or some train.warmup'
   if not most:
-    return f'{advice}; or, if it is the images, resume with --config.train.skip_diverged=1, which leaves such a batch out'
+    return (f'{advice}; or, if it is the images, resume with --config.train.skip_diverged=1, which leaves such a '
+            'batch out')
   batches = 'batch was' if most == 1 else 'batches were'
   return f'{most} {batches} left out before, so the images are hardly the reason: {advice}'

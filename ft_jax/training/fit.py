@@ -16,7 +16,8 @@ from ft_jax.environment import environment
 from ft_jax.methods import all_needs, Method, SetupContext
 from ft_jax.models.resnet import ResNet
 from ft_jax.progress import log
-from ft_jax.training.checkpoints import Checkpoints, Damaged
+from ft_jax.training.checkpoint_files import Damaged
+from ft_jax.training.checkpoints import Checkpoints
 from ft_jax.training.divergence import Divergences, handle
 from ft_jax.training.evaluate import Evaluation, make_predict
 from ft_jax.training.initial_weights import drawn, weights_fingerprint
@@ -203,7 +204,9 @@ def _closed_on_error(checkpoints: Checkpoints) -> Iterator[None]:
 
 
 def log_changed_devices(devices: Sequence[Sequence[int]], start: int, model: ResNet, batch_size: int) -> None:
-  """Logs what it means that a run resumes at step `start` on another number of devices; `devices` are (from step, number)."""
+  """Logs what it means that a run resumes at step `start` on another number of devices; `devices` are (from step,
+  number).
+  """
   if len(devices) < 2 or devices[-1][0] != start:
     return
   before, now = devices[-2][1], devices[-1][1]

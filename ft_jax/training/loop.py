@@ -191,7 +191,7 @@ def train(run: Run, step: StepFn, state: TrainState, start: int, skip: Sequence[
         stops = batch is None or done < plan.steps and stop()
         evaluates = batch is not None and plan.due(done)
     checkpoints.wait()
-    # A stop that was asked for while the last state was written counts too: nothing is lost, and what follows takes time.
+    # A stop asked for while the last state was written counts too: nothing is lost, and what follows takes time.
     if done < plan.steps or not complete or stop.asked:
       checkpoints.close()
       where = f'step {done} of {plan.steps}, saved in {run.work.path}; the same command resumes from there'
@@ -391,7 +391,8 @@ def evaluate_val(run: Run, step: int, state: TrainState, stop: Callable[[], bool
 
 
 def val_metrics(run: Run, state: TrainState, stop: Callable[[], bool]) -> dict[str, float]:
-  """Val metrics of a replicated state: of its averages where there are any, and then of the parameters themselves too."""
+  """Val metrics of a replicated state: of its averages where there are any, and then of the parameters themselves too.
+  """
   val = run.data.splits.val
   metrics = {f'val/{name}': value for name, value in evaluate_split(run, state, val, 'val', stop).summary().items()}
   if state.average:

@@ -166,7 +166,8 @@ def total_loss(methods: Mapping[str, Method], keys: Mapping[str, jax.Array], los
     context: what methods get; None without methods.
     states: of the methods.
   """
-  states, metrics = dict(states), {}
+  states = dict(states)
+  metrics: Metrics = {}
   if context is not None:
     context, states, metrics = relabel(methods, keys, context, states)
     labels = {**labels, 'target': context.labels}
@@ -187,7 +188,7 @@ def total_loss(methods: Mapping[str, Method], keys: Mapping[str, jax.Array], los
 def relabel(methods: Mapping[str, Method], keys: Mapping[str, jax.Array], context: StepContext,
             states: dict[str, State]) -> tuple[StepContext, dict[str, State], Metrics]:
   """The context with the target's labels after the methods changed them, the methods' states, and their metrics."""
-  metrics = {}
+  metrics: Metrics = {}
   for name, method in methods.items():
     labels, state, own = method.relabel(detach(context)._replace(key=keys[name]), states[name])
     context, states = context._replace(labels=labels), {**states, name: state}
