@@ -200,7 +200,7 @@ with command.exit_codes(False):
           'everyone': parallel.everyone({'process': process, 'padding': 'x' * (10 + 500 * process)}),
           'refused': refusal(parallel.agreed, no_such), 'same': refusal(parallel.check_same, {'a': 1, 'b': 2}, 'files'),
           'differ': refusal(parallel.check_same, {'a': 1, 'b': process}, 'files')}
-  parallel._SEEN_SECONDS = 1
+  parallel._VISIBLE_SECONDS = 1
   told['shared'] = refusal(parallel.check_shared, folder / 'shared', '--workdir')
   told['apart'] = refusal(parallel.check_shared, folder / f'of_{process}', '--workdir')
   source, transform = open_source(f'folder:{folder / "good"}', 'train', ''), Transform(16, short_side=16)
