@@ -15,7 +15,7 @@ from ft_jax.models.network import head_of, Network, network_variables, OPTIONS
 from ft_jax.models.weights import check_numbers, Loaded, read
 from ft_jax.names import listed
 from ft_jax.progress import log
-from ft_jax.training.checkpoints import load_variables
+from ft_jax.training.finished_runs import load_variables
 from ft_jax.workdir import read_json
 import selection
 from selection import storage
