@@ -141,8 +141,8 @@ def _train(config: ConfigDict, training: Training, trainable: Trainable, work: W
   start = network_variables(weights.variables) if weights else None
   if needs.trained_classifier:
     heads['pretrained'] = len(start['params']['heads']['pretrained']['bias'])
-  model = setup.build_model(config.model, heads, config.train.freeze)
-  variables = setup.init_variables(model, config.image_size, config.seed, start)
+  model = setup.build_model(config.model, heads, config.image_size, config.train.freeze)
+  variables = setup.init_variables(model, config.seed, start)
   data = fit.TrainingData(streams, splits, transform, config.seed, config.data.timeout, true_labels)
   results = fit.fit(training, work, data, fit.InitialNetwork(model, variables, start or {}, trainable.factors), active)
   embeddings = embedding.PRECISION if chosen is not None and chosen.encoder and not config.selection.file else None  # None: none were made

@@ -94,10 +94,10 @@ def _train(config: ConfigDict, training: Training, trainable: Trainable, work: W
   weights = None
   if config.model.weights:
     kept = config.model.source_head == 'pretrained'
-    weights = initial_weights.load_weights(config.model.weights, classes=classes if kept else None,
-                                 class_names=splits.train.class_names if kept else None)
-  model = setup.build_model(config.model, {'source': classes}, config.train.freeze)
-  variables = setup.init_variables(model, config.image_size, config.seed, weights.variables if weights else None)
+    weights = initial_weights.load_weights(config.model.weights, setup.build_model(config.model, {}, config.image_size),
+                                           classes=classes if kept else None, class_names=splits.train.class_names if kept else None)
+  model = setup.build_model(config.model, {'source': classes}, config.image_size, config.train.freeze)
+  variables = setup.init_variables(model, config.seed, weights.variables if weights else None)
   streams = {'source': fit.Stream(splits.train, config.train.batch_size, 1.0)}
   data = fit.TrainingData(streams, splits, setup.make_transform(config), config.seed, config.data.timeout)
   network = fit.InitialNetwork(model, variables, weights.variables if weights else {}, trainable.factors)

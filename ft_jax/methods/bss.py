@@ -28,7 +28,7 @@ class BSS(Method):
     most = min(context.batch_size, context.model.features_dim)
     if not 1 <= self.k <= most:
       raise ValueError(f'methods.bss.k is {self.k}; expected 1 to {most}, the number of singular values of a batch of '
-                       f'{context.batch_size} with {context.model.width_of_features} features each')
+                       f'{context.batch_size} with {context.model.features_dim} features each')
 
   def loss(self, context: StepContext, state: State) -> LossTerm:
     value = smallest(parallel.gather(context.outputs['target'].features), self.k)

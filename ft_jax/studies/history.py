@@ -95,7 +95,7 @@ def load(kept: Kept, network: ConfigDict, image_size: int) -> Loaded:
   model = setup.build_model(network, {}, image_size)
   try:
     path = storage.located(kept.weights)
-    variables = (finished_runs.load_variables(path.parent.parent, int(path.name)) if path.is_dir() else initial_weights.read_file(path).variables)
+    variables = (finished_runs.load_variables(path.parent.parent, int(path.name)) if path.is_dir() else initial_weights.read_file(path, model).variables)
     heads = variables['params'].pop('heads', {})
     merged = setup.init_variables(model, 0, variables)
   except (ValueError, OSError) as error:

@@ -40,7 +40,7 @@ class InitialNetwork:
     pretrained: the pre-trained part of `variables`: heads that are not in it start fresh; {} for random weights.
     factors: of the learning rate and the weight decay of each parameter, those of methods included.
   """
-  model: ResNet
+  model: Network
   variables: Mapping[str, Any]
   pretrained: Mapping[str, Any]
   factors: Factors
@@ -117,7 +117,7 @@ def setup_context(data: TrainingData, network: InitialNetwork) -> SetupContext:
     return progress.bar(each, f'pre-trained network on {split}', len(each))
 
   return SetupContext(
-      model=network.model, image_size=data.transform.size, classes=len(train.class_names), labels=train.labels,
+      model=network.model, classes=len(train.class_names), labels=train.labels,
       true_labels=train.labels if data.true_labels is None else data.true_labels, batch_size=first.batch_size,
       seed=data.seed, pretrained=bool(network.pretrained), has_source=len(data.streams) > 1, start=network.pretrained,
       batches=batches)
@@ -203,7 +203,7 @@ def _closed_on_error(checkpoints: Checkpoints) -> Iterator[None]:
     raise
 
 
-def log_changed_devices(devices: Sequence[Sequence[int]], start: int, model: ResNet, batch_size: int) -> None:
+def log_changed_devices(devices: Sequence[Sequence[int]], start: int, model: Network, batch_size: int) -> None:
   """Logs what it means that a run resumes at step `start` on another number of devices; `devices` are (from step,
   number).
   """
@@ -218,8 +218,10 @@ def log_changed_devices(devices: Sequence[Sequence[int]], start: int, model: Res
                 'model.sync_batch_norm=true it does not)', now, before, batch_size // now, batch_size // before)
 
 
-def _batch_norm(model: ResNet) -> str:
+def _batch_norm(model: Network) -> str:
   """What results.json says of the statistics of BatchNorm."""
+  if not model.has_batch_norm:
+    return 'none in this network'
   if model.batch_norm == 'frozen':
     return 'frozen: statistics, scales and biases of the weights'
   return 'statistics of the whole batch' if model.axis_name else f'statistics of each of {jax.device_count()} devices'

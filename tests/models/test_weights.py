@@ -11,7 +11,7 @@ import pytest
 from safetensors import numpy as safetensors
 from torch_weights import load_torch, RESNET
 
-from ft_jax.models import build, export, torch_pickle, weights
+from ft_jax.models import build, torch_pickle, weights
 
 DATA = pathlib.Path(__file__).parents[1] / 'fixtures'
 

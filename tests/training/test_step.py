@@ -11,7 +11,7 @@ from torch_record import error, Record
 from torch_weights import RESNET
 
 from ft_jax import parallel
-from ft_jax.models import export, resnet
+from ft_jax.models import build, export
 from ft_jax.training.optimizer import make_optimizer, parameter_factors
 from ft_jax.training.step import create_state, make_step, make_train_step
 
