@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import PIL.Image
 import pytest
+import started
 
 ROOT = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # configs/ is no package that is installed
@@ -84,12 +85,11 @@ def pool(tmp_path_factory) -> pathlib.Path:
   return folder
 
 
-def quick_main(*flags: str) -> subprocess.CompletedProcess:
+def quick_main(*flags: str) -> subprocess.CompletedProcess[str]:
   """main.py on one device, with warnings as errors."""
   # The exception is ml_collections' own, when it reads a config on Python 3.11.
-  env = {**os.environ, 'JAX_PLATFORMS': 'cpu',
-         'PYTHONWARNINGS': 'error,ignore:the load_module() method is deprecated:DeprecationWarning'}
-  return subprocess.run([sys.executable, 'main.py', *flags], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+  return started.main(*flags, JAX_PLATFORMS='cpu',
+                      PYTHONWARNINGS='error,ignore:the load_module() method is deprecated:DeprecationWarning')
 
 
 @pytest.fixture(scope='session')
