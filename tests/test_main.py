@@ -9,7 +9,22 @@ from conftest import quick_main
 from ml_collections import config_flags, ConfigDict
 import pytest
 
-from configs import aircraft, caltech101, cars, cub, default, digits, dogs, dtd, export, miniature, pets, predict, pretrain, sun397
+from configs import (
+  aircraft,
+  caltech101,
+  cars,
+  cub,
+  default,
+  digits,
+  dogs,
+  dtd,
+  export,
+  miniature,
+  pets,
+  predict,
+  pretrain,
+  sun397,
+)
 from configs import fixmatch as fixmatch_config
 from configs import stability as stability_config
 from ft_jax.command import default_workdir
