@@ -17,6 +17,7 @@ import PIL.Image
 import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
+from torch_weights import load_torch, RESNET
 
 from configs import export as export_config
 from ft_jax import trained

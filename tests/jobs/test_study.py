@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+from torch_weights import RESNET
 
 from configs import default
 from configs import study as study_config
