@@ -15,7 +15,6 @@ from ft_jax.data.unreadable import without_damaged
 from ft_jax.names import listed
 from ft_jax.progress import log
 
-
 ON_ERROR = ('raise', 'skip')
 
 

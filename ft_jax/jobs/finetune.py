@@ -9,9 +9,9 @@ import jax
 from ml_collections import ConfigDict
 import numpy as np
 
-from ft_jax import embedding, methods, models, noise, parallel, selecting
-from ft_jax.data import open_set, overlap
-from ft_jax.data.image_set import ImageSet
+from ft_jax import embedding, methods, noise, parallel, selecting
+from ft_jax.data import overlap
+from ft_jax.data.image_set import ImageSet, open_set
 from ft_jax.data.pipeline import make_transform, Transform
 from ft_jax.data.splits import (
   cache_in_memory,
@@ -26,16 +26,16 @@ from ft_jax.data.splits import (
   Splits,
   SplitSettings,
 )
-from ft_jax.jobs import pretrain
+from ft_jax.jobs import pretrain, setup
 from ft_jax.methods import Method
-from ft_jax.models.network import Network, network_variables
+from ft_jax.models.resnet import ResNet
 from ft_jax.pages import report
 from ft_jax.pages.selection_section import duplicate_pairs, selection_section
 from ft_jax.progress import log
 from ft_jax.selecting import SelectionSettings
 from ft_jax.settings import check_fields
 from ft_jax.training import fit, initial_weights
-from ft_jax.training.initial_weights import init_variables, Weights
+from ft_jax.training.initial_weights import Weights
 from ft_jax.training.settings import log_doubts, own_params, Trainable, Training
 from ft_jax.workdir import Workdir, write_results
 import selection
@@ -44,6 +44,7 @@ from selection.result import NOUNS
 
 # How many classes a head has is not known before the data are opened; it changes nothing that is refused before.
 UNKNOWN = 2
+NO_LABELS = np.zeros(0, np.int32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +85,7 @@ class Settings:
   reading: Reading
   transform: Transform
   methods: Mapping[str, Method]
-  model: Network
+  model: ResNet
   weights: str
   source_head: str
   training: Training
@@ -215,7 +216,7 @@ def fine_tune(settings: Settings, workdir: epath.PathLike, embeddings: epath.Pat
     model, variables = _start(settings, sets, weights)
     results = fit.fit(settings.training, work, model=model, factors=settings.trainable.factors, variables=variables,
                       streams=streams, splits=sets.splits, transform=settings.transform, seed=settings.seed,
-                      start=network_variables(weights.variables) if weights else None, methods=settings.methods,
+                      start=_network_variables(weights), methods=settings.methods,
                       true_labels=sets.noise.true_labels, timeout=settings.reading.timeout)
     write_results(work, {'job': 'finetune', **results, **_about(settings, results, sets, weights, chosen, streams)})
   done = parallel.agreed(lambda: _write_report(work, sets))
@@ -233,9 +234,9 @@ def _source_batch(ratio: float, training: Training) -> int:
 
 
 def _model(config: ConfigDict, active: Mapping[str, Method], training: Training,
-           source_batch: int) -> tuple[Network, Trainable]:
+           source_batch: int) -> tuple[ResNet, Trainable]:
   """The network with all of its heads, and what training does to it; raises ValueError where they or methods do not fit."""
-  network = models.from_config(config.model, {}, config.image_size, config.train.freeze)
+  network = setup.build_model(config.model, {}, config.train.freeze)
   needs = methods.all_needs(active, network)
   unlabelled = _unlabelled(active)
   if unlabelled and config.model.source_head == 'pretrained':
@@ -246,11 +247,15 @@ def _model(config: ConfigDict, active: Mapping[str, Method], training: Training,
   fresh = heads if config.model.source_head == 'fresh' else ['target']
   heads += ['pretrained'] if needs.trained_classifier else []
   model = network.clone(heads=dict.fromkeys(heads, UNKNOWN))
-  methods.check(active, methods.Plan(model, training.batch_size, source_batch > 0, config.model.weights))
+  context = methods.SetupContext(
+      model=model, image_size=config.image_size, classes=UNKNOWN, labels=NO_LABELS, true_labels=NO_LABELS,
+      batch_size=training.batch_size, seed=config.seed, pretrained=bool(config.model.weights), has_source=source_batch > 0,
+      start={}, batches=lambda split, rows=None: [])
+  methods.check(active, context)
   sizes = {'target': training.batch_size, 'source': source_batch}
-  images = sum(sizes.values()) + sum(sizes[stream] for stream, _ in needs.seen)
-  trainable = Trainable.of(training, model, images, fresh=fresh if config.model.weights else (),
-                           own=own_params(active, model, config.seed))
+  images = sum(sizes.values()) + sum(sizes[view.stream] for view in needs.forwarded_views)
+  trainable = Trainable.of(training, model, config.image_size, images, fresh=fresh if config.model.weights else (),
+                           own=own_params(active, context))
   return model, trainable
 
 
@@ -343,12 +348,12 @@ def _weights(settings: Settings, work: Workdir, sets: Sets) -> Weights | None:
     class_names = sets.pool.class_names
   classes = len(class_names) if class_names else None
   if settings.pretraining is None:
-    return initial_weights.load_weights(settings.weights, settings.model, classes=classes, class_names=class_names,
+    return initial_weights.load_weights(settings.weights, classes=classes, class_names=class_names,
                                         classifier=classifier, projection=settings.selection.projects)
   # A run of its own, with its own checkpoints and report.
   folder = work.path / 'pretrain'
   pretrain.pretrain(settings.pretraining.without(sets.copies.classes), folder, sets.copies.dropped)
-  return initial_weights.load_weights(str(folder), settings.model, classes=classes, classifier=classifier)
+  return initial_weights.load_weights(str(folder), classes=classes, classifier=classifier)
 
 
 def _select(settings: Settings, work: Workdir, sets: Sets, weights: Weights | None,
@@ -365,13 +370,12 @@ def _encoder(settings: Settings, weights: Weights | None, folder: epath.Path,
              unfinished: epath.Path) -> embedding.Encoder:
   """Makes the features that are compared: by the network of the weights."""
   network = settings.model.clone(heads={})
-  variables = init_variables(network, settings.seed, weights.variables if weights else None)
+  variables = setup.init_variables(network, settings.transform.size, settings.seed, weights.variables if weights else None)
   if settings.selection.projects and weights:
     variables['projection'] = weights.variables['projection']
   random = ''
   if not weights:  # another jax may draw other numbers by the same seed
-    options = ' '.join(map(str, network.options.values()))
-    random = f'{initial_weights.drawn(settings.seed)} by jax {jax.__version__}, {options}'
+    random = f'{initial_weights.drawn(settings.seed)} by jax {jax.__version__}, {network.width} {network.stem}'
   return embedding.Encoder(settings.fields['model']['name'], network, variables, settings.transform,
                            settings.training.batch_size, settings.reading.timeout, folder, unfinished, random)
 
@@ -396,16 +400,21 @@ def _streams(settings: Settings, sets: Sets, chosen: selection.Selection | None)
   return {**streams, 'source': fit.Stream(images, settings.source_batch, weight)}
 
 
-def _start(settings: Settings, sets: Sets, weights: Weights | None) -> tuple[Network, dict[str, Any]]:
+def _start(settings: Settings, sets: Sets, weights: Weights | None) -> tuple[ResNet, dict[str, Any]]:
   """The network with the numbers of classes of its heads, and the variables that it starts with."""
   sizes: dict[str, Collection[Any]] = {'target': sets.splits.train.class_names}
   if sets.pool is not None:
     sizes['source'] = sets.pool.class_names  # all of them, as in the paper; only the selected ones ever come
-  start = network_variables(weights.variables) if weights else None
+  start = _network_variables(weights)
   if 'pretrained' in settings.model.heads and start:
     sizes['pretrained'] = start['params']['heads']['pretrained']['bias']
   model = settings.model.clone(heads={head: len(sizes[head]) for head in settings.model.heads})
-  return model, init_variables(model, settings.seed, start)
+  return model, setup.init_variables(model, settings.transform.size, settings.seed, start)
+
+
+def _network_variables(weights: Weights | None) -> dict[str, Any] | None:
+  """The variables of the network alone, without a projection head."""
+  return {key: weights.variables[key] for key in ('params', 'batch_stats')} if weights else None
 
 
 def _about(settings: Settings, results: Mapping[str, Any], sets: Sets, weights: Weights | None,

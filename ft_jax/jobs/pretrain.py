@@ -8,7 +8,7 @@ from etils import epath
 from ml_collections import ConfigDict
 import numpy as np
 
-from ft_jax import methods, models, parallel
+from ft_jax import methods, parallel
 from ft_jax.data.image_set import digest, ImageSet
 from ft_jax.data.pipeline import make_transform, Transform
 from ft_jax.data.splits import (
@@ -23,12 +23,13 @@ from ft_jax.data.splits import (
   Splits,
   SplitSettings,
 )
-from ft_jax.models.network import Network, network_variables
+from ft_jax.jobs import setup
+from ft_jax.models.resnet import ResNet
 from ft_jax.pages import report
 from ft_jax.progress import log
 from ft_jax.settings import check_fields
 from ft_jax.training import fit, initial_weights
-from ft_jax.training.initial_weights import init_variables, Weights
+from ft_jax.training.initial_weights import Weights
 from ft_jax.training.settings import log_doubts, Trainable, Training
 from ft_jax.workdir import Workdir, write_results
 
@@ -59,7 +60,7 @@ class Settings:
   source: SplitSettings
   reading: Reading
   transform: Transform
-  model: Network
+  model: ResNet
   weights: str
   source_head: str
   training: Training
@@ -82,9 +83,9 @@ class Settings:
                        'job pretrain')
     initial_weights.check_weights(config.model)
     training = Training.from_config(config.train)
-    model = models.from_config(config.model, {'source': UNKNOWN}, config.image_size, config.train.freeze)
+    model = setup.build_model(config.model, {'source': UNKNOWN}, config.train.freeze)
     fresh = ('source',) if config.model.weights and config.model.source_head == 'fresh' else ()
-    trainable = Trainable.of(training, model, training.batch_size, fresh=fresh)
+    trainable = Trainable.of(training, model, config.image_size, training.batch_size, fresh=fresh)
     return cls(
         fields=config.to_dict(), seed=config.seed, data_dir=config.data_dir, source=SplitSettings.from_config(config.source),
         reading=Reading.from_config(config.data), transform=make_transform(config.image_size, config.augment), model=model,
@@ -124,8 +125,8 @@ def pretrain(settings: Settings, workdir: epath.PathLike, left_out: Sequence[str
     weights = _weights(settings, splits)
     classes = len(splits.train.class_names)
     model = settings.model.clone(heads={'source': classes})
-    start = network_variables(weights.variables) if weights else None
-    variables = init_variables(model, settings.seed, start)
+    start = weights.variables if weights else None
+    variables = setup.init_variables(model, settings.transform.size, settings.seed, start)
     streams = {'source': fit.Stream(splits.train, settings.training.batch_size, 1.0)}
     results = fit.fit(settings.training, work, model=model, factors=settings.trainable.factors, variables=variables,
                       streams=streams, splits=splits, transform=settings.transform, seed=settings.seed, start=start,
@@ -166,7 +167,7 @@ def _weights(settings: Settings, splits: Splits) -> Weights | None:
   if not settings.weights:
     return None
   class_names = splits.train.class_names if settings.source_head == 'pretrained' else None
-  return initial_weights.load_weights(settings.weights, settings.model, classes=len(class_names) if class_names else None,
+  return initial_weights.load_weights(settings.weights, classes=len(class_names) if class_names else None,
                                       class_names=class_names)
 
 

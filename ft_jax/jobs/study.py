@@ -18,11 +18,14 @@ import numpy as np
 
 from ft_jax import compiled, parallel, trained
 from ft_jax.data.image_set import digest, open_set
-from ft_jax.embedding import embedded, PRECISION, remove_partial
+from ft_jax.data.pipeline import make_transform
+from ft_jax.embedding import Encoder, PRECISION, remove_partial
 from ft_jax.jobs import finetune, setup
-from ft_jax.pages import report, study_page
+from ft_jax.pages import study as study_page
+from ft_jax.pages import study_csv
+from ft_jax.pages.page import format_percent
 from ft_jax.progress import log
-from ft_jax.settings import check_fields, defaults, flat
+from ft_jax.settings import check_fields, defaults, flat, RENAMED
 from ft_jax.studies import history, probe, spectrum, study_results, transferability
 from ft_jax.studies.study_data import changed, described, Frozen, open_target, Parts, Target
 from ft_jax.workdir import check_name, FREE, own, read_config, run_fields, write_bytes, write_text
@@ -84,7 +87,7 @@ def check(config: ConfigDict, kept: history.History) -> None:
   if not _names(config):
     raise ValueError('config.target.name is empty; name your images, such as folder:/data/pets or tfds:oxford_iiit_pet')
   for name in _names(config):
-    finetune.check(_own(config, name, settings.seeds[0], kept.kept[0].weights))
+    finetune.Settings.from_config(_own(config, name, settings.seeds[0], kept.kept[0].weights))
 
 
 def _names(config: ConfigDict) -> list[str]:
@@ -102,7 +105,15 @@ def _fields(config: Mapping[str, Any], without: Sequence[str] = ()) -> str:
   """The fields of a fine-tuning that its result depends on, as text, less some groups."""
   text, known, fields = functools.partial(json.dumps, sort_keys=True, default=str), defaults(), flat(config)
   unused = [path for path in ADDED if path in fields and text(fields[path]) == text(known[path])]
-  return text({name: value for name, value in run_fields(config, free=(*FREE, *unused)).items() if name not in without})
+  kept = _first_names(run_fields(config, free=(*FREE, *unused)))
+  return text({name: value for name, value in kept.items() if name not in without})
+
+
+def _first_names(config: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
+  """A config with the first name that each field had: cached parts are named by those."""
+  first = {new: old.rpartition('.')[2] for old, new in RENAMED.items()}
+  return {first.get(f'{prefix}{name}', name): _first_names(value, f'{prefix}{name}.') if isinstance(value, Mapping) else value
+          for name, value in config.items()}
 
 
 class _Study:
@@ -112,7 +123,7 @@ class _Study:
     """Reads each checkpoint once, so that one that does not fit is known before anything long begins; takes up what is finished."""
     self._config, self._history, self._targets, self._folder = config, kept, targets, folder
     self._owned = own(folder) if parallel.is_main() else None
-    self._transform, self._parts = setup.make_transform(config), Parts(folder / 'parts')
+    self._transform, self._parts = make_transform(config.image_size, config.augment), Parts(folder / 'parts')
     self._which = 'centred' if config.study.centred else 'plain'
     self._pool, self._legacy_pool = _pool(config)
     self._prints = history.fingerprints(kept, config.image_size)
@@ -159,10 +170,9 @@ class _Study:
   def _embedded(self, folder: epath.Path | None, target: Target, variables: Mapping[str, Any], network: str) -> np.ndarray:
     unfinished = self._folder / 'unfinished'
     try:
-      features = np.concatenate([
-          embedded(folder, self._config.model, variables, source, self._transform, self._config.train.batch_size,
-                   f'{source.name} by {network}', timeout=self._config.data.timeout, unfinished=unfinished).features
-          for source in target.sources])
+      encoder = Encoder(self._config.model.name, setup.build_model(self._config.model, {}), variables, self._transform,
+                        self._config.train.batch_size, self._config.data.timeout, folder, unfinished)
+      features = np.concatenate([encoder.embed(source, f'{source.name} by {network}').features for source in target.sources])
     except ValueError as error:
       raise ValueError(f'{target.name} by {network}: {error}') from error
     remove_partial(unfinished)
@@ -184,7 +194,7 @@ class _Study:
           found['change'] = {'since': entries[c - 1].name, **self._changed(target, c, before, frozen)}
         before = frozen
         compiled.clear_compiled()
-        told = ', '.join(f'{name} {report.spoken([found["probes"][seed][key]["test"] for seed in seeds])}'
+        told = ', '.join(f'{name} {format_percent([found["probes"][seed][key]["test"] for seed in seeds])}'
                          for name, key in (('linear', 'linear'), ('k-NN', 'neighbours'), ('nearest mean', 'nearest_mean')))
         log.info('[%d/%d] %s, frozen %s: %s %%', t * len(entries) + c + 1, len(entries) * len(self._targets), target.name, entry.name, told)
     log.info('frozen features: %.0f s', time.perf_counter() - began)
@@ -294,7 +304,7 @@ class _Study:
                                        found, self._per_class, bool(self._config.target.val))
                     for target, found in zip(self._targets, self._found)]}
     write_text(self._folder / 'study.json', json.dumps(results, indent=1, allow_nan=False) + '\n')
-    write_bytes(self._folder / 'study.csv', study_page.table(results).encode())
+    write_bytes(self._folder / 'study.csv', study_csv.text(results).encode())
     if page:
       study_page.write(self._folder / 'report.html', results, self._config.to_dict())
     return results

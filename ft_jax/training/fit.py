@@ -101,8 +101,9 @@ def fit(training: Training, work: Workdir, *, model: ResNet, factors: Factors, v
     batches = EvalBatches(source if rows is None else source.subset(rows), transform, streams[head].batch_size, timeout)
     return progress.bar(batches, f'pre-trained network on {split}', len(batches))
 
-  begin = SetupContext(model, start or {}, len(splits.train.class_names), labels, labels if true_labels is None else true_labels,
-                streams[head].batch_size, seed, batches_of)
+  begin = SetupContext(model=model, image_size=transform.size, classes=len(splits.train.class_names), labels=labels,
+                       true_labels=labels if true_labels is None else true_labels, batch_size=streams[head].batch_size,
+                       seed=seed, pretrained=bool(start), has_source=len(streams) > 1, start=start or {}, batches=batches_of)
   try:
     state, start = _begin(training, checkpoints, tx, variables, begin, methods)
   except BaseException:
@@ -113,11 +114,12 @@ def fit(training: Training, work: Workdir, *, model: ResNet, factors: Factors, v
   devices = checkpoints.devices
   _tell_devices(devices, start, model, training.batch_size)
   labelled = {name: stream.weight for name, stream in streams.items() if stream.weight is not None}
-  views = all_needs(methods, model).views
+  views = all_needs(methods, model).all_views
   run = Run(work, plan, streams, splits, transform, make_predict(model, head), checkpoints, training.metric, schedule, seed, timeout)
   losses = Divergences(work.diverged_json)
   if start < plan.steps or not checkpoints.evaluated(start):
-    step = make_train_step(model, tx, labelled, methods=methods, seed=seed, parts=training.accumulate_steps, average=training.ema_decay)
+    step = make_train_step(model, tx, labelled, methods=methods, seed=seed, microbatches=training.accumulate_steps,
+                           ema_decay=training.ema_decay)
     again = lambda: _begin(training, checkpoints, tx, variables, begin, methods)
     while True:
       try:

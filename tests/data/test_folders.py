@@ -15,7 +15,7 @@ from configs import default
 from ft_jax import noise, settings
 from ft_jax.data import augment, folders
 from ft_jax.data.image_set import open_set
-from ft_jax.data.splits import drop_unreadable, open_splits, Splits
+from ft_jax.data.splits import drop_unreadable, open_splits, Splits, SplitSettings
 
 
 def tree(root: pathlib.Path, *names: str, images: int = 2) -> pathlib.Path:
@@ -46,7 +46,7 @@ def opened(root: pathlib.Path, split: str = 'train') -> dict[str, int]:
 def target(root: pathlib.Path, **fields):
   config = default.get_config().target
   config.update({'name': f'folder:{root}', **fields})
-  return config
+  return SplitSettings.from_config(config)
 
 
 def warned(caplog) -> list[str]:
@@ -291,8 +291,8 @@ def test_numbers_are_names_of_classes_in_every_field_that_names_some(tmp_path):
   config.target.update({'name': f'folder:{tmp_path}', 'test': '', 'without': (3,)})
   config.noise.update({'kind': 'asymmetric', 'rate': 1.0, 'map': ((0, 1), ('2', 0))})
   settings.check_fields(config)
-  noise.check(config.noise)
-  splits, true_labels, _ = noise.add(config.noise, 0, open_splits(config.target, '', seed=0))
+  splits, true_labels, _ = noise.add(noise.NoiseSettings.from_config(config.noise), 0,
+                                      open_splits(SplitSettings.from_config(config.target), '', seed=0))
   assert splits.train.class_names == ('0', '1', '2')
   assert set(zip(true_labels.tolist(), splits.train.labels.tolist())) == {(0, 1), (1, 1), (2, 0)}
 

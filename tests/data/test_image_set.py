@@ -18,7 +18,7 @@ import tensorflow_datasets as tfds
 from configs import default
 from ft_jax.data import augment, image_set, prepare
 from ft_jax.data.image_set import ImageSet, open_set, sample_per_class, split_off_val
-from ft_jax.data.splits import open_splits
+from ft_jax.data.splits import open_splits, SplitSettings
 
 
 class TinyPhotos(tfds.core.GeneratorBasedBuilder):
@@ -224,7 +224,7 @@ def test_a_folder_without_classes(photos):
   config = default.get_config().target
   config.name = f'folder:{photos}/train/sky'
   with pytest.raises(ValueError, match='holds no class folders but 12 images, so their classes are not known; expected <class>/<image>'):
-    open_splits(config, '', seed=0)
+    open_splits(SplitSettings.from_config(config), '', seed=0)
 
 
 def test_validation_folders_have_two_names(tmp_path):
@@ -246,7 +246,7 @@ def test_classes_that_differ_are_named_with_their_split(more, tmp_path):
   config = default.get_config().target
   config.name = f'folder:{tmp_path}'
   with pytest.raises(ValueError, match=f'have different classes: only in folder:.* {more}: emu$'):
-    open_splits(config, '', seed=0)
+    open_splits(SplitSettings.from_config(config), '', seed=0)
 
 
 def test_an_empty_class_folder_is_named(tmp_path):

@@ -15,7 +15,7 @@ from configs import default
 from ft_jax import noise, trained
 from ft_jax.data.image_set import ImageSet, open_set
 from ft_jax.data.label_noise import probabilities, read_predictions, with_noise
-from ft_jax.data.splits import open_splits
+from ft_jax.data.splits import open_splits, SplitSettings
 from ft_jax.jobs import predict
 from ft_jax.settings import check_fields
 
@@ -134,20 +134,19 @@ def test_bad_settings(fields, words):
   config.noise.update(fields)
   with pytest.raises(ValueError, match=words):
     check_fields(config)
-    noise.check(config.noise)
+    noise.NoiseSettings.from_config(config.noise)
 
 
 def settings_of(**fields):
   config = default.get_config().noise
   config.update(fields)
-  noise.check(config)
-  return config
+  return noise.NoiseSettings.from_config(config)
 
 
 def splits_of(photos):
   config = default.get_config().target
   config.name = f'folder:{photos}'
-  return open_splits(config, '', seed=0)
+  return open_splits(SplitSettings.from_config(config), '', seed=0)
 
 
 def test_val_and_test_stay_clean(photos):
@@ -206,7 +205,7 @@ def test_tables_that_do_not_fit(trained_run, photos, pool, tmp_path):
   config = default.get_config().target
   config.update({'name': f'folder:{pool}', 'test': ''})
   with pytest.raises(ValueError, match='of other classes: only in the run: blossom, roof, sky, wall; only in folder:.*: a, b, c'):
-    noise.add(settings_of(kind='model', rate=1.0, labels=str(trained_run)), 0, open_splits(config, '', 0))
+    noise.add(settings_of(kind='model', rate=1.0, labels=str(trained_run)), 0, open_splits(SplitSettings.from_config(config), '', 0))
 
 
 @pytest.fixture(scope='module')
@@ -231,7 +230,7 @@ def test_whole_job(noisy_run, photos):
   told = results['noise']
   assert told['drawn'] == 22 and 10 < told['wrong'] <= 22 and told['wrong_rate'] == told['wrong'] / 44
   assert [row['images'] for row in results['test']['per_class']] == [5] * 4
-  assert f'{100 * told["wrong_rate"]:.1f} % of all of them are wrong' in (noisy_run / 'report.html').read_text()
+  assert f'{100 * told["wrong_rate"]:.1f} % of all training labels are wrong' in (noisy_run / 'report.html').read_text()
   lines = [json.loads(line) for line in (noisy_run / 'metrics.jsonl').read_text().splitlines()]
   corrected, right, true = ([line[f'train/self_label/{key}'] for line in lines] for key in ('corrected', 'precision', 'true'))
   assert corrected[0] == right[0] == 0 and corrected[-1] > 0 and 0 <= right[-1] <= 1

@@ -1,5 +1,7 @@
 """FixMatch: the loss is the formula over the images that all devices keep, teaches the strong view alone, and is 0 where none is kept."""
 
+import dataclasses
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 import jax
@@ -11,6 +13,7 @@ from configs import fixmatch as fixmatch_config
 from configs import miniature
 from ft_jax import methods
 from ft_jax.data.image_set import open_set
+from ft_jax.data.splits import Splits
 from ft_jax.jobs import finetune
 from ft_jax.methods.base import StepContext
 from ft_jax.methods.fixmatch import FixMatch
@@ -85,15 +88,15 @@ def test_same_whatever_the_split():
 
 
 def test_bad_settings():
-  plan = methods.Plan(method_case.network(), 16, 16, True, '')
+  context = method_case.context(method_case.network(), pretrained=False)
   for fields, words in ((dict(labels='firm'), "labels is 'firm'; known: soft, hard"), (dict(threshold=1.0), 'threshold is 1.0; expected'),
                         (dict(threshold=-0.1), 'threshold is -0.1'), (dict(temperature=0.0), 'temperature is 0.0; expected')):
     with pytest.raises(ValueError, match=f'methods.fixmatch.{words}'):
-      methods.check(methods.active({'fixmatch': {'weight': 1.0, **fields}}), plan)
+      methods.check(methods.active({'fixmatch': {'weight': 1.0, **fields}}), context)
   on = methods.active({'fixmatch': {'weight': 1.0}})
-  methods.check(on, plan)
+  methods.check(on, context)
   with pytest.raises(ValueError, match='methods.fixmatch needs source images .* but config.selection.method is none'):
-    methods.check(on, plan._replace(source=False))
+    methods.check(on, dataclasses.replace(context, has_source=False))
 
 
 def test_pools_that_do_not_fit(photos, pool):
@@ -101,16 +104,17 @@ def test_pools_that_do_not_fit(photos, pool):
   config = miniature.get_config('finetune')
   config.target.name, config.model.weights, config.selection.size = f'folder:{photos}', '', 2
   alone = open_set(f'folder:{pool}/a', 'train')
+  splits = Splits(*[open_set(f'folder:{photos}', 'train')] * 3)
   with pytest.raises(ValueError, match='has one class, unlabelled, so its labels teach nothing; .*fixmatch.weight=1'):
-    finetune._check_pool(config, alone)
+    finetune.Settings.from_config(config).check_sets(splits, alone)
   config.methods.fixmatch.weight = 1.0
-  with pytest.raises(ValueError, match="by is 'class', but .* has one class, unlabelled; choose by cluster"):
-    finetune._check_pool(config, alone)
+  with pytest.raises(ValueError, match="by is 'class', but .* has one class, unlabelled; select by cluster"):
+    finetune.Settings.from_config(config).check_sets(splits, alone)
   config.selection.by, config.selection.clusters = 'cluster', 5
-  finetune._check_pool(config, alone)
+  finetune.Settings.from_config(config).check_sets(splits, alone)
   config.model.weights, config.model.source_head = 'pretrain', 'pretrained'
   with pytest.raises(ValueError, match="source_head is 'pretrained', but with methods.fixmatch source images have no labels"):
-    finetune.check(config)
+    finetune.Settings.from_config(config)
 
 
 def test_published_settings():

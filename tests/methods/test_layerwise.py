@@ -1,5 +1,6 @@
 """RegSL's constraints: projections are the formula, of the right tensors with the right radii, and hold after steps of any optimizer."""
 
+import dataclasses
 import functools
 
 from hypothesis import given, settings
@@ -215,7 +216,7 @@ def test_same_whatever_the_split():
 
 
 def test_bad_settings():
-  plan = methods.Plan(method_case.network(), 16, 16, True, 'weights')
+  context = method_case.context(method_case.network())
   for fields, message in ((dict(distance='frob'), r"layerwise.distance is 'frob'; known: frobenius, mars, or '' for none"),
                           (dict(form='ball'), r"layerwise.form is 'ball'; known: constraint, penalty"),
                           (dict(radius=0.0), r'layerwise.radius is 0.0; expected a number above 0'),
@@ -224,7 +225,7 @@ def test_bad_settings():
                           (dict(growth=0.0), r'layerwise.growth is 0.0; expected a number above 0'),
                           (dict(weight=-0.1), r'layerwise.weight is -0.1; expected a number from 0')):
     with pytest.raises(ValueError, match=message):
-      methods.check(methods.active({'layerwise': {'distance': 'mars', **fields}}), plan)
+      methods.check(methods.active({'layerwise': {'distance': 'mars', **fields}}), context)
   assert not methods.active({'layerwise': {'radius': 3.0}})
   with pytest.raises(ValueError, match='methods.layerwise needs pre-trained weights, but config.model.weights is empty'):
-    methods.check(methods.active({'layerwise': {'distance': 'mars'}}), plan._replace(weights=''))
+    methods.check(methods.active({'layerwise': {'distance': 'mars'}}), dataclasses.replace(context, pretrained=False))

@@ -16,7 +16,7 @@ from configs import default
 from ft_jax import logistic
 from ft_jax.data.image_set import open_set
 from ft_jax.data.pipeline import Transform
-from ft_jax.embedding import embedded
+from ft_jax.embedding import Encoder
 from ft_jax.jobs import setup
 from ft_jax.methods import delta
 from ft_jax.methods.base import teacher_variables
@@ -60,11 +60,11 @@ def test_methods_compute_with_it_too():
   active = {'delta': Delta(0.48, form='feature_map'), 'co_tuning': CoTuning(2.3), 'lwf': LwF(4.0), 'bi_tuning': BiTuning(1.0)}
   model = method_case.network({'target': 4, 'source': 6, 'pretrained': 8}, precision='high')
   start = method_case.start_of(model)
-  begin = method_case.begin(model, start)
-  states = {name: {'relation': np.full((4, 8), 0.125, np.float32)} if name == 'co_tuning' else method.setup(begin)
+  context = method_case.context(model, start)
+  states = {name: {'relation': np.full((4, 8), 0.125, np.float32)} if name == 'co_tuning' else method.setup(context)
             for name, method in active.items() if name != 'delta'} | {'delta': {}}
   variables = method_case.variables(model)
-  variables['params'] |= {'methods': {'bi_tuning': active['bi_tuning'].params(begin)}}
+  variables['params'] |= {'methods': {'bi_tuning': active['bi_tuning'].params(context)}}
   step = make_step(model, optax.sgd(0.1), {'target': 1.0, 'source': 0.5}, methods=active)
   state = create_state(variables, optax.sgd(0.1), start=start, methods=states)
   batch = jax.tree.map(lambda x: x[None], method_case.batch())
@@ -111,12 +111,13 @@ def test_embeddings_have_the_highest(asked, projection, photos, monkeypatch):
 
   monkeypatch.setattr(embeddings.jax, 'jit', recorded)
   source = open_set(f'folder:{photos}', 'test').subset(range(8))
-  made = embedded(None, network, variables, source, Transform(32, short_side=32), 8, 'test')
+  encoder = lambda: Encoder(network.name, setup.build_model(network, {}), variables, Transform(32, short_side=32), 8)
+  made = encoder().embed(source, 'test')
   assert len(found) >= 2 * (20 + 2 * projection) and set(found) == {'HIGHEST'}
   monkeypatch.undo()
   # Another encoder than that of older versions, which did not state it, and the same one whatever the training's precision is.
   network.precision = 'highest'
-  assert made.fingerprint == embedded(None, network, variables, source, Transform(32, short_side=32), 8, 'test').fingerprint
+  assert made.fingerprint == encoder().embed(source, 'test').fingerprint
 
 
 def test_an_encoder_of_ones_own_has_the_highest():
@@ -168,10 +169,10 @@ def test_studies_and_methods_state_it():
     assert probe.neighbours(part, part, features, 3).test.shape == (24,)
     classifier = logistic.fit(features, labels, 3, strength=0.1)
     assert classifier.converged
-    begin = method_case.begin(model, start)
-    assert begin.taught('train')['logits'].shape == (method_case.BATCH, 8)
-    found = delta.loss_rises(begin.teacher, teacher_variables(start), classifier._replace(
-        weights=np.ones((32, 4), np.float32), bias=np.zeros(4, np.float32)), begin.batches('train'), method_case.BATCH, ('layer4/0/conv2',))
+    context = method_case.context(model, start)
+    assert context.teacher_outputs('train')['logits'].shape == (method_case.BATCH, 8)
+    found = delta.loss_rises(context.teacher, teacher_variables(start), classifier._replace(
+        weights=np.ones((32, 4), np.float32), bias=np.zeros(4, np.float32)), context.batches('train'), method_case.BATCH, ('layer4/0/conv2',))
     assert np.isfinite(found['layer4/0/conv2']).all()
     assert set(precisions(jax.jit(lambda params: stability.curvature(loss, params, jax.random.key(0))).lower(params))) == {'HIGHEST'}
 

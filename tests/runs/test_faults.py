@@ -18,8 +18,8 @@ from ft_jax import methods, parallel
 from ft_jax.data import augment, pipeline
 from ft_jax.data.image_set import open_set
 from ft_jax.data.pipeline import place_of, rows_at, Stalled, train_batches, Transform
-from ft_jax.data.splits import open_splits
-from ft_jax.embedding import embedded, remove_partial
+from ft_jax.data.splits import open_splits, SplitSettings
+from ft_jax.embedding import Encoder, remove_partial
 from ft_jax.jobs import finetune, setup
 from ft_jax.training import fit
 from ft_jax.training.step import Diverged
@@ -75,8 +75,9 @@ def test_embeddings_that_were_killed_go_on(pool, tmp_path, monkeypatch):
   def run(folder, read):
     """Of a first set, and then of a second one, which is read by `read`."""
     place, sets = epath.Path(tmp_path), (source, dataclasses.replace(source.subset(range(60)), read=read))
-    found = [embedded(place / folder, network, variables, images, Transform(size=32, short_side=36), 8, 'source', means=True,
-                      unfinished=place / 'unfinished') for images in sets]
+    encoder = Encoder(network.name, setup.build_model(network, {}), variables, Transform(size=32, short_side=36), 8,
+                      folder=place / folder, unfinished=place / 'unfinished')
+    found = [encoder.embed(images, 'source', means=True) for images in sets]
     remove_partial(place / 'unfinished')
     return found[1]
 
@@ -148,10 +149,10 @@ class Spoils(methods.Method):
   """A term whose loss and gradient are not finite for one batch of training examples, and zero for all others."""
   rows: tuple = (0,)  # of that batch
 
-  def loss(self, seen: methods.StepContext, state: methods.State) -> methods.LossTerm:
+  def loss(self, context: methods.StepContext, state: methods.State) -> methods.LossTerm:
     """See `Method`."""
-    spoilt = jnp.array_equal(jnp.sort(parallel.gather(seen.index)), jnp.sort(jnp.array(self.rows)))
-    return methods.LossTerm(jnp.where(spoilt, jnp.nan, 0.0) * jnp.sum(seen.outputs['target'].features), state)
+    spoilt = jnp.array_equal(jnp.sort(parallel.gather(context.rows)), jnp.sort(jnp.array(self.rows)))
+    return methods.LossTerm(jnp.where(spoilt, jnp.nan, 0.0) * jnp.sum(context.outputs['target'].features), state)
 
 
 def test_a_step_that_is_not_finite_leaves_nothing_behind(photos, tmp_path, monkeypatch):
@@ -159,7 +160,7 @@ def test_a_step_that_is_not_finite_leaves_nothing_behind(photos, tmp_path, monke
   monkeypatch.setitem(methods.METHODS, 'spoils', Spoils)
   config = default.get_config().target
   config.name, config.val_fraction = f'folder:{photos}', 0.25
-  source = open_splits(config, '', 0).train
+  source = open_splits(SplitSettings.from_config(config), '', 0).train
   rows = tuple(rows_at(source, 4, 8, stream='target', seed=0))
   results = run(photos, tmp_path / 'run', **{'methods.spoils.rows': rows, 'train.skip_diverged': 1, 'train.ema_decay': 0.5})
   told, = json.loads((tmp_path / 'run' / 'diverged.json').read_text())

@@ -19,7 +19,7 @@ from ft_jax import trained, workdir
 from ft_jax.data.image_set import Example, open_set, split_off_val
 from ft_jax.data.path_list import open_files
 from ft_jax.jobs import predict
-from ft_jax.pages import contact_sheet, report
+from ft_jax.pages import contact_sheet, page, report
 
 
 def rows(path: pathlib.Path) -> list[dict[str, str]]:
@@ -136,7 +136,7 @@ def test_training_images_whose_names_are_not_utf8(photo, tmp_path):
   assert len(fingerprints) == 6
   workdir.write_text(epath.Path(tmp_path / 'page.html'), f'<p>{source.ids[0]}</p>')
   assert (tmp_path / 'page.html').read_text(encoding='utf-8') == r'<p>caf\udce8/caf\udce80.jpg</p>'
-  assert '<svg' in report.svg(report.per_class([{'name': source.class_names[0], 'images': 2, 'right': 1}]))
+  assert '<svg' in page.svg(report.per_class([{'name': source.class_names[0], 'images': 2, 'right': 1}]))
 
 
 def test_a_list_with_a_mark_and_an_image_twice(trained_run, photo, tmp_path, caplog):

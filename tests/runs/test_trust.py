@@ -35,13 +35,14 @@ import pytest
 from configs import miniature as compare_config
 from configs import predict as predict_config
 from ft_jax import names, progress, trained
+from ft_jax import selecting
 from ft_jax.data import augment, label_noise
 from ft_jax.data.image_set import ImageSet, MOST_BYTES, open_set
 from ft_jax.data.path_list import open_files
 from ft_jax.data.pipeline import Transform
 from ft_jax.jobs import compare, export, finetune, predict, setup
 from ft_jax.models import torch_pickle
-from ft_jax.pages import report, study_page
+from ft_jax.pages import comparison, report, study_csv
 from ft_jax.training import fit
 from ft_jax.workdir import Workdir, write_results
 import selection
@@ -268,12 +269,12 @@ def test_ids_of_a_selection_open_no_file(photos, saved, tmp_path):
     listed = tmp_path / 'ids.txt'
     listed.write_text(f'{name}\n')
     with pytest.raises(ValueError, match='1 of 1 ids are not in folder'):
-      finetune._given(str(listed), pool)
+      selecting.read(str(listed), pool)
   document = json.loads(saved.read_text())
   wrong = tmp_path / 'selection.json'
   wrong.write_text(json.dumps({**document, 'source': {'fingerprint': pool.fingerprint}}))  # of another pool, whatever it says
-  with pytest.raises(ValueError, match='says that it was made for folder:.*, but its classes are not of it'):
-    finetune._given(str(wrong), pool)
+  with pytest.raises(ValueError, match='says that it was made for folder:.*, but its classes are not those of it'):
+    selecting.read(str(wrong), pool)
 
 
 class Evil:
@@ -400,7 +401,7 @@ def test_no_cell_is_a_formula_and_every_name_comes_back(tmp_path):
   path.write_text('file,class_1\n"' + 'x' * 200_000 + '",a\n')
   with pytest.raises(ValueError, match='cannot be read as a table .field larger'):
     label_noise.read_predictions(str(path), source)
-  assert study_page.cell is names.cell  # one rule for both tables
+  assert study_csv.cell is names.cell  # one rule for both tables
 
 
 @settings(max_examples=EXAMPLES or 100, **FUZZ)
@@ -511,7 +512,7 @@ def test_names_in_a_comparison(tmp_path):
   work = Workdir(tmp_path / 'run', {'target': {'name': HOSTILE[6]}, HOSTILE[5]: HOSTILE[6]})
   rows = [{'method': name, 'top1': [0.5], 'mean_per_class': [0.5], 'gain': [0.0]} for name in ('none', 'uot')]
   write_results(work, {'split': 'test', 'seeds': [0], 'images': 4, 'rows': rows})
-  report.write_comparison(work)
+  comparison.write(work)
   shown = Page(work.report_html.read_text())
   assert not shown.code and not {'script', 'img'} & {element[0] for element in shown.elements} and HOSTILE[6] in shown.text
 

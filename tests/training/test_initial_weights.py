@@ -12,13 +12,12 @@ from typing import Any
 
 from conftest import write_images
 import jax
-from ml_collections import ConfigDict
 import numpy as np
 import pytest
 
 from configs import default
 from ft_jax.data.image_set import ImageSet
-from ft_jax.data.splits import check_classes, log_classes_not_evaluated, open_splits
+from ft_jax.data.splits import check_classes, log_classes_not_evaluated, open_splits, SplitSettings
 from ft_jax.models.weights import load_torch
 from ft_jax.training import initial_weights
 from ft_jax.training.checkpoints import Checkpoints
@@ -27,10 +26,10 @@ import selection
 DATA = pathlib.Path(__file__).parents[1] / 'fixtures'
 
 
-def target(**fields: Any) -> ConfigDict:
+def target(**fields: Any) -> SplitSettings:
   config = default.get_config().target
   config.update(fields)
-  return config
+  return SplitSettings.from_config(config)
 
 
 def test_val_is_carved_out_of_train(photos):

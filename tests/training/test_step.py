@@ -304,7 +304,7 @@ def test_averages_and_what_is_evaluated():
   """Each step moves the averages by 1 - min(average, (1 + step) / (10 + step)) of the way; they are what is evaluated."""
   start = method_case.start_of(method_case.network())
   plain = method_case.run({}, start=start)[0]
-  step = jax.jit(jax.vmap(make_step(method_case.network(), optax.sgd(0.05), {'target': 1.0, 'source': 0.5}, average=0.25),
+  step = jax.jit(jax.vmap(make_step(method_case.network(), optax.sgd(0.05), {'target': 1.0, 'source': 0.5}, ema_decay=0.25),
                           in_axes=(None, 0), axis_name=parallel.AXIS), compiler_options=method_case.QUICK)
   first = {'params': plain.params, 'batch_stats': plain.batch_stats}
   state, expected, weights = plain.replace(step=0, average=first), first, (0.1, 2 / 11, 0.25, 0.25)
@@ -313,8 +313,8 @@ def test_averages_and_what_is_evaluated():
     now = {'params': state.params, 'batch_stats': state.batch_stats}
     expected = jax.tree.map(lambda old, new, kept=kept: kept * old + (1 - kept) * new, expected, now)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), state.average, expected)
-  assert state.evaluated is state.average
-  without = plain.replace(params={**plain.params, 'methods': {'some': np.zeros(3)}}).evaluated
+  assert state.eval_variables is state.average
+  without = plain.replace(params={**plain.params, 'methods': {'some': np.zeros(3)}}).eval_variables
   assert 'methods' not in without['params'] and without['params'].keys() == plain.params.keys()
 
 
@@ -340,7 +340,7 @@ def test_parts_are_the_whole_batch_but_for_batch_norm():
   model = method_case.network()
   start = method_case.start_of(model)
   whole, _ = method_case.run({}, start=start, model=model, rate=0.0)
-  parts, _ = method_case.run({}, start=start, model=model, rate=0.0, parts=2)
+  parts, _ = method_case.run({}, start=start, model=model, rate=0.0, microbatches=2)
   batch = method_case.batch()
   forward = jax.jit(lambda stats, images: model.clone(heads={}).apply(
       {'params': start['params'], 'batch_stats': stats}, images, train=True, mutable=['batch_stats'])[1]['batch_stats'],
