@@ -1,6 +1,6 @@
 """The selection of a run: its settings, the features that it compares, and its selection.json, which a resumed run keeps."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import io
 import types
@@ -108,8 +108,8 @@ class SelectionSettings:
                        f'{pool.name}, or a share below 1')
 
 
-def select(settings: SelectionSettings, work: Workdir, pool: ImageSet, target: ImageSet, encoder: Encoder, seed: int,
-           lost: Lost) -> selection.Selection:
+def select(settings: SelectionSettings, work: Workdir, pool: ImageSet, target: ImageSet,
+           make_encoder: Callable[[], Encoder], seed: int, lost: Lost) -> selection.Selection:
   """The selection of a run; one that resumes from a checkpoint keeps the one that it started with.
 
   Args:
@@ -117,7 +117,7 @@ def select(settings: SelectionSettings, work: Workdir, pool: ImageSet, target: I
     work: keeps it as selection.json.
     pool: the pre-training data.
     target: the training images of the target.
-    encoder: makes the features that are compared; not used with a selection from a file.
+    make_encoder: of the features that are compared, where any are.
     seed: of the run.
     lost: ids of images that the pool does not have any more.
 
@@ -128,6 +128,7 @@ def select(settings: SelectionSettings, work: Workdir, pool: ImageSet, target: I
     return load(work, pool)
   if settings.file:
     return _save(read(settings.file, pool, lost), work, pool)
+  encoder = make_encoder()
   source, wanted = (encoder.embed(images, what, settings.class_means)
                     for images, what in ((pool, 'source'), (target, 'target')))
   size = settings.size if settings.size < 1 else int(settings.size)

@@ -10,8 +10,8 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from ft_jax import embedding, methods, noise, parallel, selecting
-from ft_jax.data import overlap
-from ft_jax.data.image_set import ImageSet, open_set
+from ft_jax.data import open_set, overlap
+from ft_jax.data.image_set import ImageSet
 from ft_jax.data.pipeline import make_transform, Transform
 from ft_jax.data.splits import (
   cache_in_memory,
@@ -362,8 +362,8 @@ def _select(settings: Settings, work: Workdir, sets: Sets, weights: Weights | No
   if sets.pool is None or not settings.selection.used:
     return None
   lost = {'cannot be read': sets.skipped.get(overlap.POOL, ()), 'are in the target too': sets.copies.dropped}
-  encoder = lambda: _encoder(settings, weights, folder, work.unfinished)
-  return selecting.select(settings.selection, work, sets.pool, sets.splits.train, encoder, settings.seed, lost)
+  make_encoder = lambda: _encoder(settings, weights, folder, work.unfinished)
+  return selecting.select(settings.selection, work, sets.pool, sets.splits.train, make_encoder, settings.seed, lost)
 
 
 def _encoder(settings: Settings, weights: Weights | None, folder: epath.Path,

@@ -17,7 +17,8 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from ft_jax import compiled, parallel, trained
-from ft_jax.data.image_set import digest, open_set
+from ft_jax.data import open_set
+from ft_jax.data.image_set import digest
 from ft_jax.data.pipeline import make_transform
 from ft_jax.embedding import Encoder, PRECISION, remove_partial
 from ft_jax.jobs import finetune, setup

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from ft_jax.data import augment, duplicates
+from ft_jax.data import duplicates
+from ft_jax.data.decode import thumbnail
 from ft_jax.data.image_set import ImageSet
 from ft_jax.data.overlap import Overlap
 from ft_jax.pages import report
@@ -46,7 +47,7 @@ def duplicate_pairs(copies: Overlap, opened: Mapping[str, ImageSet | None], most
     images = opened[split]
     assert images is not None  # copies were found in it
     example = images[int(images.at_ids([example_id])[0])]
-    return augment.thumbnail(example.image, example.id, 96)
+    return thumbnail(example.image, example.id, 96)
 
   return [report.DuplicatePair(duplicates.KINDS[copy.kind], (name, copy.id, picture(name, copy.id)),
                                (copy.split, copy.other, picture(copy.split, copy.other)))
@@ -72,4 +73,4 @@ def _summary(pool: ImageSet, chosen: Selection, most: int) -> str:
 def _examples(images: ImageSet, rows: np.ndarray, most: int) -> list[bytes]:
   """Thumbnails of some of the rows, at equal distances."""
   rows = rows[np.linspace(0, len(rows) - 1, min(most, len(rows))).round().astype(int)]
-  return [augment.thumbnail(example.image, example.id, 64) for example in (images[int(row)] for row in rows)]
+  return [thumbnail(example.image, example.id, 64) for example in (images[int(row)] for row in rows)]

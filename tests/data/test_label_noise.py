@@ -13,7 +13,8 @@ import pytest
 
 from configs import default
 from ft_jax import noise, trained
-from ft_jax.data.image_set import ImageSet, open_set
+from ft_jax.data import open_set
+from ft_jax.data.image_set import ImageSet
 from ft_jax.data.label_noise import probabilities, read_predictions, with_noise
 from ft_jax.data.splits import open_splits, SplitSettings
 from ft_jax.jobs import predict
