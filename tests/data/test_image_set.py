@@ -1,23 +1,12 @@
-"""Image sets open the same way from folders and from TFDS, keep their ids, and say what is wrong with them."""
-
-import io
-import json
-import os
-import pathlib
-import shutil
-import subprocess
-import sys
+"""Parts of an image set: which examples they have does not depend on the order of the files."""
 
 from conftest import write_images
-from etils import epath
 import numpy as np
-import PIL.Image
 import pytest
-import tensorflow_datasets as tfds
 
-from configs import default
-from ft_jax.data import decode, image_set, open_set, prepare
+from ft_jax.data import open_set
 from ft_jax.data.image_set import ImageSet, sample_per_class, split_off_val
+<<<<<<< HEAD
 from ft_jax.data.splits import open_splits, SplitSettings
 
 
@@ -157,26 +146,28 @@ def test_other_images_of_a_tfds_set_are_noticed(tfds_dir, tmp_path, monkeypatch)
   after = open_set('tfds:tiny_photos', 'train', str(tmp_path / 'new'))
   assert (after.ids.tolist(), after.labels.tolist()) == (before.ids.tolist(), before.labels.tolist())
   assert after.fingerprint != before.fingerprint and after.legacy_fingerprint == before.legacy_fingerprint
+=======
+>>>>>>> main
 
 
 def test_subset_and_of_classes(photos):
-  source = open_set(f'folder:{photos}', 'train')
-  few = source.subset([30, 2])
-  assert [few[0].id, few[1].id] == [source[30].id, source[2].id] and few.fingerprint != source.fingerprint
-  assert set(source.of_classes([3, 1]).labels) == {1, 3}
+  images = open_set(f'folder:{photos}', 'train')
+  few = images.subset([30, 2])
+  assert [few[0].id, few[1].id] == [images[30].id, images[2].id] and few.fingerprint != images.fingerprint
+  assert set(images.of_classes([3, 1]).labels) == {1, 3}
 
 
-def test_carve_is_by_class_and_seed_and_id(photos):
-  source = open_set(f'folder:{photos}', 'train')
-  train, val = split_off_val(source, 0.25, seed=0)
+def test_split_off_val_is_by_class_and_seed_and_id(photos):
+  images = open_set(f'folder:{photos}', 'train')
+  train, val = split_off_val(images, 0.25, seed=0)
   assert np.bincount(val.labels).tolist() == [3] * 4 and np.bincount(train.labels).tolist() == [9] * 4
   assert set(train.ids).isdisjoint(val.ids)
   # The order of the files does not matter, the seed does.
-  shuffled = source.subset(np.random.default_rng(0).permutation(len(source)))
-  assert set(split_off_val(shuffled, 0.25, seed=0)[1].ids) == set(val.ids) != set(split_off_val(source, 0.25, seed=1)[1].ids)
+  shuffled = images.subset(np.random.default_rng(0).permutation(len(images)))
+  assert set(split_off_val(shuffled, 0.25, seed=0)[1].ids) == set(val.ids) != set(split_off_val(images, 0.25, seed=1)[1].ids)
 
 
-def test_carve_leaves_every_class_an_image(tmp_path):
+def test_split_off_val_leaves_every_class_an_image(tmp_path):
   write_images(tmp_path, {'one': 1, 'two': 2, 'many': 9})
   train, val = split_off_val(open_set(f'folder:{tmp_path}', 'train'), 0.01, seed=0)
   assert train.class_names == ('many', 'one', 'two')
@@ -189,11 +180,12 @@ def test_carve_leaves_every_class_an_image(tmp_path):
 def test_what_is_drawn_depends_on_the_seed_and_stays(id_of, drawn):
   """For ids of every kind; those with a slash draw what they drew when results were recorded."""
   ids = np.array([id_of.format(i) for i in range(8)])
-  source = ImageSet('x', ('a',), np.zeros(8, np.int32), ids, np.arange(8), lambda row: b'', '')
-  assert tuple(''.join(map(str, sample_per_class(source, 3, seed)[0].rows)) for seed in (0, 1)) == drawn
-  assert tuple(''.join(map(str, sample_per_class(source, 0, seed, 3 / 8)[0].rows)) for seed in (0, 1)) == drawn
+  images = ImageSet('x', ('a',), np.zeros(8, np.int32), ids, np.arange(8), lambda row: b'', '')
+  assert tuple(''.join(map(str, sample_per_class(images, 3, seed)[0].rows)) for seed in (0, 1)) == drawn
+  assert tuple(''.join(map(str, sample_per_class(images, 0, seed, 3 / 8)[0].rows)) for seed in (0, 1)) == drawn
 
 
+<<<<<<< HEAD
 @pytest.mark.parametrize('name,split,words', [
     ('pets', 'train', 'expected tfds:..., folder:'),
     ('folder:/no/such', 'train', 'there is no folder /no/such'),
@@ -302,3 +294,8 @@ def test_digits():
   ids = [i for source in (pool, train, val, test) for i in source.ids]
   assert len(ids) == len(set(ids))
   assert pool[0].image.shape == (8, 8)
+=======
+def test_an_image_set_in_a_notebook_is_one_line(photos):
+  images = open_set(f'folder:{photos}', 'train')
+  assert repr(images) == f"ImageSet('folder:{photos} train', 48 images of 4 classes)"
+>>>>>>> main

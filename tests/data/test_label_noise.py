@@ -119,7 +119,7 @@ def test_images_of_one_name_in_folders_without_splits(pool):
     (dict(kind='symmetric', rate=1.5), 'noise.rate is 1.5; expected a number from 0 to 1'),
     (dict(kind='symmetric', rate=-0.1), 'noise.rate is -0.1; expected'),
     (dict(kind='symmetric', rate=float('nan')), 'noise.rate is nan; expected'),
-    (dict(kind='symmetric'), "noise.kind is 'symmetric', but config.noise.rate is 0; give the part"),
+    (dict(kind='symmetric'), "noise.kind is 'symmetric', but config.noise.rate is 0; give the fraction"),
     (dict(kind='model', labels='x.csv'), r'noise.rate is 0; give .* \(published: 1, all of them\)'),
     (dict(rate=0.4), 'noise.rate is 0.4, but config.noise.kind is empty; known: symmetric'),
     (dict(kind='asymmetric', rate=0.4), r"noise.map is \(\) and config.noise.kind 'asymmetric'; the kind 'asymmetric' needs it"),
@@ -215,7 +215,7 @@ def noisy_run(trained_run, photos, tmp_path_factory) -> pathlib.Path:
   workdir = tmp_path_factory.mktemp('runs') / 'noisy'
   run = quick_main(*FLAGS, f'--config.target.name=folder:{photos}', f'--config.model.weights={trained_run}', f'--workdir={workdir}')
   assert run.returncode == 0, run.stderr
-  assert 'noise: symmetric: 22 of 44 training labels drawn anew' in run.stderr and 'val and test stay clean' in run.stderr
+  assert 'noise: symmetric: 22 of 44 training labels redrawn' in run.stderr and 'val and test stay clean' in run.stderr
   return workdir
 
 
