@@ -213,11 +213,10 @@ def fine_tune(settings: Settings, workdir: epath.PathLike, embeddings: epath.Pat
     chosen = _select(settings, work, sets, weights, folder)
     embedding.remove_partial(work.unfinished)
     streams = _streams(settings, sets, chosen)
-    model, variables = _start(settings, sets, weights)
-    results = fit.fit(settings.training, work, model=model, factors=settings.trainable.factors, variables=variables,
-                      streams=streams, splits=sets.splits, transform=settings.transform, seed=settings.seed,
-                      start=_network_variables(weights), methods=settings.methods,
-                      true_labels=sets.noise.true_labels, timeout=settings.reading.timeout)
+    network = _network(settings, sets, weights)
+    data = fit.TrainingData(streams, sets.splits, settings.transform, settings.seed, settings.reading.timeout,
+                            sets.noise.true_labels)
+    results = fit.fit(settings.training, work, data, network, settings.methods)
     write_results(work, {'job': 'finetune', **results, **_about(settings, results, sets, weights, chosen, streams)})
   done = parallel.agreed(lambda: _write_report(work, sets))
   log.info('report: %s', work.report_html)
@@ -259,143 +258,7 @@ def _model(config: ConfigDict, active: Mapping[str, Method], training: Training,
   return model, trainable
 
 
-<<<<<<< HEAD
 def _unlabelled(active: Mapping[str, Method]) -> str:
-=======
-def _load_selection(work: Workdir, pool: ImageSet) -> selection.Selection:
-  """The selection that the run began with; raises ValueError where it was made for other images than the pool's."""
-  chosen = selection.Selection.load(work.selection_json)
-  if not pool.is_known_as(made_for := chosen.source.get('fingerprint', pool.fingerprint)):
-    raise ValueError(f'{work.selection_json} was made for {chosen.source.get("name")} (fingerprint {made_for}), whose images, labels or '
-                     f'duplicates (config.source.duplicates) have changed since then (fingerprint {pool.fingerprint}); bring them back, or '
-                     'give another --workdir')
-  return chosen
-
-
-def _train(config: ConfigDict, training: Training, trainable: Trainable, work: Workdir, splits: Splits, pool: ImageSet | None, embeddings: epath.Path,
-           common: overlap.Overlap, unreadable: Sequence[str], true_labels: np.ndarray | None) -> dict[str, Any]:
-  """Weights, selection, joint fine-tuning, evaluation: the results.
-
-  `unreadable` are ids that the pool has lost, `common` says which others; `true_labels` are those of train before noise was put in.
-  """
-  active = methods.active(config.methods.to_dict())
-  weights = _weights(config, work, pool, common)
-  transform = setup.make_transform(config)
-  chosen = _select(config, work, weights, splits.train, pool, transform, embeddings,
-                   {'cannot be read': unreadable, 'are in the target too': common.dropped})
-  remove_partial(work.unfinished)
-  streams = {'target': fit.Stream(splits.train, config.train.batch_size, 1.0, config.target.balanced)}
-  heads = {'target': len(splits.train.class_names)}
-  if chosen is not None:
-    labelled = not _unlabelled(active)
-    if not labelled:
-      log.info('source images take part without labels, by methods.%s: config.source_weight and a source head are not used',
-               _unlabelled(active))
-    if labelled:  # the source head keeps all classes of the pool, as in the paper; only the chosen ones ever come
-      heads['source'] = len(pool.class_names)
-    helping = pool.of_classes(chosen.classes) if chosen.by == 'class' else pool.subset(chosen.rows)
-    if not len(helping):
-      raise ValueError(f'the selection ({config.selection.file or work.selection_json}) has no image of {pool.name}; '
-                       'select again, or train without: --config.selection.method=none')
-    if labelled and len(present := np.unique(helping.labels)) == 1:
-      log.warning('warning: all source images are of one class, %s, so their labels teach nothing; choose more '
-                  '(config.selection.size)', pool.class_names[present[0]])
-    streams['source'] = fit.Stream(helping, _source_batch(config), config.source_weight if labelled else None)
-
-  needs = methods.all_needs(active, setup.build_model(config.model, heads))
-  start = {key: weights.variables[key] for key in ('params', 'batch_stats')} if weights else None
-  if needs.trained_classifier:
-    heads['pretrained'] = len(start['params']['heads']['pretrained']['bias'])
-  model = setup.build_model(config.model, heads, config.train.freeze)
-  variables = setup.init_variables(model, config.image_size, config.seed, start)
-  data = fit.TrainingData(streams, splits, transform, config.seed, config.data.timeout, true_labels)
-  results = fit.fit(training, work, data, fit.InitialNetwork(model, variables, start or {}, trainable.factors), active)
-  embeddings = embedding.PRECISION if chosen is not None and chosen.encoder and not config.selection.file else None  # None: none were made
-  return {
-      'job': 'finetune', **results, 'precision': {**results['precision'], 'embeddings': embeddings},
-      'target': {'name': config.target.name, 'classes': len(splits.train.class_names), 'fingerprint': splits.train.fingerprint,
-                 'train': len(splits.train), 'val': len(splits.val), 'test': len(splits.test) if splits.test else 0,
-                 'fingerprints': split_fingerprints(splits)},
-      'source': None if pool is None else {
-          'name': config.source.name, 'classes': len(pool.class_names), 'images': len(pool), 'fingerprint': pool.fingerprint},
-      'selection': None if chosen is None else {
-          'method': chosen.method, 'by': chosen.by, 'noun': NOUNS[chosen.by], 'units': len(chosen.units),
-          'classes': list(chosen.class_names), 'images': len(streams['source'].images),
-          'fingerprint': streams['source'].images.fingerprint},
-      'weights': weights.about if weights else None}
-
-
-def check(config: ConfigDict) -> tuple[Training, Trainable]:
-  """Raises ValueError for what can be known before anything long begins."""
-  check_fields(config)
-  if not config.target.name:
-    raise ValueError('config.target.name is empty; name your images, such as folder:/data/pets or tfds:oxford_iiit_pet')
-  per_class, fraction = config.target.train_per_class, config.target.train_fraction
-  if fraction < 1 and per_class:
-    raise ValueError('config.target.train_fraction and config.target.train_per_class both say how many images are drawn; set one')
-  if config.target.test == 'rest' and not per_class and fraction == 1:
-    raise ValueError("config.target.test is 'rest', what is not drawn for training, but config.target.train_per_class is 0 and "
-                     'train_fraction is 1; set either')
-  _check_selection(config)
-  overlap.check(config.source.duplicates)
-  noise.check(config.noise)
-  setup.check_data(config.data)
-  if config.embeddings_dir:
-    storage.located(config.embeddings_dir)
-  setup.make_transform(config)
-  initial_weights.check_weights(config.model)
-  # The numbers of classes are not known yet and do not matter for what is checked.
-  active = methods.active(config.methods.to_dict())
-  heads = _heads(config, active)
-  if _unlabelled(active) and config.model.source_head == 'pretrained':
-    raise ValueError(f"config.model.source_head is 'pretrained', but with methods.{_unlabelled(active)} source images have no labels and "
-                     'there is no head for their classes; use --config.model.source_head=fresh')
-  model = setup.build_model(config.model, dict.fromkeys(heads, 2), config.train.freeze)
-  fresh = {'target'} | ({'source'} & set(heads) if config.model.source_head == 'fresh' else set()) if config.model.weights else ()
-  nothing = np.zeros(0, np.int32)
-  begin = methods.SetupContext(
-      model=model, image_size=config.image_size, classes=2, labels=nothing, true_labels=nothing, batch_size=config.train.batch_size,
-      seed=config.seed, pretrained=bool(config.model.weights), has_source=config.selection.method != 'none', start={},
-      batches=lambda split, rows=None: [])
-  methods.check(active, begin)
-  training = Training.from_config(config.train, config.target.metric)
-  sizes = {'target': config.train.batch_size}
-  if config.selection.method != 'none':
-    sizes['source'] = _source_batch(config)
-    training.check_batch(sizes['source'], 'config.source_ratio * config.train.batch_size')
-  views = [view.stream for view in methods.all_needs(active, model).forwarded_views]
-  images = sum(sizes.get(stream, 0) for stream in (*sizes, *views))
-  trainable = Trainable.of(training, model, config.image_size, images, fresh=fresh, own=own_params(active, begin))
-  if config.model.weights == 'pretrain':
-    # BatchNorm is trained there, whatever the fine-tuning does.
-    own = setup.build_model(config.model, {'source': 2}, config.pretrain.freeze).clone(batch_norm='train')
-    Trainable.of(Training.from_config(config.pretrain), own, config.image_size, config.pretrain.batch_size)
-  return training, trainable
-
-
-def _log_doubts(config: ConfigDict, training: Training, trainable: Trainable) -> None:
-  """Warns of settings with which a run may end well and mean nothing."""
-  heads_alone = trainable.only_heads
-  log_doubts(training, heads_alone and not config.model.weights)
-  if config.selection.method == 'none' or _unlabelled(methods.active(config.methods.to_dict())):
-    return
-  if not config.source_weight:
-    log.warning('warning: config.source_weight is 0: source images are read, and only BatchNorm learns of them; '
-                'config.selection.method=none leaves them out')
-  elif heads_alone:
-    log.warning('warning: train.freeze is %r, so source images train their own head alone and do nothing for the '
-                'target; config.selection.method=none leaves them out', config.train.freeze)
-
-
-def _heads(config: ConfigDict, active: Mapping[str, methods.Method]) -> list[str]:
-  """Names of the heads that are trained."""
-  needs = methods.all_needs(active, setup.build_model(config.model, {'target': 2}))
-  labelled = config.selection.method != 'none' and not _unlabelled(active)
-  return ['target', *(['source'] if labelled else []), *(['pretrained'] if needs.trained_classifier else [])]
-
-
-def _unlabelled(active: Mapping[str, methods.Method]) -> str:
->>>>>>> main
   """The method with which source images take part without labels; '' where they have them."""
   return next((name for name, method in active.items() if method.unlabelled_source), '')
 
@@ -536,21 +399,17 @@ def _streams(settings: Settings, sets: Sets, chosen: selection.Selection | None)
   return {**streams, 'source': fit.Stream(images, settings.source_batch, weight)}
 
 
-def _start(settings: Settings, sets: Sets, weights: Weights | None) -> tuple[ResNet, dict[str, Any]]:
+def _network(settings: Settings, sets: Sets, weights: Weights | None) -> fit.InitialNetwork:
   """The network with the numbers of classes of its heads, and the variables that it starts with."""
   sizes: dict[str, Collection[Any]] = {'target': sets.splits.train.class_names}
   if sets.pool is not None:
     sizes['source'] = sets.pool.class_names  # all of them, as in the paper; only the selected ones ever come
-  start = _network_variables(weights)
+  start = {key: weights.variables[key] for key in ('params', 'batch_stats')} if weights else {}
   if 'pretrained' in settings.model.heads and start:
     sizes['pretrained'] = start['params']['heads']['pretrained']['bias']
   model = settings.model.clone(heads={head: len(sizes[head]) for head in settings.model.heads})
-  return model, setup.init_variables(model, settings.transform.size, settings.seed, start)
-
-
-def _network_variables(weights: Weights | None) -> dict[str, Any] | None:
-  """The variables of the network alone, without a projection head."""
-  return {key: weights.variables[key] for key in ('params', 'batch_stats')} if weights else None
+  variables = setup.init_variables(model, settings.transform.size, settings.seed, start or None)
+  return fit.InitialNetwork(model, variables, start, settings.trainable.factors)
 
 
 def _about(settings: Settings, results: Mapping[str, Any], sets: Sets, weights: Weights | None,
@@ -566,8 +425,8 @@ def _about(settings: Settings, results: Mapping[str, Any], sets: Sets, weights: 
       'fingerprint': pool.fingerprint}
   selected = None if chosen is None else {
       'method': chosen.method, 'by': chosen.by, 'noun': NOUNS[chosen.by], 'units': len(chosen.units),
-      'classes': list(chosen.class_names), 'images': len(streams['source'].source),
-      'fingerprint': streams['source'].source.fingerprint}
+      'classes': list(chosen.class_names), 'images': len(streams['source'].images),
+      'fingerprint': streams['source'].images.fingerprint}
   return {
       # Of embeddings None where none were made.
       'precision': {**results['precision'], 'embeddings': embedding.PRECISION if embedded else None},

@@ -128,9 +128,9 @@ def pretrain(settings: Settings, workdir: epath.PathLike, left_out: Sequence[str
     start = weights.variables if weights else None
     variables = setup.init_variables(model, settings.transform.size, settings.seed, start)
     streams = {'source': fit.Stream(splits.train, settings.training.batch_size, 1.0)}
-    results = fit.fit(settings.training, work, model=model, factors=settings.trainable.factors, variables=variables,
-                      streams=streams, splits=splits, transform=settings.transform, seed=settings.seed, start=start,
-                      timeout=settings.reading.timeout)
+    data = fit.TrainingData(streams, splits, settings.transform, settings.seed, settings.reading.timeout)
+    results = fit.fit(settings.training, work, data,
+                      fit.InitialNetwork(model, variables, start or {}, settings.trainable.factors))
     about = {'name': settings.source.name or splits.train.name, 'classes': classes,
              'fingerprints': split_fingerprints(splits), 'left_out': _summary(left_out)}
     write_results(work, {'job': 'pretrain', **results, 'source': about, 'skipped': skipped_summary(skipped),
@@ -181,43 +181,3 @@ def _write_report(work: Workdir) -> dict[str, Any]:
   if not work.report_html.exists():
     report.write(work)
   return work.results()
-<<<<<<< HEAD
-=======
-
-
-def _ids(left_out: Sequence[str]) -> dict[str, Any]:
-  return {'images': len(left_out), 'fingerprint': digest(*sorted(left_out))}
-
-
-_NOTHING = _ids(())
-
-
-def _train(config: ConfigDict, training: Training, trainable: Trainable, work: Workdir,
-           left_out: Sequence[str]) -> dict[str, Any]:
-  splits = open_splits(config.source, config.data_dir, config.seed)
-  if left_out:
-    splits = Splits(*(None if source is None else source.subset(np.flatnonzero(~np.isin(source.ids, left_out)))
-                            for source in splits))
-  log.info('data: %s: %s train, %s val images of %d classes', splits.train.name, f'{len(splits.train):,d}', f'{len(splits.val):,d}',
-           len(splits.train.class_names))
-  splits, _, skipped = drop_unreadable(splits, 'source', config.data.on_error)
-  check_same_images(splits)
-  check_classes(splits)
-  log_doubts(training, trainable.only_heads and not config.model.weights)
-  splits = cache_in_memory(splits, 'source', config.data.cache)
-  classes = len(splits.train.class_names)
-  weights = None
-  if config.model.weights:
-    kept = config.model.source_head == 'pretrained'
-    weights = initial_weights.load_weights(config.model.weights, classes=classes if kept else None,
-                                 class_names=splits.train.class_names if kept else None)
-  model = setup.build_model(config.model, {'source': classes}, config.train.freeze)
-  variables = setup.init_variables(model, config.image_size, config.seed, weights.variables if weights else None)
-  streams = {'source': fit.Stream(splits.train, config.train.batch_size, 1.0)}
-  data = fit.TrainingData(streams, splits, setup.make_transform(config), config.seed, config.data.timeout)
-  network = fit.InitialNetwork(model, variables, weights.variables if weights else {}, trainable.factors)
-  results = fit.fit(training, work, data, network)
-  return {'job': 'pretrain', **results, 'source': {'name': config.source.name, 'classes': classes,
-                                                   'fingerprints': split_fingerprints(splits), 'left_out': _ids(left_out)},
-          'skipped': skipped_summary(skipped), 'weights': weights.about if weights else None}
->>>>>>> main

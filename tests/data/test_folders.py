@@ -14,12 +14,8 @@ import pytest
 from configs import default
 from ft_jax import noise, settings
 from ft_jax.data import decode, folder_listing, open_set
-<<<<<<< HEAD
-from ft_jax.data.splits import drop_unreadable, open_splits, Splits, SplitSettings
-=======
 from ft_jax.data.image_set import ImageSet
-from ft_jax.data.splits import drop_unreadable, open_splits, Splits
->>>>>>> main
+from ft_jax.data.splits import drop_unreadable, open_splits, Splits, SplitSettings
 
 
 def tree(root: pathlib.Path, *names: str, images: int = 2) -> pathlib.Path:
@@ -98,7 +94,7 @@ def test_a_folder_without_classes(photos):
   config = default.get_config().target
   config.name = f'folder:{photos}/train/sky'
   with pytest.raises(ValueError, match='holds no class folders but 12 images, so their classes are not known; expected <class>/<image>'):
-    open_splits(config, '', seed=0)
+    open_splits(SplitSettings.from_config(config), '', seed=0)
 
 
 def test_validation_folders_have_two_names(tmp_path):
@@ -120,7 +116,7 @@ def test_classes_that_differ_are_named_with_their_split(more, tmp_path):
   config = default.get_config().target
   config.name = f'folder:{tmp_path}'
   with pytest.raises(ValueError, match=f'have different classes: only in folder:.* {more}: emu$'):
-    open_splits(config, '', seed=0)
+    open_splits(SplitSettings.from_config(config), '', seed=0)
 
 
 def test_an_empty_class_folder_is_named(tmp_path):

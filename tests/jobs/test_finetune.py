@@ -53,7 +53,7 @@ def test_the_pre_training_data_are_opened_where_they_are_used(photos, tmp_path, 
   began = []
   monkeypatch.setattr(finetune, '_weights', lambda *args: began.append(args))
   monkeypatch.setattr(finetune, '_select', lambda *_: None)
-  monkeypatch.setattr(finetune, '_start', lambda *_: (None, None))
+  monkeypatch.setattr(finetune, '_network', lambda *_: None)
   monkeypatch.setattr(finetune.fit, 'fit', lambda *_, **__: {'precision': {}})
   monkeypatch.setattr(finetune, '_write_report', lambda *_: {})
   run = lambda: finetune.run(config(photos, tmp_path / 'gone', **fields), tmp_path / 'run')

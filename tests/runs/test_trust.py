@@ -34,11 +34,7 @@ import pytest
 
 from configs import miniature as compare_config
 from configs import predict as predict_config
-<<<<<<< HEAD
-from ft_jax import names, progress, selecting, trained
-=======
-from ft_jax import environment, names, progress, trained
->>>>>>> main
+from ft_jax import environment, names, progress, selecting, trained
 from ft_jax.data import contents, decode, label_noise, open_set
 from ft_jax.data.image_set import ImageSet
 from ft_jax.data.path_list import open_paths
