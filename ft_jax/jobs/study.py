@@ -37,7 +37,7 @@ _ELSEWHERE = ('checkpoints', 'compare', 'predict', 'pretrain', 'stability', 'stu
 # Fields that do not change what comes of it: a finished one stays where they are changed.
 _WITHOUT_EFFECT = ('data', 'data_dir', 'embeddings_dir')
 # Fields, by path, that came after the first version of the parts. At their defaults they are left out of what a part is made of: so the
-# parts that were made before are found. tests/runs/test_study.py says where one is missing here.
+# parts that were made before are found. tests/jobs/test_study.py says where one is missing here.
 ADDED: tuple[str, ...] = ('model.precision', 'source.duplicates')
 
 

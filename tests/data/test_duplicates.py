@@ -88,6 +88,7 @@ def test_copies_are_found_whatever_was_done_to_them(sets):
   assert {(copy.split, copy.other) for copy in found[overlap.POOL]} == {('target test', 'test/two/1.jpg')}
 
 
+@pytest.mark.slow
 def test_a_whole_run_drops_tells_and_shows_them(sets, caplog):
   """They are in no class mean, batch or number of images; results.json and the page tell. 'keep' keeps them, 'refuse' stops."""
   with caplog.at_level('INFO', 'ft_jax'):
@@ -165,6 +166,7 @@ def test_a_class_of_the_pool_that_was_the_targets_is_gone(sets, caplog):
   assert np.bincount(common.pool.labels).tolist() == [7, 7, 7] and 'no image is left of 1 classes' in caplog.text
 
 
+@pytest.mark.slow
 def test_the_pre_training_of_a_run_loses_them_too(sets):
   """It would have seen the test images otherwise, and a pre-training of another pool is not taken for this one."""
   fields = {'model.weights': 'pretrain', 'pretrain.steps': 2, 'pretrain.eval_every': 1, 'pretrain.batch_size': 8,
@@ -287,6 +289,7 @@ def test_files_that_could_not_be_read_have_nothing_in_common(tmp_path):
   assert [match.row for match in duplicates.matches(some, some)] == [2]
 
 
+@pytest.mark.slow
 def test_a_run_is_resumed_with_a_copy_of_its_images(sets):
   """On another disk, with other times; and new pixels under the same names are told."""
   fields = {'train.steps': 4, 'target.name': 'folder:target', 'source.name': 'folder:pool', 'data_dir': str(sets)}
@@ -301,6 +304,7 @@ def test_a_run_is_resumed_with_a_copy_of_its_images(sets):
   assert again['test'] == done['test'] and again['source'] == done['source'] and again['duplicates'] == done['duplicates']
 
 
+@pytest.mark.slow
 def test_checkpoints_and_selections_of_before_are_taken_up(sets):
   """They know their images by names and sizes, and their runs kept copies."""
   fields = {'train.steps': 4, 'source.duplicates': 'keep'}

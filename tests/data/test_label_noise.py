@@ -161,6 +161,7 @@ def test_val_and_test_stay_clean(photos):
   assert noise.add(settings_of(), 0, splits) == (splits, None, None)
 
 
+@pytest.mark.slow
 def test_labels_of_another_network(trained_run, photos, tmp_path, monkeypatch):
   """Its run, in evaluation mode, and the table of its job predict say the same; the run is asked once."""
   splits = splits_of(photos)
@@ -225,6 +226,7 @@ FLAGS = ['--config=configs/noisy.py:40', '--config.model.width=4', '--config.ima
          '--config.methods.self_label.correct_epoch=3', '--config.methods.self_label.threshold=0.4']
 
 
+@pytest.mark.slow
 def test_whole_job(noisy_run, photos):
   """results.json and the report say how many labels are wrong; metrics.jsonl what was corrected; val and test are judged by true labels."""
   results = json.loads((noisy_run / 'results.json').read_text())

@@ -65,6 +65,7 @@ def test_the_pre_training_data_are_opened_where_they_are_used(photos, tmp_path, 
   assert len(began) == (not opened)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('by', ['class', 'list'])
 def test_only_chosen_images_are_ever_read(photos, pool, tmp_path, by):
   """Everything in the pool that was not chosen is spoilt; nothing of it is missed, in training or in the report."""

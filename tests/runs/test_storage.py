@@ -235,6 +235,7 @@ def test_paths_on_a_disk(tmp_path, monkeypatch):
   assert storage.absolute('gs') == epath.Path(tmp_path).resolve() / 'gs'
 
 
+@pytest.mark.slow
 def test_a_whole_run_is_killed_and_goes_on(bucket, tmp_path):
   """Selection, embedding, training, report, all on object storage, with warnings as errors; each step once."""
   # What it compiles is kept elsewhere: a process that is killed may leave half of a program there, for all others to read.
