@@ -7,44 +7,15 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from ft_jax import models, parallel
-from ft_jax.data.pipeline import Transform
-from ft_jax.models.network import Network, network_variables, OPTIONS
+from ft_jax import parallel
+from ft_jax.models import resnet
 from ft_jax.models.weights import merge
 
-ON_ERROR = ('raise', 'skip')
 DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
 
 
-def check_data(config: ConfigDict) -> None:
-  """Raises ValueError where `config.data` says what is not known."""
-  if config.on_error not in ON_ERROR:
-    raise ValueError(f'config.data.on_error is {config.on_error!r}; known: {", ".join(ON_ERROR)}')
-
-
-def make_transform(config: ConfigDict) -> Transform:
-  """What images go through."""
-  augment = config.augment
-  if short_side(config) < config.image_size:
-    raise ValueError(f'augment.short_side is {short_side(config)}, less than image_size {config.image_size}')
-  return Transform(config.image_size, tuple(augment.scale), tuple(augment.ratio), augment.flip, augment.antialias, short_side(config),
-                   augment.randaugment, augment.magnitude, augment.cutout)
-
-
-def short_side(config: ConfigDict) -> int:
-  """Pixels of an image's short side before the middle is cut out for evaluation."""
-  return config.augment.short_side or round(config.image_size * 256 / 224)
-
-
-def build_model(config: ConfigDict, heads: Mapping[str, int], size: int, freeze: str = '') -> Network:
-  """The network of `config.model` with the given heads.
-
-  Args:
-    config: `config.model`; one of an older version may lack options.
-    heads: number of classes of each head, by name.
-    size: `config.image_size`.
-    freeze: `config.train.freeze`.
-  """
+def build_model(config: ConfigDict, heads: Mapping[str, int], freeze: str = '') -> resnet.ResNet:
+  """The network of `config.model` with the given heads, and what `train.freeze` says of it."""
   if config.dtype not in DTYPES:
     raise ValueError(f'model.dtype is {config.dtype!r}; known: {", ".join(DTYPES)}')
   options = {name: config.get(name, default) for name, default in OPTIONS.items()}

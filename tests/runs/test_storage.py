@@ -216,7 +216,7 @@ def test_what_is_missing_is_said_at_the_start(monkeypatch, path, says):
   monkeypatch.setattr(storage.importlib.util, 'find_spec', lambda name: None)
   config = miniature.get_config('finetune')
   config.embeddings_dir = path
-  for use in (lambda: Workdir(path, FIELDS), lambda: finetune.check(config), lambda: Embeddings.load(path),
+  for use in (lambda: Workdir(path, FIELDS), lambda: finetune.Settings.from_config(config), lambda: Embeddings.load(path),
               lambda: Selection.of_rows([0], ['a']).save(path)):
     with pytest.raises(ValueError, match=says):
       use()
