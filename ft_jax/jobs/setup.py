@@ -7,15 +7,22 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from ft_jax import parallel
-from ft_jax.models import resnet
+from ft_jax import models, parallel
+from ft_jax.models.network import Network, network_variables, OPTIONS
 from ft_jax.models.weights import merge
 
 DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
 
 
-def build_model(config: ConfigDict, heads: Mapping[str, int], freeze: str = '') -> resnet.ResNet:
-  """The network of `config.model` with the given heads, and what `train.freeze` says of it."""
+def build_model(config: ConfigDict, heads: Mapping[str, int], size: int, freeze: str = '') -> Network:
+  """The network of `config.model`.
+
+  Args:
+    config: `config.model`; one of an older version may lack options.
+    heads: number of classes of each head, by name.
+    size: `config.image_size`.
+    freeze: `config.train.freeze`.
+  """
   if config.dtype not in DTYPES:
     raise ValueError(f'model.dtype is {config.dtype!r}; known: {", ".join(DTYPES)}')
   options = {name: config.get(name, default) for name, default in OPTIONS.items()}

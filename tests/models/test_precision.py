@@ -111,7 +111,7 @@ def test_embeddings_have_the_highest(asked, projection, photos, monkeypatch):
 
   monkeypatch.setattr(embeddings.jax, 'jit', recorded)
   source = open_set(f'folder:{photos}', 'test').subset(range(8))
-  encoder = lambda: Encoder(network.name, setup.build_model(network, {}), variables, Transform(32, short_side=32), 8)
+  encoder = lambda: Encoder(network.name, setup.build_model(network, {}, 32), variables, Transform(32, short_side=32), 8)
   made = encoder().embed(source, 'test')
   assert len(found) >= 2 * (20 + 2 * projection) and set(found) == {'HIGHEST'}
   monkeypatch.undo()

@@ -74,7 +74,7 @@ def test_embeddings_that_were_killed_go_on(pool, tmp_path, monkeypatch):
   def run(folder, read):
     """Of a first set, and then of a second one, which is read by `read`."""
     place, sets = epath.Path(tmp_path), (source, dataclasses.replace(source.subset(range(60)), read=read))
-    encoder = Encoder(network.name, setup.build_model(network, {}), variables, Transform(size=32, short_side=36), 8,
+    encoder = Encoder(network.name, setup.build_model(network, {}, 32), variables, Transform(size=32, short_side=36), 8,
                       folder=place / folder, unfinished=place / 'unfinished')
     found = [encoder.embed(images, 'source', means=True) for images in sets]
     remove_partial(place / 'unfinished')

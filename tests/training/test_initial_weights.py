@@ -19,7 +19,6 @@ from torch_weights import load_torch, RESNET
 from configs import default
 from ft_jax.data.image_set import ImageSet
 from ft_jax.data.splits import check_classes, log_classes_not_evaluated, open_splits, SplitSettings
-from ft_jax.models.weights import load_torch
 from ft_jax.training import initial_weights
 from ft_jax.training.checkpoints import Checkpoints
 import selection
@@ -192,8 +191,8 @@ def test_a_checkpoint_cut_short_is_named(workdir, tmp_path):
   shutil.copytree(workdir, tmp_path / 'run')
   for path in (tmp_path / 'run' / 'checkpoints' / '1' / 'state' / 'd').iterdir():
     path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
-  code = ('import sys; from ft_jax.training import initial_weights\n'
-          'try: initial_weights.load_weights(sys.argv[1])\n'
+  code = ('import sys; from ft_jax.models import build; from ft_jax.training import initial_weights\n'
+          'try: initial_weights.load_weights(sys.argv[1], build("resnet18", {}))\n'
           'except ValueError as error: print(error)')
   run = subprocess.run([sys.executable, '-c', code, str(tmp_path / 'run')], capture_output=True, text=True, check=False,
                        env={**os.environ, 'JAX_PLATFORMS': 'cpu'}, cwd=DATA.parents[1])
