@@ -15,7 +15,7 @@ from configs import default, noisy, regsl
 from ft_jax import methods, settings
 from ft_jax.data import crop
 from ft_jax.data.randaugment import STRONGEST
-from ft_jax.data.splits import open_splits
+from ft_jax.data.splits import open_splits, SplitSettings
 from ft_jax.jobs import compare, finetune, predict, stability, study
 from ft_jax.studies import history
 
@@ -80,11 +80,11 @@ def door(path: str, config: ConfigDict, folder: pathlib.Path) -> None:
     study.check(config, history.History('', config.model, None, 0, (history.Kept('epoch 1', 1.0, 1, None, ''),)))
   elif group == 'compare':
     for method in config.compare.methods:
-      finetune.check(compare._one_run(config, method, 0))
+      finetune.Settings.from_config(compare._one_run(config, method, 0))
   else:
-    finetune.check(config)
+    finetune.Settings.from_config(config)
   if group in ('target', 'source', 'data_dir'):
-    open_splits(config[group] if group in config and group != 'data_dir' else config.target, config.data_dir, config.seed)
+    open_splits(SplitSettings.from_config(config[group] if group in config and group != 'data_dir' else config.target), config.data_dir, config.seed)
 
 
 @pytest.fixture(scope='module')
