@@ -82,7 +82,7 @@ def add(config: ConfigDict, seed: int, splits: Splits, predicted_json: epath.Pat
            'wrong_rate': noisy.wrong / len(train)}
   log.info('noise: %s: %s of %s training labels drawn anew, %s of all are wrong (%.1f %%); val and test stay clean', config.kind,
            f'{noisy.drawn:,d}', f'{len(train):,d}', f'{noisy.wrong:,d}', 100 * about['wrong_rate'])
-  return Noise(splits._replace(train=noisy.source), noisy.true_labels, about)
+  return Noise(splits._replace(train=noisy.images), noisy.true_labels, about)
 
 
 def _predicted(labels: str, source: ImageSet, predicted_json: epath.Path | None) -> np.ndarray:
