@@ -7,47 +7,33 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from ft_jax import parallel
-from ft_jax.data.pipeline import Transform
-from ft_jax.models import resnet
+from ft_jax import models, parallel
+from ft_jax.models.network import Network, network_variables, OPTIONS
 from ft_jax.models.weights import merge
 
-ON_ERROR = ('raise', 'skip')
 DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
 
 
-def check_data(config: ConfigDict) -> None:
-  """Raises ValueError where `config.data` says what is not known."""
-  if config.on_error not in ON_ERROR:
-    raise ValueError(f'config.data.on_error is {config.on_error!r}; known: {", ".join(ON_ERROR)}')
+def build_model(config: ConfigDict, heads: Mapping[str, int], size: int, freeze: str = '') -> Network:
+  """The network of `config.model`.
 
-
-def make_transform(config: ConfigDict) -> Transform:
-  """What images go through."""
-  augment = config.augment
-  if short_side(config) < config.image_size:
-    raise ValueError(f'augment.short_side is {short_side(config)}, less than image_size {config.image_size}')
-  return Transform(config.image_size, tuple(augment.scale), tuple(augment.ratio), augment.flip, augment.antialias, short_side(config),
-                   augment.randaugment, augment.magnitude, augment.cutout)
-
-
-def short_side(config: ConfigDict) -> int:
-  """Pixels of an image's short side before the middle is cut out for evaluation."""
-  return config.augment.short_side or round(config.image_size * 256 / 224)
-
-
-def build_model(config: ConfigDict, heads: Mapping[str, int], freeze: str = '') -> resnet.ResNet:
-  """The network of `config.model` with the given heads, and what `train.freeze` says of it."""
+  Args:
+    config: `config.model`; one of an older version may lack options.
+    heads: number of classes of each head, by name.
+    size: `config.image_size`.
+    freeze: `config.train.freeze`.
+  """
   if config.dtype not in DTYPES:
     raise ValueError(f'model.dtype is {config.dtype!r}; known: {", ".join(DTYPES)}')
-  return resnet.build(config.name, heads, width=config.width, stem=config.stem, dtype=DTYPES[config.dtype], precision=config.precision,
-                      axis_name=parallel.AXIS if config.sync_batch_norm else None, batch_norm=config.batch_norm, frozen=freeze)
+  options = {name: config.get(name, default) for name, default in OPTIONS.items()}
+  return models.build(config.name, heads, size=size, dtype=DTYPES[config.dtype], precision=config.precision, batch_norm=config.batch_norm,
+                      axis_name=parallel.AXIS if config.sync_batch_norm else None, frozen=freeze, **options)
 
 
-def init_variables(model: resnet.ResNet, image_size: int, seed: int, weights: Mapping[str, Any] | None) -> dict[str, Any]:
+def init_variables(model: Network, seed: int, weights: Mapping[str, Any] | None) -> dict[str, Any]:
   """Fresh variables of a model, with the backbone of `weights`, and the heads that they have too, where there are any."""
-  images = jnp.zeros((1, image_size, image_size, 3), jnp.uint8)
   if weights is not None and not model.heads:  # nothing is fresh, so shapes are enough; compiling init takes many seconds
-    return merge(jax.eval_shape(model.init, jax.random.key(seed), images), weights)
-  variables = parallel.same_arrays(jax.device_get(jax.jit(model.init)(jax.random.key(seed), images)))
-  return variables if weights is None else merge(variables, weights)
+    return merge(model, model.shapes(), weights)
+  example = jnp.zeros(model.example().shape, model.example().dtype)
+  variables = network_variables(parallel.same_arrays(jax.device_get(jax.jit(model.init)(jax.random.key(seed), example))))
+  return variables if weights is None else merge(model, variables, weights)

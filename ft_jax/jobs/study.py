@@ -19,15 +19,18 @@ import numpy as np
 from ft_jax import compiled, parallel, trained
 from ft_jax.data import open_set
 from ft_jax.data.image_set import digest
-from ft_jax.embedding import embedded, PRECISION, remove_partial
+from ft_jax.data.pipeline import make_transform
+from ft_jax.embedding import Encoder, PRECISION, remove_partial
 from ft_jax.jobs import finetune, setup
-from ft_jax.pages import study as study_page, study_csv
+from ft_jax.models.network import OPTIONS
+from ft_jax.pages import study as study_page
+from ft_jax.pages import study_csv
 from ft_jax.pages.page import format_percent
 from ft_jax.progress import log
-from ft_jax.settings import check_fields, defaults, flat, RENAMED
+from ft_jax.settings import check_fields, defaults, flat, MAY_CHANGE, RENAMED
 from ft_jax.studies import history, probe, spectrum, study_results, transferability
 from ft_jax.studies.study_data import changed, described, Frozen, open_target, Parts, Target
-from ft_jax.workdir import check_name, FREE, own, read_config, run_fields, write_bytes, write_text
+from ft_jax.workdir import check_name, own, read_config, run_fields, write_bytes, write_text
 from selection import storage
 
 # Groups of a config that a fine-tuning from a checkpoint does not know: a stopped one goes on where they are changed.
@@ -35,7 +38,7 @@ _ELSEWHERE = ('checkpoints', 'compare', 'predict', 'pretrain', 'stability', 'stu
 # Fields that do not change what comes of it: a finished one stays where they are changed.
 _WITHOUT_EFFECT = ('data', 'data_dir', 'embeddings_dir')
 # Fields, by path, that came after the first version of the parts. At their defaults they are left out of what a part is made of: so the
-# parts that were made before are found. tests/runs/test_study.py says where one is missing here.
+# parts that were made before are found. tests/jobs/test_study.py says where one is missing here.
 ADDED: tuple[str, ...] = ('model.precision', 'source.duplicates')
 
 
@@ -44,7 +47,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
   check_fields(config)
   kept = history.read(config.checkpoints, config.model, config.study.epochs)
   config = ConfigDict(config.to_dict())
-  config.model.update({name: kept.network[name] for name in ('name', 'width', 'stem')})
+  config.model.update({name: kept.network[name] for name in ('name', *OPTIONS) if name in kept.network})
   check(config, kept)
   if config.study.fine_tune:
     check_name(storage.absolute(workdir))
@@ -86,7 +89,7 @@ def check(config: ConfigDict, kept: history.History) -> None:
   if not _names(config):
     raise ValueError('config.target.name is empty; name your images, such as folder:/data/pets or tfds:oxford_iiit_pet')
   for name in _names(config):
-    finetune.check(_own(config, name, settings.seeds[0], kept.kept[0].weights))
+    finetune.Settings.from_config(_own(config, name, settings.seeds[0], kept.kept[0].weights))
 
 
 def _names(config: ConfigDict) -> list[str]:
@@ -104,7 +107,7 @@ def _fields(config: Mapping[str, Any], without: Sequence[str] = ()) -> str:
   """The fields of a fine-tuning that its result depends on, as text, less some groups."""
   text, known, fields = functools.partial(json.dumps, sort_keys=True, default=str), defaults(), flat(config)
   unused = [path for path in ADDED if path in fields and text(fields[path]) == text(known[path])]
-  kept = _first_names(run_fields(config, free=(*FREE, *unused)))
+  kept = _first_names(run_fields(config, may_change=(*MAY_CHANGE, *unused)))
   return text({name: value for name, value in kept.items() if name not in without})
 
 
@@ -122,7 +125,8 @@ class _Study:
     """Reads each checkpoint once, so that one that does not fit is known before anything long begins; takes up what is finished."""
     self._config, self._history, self._targets, self._folder = config, kept, targets, folder
     self._owned = own(folder) if parallel.is_main() else None
-    self._transform, self._parts = setup.make_transform(config), Parts(folder / 'parts')
+    self._transform, self._parts = make_transform(config.image_size, config.augment), Parts(folder / 'parts')
+    self._network = setup.build_model(config.model, {}, config.image_size)
     self._which = 'centred' if config.study.centred else 'plain'
     self._pool, self._legacy_pool = _pool(config)
     self._prints = history.fingerprints(kept, config.image_size)
@@ -169,10 +173,9 @@ class _Study:
   def _embedded(self, folder: epath.Path | None, target: Target, variables: Mapping[str, Any], network: str) -> np.ndarray:
     unfinished = self._folder / 'unfinished'
     try:
-      features = np.concatenate([
-          embedded(folder, self._config.model, variables, source, self._transform, self._config.train.batch_size,
-                   f'{source.name} by {network}', timeout=self._config.data.timeout, unfinished=unfinished).features
-          for source in target.sources])
+      encoder = Encoder(self._config.model.name, self._network, variables, self._transform,
+                        self._config.train.batch_size, self._config.data.timeout, folder, unfinished)
+      features = np.concatenate([encoder.embed(source, f'{source.name} by {network}').features for source in target.sources])
     except ValueError as error:
       raise ValueError(f'{target.name} by {network}: {error}') from error
     remove_partial(unfinished)
@@ -294,8 +297,9 @@ class _Study:
   def write(self, page: bool = True) -> dict[str, Any]:
     """Writes what is known; returns what study.json holds."""
     settings, kept = self._config.study, self._history
+    options = ', '.join(f'{name} {value}' for name, value in self._network.options.items())
     results = {
-        'job': 'study', 'checkpoints': kept.path, 'model': f'{self._config.model.name} (width {self._config.model.width})',
+        'job': 'study', 'checkpoints': kept.path, 'model': f'{self._config.model.name} ({options})',
         'precision': {'training': self._config.model.precision, 'embeddings': PRECISION},
         'source': kept.source, 'metric': self._config.target.metric, 'seeds': list(settings.seeds), 'threshold': settings.threshold,
         'parts_of': self._which, 'devices': f'{jax.device_count()} x {jax.devices()[0].device_kind}',

@@ -22,15 +22,17 @@ import optax
 import pytest
 
 from configs import miniature
-from ft_jax import workdir as workdir_module
+from ft_jax import metrics
 from ft_jax.jobs import finetune
 from ft_jax.training import initial_weights
 from ft_jax.training.checkpoints import Checkpoints, Damaged
 from ft_jax.training.finished_runs import history, load_variables
 from ft_jax.training.step import create_state
-from ft_jax.workdir import MetricsWriter, saved_steps, Workdir, write_results
+from ft_jax.metrics import MetricsWriter
+from ft_jax.workdir import saved_steps, Workdir, write_results
 from selection import Embeddings, Selection, storage
 from selection.journal import Journal
+from torch_weights import RESNET
 
 FLAGS = ['--config=configs/digits.py', '--config.model.width=4', '--config.image_size=16', '--config.augment.short_side=16',
          '--config.model.weights=', "--config.train.learning_rate_groups=(('.*',1.0),)", '--config.selection.size=5',
@@ -133,14 +135,14 @@ def test_long_passes_go_on_from_their_last_chunk(bucket):
 
 
 def test_metrics_are_written_as_a_whole_when_asked_and_from_time_to_time(bucket, monkeypatch):
-  monkeypatch.setattr(workdir_module, 'EVERY', float('inf'))  # however slow the machine is
+  monkeypatch.setattr(metrics, 'SECONDS', float('inf'))  # however slow the machine is
   work = Workdir('gs://bucket/run', FIELDS)
   writer = MetricsWriter(work, 0)
   writer.write(1, {'train/loss': 3.0})
   assert bucket.read('run/metrics.jsonl') == b''
   writer.flush()
   assert work.metrics() == [{'step': 1, 'train/loss': 3.0}]
-  monkeypatch.setattr(workdir_module, 'EVERY', 0.0)
+  monkeypatch.setattr(metrics, 'SECONDS', 0.0)
   writer.write(2, {'train/loss': 2.0})
   writer.close()
   again = MetricsWriter(work, 1)
@@ -195,7 +197,7 @@ def test_a_run_of_another_config_and_a_folder_of_something_else(bucket):
 def test_weights_in_an_object(bucket, tmp_path):
   path = ROOT / 'tests' / 'fixtures' / 'resnet18.pth'
   storage.write_whole('gs://bucket/weights/resnet18.pth', path.read_bytes())
-  there, here = (initial_weights.load_weights(str(name)) for name in ('gs://bucket/weights/resnet18.pth', path))
+  there, here = (initial_weights.load_weights(str(name), RESNET) for name in ('gs://bucket/weights/resnet18.pth', path))
   assert there.about['fingerprint'] == here.about['fingerprint']
 
 
@@ -215,7 +217,7 @@ def test_what_is_missing_is_said_at_the_start(monkeypatch, path, says):
   monkeypatch.setattr(storage.importlib.util, 'find_spec', lambda name: None)
   config = miniature.get_config('finetune')
   config.embeddings_dir = path
-  for use in (lambda: Workdir(path, FIELDS), lambda: finetune.check(config), lambda: Embeddings.load(path),
+  for use in (lambda: Workdir(path, FIELDS), lambda: finetune.Settings.from_config(config), lambda: Embeddings.load(path),
               lambda: Selection.of_rows([0], ['a']).save(path)):
     with pytest.raises(ValueError, match=says):
       use()
@@ -235,6 +237,7 @@ def test_paths_on_a_disk(tmp_path, monkeypatch):
   assert storage.absolute('gs') == epath.Path(tmp_path).resolve() / 'gs'
 
 
+@pytest.mark.slow
 def test_a_whole_run_is_killed_and_goes_on(bucket, tmp_path):
   """Selection, embedding, training, report, all on object storage, with warnings as errors; each step once."""
   # What it compiles is kept elsewhere: a process that is killed may leave half of a program there, for all others to read.
