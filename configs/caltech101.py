@@ -1,11 +1,13 @@
-"""Caltech-101: 101 classes without the background, 30 training images of each, drawn by `config.seed`; the rest is for test.
+"""Caltech-101: 101 classes without the background, 30 training images per class, sampled by
+`config.seed`; all others are test images.
 
     python -m ft_jax.data.prepare tfds:caltech101 --data_dir=DATA
     python -m ft_jax.data.prepare tfds:imagenet2012 --data_dir=DATA
     python main.py --config=configs/caltech101.py --config.data_dir=DATA             # ResNet-18, supervised weights
     python main.py --config=configs/caltech101.py:mocov2 --config.data_dir=DATA      # ResNet-50, MoCo-v2 weights
 
-Ours: the hyper-parameters, which are CUB's (see configs/liu2022.py), and that all other images are for test.
+The hyper-parameters are CUB's; the paper's for this data set were not found (see configs/liu2022.py). That all other
+images are used for testing is our choice.
 """
 
 from ml_collections import ConfigDict

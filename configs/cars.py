@@ -1,11 +1,11 @@
 """Stanford Cars: 196 models, 8,144 training and 8,041 test images.
 
-    python -m ft_jax.data.prepare tfds:cars196 --data_dir=DATA --from=FOLDER   # its public link is dead
+    python -m ft_jax.data.prepare tfds:cars196 --data_dir=DATA --from=FOLDER   # the public link is dead
     python -m ft_jax.data.prepare tfds:imagenet2012 --data_dir=DATA
     python main.py --config=configs/cars.py --config.data_dir=DATA             # ResNet-18, supervised weights
     python main.py --config=configs/cars.py:mocov2 --config.data_dir=DATA      # ResNet-50, MoCo-v2 weights
 
-Ours: the hyper-parameters, which are CUB's (see configs/liu2022.py).
+The hyper-parameters are CUB's; the paper's for this data set were not found (see configs/liu2022.py).
 """
 
 from ml_collections import ConfigDict

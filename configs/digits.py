@@ -2,9 +2,10 @@
 
     python main.py --config=configs/digits.py
 
-The pool holds digits of nine writers (10 classes) beside patches of two photographs (16 classes); the target is 80 digits of
-two other writers, inverted and upside down; val and test are of three writers more. A small ResNet is pre-trained on the pool,
-ten classes are selected (they should be the digits), and the network is fine-tuned on both together.
+The source has digits of nine writers (10 classes) and patches of two photographs (16 classes). The target has 80
+digits of two other writers, inverted and upside down; val and test are from three more writers. A small ResNet is
+pre-trained on the source, ten classes are selected (they should be the digits), and the network is fine-tuned on both
+together.
 """
 
 from ml_collections import ConfigDict
@@ -18,9 +19,9 @@ def get_config() -> ConfigDict:
   config.target.val = 'val'
   config.source.name = 'digits:pool'
   config.image_size = 32
-  config.augment.short_side = 32  # an 8x8 image has no border to cut off
+  config.augment.short_side = 32  # an 8x8 image has no border to crop
   config.augment.scale = (0.6, 1.0)
-  config.augment.flip = False  # a mirrored digit is another one
+  config.augment.flip = False  # a mirrored digit is a different one
   config.model.name = 'resnet18'
   config.model.width = 16
   config.model.weights = 'pretrain'

@@ -1,14 +1,16 @@
-"""A pool without labels: clusters of it chosen by optimal transport, fine-tuned together with the target by FixMatch's pseudo-labels.
+"""A source without labels: clusters selected by optimal transport, and FixMatch's pseudo-labels.
 
-Liu et al., "Improved Fine-Tuning by Better Leveraging Pre-Training Data" (NeurIPS 2022), for self-supervised pre-training: MoCo-v2's
-ResNet-50 (800 epochs), 500 of 2,000 clusters, soft pseudo-labels of the target's classes, a weak and a strong view (RandAugment and
-Cutout) of each source image.
+Liu et al., "Improved Fine-Tuning by Better Leveraging Pre-Training Data" (NeurIPS 2022), for self-supervised
+pre-training: MoCo-v2's ResNet-50 (800 epochs), 500 of 2,000 clusters, soft pseudo-labels of the target's classes, a
+weak and a strong view (RandAugment and Cutout) of each source image.
 
-    python main.py --config=configs/fixmatch.py --config.data_dir=DATA                                   # CUB and ImageNet, as published
-    python main.py --config=configs/fixmatch.py --config.data_dir=DATA --config.target.name=folder:photos --config.source.name=folder:pool
+    python main.py --config=configs/fixmatch.py --config.data_dir=DATA              # CUB and ImageNet, as published
+    python main.py --config=configs/fixmatch.py --config.data_dir=DATA --config.target.name=folder:photos \
+        --config.source.name=folder:pool
 
-DATA/pool may hold images alone, without class folders. The hyper-parameters are those of the authors' scripts. That the clusters are those
-of k-means on the features is deduced, not published; ours: a tenth of the training images as val, which chooses the checkpoint.
+DATA/pool may hold images without class folders. The hyper-parameters are those of the authors' scripts. That the
+clusters are k-means clusters of the features is our reading, not published. One difference: val, a tenth of the
+training images, chooses the checkpoint.
 """
 
 from ml_collections import ConfigDict

@@ -1,15 +1,18 @@
 """The paper's experiment in miniature, for 2 CPU cores: 64-pixel images, a half-width ResNet-18.
 
     python main.py --config=configs/miniature.py:pretrain --config.data_dir=DATA --workdir=runs/miniature/pretrain
-    python main.py --config=configs/miniature.py --config.data_dir=DATA --config.target.name=folder:pets --workdir=runs/miniature/pets
+    python main.py --config=configs/miniature.py --config.data_dir=DATA --config.target.name=folder:pets \
+        --workdir=runs/miniature/pets
 
-and the study of which checkpoint to start from, with a quarter-width network whose pre-training keeps its history:
+and the study of which checkpoint to start from, with a quarter-width network whose pre-training keeps its
+checkpoints:
 
     python main.py --config=configs/miniature.py:history --config.data_dir=DATA --workdir=runs/miniature/history
     python main.py --config=configs/miniature.py:study --config.data_dir=DATA --workdir=runs/miniature/study
 
-DATA holds folders of <split>/<class>/<image>: tiny_imagenet (the pool), pets, caltech101, cub50. The settings are ours.
-The README has the tables that come of it; they say how the methods compare here and nothing about the papers' numbers.
+DATA holds folders of <split>/<class>/<image>: tiny_imagenet (the source), pets, caltech101, cub50. The settings are
+ours. docs/ has the resulting tables; they compare the methods at this scale and say nothing about the papers'
+numbers.
 """
 
 from ml_collections import ConfigDict
@@ -18,14 +21,14 @@ from configs import default
 
 
 def get_config(job: str = 'compare') -> ConfigDict:
-  """`compare` fine-tunes with each method and seed, `finetune` once; `pretrain` makes the weights, `history` those of `study`."""
+  """`compare` and `finetune` start from the weights of `pretrain`, `study` from those of `history`."""
   config = default.get_config()
   config.job = 'pretrain' if job == 'history' else job
   config.source.name = 'folder:tiny_imagenet'
   config.image_size = 64
-  config.augment.short_side = 64  # the images have 64 pixels: nothing is cut off
+  config.augment.short_side = 64  # the images have 64 pixels: no crop
   config.augment.scale = (0.3, 1.0)
-  config.augment.antialias = True  # small images: the time is the network's
+  config.augment.antialias = True  # images are small: decoding is not the bottleneck
   config.model.name = 'resnet18'
   config.model.width = 16 if job in ('history', 'study') else 32
   if config.job == 'pretrain':

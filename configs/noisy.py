@@ -1,14 +1,15 @@
-"""RegSL's experiment with noisy labels: MIT-Indoor, ResNet-18, `:20`, `:40` (default), `:60` or `:80` percent of the labels drawn anew.
+"""RegSL's noisy labels on MIT-Indoor, ResNet-18: `:20`, `:40` (default), `:60` or `:80` percent are random.
 
     python main.py --config=configs/noisy.py:40 --config.data_dir=DATA
     python main.py --config=configs/noisy.py:40 --config.data_dir=DATA --config.methods.layerwise.distance= \
         --config.methods.self_label.enabled=false --workdir=runs/noisy-40-plain
 
-Li and Zhang (NeurIPS 2021): constraints, label correction and reweighting together, against plain fine-tuning on the same labels. DATA
-holds mit_indoor as in configs/regsl.py, which also says what is ours; the radii and temperatures are published. Their README has, for test
-accuracies of three runs, 75.2, 68.1, 57.6 and 34.1 % with the method and 65.0, 57.5, 44.6 and 27.1 % without. Symmetric noise draws any
-class, the true one too: 19.7, 39.4, 59.1 and 78.8 % of 67 classes' labels are wrong on average. Ours: another seed draws other labels
-(there, the same ones in all runs).
+Li and Zhang (NeurIPS 2021): constraints, label correction and reweighting together, against plain fine-tuning on the
+same labels. DATA holds mit_indoor as in configs/regsl.py, which also lists the differences; radii and temperatures
+are the published ones. Their README reports test accuracies (three runs) of 75.2, 68.1, 57.6 and 34.1 % with the
+method and 65.0, 57.5, 44.6 and 27.1 % without. Symmetric noise may draw the true class, too: of 67 classes' labels
+19.7, 39.4, 59.1 and 78.8 % are wrong on average. One difference: each seed draws other labels (there, all runs have
+the same ones).
 """
 
 from ml_collections import ConfigDict
@@ -26,7 +27,7 @@ RATES: dict[str, tuple[float, float, float]] = {
 
 def get_config(percent: str = '40') -> ConfigDict:
   if percent not in RATES:
-    raise ValueError(f'the noise {percent!r} is not known; write :{", :".join(RATES)} behind the name of the config')
+    raise ValueError(f'unknown noise {percent!r}; expected :{", :".join(RATES)} after the name of the config')
   config = regsl.get_config('indoor')
   config.model.name = 'resnet18'
   config.model.weights = 'timm:resnet18.tv_in1k'  # torchvision's own weights

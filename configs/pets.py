@@ -5,7 +5,7 @@
     python main.py --config=configs/pets.py --config.data_dir=DATA             # ResNet-18, supervised weights
     python main.py --config=configs/pets.py:mocov2 --config.data_dir=DATA      # ResNet-50, MoCo-v2 weights
 
-Ours: the hyper-parameters, which are CUB's (see configs/liu2022.py).
+The hyper-parameters are CUB's; the paper's for this data set were not found (see configs/liu2022.py).
 """
 
 from ml_collections import ConfigDict

@@ -1,11 +1,11 @@
-"""What a trained network sees in images: a table and a picture.
+"""Predicts classes of images with a trained network: a CSV table and a contact sheet.
 
     python main.py --config=configs/predict.py --config.workdir=runs/pets --config.predict.images=FOLDER
 
-The workdir is that of a finished fine-tuning (or pre-training), whose best checkpoint and preprocessing are used; the images are a
-folder with all that is below it, one image, or a text file of paths, one a line. Writes runs/pets/predict/predictions.csv and
-contact_sheet.png, over those of the last time; --workdir=... writes elsewhere. --config.data.on_error=skip goes on behind images
-that cannot be read and says in the table what is wrong with them.
+The workdir is that of a finished fine-tuning (or pre-training), whose best checkpoint and preprocessing are used. The
+images are a folder with its subfolders, one image, or a text file of paths, one per line. Writes
+runs/pets/predict/predictions.csv and contact_sheet.png, replacing earlier ones; --workdir=... writes elsewhere.
+--config.data.on_error=skip skips images that cannot be read and gives the reason in the table.
 """
 
 from ml_collections import ConfigDict

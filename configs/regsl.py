@@ -1,28 +1,32 @@
 """RegSL's layer-wise constraints on clean labels: `:indoor` (default), aircraft, cub, caltech, cars, dogs or flowers.
 
     python main.py --config=configs/regsl.py:cub --config.data_dir=DATA
-    python main.py --config=configs/regsl.py:cub --config.data_dir=DATA --config.methods.layerwise.distance= --workdir=runs/cub-plain
+    python main.py --config=configs/regsl.py:cub --config.data_dir=DATA --config.methods.layerwise.distance= \
+        --workdir=runs/cub-plain
 
-Li and Zhang, "Improved Regularization and Robustness for Fine-tuning in Neural Networks" (NeurIPS 2021): torchvision's ResNet-101, Adam
-with amsgrad, 30 epochs, and radii that the authors tuned for each set. MIT-Indoor and Caltech-256 are none of TFDS's: DATA holds them as
-folders. Indoor's images in the folders of its lists (in `Images`, with a copy of TrainImages.txt or TestImages.txt):
+Li and Zhang, "Improved Regularization and Robustness for Fine-tuning in Neural Networks" (NeurIPS 2021):
+torchvision's ResNet-101, Adam with amsgrad, 30 epochs, and radii that the authors tuned for each set. TFDS has
+neither MIT-Indoor nor Caltech-256; DATA holds them as folders. MIT-Indoor is sorted into folders by its lists (run
+this in `Images`, with a copy of TrainImages.txt and TestImages.txt):
 
-    while read f; do mkdir -p DATA/mit_indoor/train/${f%/*}; cp "$f" DATA/mit_indoor/train/${f%/*}/; done < TrainImages.txt
-    while read f; do mkdir -p DATA/mit_indoor/test/${f%/*}; cp "$f" DATA/mit_indoor/test/${f%/*}/; done < TestImages.txt
+    while read f; do install -D -m 644 "$f" "DATA/mit_indoor/train/$f"; done < TrainImages.txt
+    while read f; do install -D -m 644 "$f" "DATA/mit_indoor/test/$f"; done < TestImages.txt
 
-Caltech-256 as it is published, DATA/caltech256/<class>/<image>; the others after `python -m ft_jax.data.prepare tfds:<name>`.
+Caltech-256 is used as published, DATA/caltech256/<class>/<image>; the others after `python -m ft_jax.data.prepare
+tfds:<name>`.
 
-Ours: val has a tenth of each class (there, of all images; its size is theirs for caltech, flowers and aircraft), Caltech-256's images
-are drawn by the seed (there, the first ones in the order of the disk) and all that are left are for test (there 20 a class), Flowers has
-its official split (there, a random one of the same sizes), heads start at N(0, 2/d) (there torch's uniform), and all 30 epochs are run
-(there, none after ten without a better val accuracy; the best checkpoint on val is what counts in both).
+Differences from the authors' code: val is a tenth of each class (there, of all images; its size is theirs for
+caltech, flowers and aircraft). Caltech-256's images are sampled by the seed (there, the first ones on disk), and all
+others are test images (there, 20 per class). Flowers has its official split (there, a random one of the same sizes).
+Heads start at N(0, 2/d) (there, torch's uniform initialization). All 30 epochs are run (there, training stops after
+ten without a better val accuracy; both use the best checkpoint on val).
 """
 
 from ml_collections import ConfigDict
 
 from configs import default
 
-# D, radius of the head, gamma; name of the set; split for training; val split; test split; images of an epoch.
+# (D, radius of the head, gamma), name of the set, training split, val split, test split, images per epoch.
 SETS: dict[str, tuple[tuple[float, float, float], str, str, str, str, int]] = {
     'indoor': ((0.136810, 6.407802, 2.528838), 'folder:mit_indoor', 'train', '', 'test', 4824),
     'aircraft': ((1.183306, 5.277136, 1.276800), 'tfds:fgvc_aircraft', 'train', 'validation', 'test', 3334),
@@ -36,11 +40,11 @@ SETS: dict[str, tuple[tuple[float, float, float], str, str, str, str, int]] = {
 
 def get_config(name: str = 'indoor') -> ConfigDict:
   if name not in SETS:
-    raise ValueError(f'the set {name!r} is not known; write :{", :".join(SETS)} behind the name of the config')
+    raise ValueError(f'unknown set {name!r}; expected :{", :".join(SETS)} after the name of the config')
   (radius, head_radius, growth), target, train, val, test, images = SETS[name]
   config = default.get_config()
   config.target.name, config.target.train, config.target.val, config.target.test = target, train, val, test
-  if name == 'caltech':  # 30 of each class to train on and 20 for val
+  if name == 'caltech':  # 30 images per class for training and 20 for val
     config.target.train_per_class = 50
     config.target.val_fraction = 0.4
     config.target.without = ('257.clutter',)
@@ -56,7 +60,7 @@ def get_config(name: str = 'indoor') -> ConfigDict:
   config.train.epochs = 30.0
   config.train.optimizer = 'amsgrad'
   config.train.learning_rate = 1e-4
-  config.train.learning_rate_groups = (('.*', 1.0),)  # heads have no faster one
+  config.train.learning_rate_groups = (('.*', 1.0),)  # the same rate for heads
   config.train.weight_decay = 0.0
   config.train.schedule = 'milestones'  # x 0.1 after epochs 10 and 20
   config.train.milestones = (1 / 3, 2 / 3)

@@ -35,10 +35,10 @@ def nested(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def defaults() -> dict[str, Any]:
-  """Every field of configs/default.py and its value, by path, as JSON has it: tuples are lists."""
-  from configs import default  # it imports ft_jax.methods
+  """Every field of ft_jax/config.py and its value, by path, as JSON has it: tuples are lists."""
+  from ft_jax import config  # it imports ft_jax.methods
 
-  return json.loads(json.dumps(flat(default.get_config().to_dict())))
+  return json.loads(json.dumps(flat(config.get_config().to_dict())))
 
 
 class Kind(NamedTuple):

@@ -11,7 +11,7 @@ import pytest
 from configs import aircraft, caltech101, cars, cub, default, digits, dogs, dtd, export, miniature, pets, predict, pretrain, sun397
 from configs import fixmatch as fixmatch_config
 from configs import stability as stability_config
-from main import default_workdir
+from ft_jax.command import default_workdir
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -23,15 +23,15 @@ def main(*flags: str) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize('flags,words', [
     ([], 'flag --config=None: Flag --config must have a value'),
     (['--config=configs/pets.py', '--confg.seed=1'], "Unknown command line flag 'confg.seed'"),
-    (['--config=configs/pets.py:moco'], "error: the recipe 'moco' is not known; write :supervised or :mocov2"),
-    (['--config=configs/digits.py:mocov2'], 'error: that config takes no argument behind a colon'),
-    (['--config=configs/nothing.py'], 'error: --config: there is no file configs/nothing.py; in configs/ are aircraft.py, caltech101.py'),
-    (['--config', 'configs/nothing.py:x', '--config.seed=1'], 'error: --config: there is no file configs/nothing.py; in configs/ are'),
-    (['--config=configs'], 'error: --config: there is no file configs; in configs/ are'),
+    (['--config=configs/pets.py:moco'], "error: unknown recipe 'moco'; expected :supervised or :mocov2"),
+    (['--config=configs/digits.py:mocov2'], 'error: this config takes no argument after a colon'),
+    (['--config=configs/nothing.py'], 'error: --config: there is no file configs/nothing.py; known configs: aircraft, caltech101'),
+    (['--config', 'configs/nothing.py:x', '--config.seed=1'], 'error: --config: there is no file configs/nothing.py; known configs: '),
+    (['--config=configs'], 'error: --config: there is no file configs; known configs: '),
     (['--config=configs/digits.py', '--config.data.on_error=ignore'], "error: config.data.on_error is 'ignore'; known: raise, skip"),
     (['--config=configs/digits.py', '--config.sed=1'], "no field 'sed'; config has augment, checkpoints, compare, compile_cache, data"),
-    (['--config=configs/digits.py', '--config.train.lr=1'], "no field 'train.lr'; config.train has accumulate, average, batch_size"),
-    (['--config=configs/digits.py', '--config.seed.x=1'], "no field 'seed.x'; config.seed is one value"),
+    (['--config=configs/digits.py', '--config.train.lr=1'], "no field 'train.lr'; config.train has accumulate_steps, batch_size, clip_norm"),
+    (['--config=configs/digits.py', '--config.seed.x=1'], "no field 'seed.x'; config.seed is a single value"),
     (['--config=configs/digits.py', '--config.selection.by=colour'], "config.selection.by is 'colour'; known: class, cluster, example"),
     (['--config=configs/digits.py', '--config.selection.epsilon=0'], 'config.selection.epsilon is 0.0; expected a number above 0'),
     (['--config=configs/digits.py', '--config.selection.size=27'], 'config.selection.size is 27; expected 1 to 26'),
@@ -52,7 +52,7 @@ def main(*flags: str) -> subprocess.CompletedProcess:
     (['--config=configs/digits.py', '--config.train=5'], '--config.train=5: this is a group of fields; set one of them'),
     (['--config=configs/digits.py', '--config.augment.scale=0.5'], 'config.augment.scale is (0.5,); expected two numbers such as'),
     (['--config=configs/digits.py', '--config.train.batch_size=-8'], 'config.train.batch_size is -8; expected a whole number from 1'),
-    (['--config=configs/digits.py', '--config.workdir=runs/x'], 'this is job finetune; its own folder is --workdir'),
+    (['--config=configs/digits.py', '--config.workdir=runs/x'], 'this is job finetune; set its own folder by --workdir'),
     (['--config=configs/digits.py', 'digits'], "unexpected argument 'digits'"),
     (['--config=configs/digits.py', '--config.job=fine'], "config.job is 'fine'; known: finetune, pretrain, compare"),
     (['--config=configs/digits.py', '--config.selection.method=best'],
@@ -96,7 +96,7 @@ def test_a_config_file_cannot_add_a_field(tmp_path):
                                     '  config.source_wieght = 0.3\n  return config\n')
   run = main(f'--config={tmp_path / "mine.py"}', f'--workdir={tmp_path / "run"}')
   assert run.returncode == 1 and 'Traceback' not in run.stderr
-  assert "sets 'source_wieght', which is no field of configs/default.py. Did you mean \"source_weight\"?" in run.stderr
+  assert "sets 'source_wieght', which is not a field of the config (ft_jax/config.py). Did you mean \"source_weight\"?" in run.stderr
 
 
 def test_a_config_file_that_sets_a_wrong_type(tmp_path):
@@ -104,17 +104,17 @@ def test_a_config_file_that_sets_a_wrong_type(tmp_path):
                                     "  config.seed = 'one'\n  return config\n")
   run = main(f'--config={tmp_path / "mine.py"}', f'--workdir={tmp_path / "run"}')
   assert run.returncode == 1 and 'Traceback' not in run.stderr
-  assert "error: the file of --config sets the field 'seed' to one, which is of type str; expected int" in run.stderr
+  assert "error: the config file sets the field 'seed' to one, which is of type str; expected int" in run.stderr
 
 
 def test_ctrl_c_outside_of_a_training_is_one_line(tmp_path):
   """While images are embedded, say: no traceback, and the exit status that a shell expects."""
-  code = ('import sys; from absl import app; import main; from ft_jax.jobs import finetune\n'
+  code = ('import sys; from ft_jax import main; from ft_jax.jobs import finetune\n'
           'def interrupted(*_): raise KeyboardInterrupt\n'
           f'finetune.run = interrupted; sys.argv = ["main.py", "--config=configs/digits.py", "--workdir={tmp_path / "run"}"]\n'
-          'app.run(main.main, flags_parser=main.parse)')
+          'main.command()')
   run = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, check=False)
-  assert run.returncode == 130 and run.stderr.strip().endswith('stopped (SIGINT); the same command goes on from what is finished')
+  assert run.returncode == 130 and run.stderr.strip().endswith('stopped (SIGINT); the same command resumes from what is finished')
   assert 'Traceback' not in run.stderr
 
 
@@ -143,7 +143,7 @@ TARGETS = {'pets': pets, 'cub': cub, 'cars': cars, 'aircraft': aircraft, 'dogs':
     miniature.get_config(), miniature.get_config('pretrain'),
     *(target.get_config(recipe) for target in TARGETS.values() for recipe in ('supervised', 'mocov2'))])
 def test_configs_are_the_default_with_other_values(config):
-  """No config adds a field or changes the type of one, so that default.py documents every field there is."""
+  """No config adds a field or changes the type of one, so that ft_jax/config.py documents every field there is."""
   assert fields(config) == fields(default.get_config())
 
 
@@ -165,7 +165,7 @@ def test_the_eight_targets_have_the_published_settings():
 
 
 def test_every_field_is_documented_on_its_line():
-  lines = [line for line in (ROOT / 'configs' / 'default.py').read_text().splitlines()
+  lines = [line for line in (ROOT / 'ft_jax' / 'config.py').read_text().splitlines()
            if re.match(r'  (config|train)\.[\w.]+ = ', line) and not re.search(r'ConfigDict\(\)', line)]
   assert len(lines) > 40 and all(re.search(r'\S  # .{10,}', line) for line in lines)
 

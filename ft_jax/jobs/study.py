@@ -22,7 +22,7 @@ from ft_jax.embedding import embedded, PRECISION, remove_partial
 from ft_jax.jobs import finetune, setup
 from ft_jax.pages import report, study_page
 from ft_jax.progress import log
-from ft_jax.settings import check_fields, defaults, flat
+from ft_jax.settings import check_fields, defaults, flat, RENAMED
 from ft_jax.studies import history, probe, spectrum, study_results, transferability
 from ft_jax.studies.study_data import changed, described, Frozen, open_target, Parts, Target
 from ft_jax.workdir import check_name, FREE, own, read_config, run_fields, write_bytes, write_text
@@ -102,7 +102,9 @@ def _fields(config: Mapping[str, Any], without: Sequence[str] = ()) -> str:
   """The fields of a fine-tuning that its result depends on, as text, less some groups."""
   text, known, fields = functools.partial(json.dumps, sort_keys=True, default=str), defaults(), flat(config)
   unused = [path for path in ADDED if path in fields and text(fields[path]) == text(known[path])]
-  return text({name: value for name, value in run_fields(config, free=(*FREE, *unused)).items() if name not in without})
+  named = {new: old for old, new in RENAMED.items()}  # cached parts keep the names that they were saved under
+  found = run_fields(config, free=(*FREE, *unused))
+  return text({named.get(name, name): value for name, value in found.items() if name not in without})
 
 
 class _Study:

@@ -42,8 +42,8 @@ def test_noisy(percent):
 
 
 @pytest.mark.parametrize('flags,words', [
-    (['--config=configs/regsl.py:pets'], "error: the set 'pets' is not known; write :indoor, :aircraft, :cub, :caltech, :cars"),
-    (['--config=configs/noisy.py:50'], "error: the noise '50' is not known; write :20, :40, :60, :80 behind")])
+    (['--config=configs/regsl.py:pets'], "error: unknown set 'pets'; expected :indoor, :aircraft, :cub, :caltech, :cars"),
+    (['--config=configs/noisy.py:50'], "error: unknown noise '50'; expected :20, :40, :60, :80 after")])
 def test_wrong_input_is_one_clear_line(tmp_path, flags, words):
   run = main(*flags, f'--workdir={tmp_path / "run"}')
   assert run.returncode != 0 and words in run.stderr and 'Traceback' not in run.stderr, run.stderr

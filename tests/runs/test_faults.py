@@ -148,10 +148,10 @@ class Spoils(methods.Method):
   """A term whose loss and gradient are not finite for one batch of training examples, and zero for all others."""
   rows: tuple = (0,)  # of that batch
 
-  def loss(self, seen: methods.StepContext, state: methods.State) -> methods.LossTerm:
+  def loss(self, context: methods.StepContext, state: methods.State) -> methods.LossTerm:
     """See `Method`."""
-    spoilt = jnp.array_equal(jnp.sort(parallel.gather(seen.index)), jnp.sort(jnp.array(self.rows)))
-    return methods.LossTerm(jnp.where(spoilt, jnp.nan, 0.0) * jnp.sum(seen.outputs['target'].features), state)
+    spoilt = jnp.array_equal(jnp.sort(parallel.gather(context.rows)), jnp.sort(jnp.array(self.rows)))
+    return methods.LossTerm(jnp.where(spoilt, jnp.nan, 0.0) * jnp.sum(context.outputs['target'].features), state)
 
 
 def test_a_step_that_is_not_finite_leaves_nothing_behind(photos, tmp_path, monkeypatch):

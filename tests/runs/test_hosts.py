@@ -179,7 +179,7 @@ from etils import epath
 from ft_jax import cluster, command, parallel, progress
 process, port, folder = int(sys.argv[1]), sys.argv[2], epath.Path(sys.argv[3])
 progress.show_log(process)
-with command.ending(False):
+with command.exit_codes(False):
   assert cluster.start(f'localhost:{port}', 2, process) == process
   import jax
   import numpy as np
@@ -301,7 +301,7 @@ ALONE = """
 import sys
 from ft_jax import cluster, command, progress
 progress.show_log(int(sys.argv[2]))
-with command.ending(False):
+with command.exit_codes(False):
   cluster.start(sys.argv[1], 2, int(sys.argv[2]), seconds=2)
 """
 

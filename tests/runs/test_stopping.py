@@ -28,17 +28,17 @@ def ready_within():
   threading.Thread(target=tell, daemon=True).start()
 '''
 OUTSIDE = BEGIN + '''
-with command.ending(False):
+with command.exit_codes(False):
   ready_within()
   long()
 '''
 WAITING = BEGIN + '''
-with command.ending(False):
+with command.exit_codes(False):
   ready()
   input()
 '''
 TRAINING = BEGIN + '''
-with command.ending(False), stopping.signals() as stop:
+with command.exit_codes(False), stopping.signals() as stop:
   ready()
   while not stop():
     pass
@@ -46,7 +46,7 @@ with command.ending(False), stopping.signals() as stop:
   long()
 '''
 STUCK = BEGIN + '''
-with command.ending(False), stopping.signals() as stop:
+with command.exit_codes(False), stopping.signals() as stop:
   ready_within()
   long()
 '''
@@ -65,15 +65,15 @@ def end(script, signals, patience=600.0):
 
 
 @pytest.mark.parametrize('script,patience,words', [
-    (WAITING, 600.0, 'stopped (SIG'), (OUTSIDE, 1.0, 'left at once'), (STUCK, 0.5, 'has not come to an end within')])
+    (WAITING, 600.0, 'stopped (SIG'), (OUTSIDE, 1.0, 'stopped at once'), (STUCK, 0.5, 'did not end within')])
 def test_a_signal_ends_whatever_is_going_on(script, patience, words):
   """Where Python gets to it, at once; where it does not, as in a compilation, after a while."""
   for number in (signal.SIGTERM, signal.SIGINT) if script is WAITING else (signal.SIGTERM,):
     code, _, messages = end(script, [number], patience)
-    assert code == 128 + number and words in messages and 'the same command goes on' in messages and 'Traceback' not in messages
+    assert code == 128 + number and words in messages and 'the same command resumes' in messages and 'Traceback' not in messages
 
 
 def test_a_second_one_leaves_at_once():
   """The first asks the training to stop, which saves for a long time; nobody has to wait for that."""
   code, printed, messages = end(TRAINING, [signal.SIGINT, signal.SIGINT])
-  assert (code, printed) == (130, ['ready', '2']) and 'stopping after this step (SIGINT)' in messages and 'left at once' in messages
+  assert (code, printed) == (130, ['ready', '2']) and 'stopping after this step (SIGINT)' in messages and 'stopped at once' in messages
