@@ -12,8 +12,9 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from ft_jax import embedding, methods, noise, parallel
-from ft_jax.data import augment, duplicates, overlap
-from ft_jax.data.image_set import digest, ImageSet, open_set
+from ft_jax.data import duplicates, open_set, overlap
+from ft_jax.data.decode import thumbnail
+from ft_jax.data.image_set import digest, ImageSet
 from ft_jax.data.pipeline import Transform
 from ft_jax.data.splits import (
   cache_in_memory,
@@ -465,7 +466,7 @@ def _pairs(common: overlap.Overlap, opened: Mapping[str, ImageSet | None], most:
   def picture(split: str, example_id: str) -> bytes:
     source = opened[split]
     example = source[int(source.at_ids([example_id])[0])]
-    return augment.thumbnail(example.image, example.id, 96)
+    return thumbnail(example.image, example.id, 96)
 
   return [report.DuplicatePair(duplicates.KINDS[copy.kind], (name, copy.id, picture(name, copy.id)),
                                (copy.split, copy.other, picture(copy.split, copy.other)))
@@ -474,7 +475,7 @@ def _pairs(common: overlap.Overlap, opened: Mapping[str, ImageSet | None], most:
 
 def _examples(source: ImageSet, rows: np.ndarray, most: int) -> list[bytes]:
   rows = rows[np.linspace(0, len(rows) - 1, min(most, len(rows))).round().astype(int)]
-  return [augment.thumbnail(example.image, example.id, 64) for example in (source[int(row)] for row in rows)]
+  return [thumbnail(example.image, example.id, 64) for example in (source[int(row)] for row in rows)]
 
 
 FEATURES = ('pooled', 'projection')

@@ -12,7 +12,7 @@ import pytest
 from configs import fixmatch as fixmatch_config
 from configs import miniature
 from ft_jax import methods
-from ft_jax.data.image_set import open_set
+from ft_jax.data import open_set
 from ft_jax.jobs import finetune
 from ft_jax.methods.base import StepContext
 from ft_jax.methods.fixmatch import FixMatch

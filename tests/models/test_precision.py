@@ -14,7 +14,7 @@ import pytest
 
 from configs import default
 from ft_jax import logistic
-from ft_jax.data.image_set import open_set
+from ft_jax.data import open_set
 from ft_jax.data.pipeline import Transform
 from ft_jax.embedding import embedded
 from ft_jax.jobs import setup
