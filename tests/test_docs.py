@@ -213,6 +213,17 @@ def test_every_method_is_described():
       assert re.search(rf'\b{field.name}\b', row), (name, field.name)
 
 
+def test_every_module_is_on_the_map():
+  """Whoever reads docs/design.md finds the file of any function; `study_*.py` and `<method>.py` stand for several."""
+  text = (ROOT / 'docs' / 'design.md').read_text()
+  named = set(re.findall(r'`(?:\w+/)*([\w*]+)\.py`', text)) | {path.stem for path in (ROOT / 'ft_jax' / 'jobs').glob('*.py')}
+  for package in ('ft_jax', 'selection'):
+    for path in (ROOT / package).rglob('*.py'):
+      inside = path.relative_to(ROOT).parts
+      alike = {'__init__', '__main__', *METHODS} | ({path.stem} if {'prepare', 'templates'} & set(inside) else set())
+      assert path.stem in named | alike or path.stem.startswith('study_'), '/'.join(inside)
+
+
 def test_every_strategy_is_described():
   text = (ROOT / 'docs' / 'selection.md').read_text()
   for name in selection.STRATEGIES:
