@@ -31,13 +31,13 @@ def example(name: str) -> dict[str, Any]:
   return space
 
 
-def write_table(path: pathlib.Path, classes: dict[str, int], splits: tuple[str, ...]) -> None:
-  """A table of images, and the images."""
+def write_table(path: pathlib.Path, classes: dict[str, int], splits: tuple[str, ...], seed: int) -> None:
+  """A table of images, and the images; other seeds draw other images."""
   with path.open('w', newline='') as stream:
     table = csv.writer(stream)
     table.writerow(['file', 'label', 'split'])
-    for seed, split in enumerate(splits):
-      write_images(path.parent / path.stem / split, classes, seed)
+    for i, split in enumerate(splits):
+      write_images(path.parent / path.stem / split, classes, seed + i)
       for file in sorted((path.parent / path.stem / split).rglob('*.jpg')):
         table.writerow([file.relative_to(path.parent), file.parent.name, split])
 
@@ -46,8 +46,8 @@ def write_table(path: pathlib.Path, classes: dict[str, int], splits: tuple[str, 
 def run(tmp_path_factory):
   """A fine-tuning with all of them at once, from a pre-training of its own: its results and its workdir."""
   folder = tmp_path_factory.mktemp('design')
-  write_table(folder / 'target.csv', {'a': 6, 'b': 6}, ('train', 'test'))
-  write_table(folder / 'pool.csv', {'c': 8, 'd': 8, 'e': 8}, ('train',))
+  write_table(folder / 'target.csv', {'a': 6, 'b': 6}, ('train', 'test'), seed=0)
+  write_table(folder / 'pool.csv', {'c': 8, 'd': 8, 'e': 8}, ('train',), seed=2)
   with pytest.MonkeyPatch.context() as patch:
     patch.setitem(METHODS, 'features', example('method')['Features'])
     patch.setitem(models.NETWORKS, 'small', example('network')['Small'])
