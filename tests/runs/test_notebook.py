@@ -72,6 +72,7 @@ def pictures(outputs):
   return sum('image/png' in output.get('data', {}) for output in outputs)
 
 
+@pytest.mark.slow
 def test_it_runs_from_top_to_bottom(kernel, monkeypatch, tmp_path):
   monkeypatch.setenv('PYTHONPATH', str(ROOT))
   folder = tmp_path / 'cwd'
@@ -88,6 +89,7 @@ def test_it_runs_from_top_to_bottom(kernel, monkeypatch, tmp_path):
   assert not list(folder.iterdir())
 
 
+@pytest.mark.slow
 def test_a_folder_and_a_network_of_ones_own(kernel, photos, pool, tmp_path):
   weights = ROOT / 'tests' / 'fixtures' / 'resnet18.pth'
   notebook = read(SOURCE_FOLDER=str(pool), TARGET_FOLDER=str(photos), WEIGHTS=str(weights), NETWORK='resnet18', IMAGE_SIZE=32, SIZE=3)
