@@ -24,8 +24,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 import numpy as np
 import PIL.Image
 
-from ft_jax.data import augment, duplicates
-from ft_jax.data.image_set import ImageSet, open_set
+from ft_jax.data import decode, duplicates, open_set
+from ft_jax.data.image_set import ImageSet
 
 THRESHOLDS = (8, 12, 16, 20, 24, 28)
 
@@ -96,7 +96,7 @@ def shares(values: np.ndarray) -> str:
 def sample(source: ImageSet, count: int) -> list[np.ndarray]:
   """Decoded images drawn at random."""
   rows = np.random.default_rng(0).permutation(len(source))[:count]
-  return [augment.decode(example.image, example.id) for example in (source[int(row)] for row in rows)]
+  return [decode.decode(example.image, example.id) for example in (source[int(row)] for row in rows)]
 
 
 def main() -> None:

@@ -55,7 +55,7 @@ class Step:
     kept = start if needs.start or needs.teacher or needs.classifier else None
     state = create_state({**variables, 'params': {**variables['params'], **({'methods': own} if own else {})}}, optimizer,
                                start=kept, methods=states)
-    step = make_train_step(model, optimizer, {'target': 1.0, **({'source': 1.0} if joint else {})}, methods=active, parts=parts)
+    step = make_train_step(model, optimizer, {'target': 1.0, **({'source': 1.0} if joint else {})}, methods=active, microbatches=parts)
     self._state, self._batch = parallel.replicate(state), {name: parallel.shard(part) for name, part in data.items()}
     self._step = step.lower(self._state, self._batch).compile()
     memory = self._step.memory_analysis()

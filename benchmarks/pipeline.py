@@ -28,7 +28,8 @@ import numpy as np
 import PIL.Image
 from sklearn import datasets
 
-from ft_jax.data.image_set import ImageSet, open_set
+from ft_jax.data import open_set
+from ft_jax.data.image_set import ImageSet
 from ft_jax.data.memory_cache import cached
 from ft_jax.data.pipeline import train_batches, Transform
 

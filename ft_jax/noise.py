@@ -10,8 +10,9 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from ft_jax import trained
-from ft_jax.data.disk_cache import kept
-from ft_jax.data.image_set import class_difference, digest, ImageSet
+from ft_jax.data.class_names import class_difference
+from ft_jax.data.disk_cache import cached_arrays
+from ft_jax.data.image_set import digest, ImageSet
 from ft_jax.data.label_noise import KINDS, read_predictions, with_noise
 from ft_jax.data.splits import Splits
 from ft_jax.jobs import predict
@@ -101,7 +102,7 @@ def _predicted(labels: str, source: ImageSet, predicted_json: epath.Path | None)
   if before.get('key') == key:
     found = before['classes']
   else:  # kept for other runs on this machine too
-    found = kept('predicted', key, lambda: {'classes': predict.predict(run, source, 1, False)[0].classes[:, 0]})
+    found = cached_arrays('predicted', key, lambda: {'classes': predict.predict(run, source, 1, False)[0].classes[:, 0]})
     found = found['classes'].tolist()
     if predicted_json is not None:
       write_text(predicted_json, json.dumps({'key': key, 'classes': found}) + '\n')

@@ -5,6 +5,7 @@ Devices are those of `jax.vmap` with the axis of the step: the collectives are t
 
 from collections.abc import Mapping
 import functools
+import types
 from typing import Any
 
 import flax
@@ -67,8 +68,9 @@ def start_of(model: resnet.ResNet, seed: int = 1) -> dict[str, Any]:
   return variables(model.clone(heads={'pretrained': 8}), seed)
 
 
-def begin(model: resnet.ResNet, start: Mapping[str, Any], examples: Mapping[str, np.ndarray] | None = None, **kwargs: Any) -> SetupContext:
-  """What methods are set up with; `examples` are the training images, and val as well."""
+def context(model: resnet.ResNet, start: Mapping[str, Any] = types.MappingProxyType({}), examples: Mapping[str, np.ndarray] | None = None,
+            **kwargs: Any) -> SetupContext:
+  """What methods are checked against and set up with; `examples` are the training images, and val as well."""
   examples = images(BATCH, TARGETS) if examples is None else examples
 
   def batches(split: str, rows: Any = slice(None)) -> list[dict[str, np.ndarray]]:
@@ -77,25 +79,26 @@ def begin(model: resnet.ResNet, start: Mapping[str, Any], examples: Mapping[str,
     padded = {key: np.resize(value, (-(-len(value) // devices) * devices, *value.shape[1:])) for key, value in chosen.items()}
     return [padded | {'mask': np.arange(len(padded['mask'])) < len(chosen['label'])}]
 
-  given = dict(labels=examples['label'], true_labels=examples['label'], batch_size=BATCH, seed=0)
-  return SetupContext(model, start, TARGETS, batches=batches, **{**given, **kwargs})
+  known = dict(image_size=SIZE, classes=TARGETS, labels=examples['label'], true_labels=examples['label'], batch_size=BATCH, seed=0,
+               pretrained=True, has_source=True)
+  return SetupContext(model=model, start=start, batches=batches, **{**known, **kwargs})
 
 
-def run(active: Mapping[str, methods.Method], *, steps: int = 1, devices: int = 1, parts: int = 1, model: resnet.ResNet | None = None,
+def run(active: Mapping[str, methods.Method], *, steps: int = 1, devices: int = 1, microbatches: int = 1, model: resnet.ResNet | None = None,
         batches: Any = None, rate: float = 0.05, start: Mapping[str, Any] | None = None, state: Any = None,
         loss_weights: Mapping[str, float] | None = None, examples: Any = None) -> tuple[TrainState, list[dict[str, float]]]:
   """The state after some steps of plain gradient descent (so what changes is the gradient), and the metrics of each step.
 
   Args:
     active: by name.
-    steps, devices, parts: see `train.make_step`.
+    steps, devices, microbatches: see `step.make_step`.
     model: 'network()' with frozen BatchNorm by default, where nothing depends on how a batch is split.
     batches: gives the batch of a step; the same one by default.
     rate: of gradient descent.
     start: pre-trained variables; those of `start_of` by default.
     state: goes on from there.
     loss_weights: of the labelled streams.
-    examples: see `begin`.
+    examples: see `context`.
   """
   needs = methods.all_needs(active, network())
   unlabelled = any(method.unlabelled_source for method in active.values())
@@ -105,16 +108,16 @@ def run(active: Mapping[str, methods.Method], *, steps: int = 1, devices: int = 
   loss_weights = loss_weights or ({'target': 1.0} if unlabelled else {'target': 1.0, 'source': 0.5})
   optimizer = optax.sgd(rate)
   if state is None:
-    told = begin(model, start, examples)
-    own = {name: params for name, method in active.items() if (params := method.params(told))}
+    setup = context(model, start, examples)
+    own = {name: params for name, method in active.items() if (params := method.params(setup))}
     fresh = variables(model, 2)
     fresh['params'] = fresh['params'] | {key: value for key, value in start['params'].items() if key != 'heads'}
     if needs.trained_classifier:
       fresh['params']['heads']['pretrained'] = start['params']['heads']['pretrained']
     fresh['batch_stats'] = start['batch_stats']
     state = create_state({**fresh, 'params': fresh['params'] | ({'methods': own} if own else {})}, optimizer, start=start,
-                               methods={name: method.setup(told) for name, method in active.items()})
-  step = compiled(model.clone(heads=()), tuple(heads.items()), rate, tuple(loss_weights.items()), tuple(active.items()), parts, devices)
+                               methods={name: method.setup(setup) for name, method in active.items()})
+  step = compiled(model.clone(heads=()), tuple(heads.items()), rate, tuple(loss_weights.items()), tuple(active.items()), microbatches, devices)
   split = lambda x: x.reshape(devices, -1, *x.shape[1:])
   history = []
   for number in range(steps):
@@ -127,17 +130,17 @@ def run(active: Mapping[str, methods.Method], *, steps: int = 1, devices: int = 
 
 @functools.cache
 def compiled(model: resnet.ResNet, heads: tuple[tuple[str, int], ...], rate: float, loss_weights: tuple[tuple[str, float], ...],
-             active: tuple[tuple[str, methods.Method], ...], parts: int, devices: int) -> Any:
+             active: tuple[tuple[str, methods.Method], ...], microbatches: int, devices: int) -> Any:
   """The step on so many devices; kept for the next test that asks for the same one."""
   model = model.clone(heads=dict(heads))
-  step = make_step(model, optax.sgd(rate), dict(loss_weights), methods=dict(active), parts=parts)
+  step = make_step(model, optax.sgd(rate), dict(loss_weights), methods=dict(active), microbatches=microbatches)
   return jax.jit(jax.vmap(step, in_axes=(None, 0), axis_name=AXIS, axis_size=devices), compiler_options=QUICK)
 
 
 def assert_same_whatever_the_split(active: Mapping[str, methods.Method], rtol: float = 1e-4, **kwargs: Any) -> None:
   """Two steps on one device, and on four with the batch of each in two parts: losses, parameters and states agree."""
   state, history = run(active, steps=2, **kwargs)
-  other, metrics = run(active, steps=2, devices=4, parts=2, **kwargs)
+  other, metrics = run(active, steps=2, devices=4, microbatches=2, **kwargs)
   for a, b in zip(history, metrics):
     assert a.keys() == b.keys()
     for key in a:

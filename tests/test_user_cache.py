@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from ft_jax import user_cache as user_cache_module
-from ft_jax.data import image_set
-from ft_jax.data.disk_cache import kept
+from ft_jax.data import tfds
+from ft_jax.data.disk_cache import cached_arrays
 from ft_jax.user_cache import home_directory, user_cache
 from selection import storage
 
@@ -36,7 +36,7 @@ def no_home(monkeypatch):
 def test_without_a_home_nothing_is_kept_and_it_is_said_once(no_home, caplog):
   made = []
   for _ in range(2):
-    assert kept('labels', 'key', lambda: made.append('again') or {'labels': np.arange(3)})['labels'].tolist() == [0, 1, 2]
+    assert cached_arrays('labels', 'key', lambda: made.append('again') or {'labels': np.arange(3)})['labels'].tolist() == [0, 1, 2]
   assert len(made) == 2 and user_cache() is None and home_directory() is None
   assert [record.message for record in caplog.records] == [
       'warning: there is no home directory, so nothing is cached between runs; set XDG_CACHE_HOME to a folder that can be written to']
@@ -47,7 +47,7 @@ def test_a_home_that_is_no_folder(monkeypatch, tmp_path):
   (tmp_path / 'file').write_text('')
   monkeypatch.setenv('HOME', str(tmp_path / 'file'))
   monkeypatch.delenv('XDG_CACHE_HOME')
-  assert kept('labels', 'key', lambda: {'labels': np.arange(3)})['labels'].tolist() == [0, 1, 2]
+  assert cached_arrays('labels', 'key', lambda: {'labels': np.arange(3)})['labels'].tolist() == [0, 1, 2]
 
 
 def test_the_folder(monkeypatch, tmp_path):
@@ -65,7 +65,7 @@ def test_what_must_be_in_the_home_is_refused(no_home, tmp_path):
       storage.located(path)
   assert os.fspath(storage.located(tmp_path / '~')) == str(tmp_path / '~')
   with pytest.raises(ValueError, match='there is no home directory for ~/tensorflow_datasets; give the folder of TFDS sets'):
-    image_set.tfds_builder('mnist', '')
+    tfds.tfds_builder('mnist', '')
 
 
 def test_the_hub_gets_a_folder_for_the_time_of_the_process(tmp_path):

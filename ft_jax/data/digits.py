@@ -7,12 +7,27 @@ contrast, patches too, so that neither sharpness nor brightness nor colour gives
 
 import numpy as np
 
+from ft_jax.data import contents
+from ft_jax.data.image_set import digest, ImageSet
+
 # Where one writer's digits end and the next one's begin (scikit-learn MOOC, "Sample grouping": the set lists them in turn).
 _WRITERS = (0, 130, 256, 386, 516, 646, 776, 915, 1029, 1157, 1287, 1415, 1545, 1667, 1797)
 # Writers by number: the pool's, and the target's for each split. Nobody is in two of them.
 _POOL, _TRAIN, _VAL, _TEST = range(0, 9), range(9, 11), range(11, 12), range(12, 14)
 _TRAIN_PER_CLASS = 8
 _PATCHES_PER_REGION, _PATCH, _GRID = 60, 64, (2, 4)
+
+
+def open_digits(name: str, split: str) -> ImageSet:
+  """Opens `pool` (split train) or `target` (train, val, test); see `load`."""
+  images, labels, ids, class_names = load(name, split)
+  fingerprint = digest(images.tobytes(), labels.tobytes(), *class_names)
+  return ImageSet(
+      f'digits:{name} {split}', class_names, labels, np.asarray(ids), np.arange(len(labels)),
+      read=lambda row: images[row],
+      fingerprint=fingerprint,
+      contents=np.array([contents.of_array(image) for image in images], contents.HASH),
+      legacy_fingerprint=fingerprint)
 
 
 def load(name: str, split: str) -> tuple[np.ndarray, np.ndarray, list[str], tuple[str, ...]]:
@@ -59,7 +74,8 @@ def _patches() -> tuple[np.ndarray, np.ndarray, list[str], tuple[str, ...]]:
 
   rng = np.random.default_rng(0)
   photos = datasets.load_sample_images()
-  patches, labels, ids, names = [], [], [], []
+  patches, labels = list[np.ndarray](), list[int]()
+  ids, names = list[str](), list[str]()
   for file_name, photo in zip(photos.filenames, photos.images):
     grey = photo.astype(np.float64).mean(-1)
     height, width = grey.shape[0] // _GRID[0], grey.shape[1] // _GRID[1]

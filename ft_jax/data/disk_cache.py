@@ -1,52 +1,51 @@
-"""What is known of image sets from reading all of them once, kept in the user's cache folder for the next time."""
+"""Arrays that take long to compute, such as labels that need all records of a set, in the user's cache folder."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import os
 import pathlib
-from typing import Any
 
 import numpy as np
 
 from ft_jax.user_cache import user_cache
 
 
-def kept(what: str, key: str, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-  """Arrays by name: those that were kept, or what `make` gives now.
+def cached_arrays(what: str, key: str, compute: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+  """Arrays by name, from the cache or, if they are not there, from `compute`.
 
   Args:
     what: names the folder, such as 'labels'.
-    key: changes with everything that the arrays depend on.
-    make: takes long.
+    key: must change with everything that the arrays depend on.
+    compute: takes long.
   """
-  before = load(what, key)
-  if before is not None:
-    return before
-  made = make()
-  save(what, key, made)
-  return made
+  cached = load(what, key)
+  if cached is not None:
+    return cached
+  arrays = compute()
+  save(what, key, arrays)
+  return arrays
 
 
 def load(what: str, key: str) -> dict[str, np.ndarray] | None:
-  """What was kept under these names, None where there is nothing that can be read."""
+  """The arrays that were saved under these names; None if there are none that can be read."""
   path = _path(what, key)
   if path is None:
     return None
   try:
     with open(path, 'rb') as stream, np.load(stream, allow_pickle=False) as saved:
       return dict(saved)
-  except Exception:  # not there, or damaged, which makes the libraries raise almost anything: made again
+  except Exception:  # missing, or damaged, for which the libraries raise almost anything: computed again
     return None
 
 
-def save(what: str, key: str, made: dict[str, Any]) -> None:
-  """Keeps arrays by name; a cache that cannot be written costs time, nothing else."""
+def save(what: str, key: str, arrays: Mapping[str, np.ndarray]) -> None:
+  """Saves arrays by name. A cache that cannot be written costs time and nothing else."""
   path = _path(what, key)
   if path is None:
     return
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f'.{path.stem}.{os.getpid()}.npz')
-    np.savez(temporary, **made)
+    np.savez(temporary, **arrays)
     os.replace(temporary, path)
   except OSError:
     pass

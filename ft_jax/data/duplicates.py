@@ -19,7 +19,8 @@ import cv2
 import numpy as np
 
 from ft_jax import progress
-from ft_jax.data import augment, contents, disk_cache
+from ft_jax.data import contents, disk_cache
+from ft_jax.data.decode import decode
 from ft_jax.data.image_set import digest, ImageSet
 
 KINDS = {'exact': 'the same file', 'pixel': 'the same pixels', 'near': 'nearly the same picture'}
@@ -137,7 +138,7 @@ def _hash(source: ImageSet, i: int) -> tuple[bytes, np.ndarray, bool] | None:
   """Of pixels, of the picture, and whether that says enough; None where the bytes cannot be had."""
   try:
     example = source[i]
-    image = augment.decode(example.image, example.id, scratch=True)
+    image = decode(example.image, example.id, scratch=True)
   except OSError:
     return None
   except ValueError:

@@ -15,7 +15,7 @@ import numpy as np
 
 from ft_jax import parallel
 from ft_jax.data import duplicates
-from ft_jax.data.disk_cache import kept
+from ft_jax.data.disk_cache import cached_arrays
 from ft_jax.data.image_set import digest, ImageSet
 from ft_jax.data.splits import Splits
 from ft_jax.progress import log
@@ -126,7 +126,7 @@ def _in_pool(pool: ImageSet, target: duplicates.Hashes) -> list[duplicates.Match
     matches = duplicates.matches(share, target)
     return {field: np.array([getattr(match, field) for match in matches]) for field in duplicates.Match._fields}
 
-  matches = kept('duplicates', key, search)
+  matches = cached_arrays('duplicates', key, search)
   columns = [(matches['row'] + first).astype(int), matches['other'].astype(int), matches['kind'], matches['distance'].astype(int)]
   return [duplicates.Match(*match) for found in parallel.everyone(list(zip(*(column.tolist() for column in columns)))) for match in found]
 

@@ -18,7 +18,8 @@ import grain
 import jax
 import numpy as np
 
-from ft_jax.data import augment
+from ft_jax.data import crop
+from ft_jax.data.decode import decode
 from ft_jax.data.image_set import Example, ImageSet
 from ft_jax.data.randaugment import cutout, randaugment
 from ft_jax.progress import log
@@ -40,7 +41,7 @@ class Transform:
     size: pixels a side of the result.
     scale, ratio: of the random crop (training).
     flip: whether half of the training images are mirrored.
-    antialias: whether training crops are scaled exactly as Pillow and torchvision do, or faster; see `augment.random_resized_crop`.
+    antialias: whether training crops are scaled exactly as Pillow and torchvision do, or faster; see `crop.random_resized_crop`.
     short_side: pixels of the short side before the middle is cut out (evaluation).
     randaugment: random operations drawn for a training crop; 0 for none.
     magnitude: of them, 2 to 10.
@@ -59,17 +60,17 @@ class Transform:
   def train(self, example: Example, rng: np.random.Generator, out: np.ndarray | None = None) -> np.ndarray:
     """A random crop, mirrored half of the time, and what is done to it then; uint8 `[size, size, 3]`, in `out` where that is given."""
     # The crop is a copy, so the whole image may lie where the next one will.
-    image = augment.decode(example.image, example.id, scratch=True)
-    image = augment.random_resized_crop(image, self.size, self.scale, self.ratio, rng, self.antialias, out)
+    image = decode(example.image, example.id, scratch=True)
+    image = crop.random_resized_crop(image, self.size, self.scale, self.ratio, rng, self.antialias, out)
     if self.flip and rng.random() < 0.5:
-      image = augment.mirror(image)
+      image = crop.mirror(image)
     if self.randaugment:
       image = randaugment(image, self.randaugment, self.magnitude, rng)
     return cutout(image, self.cutout, rng) if self.cutout else image
 
   def evaluate(self, example: Example) -> np.ndarray:
     """The middle of the image; uint8 `[size, size, 3]`."""
-    return augment.center_crop(augment.decode(example.image, example.id, scratch=True), self.size, self.short_side)
+    return crop.center_crop(decode(example.image, example.id, scratch=True), self.size, self.short_side)
 
 
 def train_batches(source: ImageSet, transform: Transform, batch_size: int, *, stream: str, seed: int, start: int,
@@ -110,7 +111,7 @@ def train_batches(source: ImageSet, transform: Transform, batch_size: int, *, st
 
     def load(i: int, example: Example, out: Mapping[str, np.ndarray]) -> None:
       if views:  # decoded once for all
-        example = example._replace(image=augment.decode(example.image, example.id, scratch=True))
+        example = example._replace(image=decode(example.image, example.id, scratch=True))
       for view, (name, transform) in enumerate(transforms.items()):
         state['state']['counter'][2:] = view, places[i]
         bits.state = state  # a third of the time that a new generator takes

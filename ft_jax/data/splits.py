@@ -7,10 +7,11 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from ft_jax import parallel
-from ft_jax.data.folders import log_unused, UNLABELLED
-from ft_jax.data.image_set import class_difference, ImageSet, open_set, sample_per_class, split_off_val
+from ft_jax.data import open_set, unreadable
+from ft_jax.data.class_names import class_difference
+from ft_jax.data.image_set import ImageSet, sample_per_class, split_off_val, UNLABELLED
 from ft_jax.data.memory_cache import cached
-from ft_jax.data.unreadable import without_damaged
+from ft_jax.data.unused_files import log_unused
 from ft_jax.names import listed
 from ft_jax.progress import log
 
@@ -132,7 +133,7 @@ def drop_unreadable(splits: Splits, what: str, on_error: str, pool: ImageSet | N
     for source in named.values():
       _check_links(source)
     return splits, pool, {}
-  tried = {name: without_damaged(source, name, name.endswith(('train', 'pool'))) if source is not None else (None, [])
+  tried = {name: unreadable.drop(source, name, name.endswith(('train', 'pool'))) if source is not None else (None, [])
            for name, source in named.items()}
   *kept, pool = (source for source, _ in tried.values())
   return Splits(*kept), pool, {name: ids for name, (_, ids) in tried.items() if ids}

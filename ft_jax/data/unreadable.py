@@ -1,4 +1,4 @@
-"""Images that cannot be read, found before a training and left out of it (`config.data.on_error = 'skip'`)."""
+"""Images that cannot be read, found before training and left out of it (`config.data.on_error = 'skip'`)."""
 
 from concurrent import futures
 import importlib.metadata
@@ -8,61 +8,65 @@ import jax
 import numpy as np
 
 from ft_jax import parallel, progress
-from ft_jax.data import augment
-from ft_jax.data.disk_cache import kept
+from ft_jax.data.decode import decode, MAX_PIXELS
+from ft_jax.data.disk_cache import cached_arrays
 from ft_jax.data.image_set import digest, ImageSet
 
+_CHUNK = 512
 
-def without_damaged(source: ImageSet, what: str, every_class: bool) -> tuple[ImageSet, list[str]]:
+
+def drop(images: ImageSet, what: str, every_class: bool) -> tuple[ImageSet, list[str]]:
   """The examples whose images can be read, and the ids of the others.
 
-  Every image is decoded once; what comes of it is kept in the user's cache folder, so that the next run has it at once.
+  Every image is decoded once; the result is cached in the user's cache folder for later runs.
 
   Args:
-    source: the examples.
+    images: the examples.
     what: a name for messages, such as `target train`.
     every_class: whether each class must keep an image, as it must where something is learnt from them.
 
   Raises:
-    ValueError: no image of such a class can be read, or none at all.
+    ValueError: no image of such a class can be read, or no image at all.
   """
-  damaged = _damaged(source, what)
-  if not damaged:
-    return source, []
-  rest = source.subset(np.flatnonzero(~np.isin(source.ids, damaged)))
-  lost = np.setdiff1d(source.labels, rest.labels)
+  unreadable = _unreadable(images, what)
+  if not unreadable:
+    return images, []
+  rest = images.subset(np.flatnonzero(~np.isin(images.ids, unreadable)))
+  lost = np.setdiff1d(images.labels, rest.labels)
   if len(lost) and (every_class or not len(rest)):
-    names = ', '.join(source.class_names[k] for k in lost[:5].tolist())
-    raise ValueError(f'{what}: no image of class {names} can be read, such as {damaged[0]}; mend the files, or remove the class')
-  progress.log.warning('warning: %s: %s of %s images cannot be read and are skipped: %s%s', what, f'{len(damaged):,d}',
-                       f'{len(source):,d}', ', '.join(damaged[:3]), ', ...' if len(damaged) > 3 else '')
-  return rest, damaged
+    names = ', '.join(images.class_names[k] for k in lost[:5].tolist())
+    raise ValueError(f'{what}: no image of class {names} can be read, such as {unreadable[0]}; fix the files, or remove the class')
+  progress.log.warning('warning: %s: %s of %s images cannot be read and are skipped: %s%s', what, f'{len(unreadable):,d}',
+                       f'{len(images):,d}', ', '.join(unreadable[:3]), ', ...' if len(unreadable) > 3 else '')
+  return rest, unreadable
 
 
-def _damaged(source: ImageSet, what: str) -> list[str]:
-  """The ids of the images that cannot be decoded, in the order of the source; each host tries its share."""
+def _unreadable(images: ImageSet, what: str) -> list[str]:
+  """The ids of the images that cannot be decoded, in the order of the set; each host tries its share."""
   # Another version of a decoder may read what this one does not.
   versions = [importlib.metadata.version(name) for name in ('pillow', 'simplejpeg')]
   hosts, host = jax.process_count(), jax.process_index()
-  first, end = len(source) * host // hosts, len(source) * (host + 1) // hosts
-  part = [f'{first} to {end}'] if hosts > 1 else []
-  key = digest(source.fingerprint, *versions, str(augment.MOST_PIXELS), *part)
+  start, stop = len(images) * host // hosts, len(images) * (host + 1) // hosts
+  share = [f'{start} to {stop}'] if hosts > 1 else []
+  key = digest(images.fingerprint, *versions, str(MAX_PIXELS), *share)
 
   def find() -> dict[str, np.ndarray]:
-    damaged, starts = [], range(first, end, 512)
+    ids: list[str] = []
+    chunks = range(start, stop, _CHUNK)
     with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-      for start in progress.bar(starts, f'trying the images of {what}', len(starts), 'x 512 images'):
-        rows = range(start, min(start + 512, end))
-        damaged += [str(source.ids[i]) for i, readable in zip(rows, pool.map(lambda i: _readable(source, i), rows)) if not readable]
-    return {'ids': np.asarray(damaged, str)}
+      for first in progress.bar(chunks, f'trying the images of {what}', len(chunks), f'x {_CHUNK} images'):
+        rows = range(first, min(first + _CHUNK, stop))
+        ids += [str(images.ids[i]) for i, readable in zip(rows, pool.map(lambda i: _is_readable(images, i), rows)) if not readable]
+    return {'ids': np.asarray(ids, str)}
 
-  return [name for found in parallel.everyone(kept('damaged', key, find)['ids'].tolist()) for name in found]
+  own = cached_arrays('damaged', key, find)['ids'].tolist()
+  return [name for ids in parallel.everyone(own) for name in ids]
 
 
-def _readable(source: ImageSet, i: int) -> bool:
+def _is_readable(images: ImageSet, i: int) -> bool:
   try:
-    example = source[i]
-    augment.decode(example.image, example.id, scratch=True)
+    example = images[i]
+    decode(example.image, example.id, scratch=True)
   except ValueError:
     return False
   return True

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from ft_jax import compiled
 from ft_jax.jobs import finetune
 from ft_jax.methods import METHODS
-from ft_jax.pages import report
+from ft_jax.pages import comparison
 from ft_jax.progress import log
 from ft_jax.settings import check_fields
 from ft_jax.workdir import Workdir, write_results
@@ -47,8 +47,8 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
     row['gain'] = [a - b for a, b in zip(row['top1'], rows[0]['top1'])]
   done = {'job': 'compare', 'split': split, 'seeds': seeds, 'images': results[methods[0]][0][split]['images'], 'rows': rows}
   write_results(work, done)
-  log.info('%s', report.comparison_table(done))
-  report.write_comparison(work)
+  log.info('%s', comparison.markdown(done))
+  comparison.write(work)
   log.info('report: %s', work.report_html)
   return done
 

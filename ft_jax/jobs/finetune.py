@@ -12,8 +12,9 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from ft_jax import embedding, methods, noise, parallel
-from ft_jax.data import augment, duplicates, overlap
-from ft_jax.data.image_set import digest, ImageSet, open_set
+from ft_jax.data import duplicates, open_set, overlap
+from ft_jax.data.decode import thumbnail
+from ft_jax.data.image_set import digest, ImageSet
 from ft_jax.data.pipeline import Transform
 from ft_jax.data.splits import (
   cache_in_memory,
@@ -32,6 +33,7 @@ from ft_jax.pages import report
 from ft_jax.progress import log
 from ft_jax.settings import check_fields
 from ft_jax.training import fit, initial_weights
+from ft_jax.training.settings import log_doubts, own_params, Trainable, Training
 from ft_jax.workdir import Workdir, write_results
 import selection
 from selection import plots, storage, strategies
@@ -43,7 +45,7 @@ def run(config: ConfigDict, workdir: epath.PathLike, embeddings: epath.PathLike 
 
   Embeddings are kept in `config.embeddings_dir`, else in `embeddings`, else in the workdir.
   """
-  check(config)
+  training, trainable = check(config)
   work = Workdir(workdir, config.to_dict())
   done = parallel.agreed(work.results)
   if done and parallel.agreed(work.report_html.exists):
@@ -67,7 +69,7 @@ def run(config: ConfigDict, workdir: epath.PathLike, embeddings: epath.PathLike 
   if not done:
     check_classes(splits, 'target.without')  # of what is left
     log_classes_not_evaluated(splits)
-    _log_doubts(config)
+    _log_doubts(config, training, trainable)
   splits, true_labels, noise_told = noise.add(config.noise, config.seed, splits, work.predicted_json)
   if not done:
     _describe(splits, pool)
@@ -75,7 +77,7 @@ def run(config: ConfigDict, workdir: epath.PathLike, embeddings: epath.PathLike 
       _check_pool(config, pool)
     folder = storage.located(config.embeddings_dir or embeddings or work.embeddings)
     splits = cache_in_memory(splits, 'target', config.data.cache)
-    results = _train(config, work, splits, pool, folder, common, skipped.get(overlap.POOL, ()), true_labels)
+    results = _train(config, training, trainable, work, splits, pool, folder, common, skipped.get(overlap.POOL, ()), true_labels)
     write_results(work, {**results, 'noise': noise_told, 'skipped': skipped_summary(skipped), 'duplicates': common.summary()})
   done = parallel.agreed(lambda: _reported(work, splits.train, pool, _pairs(common, opened)))
   log.info('report: %s', work.report_html)
@@ -104,7 +106,7 @@ def _load_selection(work: Workdir, pool: ImageSet) -> selection.Selection:
   return chosen
 
 
-def _train(config: ConfigDict, work: Workdir, splits: Splits, pool: ImageSet | None, embeddings: epath.Path,
+def _train(config: ConfigDict, training: Training, trainable: Trainable, work: Workdir, splits: Splits, pool: ImageSet | None, embeddings: epath.Path,
            common: overlap.Overlap, unreadable: Sequence[str], true_labels: np.ndarray | None) -> dict[str, Any]:
   """Weights, selection, joint fine-tuning, evaluation: the results.
 
@@ -140,8 +142,8 @@ def _train(config: ConfigDict, work: Workdir, splits: Splits, pool: ImageSet | N
     heads['pretrained'] = len(start['params']['heads']['pretrained']['bias'])
   model = setup.build_model(config.model, heads, config.train.freeze)
   variables = setup.init_variables(model, config.image_size, config.seed, start)
-  results = fit.fit(config.train, work, model=model, variables=variables, streams=streams, splits=splits, transform=transform,
-                    metric=config.target.metric, seed=config.seed, start=start, methods=active, true_labels=true_labels,
+  results = fit.fit(training, work, model=model, factors=trainable.factors, variables=variables, streams=streams, splits=splits,
+                    transform=transform, seed=config.seed, start=start, methods=active, true_labels=true_labels,
                     timeout=config.data.timeout)
   embeddings = embedding.PRECISION if chosen is not None and chosen.encoder and not config.selection.file else None  # None: none were made
   return {
@@ -158,7 +160,7 @@ def _train(config: ConfigDict, work: Workdir, splits: Splits, pool: ImageSet | N
       'weights': weights.about if weights else None}
 
 
-def check(config: ConfigDict) -> None:
+def check(config: ConfigDict) -> tuple[Training, Trainable]:
   """Raises ValueError for what can be known before anything long begins."""
   check_fields(config)
   if not config.target.name:
@@ -185,30 +187,31 @@ def check(config: ConfigDict) -> None:
                      'there is no head for their classes; use --config.model.source_head=fresh')
   model = setup.build_model(config.model, dict.fromkeys(heads, 2), config.train.freeze)
   fresh = {'target'} | ({'source'} & set(heads) if config.model.source_head == 'fresh' else set()) if config.model.weights else ()
-  methods.check(active, methods.Plan(model, config.image_size, config.train.batch_size, config.selection.method != 'none',
-                                     config.model.weights))
   nothing = np.zeros(0, np.int32)
-  begin = methods.SetupContext(model, {}, 2, nothing, nothing, config.train.batch_size, config.seed, lambda split, rows=None: [])
-  fit.check(config.train, config.target.metric, model, config.image_size, fresh, fit.own_params(active, begin))
+  begin = methods.SetupContext(
+      model=model, image_size=config.image_size, classes=2, labels=nothing, true_labels=nothing, batch_size=config.train.batch_size,
+      seed=config.seed, pretrained=bool(config.model.weights), has_source=config.selection.method != 'none', start={},
+      batches=lambda split, rows=None: [])
+  methods.check(active, begin)
+  training = Training.from_config(config.train, config.target.metric)
   sizes = {'target': config.train.batch_size}
   if config.selection.method != 'none':
     sizes['source'] = _source_batch(config)
-    parallel.check_batch(sizes['source'], 'config.source_ratio * config.train.batch_size')
-    fit.check_parts(config.train.accumulate_steps, sizes['source'], 'config.source_ratio * config.train.batch_size')
-  views = [stream for stream, _ in methods.all_needs(active, model).seen]
-  fit.check_batch_norm(config.train, model, config.image_size, sum(sizes.get(stream, 0) for stream in (*sizes, *views)))
+    training.check_batch(sizes['source'], 'config.source_ratio * config.train.batch_size')
+  views = [view.stream for view in methods.all_needs(active, model).forwarded_views]
+  images = sum(sizes.get(stream, 0) for stream in (*sizes, *views))
+  trainable = Trainable.of(training, model, config.image_size, images, fresh=fresh, own=own_params(active, begin))
   if config.model.weights == 'pretrain':
     # BatchNorm is trained there, whatever the fine-tuning does.
     own = setup.build_model(config.model, {'source': 2}, config.pretrain.freeze).clone(batch_norm='train')
-    fit.check(config.pretrain, 'top1', own, config.image_size)
-    fit.check_batch_norm(config.pretrain, own, config.image_size, config.pretrain.batch_size)
+    Trainable.of(Training.from_config(config.pretrain), own, config.image_size, config.pretrain.batch_size)
+  return training, trainable
 
 
-def _log_doubts(config: ConfigDict) -> None:
+def _log_doubts(config: ConfigDict, training: Training, trainable: Trainable) -> None:
   """Warns of settings with which a run may end well and mean nothing."""
-  model = setup.build_model(config.model, {'target': 2}, config.train.freeze)
-  heads_alone = fit.only_heads(model, config.image_size)
-  fit.log_doubts(config.train, heads_alone and not config.model.weights)
+  heads_alone = trainable.only_heads
+  log_doubts(training, heads_alone and not config.model.weights)
   if config.selection.method == 'none' or _unlabelled(methods.active(config.methods.to_dict())):
     return
   if not config.source_weight:
@@ -463,7 +466,7 @@ def _pairs(common: overlap.Overlap, opened: Mapping[str, ImageSet | None], most:
   def picture(split: str, example_id: str) -> bytes:
     source = opened[split]
     example = source[int(source.at_ids([example_id])[0])]
-    return augment.thumbnail(example.image, example.id, 96)
+    return thumbnail(example.image, example.id, 96)
 
   return [report.DuplicatePair(duplicates.KINDS[copy.kind], (name, copy.id, picture(name, copy.id)),
                                (copy.split, copy.other, picture(copy.split, copy.other)))
@@ -472,7 +475,7 @@ def _pairs(common: overlap.Overlap, opened: Mapping[str, ImageSet | None], most:
 
 def _examples(source: ImageSet, rows: np.ndarray, most: int) -> list[bytes]:
   rows = rows[np.linspace(0, len(rows) - 1, min(most, len(rows))).round().astype(int)]
-  return [augment.thumbnail(example.image, example.id, 64) for example in (source[int(row)] for row in rows)]
+  return [thumbnail(example.image, example.id, 64) for example in (source[int(row)] for row in rows)]
 
 
 FEATURES = ('pooled', 'projection')

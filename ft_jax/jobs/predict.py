@@ -9,9 +9,10 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from ft_jax import parallel, progress, trained
-from ft_jax.data import augment, imagenet
+from ft_jax.data import imagenet
+from ft_jax.data.decode import decode
 from ft_jax.data.image_set import Example, ImageSet
-from ft_jax.data.path_list import open_files
+from ft_jax.data.path_list import open_paths
 from ft_jax.data.pipeline import EvalBatches, TIMEOUT, Transform
 from ft_jax.jobs import setup
 from ft_jax.names import cell, csv_line
@@ -38,7 +39,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
   setup.check_data(config.data)
   if jax.process_count() > 1:
     raise ValueError('job predict runs in one process; start it on one host alone, with --num_processes=1')
-  names, source, problems, listed = open_files(config.predict.images)
+  names, source, problems, listed = open_paths(config.predict.images)
   skip = config.data.on_error == 'skip'
   if problems and not skip:
     raise ValueError(f'config.predict.images: {next(iter(problems.values()))}' +
@@ -141,7 +142,7 @@ def _sheet(run: trained.Trained, source: ImageSet, found: Predictions, truth: li
     example = source[rows[found.ids[k]]]
     wrong = truth is not None and truth[k] != found.classes[k, 0]
     tiles.append(contact_sheet.Tile(
-        augment.decode(example.image, example.id), run.class_names[found.classes[k, 0]], float(found.probabilities[k, 0]),
+        decode(example.image, example.id), run.class_names[found.classes[k, 0]], float(found.probabilities[k, 0]),
         found.ids[k].rpartition('/')[2],
         run.class_names[truth[k]] if wrong else ''))
   total = len(found.ids)

@@ -24,6 +24,7 @@ from ft_jax.pages import report
 from ft_jax.progress import log
 from ft_jax.settings import check_fields
 from ft_jax.training import fit, initial_weights
+from ft_jax.training.settings import log_doubts, Trainable, Training
 from ft_jax.workdir import Workdir, write_results
 
 
@@ -46,13 +47,14 @@ def run(config: ConfigDict, workdir: epath.PathLike, left_out: Sequence[str] = (
   if config.get('noise') and (config.noise.kind or config.noise.rate):
     raise ValueError(f'config.noise.kind is {config.noise.kind!r}, which is for the target of a fine-tuning and not for job pretrain')
   model = setup.build_model(config.model, {'source': 2}, config.train.freeze)
-  fit.check(config.train, 'top1', model, config.image_size, ('source',) if config.model.weights else ())
-  fit.check_batch_norm(config.train, model, config.image_size, config.train.batch_size)
+  training = Training.from_config(config.train)
+  fresh = ('source',) if config.model.weights and config.model.source_head == 'fresh' else ()
+  trainable = Trainable.of(training, model, config.image_size, training.batch_size, fresh=fresh)
   work = Workdir(workdir, config.to_dict())
   done = parallel.agreed(work.results)
   if not done:
     log.info('pre-training %s -> %s', config.model.name, work.path)
-    write_results(work, _train(config, work, left_out))
+    write_results(work, _train(config, training, trainable, work, left_out))
   elif done['source'].get('left_out', _NOTHING) != _ids(left_out):
     raise ValueError(f'{work.path} holds a pre-training that left out other copies of target images than this run does; move that '
                      'folder away to pre-train again, or set config.source.duplicates to what it was')
@@ -75,7 +77,8 @@ def _ids(left_out: Sequence[str]) -> dict[str, Any]:
 _NOTHING = _ids(())
 
 
-def _train(config: ConfigDict, work: Workdir, left_out: Sequence[str]) -> dict[str, Any]:
+def _train(config: ConfigDict, training: Training, trainable: Trainable, work: Workdir,
+           left_out: Sequence[str]) -> dict[str, Any]:
   splits = open_splits(config.source, config.data_dir, config.seed)
   if left_out:
     splits = Splits(*(None if source is None else source.subset(np.flatnonzero(~np.isin(source.ids, left_out)))
@@ -85,8 +88,7 @@ def _train(config: ConfigDict, work: Workdir, left_out: Sequence[str]) -> dict[s
   splits, _, skipped = drop_unreadable(splits, 'source', config.data.on_error)
   check_same_images(splits)
   check_classes(splits)
-  fit.log_doubts(config.train, not config.model.weights and fit.only_heads(
-      setup.build_model(config.model, {'source': 2}, config.train.freeze), config.image_size))
+  log_doubts(training, trainable.only_heads and not config.model.weights)
   splits = cache_in_memory(splits, 'source', config.data.cache)
   classes = len(splits.train.class_names)
   weights = None
@@ -97,8 +99,8 @@ def _train(config: ConfigDict, work: Workdir, left_out: Sequence[str]) -> dict[s
   model = setup.build_model(config.model, {'source': classes}, config.train.freeze)
   variables = setup.init_variables(model, config.image_size, config.seed, weights.variables if weights else None)
   stream = fit.Stream(splits.train, config.train.batch_size, 1.0)
-  results = fit.fit(config.train, work, model=model, variables=variables, streams={'source': stream}, splits=splits,
-                    transform=setup.make_transform(config), metric='top1', seed=config.seed,
+  results = fit.fit(training, work, model=model, factors=trainable.factors, variables=variables, streams={'source': stream},
+                    splits=splits, transform=setup.make_transform(config), seed=config.seed,
                     start=weights.variables if weights else None, timeout=config.data.timeout)
   return {'job': 'pretrain', **results, 'source': {'name': config.source.name, 'classes': classes,
                                                    'fingerprints': split_fingerprints(splits), 'left_out': _ids(left_out)},

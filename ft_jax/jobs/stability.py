@@ -20,7 +20,8 @@ from ft_jax.data.splits import drop_unreadable, open_splits
 from ft_jax.jobs import setup
 from ft_jax.methods.base import flat
 from ft_jax.models.resnet import ResNet
-from ft_jax.pages import report
+from ft_jax.pages import stability as stability_page
+from ft_jax.pages.page import format_with_error
 from ft_jax.progress import log
 from ft_jax.settings import check_fields
 from ft_jax.studies import stability
@@ -58,7 +59,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
   results = summary(config.stability, run, split, len(source), start, estimates)
   write_text(folder / 'stability.json', json.dumps(results, indent=1, allow_nan=False) + '\n')
   write_bytes(folder / 'stability.csv', table(results['parameters']).encode())
-  report.write_stability(folder / 'stability.html', results, run.config.to_dict())
+  stability_page.write(folder / 'stability.html', results, run.config.to_dict())
   _say(results, folder)
   return results
 
@@ -254,15 +255,15 @@ def _lines(results: Mapping[str, Any]) -> Iterator[str]:
   noise, trace = results['noise'], results['trace']
   yield f'{results["images"]:,d} {results["split"]} images, loss {results["loss"]:.4f}'
   if noise:
-    yield (f'noise stability: {report.with_error(noise)}, the rise of the loss under noise of {noise["sigma"]:g} '
+    yield (f'noise stability: {format_with_error(noise)}, the rise of the loss under noise of {noise["sigma"]:g} '
            f'({len(noise["differences"])} perturbed networks)'
            + (f'; sigma^2 / 2 * trace would be {noise["by_trace"]:.3g}' if noise['by_trace'] is not None else ''))
   if trace:
-    yield (f'trace of the Hessian: {report.with_error(trace["all"])}, of the perturbed weights {report.with_error(trace["perturbed"])} '
+    yield (f'trace of the Hessian: {format_with_error(trace["all"])}, of the perturbed weights {format_with_error(trace["perturbed"])} '
            f'({trace["vectors"]} random vectors{"" if trace["settled"] else ", not settled"})')
   yield f'  {"":8s}{"parameters":>12s}{"distance":>12s}{"of start":>10s}{"trace":>24s}'
   for row in results['stages']:
     distance = '' if row['distance'] is None else f'{row["distance"]:.4g}'
     relative = '' if row['relative'] is None else f'{row["relative"]:.1%}'
     yield (f'  {row["name"]:8s}{row["numbers"]:12,d}{distance:>12s}{relative:>10s}'
-           f'{report.with_error(row["trace"]) if row["trace"] else "":>24s}').rstrip()
+           f'{format_with_error(row["trace"]) if row["trace"] else "":>24s}').rstrip()

@@ -17,12 +17,14 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from ft_jax import compiled, parallel, trained
-from ft_jax.data.image_set import digest, open_set
+from ft_jax.data import open_set
+from ft_jax.data.image_set import digest
 from ft_jax.embedding import embedded, PRECISION, remove_partial
 from ft_jax.jobs import finetune, setup
-from ft_jax.pages import report, study_page
+from ft_jax.pages import study as study_page, study_csv
+from ft_jax.pages.page import format_percent
 from ft_jax.progress import log
-from ft_jax.settings import check_fields, defaults, flat
+from ft_jax.settings import check_fields, defaults, flat, RENAMED
 from ft_jax.studies import history, probe, spectrum, study_results, transferability
 from ft_jax.studies.study_data import changed, described, Frozen, open_target, Parts, Target
 from ft_jax.workdir import check_name, FREE, own, read_config, run_fields, write_bytes, write_text
@@ -102,7 +104,15 @@ def _fields(config: Mapping[str, Any], without: Sequence[str] = ()) -> str:
   """The fields of a fine-tuning that its result depends on, as text, less some groups."""
   text, known, fields = functools.partial(json.dumps, sort_keys=True, default=str), defaults(), flat(config)
   unused = [path for path in ADDED if path in fields and text(fields[path]) == text(known[path])]
-  return text({name: value for name, value in run_fields(config, free=(*FREE, *unused)).items() if name not in without})
+  kept = _first_names(run_fields(config, free=(*FREE, *unused)))
+  return text({name: value for name, value in kept.items() if name not in without})
+
+
+def _first_names(config: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
+  """A config with the first name that each field had: cached parts are named by those."""
+  first = {new: old.rpartition('.')[2] for old, new in RENAMED.items()}
+  return {first.get(f'{prefix}{name}', name): _first_names(value, f'{prefix}{name}.') if isinstance(value, Mapping) else value
+          for name, value in config.items()}
 
 
 class _Study:
@@ -184,7 +194,7 @@ class _Study:
           found['change'] = {'since': entries[c - 1].name, **self._changed(target, c, before, frozen)}
         before = frozen
         compiled.clear_compiled()
-        told = ', '.join(f'{name} {report.spoken([found["probes"][seed][key]["test"] for seed in seeds])}'
+        told = ', '.join(f'{name} {format_percent([found["probes"][seed][key]["test"] for seed in seeds])}'
                          for name, key in (('linear', 'linear'), ('k-NN', 'neighbours'), ('nearest mean', 'nearest_mean')))
         log.info('[%d/%d] %s, frozen %s: %s %%', t * len(entries) + c + 1, len(entries) * len(self._targets), target.name, entry.name, told)
     log.info('frozen features: %.0f s', time.perf_counter() - began)
@@ -294,7 +304,7 @@ class _Study:
                                        found, self._per_class, bool(self._config.target.val))
                     for target, found in zip(self._targets, self._found)]}
     write_text(self._folder / 'study.json', json.dumps(results, indent=1, allow_nan=False) + '\n')
-    write_bytes(self._folder / 'study.csv', study_page.table(results).encode())
+    write_bytes(self._folder / 'study.csv', study_csv.text(results).encode())
     if page:
       study_page.write(self._folder / 'report.html', results, self._config.to_dict())
     return results

@@ -1,12 +1,14 @@
-"""Published fine-tuning methods, one file each. Any of them are switched on together; the table is at the foot."""
+"""Published fine-tuning methods, one file each. Any set of them can be switched on together; the table is at the foot.
+"""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 import dataclasses
-from typing import Any
+import itertools
+from typing import Any, TypeVar
 
 from flax import linen as nn
 
-from ft_jax.methods.base import LossTerm, Method, Needs, Plan, SetupContext, State, StepContext
+from ft_jax.methods.base import LossTerm, Method, Needs, SetupContext, State, StepContext, View
 from ft_jax.methods.bi_tuning import BiTuning
 from ft_jax.methods.bss import BSS
 from ft_jax.methods.co_tuning import CoTuning
@@ -23,12 +25,14 @@ from ft_jax.methods.stoch_norm import StochNorm
 from ft_jax.models.resnet import ResNet
 from ft_jax.settings import check_field, like
 
-__all__ = ['METHODS', 'LossTerm', 'Method', 'Needs', 'Plan', 'SetupContext', 'State', 'StepContext', 'active', 'all_needs', 'check', 'defaults',
-           'norm']
+__all__ = ['METHODS', 'LossTerm', 'Method', 'Needs', 'SetupContext', 'State', 'StepContext', 'View', 'active', 'all_needs', 'check',
+           'defaults', 'norm']
+
+T = TypeVar('T')
 
 
 def defaults() -> dict[str, dict[str, Any]]:
-  """The fields of every method and their values: all are off."""
+  """The fields of every method with their default values, which switch all of them off."""
   return {name: dataclasses.asdict(method()) for name, method in METHODS.items()}
 
 
@@ -36,10 +40,10 @@ def active(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, Method]:
   """The methods that are switched on, in the order of the table.
 
   Args:
-    settings: fields by method, as `config.methods`; what is left out has its default.
+    settings: fields by method, as `config.methods`; fields that are left out have their defaults.
 
   Raises:
-    ValueError: a method or a field that is not known, a value of another type, or methods that cannot be together.
+    ValueError: an unknown method or field, a value of another type, or methods that cannot be combined.
   """
   for name, fields in settings.items():
     if name not in METHODS:
@@ -49,28 +53,34 @@ def active(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, Method]:
       if key not in known:
         raise ValueError(f'methods.{name} has no field {key!r}; known: {", ".join(known)}')
       check_field(f'methods.{name}.{key}', value, like(known[key]))
-  made = {name: METHODS[name](**{key: tuple(value) if isinstance(value, list) else value for key, value in settings[name].items()})
-          for name in METHODS if name in settings}
-  made = {name: method for name, method in made.items() if method.active}
-  for one in made:
-    for other, reason in made[one].excludes.items():
-      if other in made:
-        raise ValueError(f'methods.{one} and methods.{other} cannot be together: {reason}')
-  return made
-
-
-def check(methods: Mapping[str, Method], plan: Plan) -> None:
-  """Raises ValueError for methods whose settings cannot be right, or that a run has not what they need."""
-  norm(methods)
+  methods = {name: _made(METHODS[name], settings[name]) for name in METHODS if name in settings}
+  methods = {name: method for name, method in methods.items() if method.active}
   for name, method in methods.items():
-    switch = dataclasses.fields(method)[0].name
-    if getattr(method, switch) is not True and isinstance(getattr(method, switch), (int, float)) and getattr(method, switch) < 0:
-      raise ValueError(f'methods.{name}.{switch} is {getattr(method, switch)}; expected a number above 0, or 0 to leave the method out')
-    needs = method.needs(plan.model)
-    if not plan.weights and (needs.start or needs.teacher or needs.classifier):
+    for other, reason in method.excludes.items():
+      if other in methods:
+        raise ValueError(f'methods.{name} and methods.{other} cannot be combined: {reason}')
+  return methods
+
+
+def _made(method: type[Method], fields: Mapping[str, Any]) -> Method:
+  return method(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
+
+
+def check(methods: Mapping[str, Method], context: SetupContext) -> None:
+  """Raises ValueError for methods with settings that cannot be right, or that need something that the run does not
+  have.
+  """
+  norm(methods)
+  all_needs(methods, context.model)
+  for name, method in methods.items():
+    switch, value = method.switch
+    if isinstance(value, (int, float)) and value < 0:
+      raise ValueError(f'methods.{name}.{switch} is {value}; expected a number above 0, or 0 to leave the method out')
+    needs = method.needs(context.model)
+    if not context.pretrained and (needs.start or needs.teacher or needs.classifier):
       what = 'a pre-trained classifier' if needs.classifier else 'pre-trained weights'
       raise ValueError(f'methods.{name} needs {what}, but config.model.weights is empty')
-    method.check(plan)
+    method.check(context)
 
 
 def norm(methods: Mapping[str, Method]) -> Callable[..., nn.Module] | None:
@@ -78,20 +88,35 @@ def norm(methods: Mapping[str, Method]) -> Callable[..., nn.Module] | None:
   found = {name: layer for name, method in methods.items() if (layer := method.norm()) is not None}
   if len(found) > 1:
     both = ' and '.join(f'methods.{name}' for name in found)
-    raise ValueError(f'{both} cannot be together: each replaces BatchNorm by a normalisation layer of its own; switch on one '
-                     'of them only')
+    raise ValueError(f'{both} cannot be combined: each replaces BatchNorm with a normalisation layer of its own; switch on only one of them')
   return next(iter(found.values()), None)
 
 
 def all_needs(methods: Mapping[str, Method], model: ResNet) -> Needs:
-  """What all of them together need."""
-  each = [method.needs(model) for method in methods.values()]
-  joined = [[getattr(needs, field) for needs in each] for field in Needs._fields]
-  return Needs(*(any(values) if isinstance(default, bool) else tuple(dict.fromkeys(item for value in values for item in value))
-                 for values, default in zip(joined, Needs())))
+  """What all of them together need.
+
+  Raises:
+    ValueError: two methods declare a view of the same name with different recipes.
+  """
+  each = {name: method.needs(model) for name, method in methods.items()}
+  needs = each.values()
+  declared: dict[str, tuple[str, View]] = {}
+  for name, own in each.items():
+    for view in own.all_views:
+      other, same = declared.setdefault(view.path, (name, view))
+      if view != same:
+        raise ValueError(f'methods.{other} and methods.{name} cannot be combined: each needs a view {view.path!r}, with different recipes')
+  return Needs(
+      start=any(own.start for own in needs), teacher=any(own.teacher for own in needs), classifier=any(own.classifier for own in needs),
+      trained_classifier=any(own.trained_classifier for own in needs), layers=_distinct(own.layers for own in needs),
+      views=_distinct(own.views for own in needs), forwarded_views=_distinct(own.forwarded_views for own in needs))
 
 
-# Labels go through `relabel` in this order.
+def _distinct(several: Iterable[tuple[T, ...]]) -> tuple[T, ...]:
+  return tuple(dict.fromkeys(itertools.chain.from_iterable(several)))
+
+
+# Methods that relabel do so in this order.
 METHODS: dict[str, type[Method]] = {
     'self_label': SelfLabel,
     'l2_sp': L2SP,

@@ -1,13 +1,15 @@
 """What a fine-tuning method may add to a training step.
 
-A method is a frozen dataclass of its settings; `Method` has every hook as a no-op. The step (`ft_jax.training.step`) runs on every device with
-its own share of the batch, and gradients and losses are averaged over the devices. So a term that is a mean over examples is a local mean;
-a term of the batch as a whole has to be the same number on every device, from what `gather` brings together.
+A method is a frozen dataclass of its settings; `Method` has every hook as a no-op. The step (`ft_jax.training.step`)
+runs on every device with its share of the batch, and gradients and losses are averaged over the devices. So a term that
+is a mean over examples is a local mean; a term of the batch as a whole must be the same number on every device,
+computed from what `parallel.gather` collects.
 """
 
 from collections.abc import Callable, Iterable, Mapping
 import dataclasses
 import functools
+import math
 from typing import Any, ClassVar, NamedTuple
 
 import flax
@@ -18,125 +20,149 @@ import numpy as np
 from ft_jax import parallel
 from ft_jax.models.resnet import Outputs, ResNet
 
-State = dict[str, Any]  # nested dicts of arrays, the same on every device; part of every checkpoint
+State = dict[str, Any]  # nested dicts of arrays, the same on every device; saved in every checkpoint
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+  """One more random view of each image of a stream, with random numbers of its own.
+
+  Attributes:
+    stream: 'target' or 'source'.
+    name: its name in the batch.
+    randaugment, magnitude, cutout: as in `config.augment`, for this view alone; None keeps the config's.
+  """
+  stream: str
+  name: str
+  randaugment: int | None = None
+  magnitude: int | None = None
+  cutout: float | None = None
+
+  @property
+  def path(self) -> str:
+    """How `StepContext.images` and `StepContext.outputs` name it, such as 'source/strong'."""
+    return f'{self.stream}/{self.name}'
+
+  @property
+  def recipe(self) -> dict[str, float]:
+    """The fields of the training transform that are different for this view."""
+    fields = {'randaugment': self.randaugment, 'magnitude': self.magnitude, 'cutout': self.cutout}
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 class Needs(NamedTuple):
-  """What is computed for a method; what several need is computed once.
+  """What is computed for a method; what several methods need is computed once.
 
   Attributes:
-    start: the variables that training began with, in the state and in `Pass.start`: the pre-trained ones, without fresh heads.
-    teacher: what the network made of these variables gives for the target images of the step (evaluation mode): `Pass.teacher`.
+    start: the variables that training began with, in the state and in `StepContext.start`: the pre-trained ones,
+      without fresh heads.
+    teacher: the outputs of the network with these variables for the target images of the step (evaluation mode):
+      `StepContext.teacher`.
     classifier: the pre-trained classifier, as head 'pretrained' of `start` and of the teacher.
-    trained_classifier: also as a head of the network, trained on.
-    layers: modules whose outputs are in `taps` of the network and of the teacher, by path: 'layer4' or 'layer4/1/conv2'.
-    views: (stream, view) pairs: further random views of each image, `Pass.images['target/key']`.
-    seen: those of them that go through the network with the rest of the step: `Pass.outputs['source/strong']`.
+    trained_classifier: it is a head of the trained network too, and is trained on.
+    layers: paths of modules whose outputs are in `taps` of the network and of the teacher, such as 'layer4' or
+      'layer4/1/conv2'.
+    views: more random views of each image, for `StepContext.images`.
+    forwarded_views: views that go through the network together with the rest of the step, for `StepContext.outputs`.
   """
   start: bool = False
   teacher: bool = False
   classifier: bool = False
   trained_classifier: bool = False
   layers: tuple[str, ...] = ()
-  views: tuple[tuple[str, str], ...] = ()
-  seen: tuple[tuple[str, str], ...] = ()
+  views: tuple[View, ...] = ()
+  forwarded_views: tuple[View, ...] = ()
 
-
-class Plan(NamedTuple):
-  """What is known of a run before anything long begins.
-
-  Attributes:
-    model: the network; the numbers of classes of its heads may not be known yet.
-    image_size: pixels a side.
-    batch_size: target images a step, over all devices.
-    source: whether source images take part in the step.
-    weights: `config.model.weights`.
-  """
-  model: ResNet
-  image_size: int
-  batch_size: int
-  source: bool
-  weights: str
+  @property
+  def all_views(self) -> tuple[View, ...]:
+    """Every view that a batch must have, once."""
+    return tuple(dict.fromkeys((*self.views, *self.forwarded_views)))
 
 
 @dataclasses.dataclass(frozen=True)
 class SetupContext:
-  """What is known when training begins.
+  """What methods are checked against before anything long begins, and set up with when training begins.
 
   Attributes:
     model: the network that is trained.
-    start: `{'params', 'batch_stats'}` that it starts with, numpy arrays, without fresh heads.
-    classes: of the target.
-    labels: int32 `[n]`, labels of the training examples as they are trained on, by `index`.
-    true_labels: int32 `[n]`, what they were before noise was put in; the same array where none was.
+    image_size: pixels a side.
+    classes: number of classes of the target.
+    labels: int32 `[n]`, labels of the training examples as they are trained on, by row.
+    true_labels: int32 `[n]`, the labels before noise was added; the same array where none was.
     batch_size: target images a step, over all devices.
-    seed: of the run.
-    batches: gives the evaluation batches of 'train' or 'val', padded and masked, as `data.pipeline.EvalBatches` makes them; as a second
-      argument it takes rows (int `[n]`), where not all are wanted.
+    seed: the run's.
+    pretrained: whether training starts from pre-trained weights.
+    has_source: whether source images take part in the step.
+    start: `{'params', 'batch_stats'}` that training starts with, numpy arrays, without fresh heads; {} for random
+      weights, and while methods are checked, before weights are loaded.
+    batches: the evaluation batches of 'train' or 'val', padded and masked, as `data.pipeline.EvalBatches` makes them;
+      the optional second argument is the rows that are wanted (int `[n]`).
   """
   model: ResNet
-  start: Mapping[str, Any]
+  image_size: int
   classes: int
   labels: np.ndarray
   true_labels: np.ndarray
   batch_size: int
   seed: int
+  pretrained: bool
+  has_source: bool
+  start: Mapping[str, Any]
   batches: Callable[..., Iterable[Mapping[str, np.ndarray]]]
 
   @property
-  def steps_per_epoch(self) -> float:
-    """Steps in which every training example is seen once."""
-    return len(self.labels) / self.batch_size
-
-  @property
   def teacher(self) -> ResNet:
-    """See `teacher_of`; exact, as what it says before training decides what methods do in all of it."""
+    """See `teacher_of`; with exact products, as its outputs before training decide what methods do in all of it."""
     return teacher_of(self.model, self.start).clone(precision='highest')
 
-  def taught(self, split: str) -> dict[str, np.ndarray]:
-    """What the teacher gives for each example of a split, in order; one pass, shared by the methods that ask.
+  def teacher_outputs(self, split: str) -> dict[str, np.ndarray]:
+    """The teacher's outputs for each example of a split, in order; computed once and shared by the methods that ask.
 
     Returns:
-      `features` float32 `[n, d]`, `label` int32 `[n]` and, where there is the head, `logits` float32 `[n, classes of the pre-training]`.
+      `features` float32 `[n, d]`, `label` int32 `[n]` and, where the teacher has its head, `logits` float32 `[n,
+      classes of the pre-training]`.
     """
-    return self._taught(split)
+    return self._teacher_outputs(split)
 
   @functools.cached_property
-  def _taught(self) -> Callable[[str], dict[str, np.ndarray]]:
+  def _teacher_outputs(self) -> Callable[[str], dict[str, np.ndarray]]:
     model, variables = self.teacher, parallel.replicate(teacher_variables(self.start))
 
     def predict(variables: Any, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-      outputs = model.apply(variables, batch['input'], train=False)
-      kept = {'features': outputs.features, **{key: batch[key] for key in ('label', 'row', 'mask')}}
-      return parallel.gather(kept | ({'logits': outputs.logits['pretrained']} if outputs.logits else {}))
+      outputs: Outputs = model.apply(variables, batch['input'], train=False)  # type: ignore[assignment]  # flax knows no return type
+      result = {'features': outputs.features, **{key: batch[key] for key in ('label', 'row', 'mask')}}
+      if outputs.logits:
+        result['logits'] = outputs.logits['pretrained']
+      return parallel.gather(result)
 
     mapped = parallel.pmap(predict)
 
     @functools.cache
-    def taught(split: str) -> dict[str, np.ndarray]:
+    def of_split(split: str) -> dict[str, np.ndarray]:
       results = list(parallel.read_late(mapped(variables, parallel.shard(batch)) for batch in self.batches(split)))
       whole = {key: np.concatenate([result[key][result['mask']] for result in results]) for key in results[0] if key != 'mask'}
       order = np.argsort(whole.pop('row'))
       return {key: value[order] for key, value in whole.items()}
 
-    return taught
+    return of_split
 
 
 class StepContext(NamedTuple):
   """One training step on one device: the forward pass and what led to it.
 
   Attributes:
-    params: of the network, and `params['methods'][<method>]` of the methods.
+    params: the network's, and `params['methods'][<method>]` of the methods.
     batch_stats: running statistics before the step.
     start: see `Needs.start`; {} where nothing needs it.
     teacher: see `Needs.teacher`, for the target images; None where nothing needs it.
-    outputs: of the network by stream ('target', 'source'), and by 'stream/view' for the views that go through it.
-    images: further views by 'stream/view', uint8 `[b, h, w, 3]`.
+    outputs: the network's, by stream ('target', 'source') and by the path of each forwarded view ('source/strong').
+    images: the further views by path, uint8 `[b, h, w, 3]`.
     labels: of the target images: int32 `[b]`, or float32 `[b, K]` where images were mixed.
-    index: int32 `[b]`, rows of the target images among the training examples.
-    step: int32, updates done before this one.
-    key: random, of this step and method, the same on every device.
-    forward: (variables, images) -> (outputs, running statistics averaged over devices): another network's pass in training mode.
+    rows: int32 `[b]`, rows of the target images among the training examples.
+    step: int32, number of updates before this one.
+    key: random key of this step and method, the same on every device.
+    forward: (variables, images) -> (outputs, running statistics averaged over devices): a pass of another network in
+      training mode.
   """
   params: Any
   batch_stats: Any
@@ -145,15 +171,17 @@ class StepContext(NamedTuple):
   outputs: Mapping[str, Outputs]
   images: Mapping[str, jax.Array]
   labels: jax.Array
-  index: jax.Array
+  rows: jax.Array
   step: jax.Array
   key: jax.Array
   forward: Callable[[Any, jax.Array], tuple[Outputs, Any]]
 
 
 class LossTerm(NamedTuple):
-  """What a method adds to the loss (its weight is in it), its state after the step, and further metrics by name."""
-  loss: jax.Array | float
+  """What a method adds to the loss (with its weight; None for nothing), its state after the step, and further metrics
+  by name.
+  """
+  loss: jax.Array | None
   state: State
   metrics: dict[str, jax.Array] = {}
 
@@ -163,17 +191,26 @@ class Method:
   """A method: its settings are its fields, and the first one switches it on; zero, False and '' are off."""
   # Settings that switch it on as published, where that takes more than the defaults.
   published: ClassVar[Mapping[str, Any]] = {}
-  # Methods that it cannot be together with, and why.
+  # Methods that it cannot be combined with, and why.
   excludes: ClassVar[Mapping[str, str]] = {}
   # Whether source images take part without their labels, and so without a head of their own.
   unlabelled_source: ClassVar[bool] = False
+  # Whether it has the hook `mix`; the hook `soften`.
+  mixes: ClassVar[bool] = False
+  softens: ClassVar[bool] = False
+
+  @property
+  def switch(self) -> tuple[str, Any]:
+    """The name and the value of the field that switches it on."""
+    name, value = next(iter(vars(self).items()))
+    return name, value
 
   @property
   def active(self) -> bool:
     """Whether it is switched on."""
-    return bool(getattr(self, dataclasses.fields(self)[0].name))
+    return bool(self.switch[1])
 
-  def check(self, plan: Plan) -> None:
+  def check(self, context: SetupContext) -> None:
     """Raises ValueError for settings that cannot be right."""
 
   def needs(self, model: ResNet) -> Needs:
@@ -181,52 +218,56 @@ class Method:
     return Needs()
 
   def norm(self) -> Callable[..., nn.Module] | None:
-    """The normalisation layer to use in place of BatchNorm, with the arguments of `resnet.BatchNorm`."""
+    """The normalisation layer that replaces BatchNorm, with the arguments of `resnet.BatchNorm`."""
+    return None
 
-  def params(self, begin: SetupContext) -> Any:
-    """Trainable parameters of its own, which start as these; {} for none."""
+  def params(self, context: SetupContext) -> Any:
+    """The initial values of trainable parameters of its own; {} for none."""
     return {}
 
-  def setup(self, begin: SetupContext) -> State:
-    """Its state before the first step. What takes long happens here, once in a run."""
+  def setup(self, context: SetupContext) -> State:
+    """Its state before the first step. Whatever takes long happens here, once in a run."""
     return {}
 
   def mix(self, images: jax.Array, labels: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Mixes target images (float32 `[b, h, w, 3]`, normalised) and their labels (float32 `[b, K]`) before the forward pass.
+    """Mixes target images (float32 `[b, h, w, 3]`, normalised) and their labels (float32 `[b, K]`) before the forward
+    pass.
 
-    Of several methods that do, each step draws one.
+    Used where `mixes` is True. Of several such methods, each step draws one.
     """
     return images, labels
 
-  def relabel(self, seen: StepContext, state: State) -> tuple[jax.Array, State, dict[str, jax.Array]]:
-    """The labels (like `seen.labels`) to use in this step, its state, and metrics. Outside of differentiation."""
-    return seen.labels, state, {}
+  def relabel(self, context: StepContext, state: State) -> tuple[jax.Array, State, dict[str, jax.Array]]:
+    """The labels (like `context.labels`) to use in this step, its state, and metrics. No gradient goes through it."""
+    return context.labels, state, {}
 
   def soften(self, labels: jax.Array) -> jax.Array:
-    """Labels float32 `[b, K]` for the cross-entropy alone."""
+    """Labels float32 `[b, K]` for the cross-entropy alone. Used where `softens` is True."""
     return labels
 
-  def weigh(self, losses: jax.Array, seen: StepContext, state: State) -> jax.Array | None:
-    """Weights float32 `[b]` of the target examples, whose mean over all devices is one; None leaves them. Outside of differentiation."""
+  def weigh(self, losses: jax.Array, context: StepContext, state: State) -> jax.Array | None:
+    """Weights float32 `[b]` of the target examples, with mean one over all devices; None for no weights. No gradient
+    goes through it.
+    """
     return None
 
-  def loss(self, seen: StepContext, state: State) -> LossTerm:
+  def loss(self, context: StepContext, state: State) -> LossTerm:
     """What it adds to the loss."""
-    return LossTerm(0.0, state)
+    return LossTerm(None, state)
 
   def project(self, params: Any, batch_stats: Any, start: Any) -> Any:
-    """The parameters after the update, brought back to where they may be."""
+    """The parameters after the update, projected to where they may be."""
     return params
 
 
 def teacher_of(model: ResNet, start: Mapping[str, Any]) -> ResNet:
-  """The network that `start` is of, with the head 'pretrained' where that is there."""
+  """The network of the variables `start`, with the head 'pretrained' where they have it."""
   heads = {name: head['bias'].shape[0] for name, head in start['params'].get('heads', {}).items() if name == 'pretrained'}
   return model.clone(heads=heads)
 
 
 def teacher_variables(start: Mapping[str, Any]) -> dict[str, Any]:
-  """The part of the starting variables that the teacher is of: without a source head."""
+  """Those of the variables `start` that the teacher has: without a source head."""
   params = {key: value for key, value in start['params'].items() if key != 'heads'}
   heads = start['params'].get('heads', {})
   if 'pretrained' in heads:
@@ -235,10 +276,31 @@ def teacher_variables(start: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def of_network(params: Mapping[str, Any]) -> dict[str, Any]:
-  """Parameters without those that methods have of their own."""
+  """The parameters of the network, without those of methods."""
   return {key: value for key, value in params.items() if key != 'methods'}
 
 
 def flat(tree: Any) -> dict[str, Any]:
   """A nested dict by path, such as `layer4/1/conv2/kernel`."""
   return flax.traverse_util.flatten_dict(tree, sep='/')
+
+
+def check_above_zero(method: str, **values: float) -> None:
+  """Raises ValueError for a setting of `methods.<method>` that is not a finite number above 0."""
+  for name, value in values.items():
+    if not 0 < value < math.inf:
+      raise ValueError(f'methods.{method}.{name} is {value}; expected a number above 0')
+
+
+def check_not_negative(method: str, **values: float) -> None:
+  """Raises ValueError for a setting of `methods.<method>` that is negative or not finite."""
+  for name, value in values.items():
+    if not 0 <= value < math.inf:
+      raise ValueError(f'methods.{method}.{name} is {value}; expected a number from 0')
+
+
+def check_known(method: str, known: Iterable[str], **values: str) -> None:
+  """Raises ValueError for a setting of `methods.<method>` that is not one of the known names."""
+  for name, value in values.items():
+    if value not in known:
+      raise ValueError(f'methods.{method}.{name} is {value!r}; known: {", ".join(known)}')

@@ -10,96 +10,111 @@ import jax.numpy as jnp
 import numpy as np
 
 from ft_jax import parallel
-from ft_jax.methods.base import LossTerm, Method, Needs, of_network, Plan, SetupContext, State, StepContext
+from ft_jax.methods.base import (
+  check_above_zero,
+  LossTerm,
+  Method,
+  Needs,
+  of_network,
+  SetupContext,
+  State,
+  StepContext,
+  View,
+)
 from ft_jax.models.resnet import ResNet
 
 _MIXED = 'it compares images of the same class, and a mixed image has no class of its own'
+KEY = View('target', 'key')
 
 
 @dataclasses.dataclass(frozen=True)
 class BiTuning(Method):
-  """weight * mean_b(KL(u | softmax(z_b . [z'_b, Z] / T)) + KL(u | softmax(w_y . [h_b, H] / T))), u uniform on the 1 + K of class y_b.
+  """weight * mean_b(KL(u | softmax(z_b . [z'_b, Z] / T)) + KL(u | softmax(w_y . [h_b, H] / T))), u uniform on the 1 + K
+  of class y_b.
 
-  h = [features, 1], z = a linear projection of the features, w = [weights, bias] of a class of the target head, each divided by its norm.
-  The key encoder, an average of the network (`momentum`, updated before it is used), sees a second view of each image in training mode:
-  z' is its projection, and Z and H hold the last K keys z' and h' of each class. They start with random directions.
+  h = [features, 1], z = a linear projection of the features, w = [weights, bias] of a class of the target head, each
+  divided by its norm. The key encoder, a moving average of the network (`momentum`, updated before it is used), gets a
+  second view of each image in training mode: z' is its projection, and Z and H hold the last K keys z' and h' of each
+  class. They start with random directions.
 
-  As in the published code (tllib, regularization/bi_tuning.py): Z is as it was before the batch's keys are put in and H as it is after, the
-  second term does not train the head, and the projection has the learning rate of the backbone. Unlike there, the target head starts as
-  `models.resnet.Heads` does (there with N(0, 0.01)). The key encoder sees target images alone, also in joint fine-tuning.
+  As in the published code (tllib, regularization/bi_tuning.py): Z is used before the batch's keys are added and H
+    after, the second term
+  does not train the head, and the projection has the learning rate of the backbone. Unlike there, the target head
+  starts as `models.resnet.Heads` does (there with N(0, 0.01)). The key encoder gets target images alone, also in joint
+  fine-tuning.
 
-  Its state is a copy of the backbone and C * K * (d + 1 + `projection`) numbers: 140 MB for 397 classes of 2048 features.
+  Its state is a copy of the backbone and C * K * (d + 1 + `projection`) numbers: 140 MB for 397 classes and 2048
+  features.
   """
   excludes: ClassVar = {'mixup': _MIXED, 'cutmix': _MIXED}
   published: ClassVar = {'weight': 1.0}
   weight: float = 0.0  # published 1
   queue: int = 40  # K, keys of each class; published 40
   temperature: float = 0.07  # T; published 0.07
-  momentum: float = 0.999  # part of the key encoder that a step keeps; published 0.999
+  momentum: float = 0.999  # fraction of the key encoder that a step keeps; published 0.999
   projection: int = 128  # numbers of z; published 128
 
-  def check(self, plan: Plan) -> None:
-    for name in ('queue', 'projection'):
-      if not 1 <= getattr(self, name) < 2**16:  # more would not fit into any memory
-        raise ValueError(f'methods.bi_tuning.{name} is {getattr(self, name)}; expected a whole number from 1 to {2**16 - 1}')
-    if not 0 < self.temperature < math.inf:
-      raise ValueError(f'methods.bi_tuning.temperature is {self.temperature}; expected a number above 0')
+  def check(self, context: SetupContext) -> None:
+    for name, size in (('queue', self.queue), ('projection', self.projection)):
+      if not 1 <= size < 2**16:  # more would not fit into any memory
+        raise ValueError(f'methods.bi_tuning.{name} is {size}; expected a whole number from 1 to {2**16 - 1}')
+    check_above_zero('bi_tuning', temperature=self.temperature)
     if not 0 <= self.momentum <= 1:
       raise ValueError(f'methods.bi_tuning.momentum is {self.momentum}; expected a number from 0 to 1')
 
   def needs(self, model: ResNet) -> Needs:
-    return Needs(views=(('target', 'key'),))
+    return Needs(views=(KEY,))
 
-  def params(self, begin: SetupContext) -> dict[str, np.ndarray]:
-    """The projection, as torch starts a linear layer."""
-    width, rng = begin.model.width_of_features, np.random.default_rng((begin.seed, 1))
+  def params(self, context: SetupContext) -> dict[str, np.ndarray]:
+    """The projection, initialised like a linear layer of torch."""
+    width, rng = context.model.width_of_features, np.random.default_rng((context.seed, 1))
     draw = lambda *shape: rng.uniform(-width ** -0.5, width ** -0.5, shape).astype(np.float32)
     return {'kernel': draw(width, self.projection), 'bias': draw(self.projection)}
 
-  def setup(self, begin: SetupContext) -> State:
-    rng = np.random.default_rng((begin.seed, 2))
+  def setup(self, context: SetupContext) -> State:
+    rng = np.random.default_rng((context.seed, 2))
     image = jax.ShapeDtypeStruct((1, 32, 32, 3), np.uint8)
-    shapes = jax.eval_shape(begin.model.init, jax.random.key(0), image)
+    shapes = jax.eval_shape(context.model.init, jax.random.key(0), image)
     network = {'params': _without_heads(shapes['params']), 'batch_stats': shapes['batch_stats']}
-    # A copy of the network, once the first step knows it.
-    key = {**jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), network), 'projection': self.params(begin)}
-    draw = lambda width: _directions(rng.normal(size=(begin.classes, self.queue, width)).astype(np.float32))
-    return {'key': key, 'h': draw(begin.model.width_of_features + 1), 'z': draw(self.projection),
-            'next': np.zeros(begin.classes, np.int32)}
+    # The first step replaces it by a copy of the network.
+    key = {**jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), network), 'projection': self.params(context)}
+    draw = lambda width: _directions(rng.normal(size=(context.classes, self.queue, width)).astype(np.float32))
+    return {'key': key, 'h': draw(context.model.width_of_features + 1), 'z': draw(self.projection),
+            'next': np.zeros(context.classes, np.int32)}
 
-  def loss(self, seen: StepContext, state: State) -> LossTerm:
-    projection = seen.params['methods']['bi_tuning']
-    key = jax.lax.stop_gradient(self._key(seen, projection, state['key']))
-    heads = jax.lax.stop_gradient(seen.params['heads'])
-    keys, batch_stats = seen.forward({'params': {**key['params'], 'heads': heads}, 'batch_stats': key['batch_stats']},
-                                     seen.images['target/key'])
-    features, keys = seen.outputs['target'].features, jax.lax.stop_gradient(keys.features)
+  def loss(self, context: StepContext, state: State) -> LossTerm:
+    projection = context.params['methods']['bi_tuning']
+    key = jax.lax.stop_gradient(self._key(context, projection, state['key']))
+    heads = jax.lax.stop_gradient(context.params['heads'])
+    outputs, batch_stats = context.forward({'params': {**key['params'], 'heads': heads}, 'batch_stats': key['batch_stats']},
+                                           context.images[KEY.path])
+    features, keys = context.outputs['target'].features, jax.lax.stop_gradient(outputs.features)
     of_class = jnp.concatenate([heads['target']['kernel'], heads['target']['bias'][None]]).T
-    w = _unit(of_class)[seen.labels]
+    w = _unit(of_class)[context.labels]
     h, z = _hidden(features), _projected(projection, features)
     new_h, new_z = _hidden(keys), _projected(key['projection'], keys)
-    by_z = self._divergence(jnp.sum(z * new_z, -1), z, state['z'], seen.labels)
-    new_h, new_z, labels = parallel.gather((new_h, new_z, seen.labels))
+    by_z = self._divergence(jnp.sum(z * new_z, -1), z, state['z'], context.labels)
+    new_h, new_z, labels = parallel.gather((new_h, new_z, context.labels))
     slots, after = places(labels, state['next'], self.queue)
     put = lambda queue, new: queue.at[labels, slots].set(new, mode='drop')
     state = {'key': key | {'batch_stats': batch_stats}, 'h': put(state['h'], new_h), 'z': put(state['z'], new_z), 'next': after}
-    by_y = self._divergence(jnp.sum(w * h, -1), w, state['h'], seen.labels)
+    by_y = self._divergence(jnp.sum(w * h, -1), w, state['h'], context.labels)
     return LossTerm(self.weight * (by_z + by_y), state, {'by_projection': by_z, 'by_class': by_y})
 
-  def _key(self, seen: StepContext, projection: Any, key: State) -> State:
+  def _key(self, context: StepContext, projection: Any, key: State) -> State:
     """The key encoder of this step; the network itself in the first one."""
-    first = seen.step == 0
-    now = {'params': _without_heads(of_network(seen.params)), 'projection': projection}
-    # In this form, what is equal stays equal to the last bit, as frozen layers do.
+    first = context.step == 0
+    now = {'params': _without_heads(of_network(context.params)), 'projection': projection}
+    # In this form equal numbers stay equal to the last bit, as in frozen layers.
     average = lambda old, new: jnp.where(first, new, old + (1.0 - self.momentum) * (new - old))
     averaged = jax.tree.map(average, {name: key[name] for name in now}, now)
-    return {**averaged, 'batch_stats': jax.tree.map(functools.partial(jnp.where, first), seen.batch_stats, key['batch_stats'])}
+    return {**averaged, 'batch_stats': jax.tree.map(functools.partial(jnp.where, first), context.batch_stats, key['batch_stats'])}
 
   def _divergence(self, current: jax.Array, queries: jax.Array, queue: jax.Array, labels: jax.Array) -> jax.Array:
     """Mean KL divergence of the uniform distribution on a class from the similarities.
 
     Args:
-      current: `[b]`, similarity with what is of the image itself.
+      current: `[b]`, similarity with the key of the image itself.
       queries: `[b, n]`.
       queue: `[C, K, n]`.
       labels: int `[b]`.
@@ -112,7 +127,8 @@ class BiTuning(Method):
 
 
 def places(labels: jax.Array, first: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
-  """Where the keys of a batch go: one after the other in the ring of their class, so that each ring has the last `size` of its class.
+  """Where the keys of a batch go: one after the other in the ring of their class, so that each ring holds the last
+  `size` keys of its class.
 
   Args:
     labels: int `[B]`.
@@ -120,8 +136,8 @@ def places(labels: jax.Array, first: jax.Array, size: int) -> tuple[jax.Array, j
     size: of each ring.
 
   Returns:
-    The place of each key, int `[B]`, all different within a class; `size` where later keys of the batch would overwrite it. And `first`
-    for the next batch.
+    The place of each key, int `[B]`, all different within a class; `size` where later keys of the batch would overwrite
+    it; and `first` for the next batch.
   """
   counts = jnp.zeros_like(first).at[labels].add(1)
   rank = jnp.sum(jnp.tril(labels[:, None] == labels, -1), -1)  # how many of its class come before it

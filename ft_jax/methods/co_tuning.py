@@ -1,4 +1,6 @@
-"""Co-Tuning: the pre-trained classifier learns on, from what it says of each target class (You et al., NeurIPS 2020)."""
+"""Co-Tuning: the pre-trained classifier is trained on, with its own predictions for each target class as labels (You et
+al., NeurIPS 2020).
+"""
 
 import dataclasses
 import math
@@ -9,47 +11,46 @@ import jax.numpy as jnp
 import numpy as np
 
 from ft_jax import logistic
-from ft_jax.methods.base import LossTerm, Method, Needs, Plan, SetupContext, State, StepContext
+from ft_jax.methods.base import check_above_zero, check_known, LossTerm, Method, Needs, SetupContext, State, StepContext
 from ft_jax.models.resnet import ResNet
 from ft_jax.progress import bar, log
 
 
 @dataclasses.dataclass(frozen=True)
 class CoTuning(Method):
-  """weight * mean over target images of sum_s -p(s | y) log softmax(pre-trained head)_s, s the classes of the pre-training.
+  """weight * mean over target images of sum_s -p(s | y) log softmax(pre-trained head)_s, s the classes of the
+  pre-training.
 
-  The head is trained on, at the rate of all that is pre-trained. p(s | y) is estimated once: see `direct`, which the
-  Transfer-Learning-Library has, and `calibrated`, which the authors' code trains with.
+  The head is trained on, with the learning rate of all pre-trained parameters. p(s | y) is estimated once: see
+  `direct`, as in the Transfer-Learning-Library, and `calibrated`, as in the authors' code.
   """
   published: ClassVar = {'weight': 2.3}
   weight: float = 0.0  # published 2.3
-  relation: str = 'calibrated'  # calibrated (by way of p(y | s), with val) or direct (what the pre-trained network says, by class)
-  scale: float = 1.0  # of the logits that p is estimated from, to calibrate them; published 0.884 for torchvision's ResNet-50
+  relation: str = 'calibrated'  # calibrated (from p(y | s), with val) or direct (the mean prediction of the pre-trained network, by class)
+  scale: float = 1.0  # factor of the logits that p is estimated from, to calibrate them; published 0.884 for torchvision's ResNet-50
 
-  def check(self, plan: Plan) -> None:
-    if self.relation not in RELATIONS:
-      raise ValueError(f'methods.co_tuning.relation is {self.relation!r}; known: {", ".join(RELATIONS)}')
-    if not 0 < self.scale < math.inf:
-      raise ValueError(f'methods.co_tuning.scale is {self.scale}; expected a number above 0')
+  def check(self, context: SetupContext) -> None:
+    check_known('co_tuning', RELATIONS, relation=self.relation)
+    check_above_zero('co_tuning', scale=self.scale)
 
   def needs(self, model: ResNet) -> Needs:
     return Needs(classifier=True, trained_classifier=True)
 
-  def setup(self, begin: SetupContext) -> State:
-    train = _softmax(begin.taught('train')['logits'] * self.scale)
+  def setup(self, context: SetupContext) -> State:
+    train = _softmax(context.teacher_outputs('train')['logits'] * self.scale)
     if self.relation == 'direct':
-      return {'relation': direct(train, begin.labels, begin.classes)}
-    val = begin.taught('val')
-    return {'relation': calibrated(train, begin.labels, _softmax(val['logits'] * self.scale), val['label'], begin.classes)}
+      return {'relation': direct(train, context.labels, context.classes)}
+    val = context.teacher_outputs('val')
+    return {'relation': calibrated(train, context.labels, _softmax(val['logits'] * self.scale), val['label'], context.classes)}
 
-  def loss(self, seen: StepContext, state: State) -> LossTerm:
-    said = state['relation'][seen.labels] if seen.labels.ndim == 1 else seen.labels @ state['relation']
-    losses = -jnp.sum(said * jax.nn.log_softmax(seen.outputs['target'].logits['pretrained']), -1)
+  def loss(self, context: StepContext, state: State) -> LossTerm:
+    labels = state['relation'][context.labels] if context.labels.ndim == 1 else context.labels @ state['relation']
+    losses = -jnp.sum(labels * jax.nn.log_softmax(context.outputs['target'].logits['pretrained']), -1)
     return LossTerm(self.weight * losses.mean(), state)
 
 
 def direct(probabilities: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
-  """p(s | y): the mean over the images of class y of what the pre-trained network says.
+  """p(s | y): the mean prediction of the pre-trained network over the images of class y.
 
   Args:
     probabilities: `[n, S]` of training images (evaluation view).
@@ -57,7 +58,7 @@ def direct(probabilities: np.ndarray, labels: np.ndarray, classes: int) -> np.nd
     classes: K.
 
   Returns:
-    float32 `[K, S]`, rows of sum one; of a class without images the mean over all.
+    float32 `[K, S]`, rows of sum one; for a class without images the mean over all.
   """
   probabilities = np.asarray(probabilities, np.float64)
   counts = np.bincount(labels, minlength=classes)[:, None]
@@ -70,17 +71,18 @@ def direct(probabilities: np.ndarray, labels: np.ndarray, classes: int) -> np.nd
 def calibrated(train: np.ndarray, train_labels: np.ndarray, val: np.ndarray, val_labels: np.ndarray, classes: int) -> np.ndarray:
   """p(s | y) by Bayes' rule from p(y | s), as in the paper's code (relationship_learning).
 
-  A linear classifier W without bias is fitted to tell y from the probabilities [n, S] (logistic regression; of 17 strengths the one with
-  the highest top-1 on val, the weakest penalty among equals), then its scale a on val (cross-entropy). p(y | s) = softmax(a W_s), what it
-  says of an image that is surely of class s; p(s) is the mean over train and val; p(s | y) is p(y | s) p(s), rows brought to sum one.
+  A linear classifier W without bias is fitted to predict y from the probabilities [n, S] (logistic regression; of 17
+  strengths the one with the highest top-1 on val, the weakest penalty among equals), then its scale a on val
+  (cross-entropy). p(y | s) = softmax(a W_s), its prediction for an image that is certainly of class s; p(s) is the mean
+  over train and val; p(s | y) is p(y | s) p(s), rows normalised to sum one.
 
   Args:
-    train, val: `[n, S]`, what the pre-trained network says of the images (evaluation view).
+    train, val: `[n, S]`, predictions of the pre-trained network for the images (evaluation view).
     train_labels, val_labels: int `[n]`.
     classes: K.
 
   Returns:
-    float32 `[K, S]`, rows of sum one; of a class without training images it is p(s).
+    float32 `[K, S]`, rows of sum one; for a class without training images p(s).
 
   Raises:
     ValueError: no val image is of a class that has training images.
@@ -92,26 +94,27 @@ def calibrated(train: np.ndarray, train_labels: np.ndarray, val: np.ndarray, val
     raise ValueError("methods.co_tuning.relation is 'calibrated', which is chosen on val images, and none is of a class with training "
                      'images; use --config.methods.co_tuning.relation=direct')
   val, val_answers = val[usable], np.searchsorted(present, val_labels[usable])
-  best, best_right = None, -1
-  fitted = None
+  best: logistic.Classifier | None = None
+  fitted, best_right, best_c = None, -1, 0.0
   for c in bar(STRENGTHS, 'relation of classes', len(STRENGTHS), 'fit'):
     fitted = logistic.fit(train, answers, len(present), strength=1 / (c * len(train)), bias=False, start=fitted,
                           max_iterations=200)
     right = int(np.sum(np.argmax(val @ fitted.weights, 1) == val_answers))
     if right >= best_right:
       best, best_right, best_c = fitted, right, c
+  assert best is not None
   scale = _calibrate(val @ best.weights, val_answers)
-  log.info('relation of classes: %.1f %% of val told by what the pre-trained classifier says (C %g, scale %.3g)',
+  log.info('relation of classes: the predictions of the pre-trained classifier tell the class of %.1f %% of val (C %g, scale %.3g)',
            100 * best_right / len(val_answers), best_c, scale)
   rows = np.tile(marginal, (classes, 1))
-  # In logarithms: p(y | s) may be next to nothing for every s.
+  # In logarithms: p(y | s) may be nearly zero for every s.
   joint = _log_softmax(scale * best.weights.astype(np.float64)) + np.log(np.maximum(marginal, np.finfo(np.float64).tiny))[:, None]
   rows[present] = _softmax(joint.T)
   return (rows / rows.sum(1, keepdims=True)).astype(np.float32)
 
 
 def _calibrate(logits: np.ndarray, labels: np.ndarray) -> float:
-  """The factor of logits `[n, K]` with the lowest cross-entropy; within a thousand either way, as there may be none."""
+  """The factor of logits `[n, K]` with the lowest cross-entropy, from 1e-3 to 1e3: without bounds there may be none."""
   from scipy import optimize
 
   logits = logits.astype(np.float64)

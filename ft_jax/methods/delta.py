@@ -1,4 +1,6 @@
-"""DELTA: feature maps stay as they were, the more so in channels that the target needs (Li et al., ICLR 2019)."""
+"""DELTA: feature maps stay close to the pre-trained ones, closer in channels that the target needs (Li et al., ICLR
+2019).
+"""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 import dataclasses
@@ -13,7 +15,19 @@ import numpy as np
 import optax
 
 from ft_jax import logistic, parallel, progress
-from ft_jax.methods.base import flat, LossTerm, Method, Needs, of_network, Plan, SetupContext, State, StepContext, teacher_variables
+from ft_jax.methods.base import (
+  check_known,
+  check_not_negative,
+  flat,
+  LossTerm,
+  Method,
+  Needs,
+  of_network,
+  SetupContext,
+  State,
+  StepContext,
+  teacher_variables,
+)
 from ft_jax.models import resnet
 from ft_jax.models.resnet import ResNet
 from ft_jax.training.forward import forward
@@ -23,11 +37,12 @@ from ft_jax.training.forward import forward
 class Delta(Method):
   """weight / 2 * mean over target images of sum_layers sum_c C a_c |F_c - F0_c|^2 / (H W) + head_weight / 2 * |w'|^2.
 
-  F and F0 are the C feature maps of H x W of the network and of the pre-trained one (evaluation mode), w' the fresh heads. a_c is the
-  channel attention: softmax over c of z_c / 5, z_c the standardised rise of the target's loss when filter c gives zero. Without attention
-  ('feature_map') it is |F - F0|^2 itself, not divided by H W. After the Transfer-Learning-Library (with weight decay 0) but for two
-  things. It sums over its batch of 48; here it is the mean, and its weight of 0.01 is 0.48 here, whatever the batch. And it means to
-  measure attention with a classifier on frozen features, but trains the whole network; here the classifier is a logistic regression.
+  F and F0 are the C feature maps of H x W of the network and of the pre-trained one (evaluation mode), w' the fresh
+  heads. a_c is the channel attention: softmax over c of z_c / 5, z_c the standardised rise of the target's loss when
+  filter c gives zero. Without attention ('feature_map') it is |F - F0|^2 itself, not divided by H W. After the
+  Transfer-Learning-Library (with weight decay 0), with two differences. That sums over its batch of 48; here it is the
+  mean, so its weight of 0.01 is 0.48 here, whatever the batch size. And that means to measure attention with a
+  classifier on frozen features, but trains the whole network; here the classifier is a logistic regression.
   """
   published: ClassVar = {'weight': 0.48}
   weight: float = 0.0  # published 0.01 for the sum over 48 images, which is 0.48 for the mean over any number, taken here
@@ -36,40 +51,39 @@ class Delta(Method):
   layers: tuple = ()  # modules by path, such as ('layer4/1/conv2',); () is the last convolution of each stage, as published
   attention_images: int = 320  # training images that attention is measured on; published 10 batches of 32
 
-  def check(self, plan: Plan) -> None:
-    if self.form not in FORMS:
-      raise ValueError(f'methods.delta.form is {self.form!r}; known: {", ".join(FORMS)}')
-    if not 0 <= self.head_weight < math.inf:
-      raise ValueError(f'methods.delta.head_weight is {self.head_weight}; expected a number from 0')
+  def check(self, context: SetupContext) -> None:
+    check_known('delta', FORMS, form=self.form)
+    check_not_negative('delta', head_weight=self.head_weight)
     if self.attention_images < 1:
       raise ValueError(f'methods.delta.attention_images is {self.attention_images}; expected a number of images from 1')
-    _check_layers(self.layers, plan)
+    _check_layers(self.layers, context)
 
   def needs(self, model: ResNet) -> Needs:
     return Needs(start=True, teacher=True, layers=self.layers or last_convolutions(model))
 
-  def setup(self, begin: SetupContext) -> State:
+  def setup(self, context: SetupContext) -> State:
     if self.form != 'attention':
       return {}
-    rows = np.sort(np.random.default_rng(begin.seed).permutation(len(begin.labels))[:self.attention_images])
-    layers = self.needs(begin.model).layers
-    classifier = logistic.fit(begin.taught('train')['features'], begin.labels, begin.classes, strength=1 / len(begin.labels))
-    rises = loss_rises(begin.teacher, teacher_variables(begin.start), classifier, begin.batches('train', rows), len(rows), layers)
+    rows = np.sort(np.random.default_rng(context.seed).permutation(len(context.labels))[:self.attention_images])
+    layers = self.needs(context.model).layers
+    classifier = logistic.fit(context.teacher_outputs('train')['features'], context.labels, context.classes, strength=1 / len(context.labels))
+    rises = loss_rises(context.teacher, teacher_variables(context.start), classifier, context.batches('train', rows), len(rows), layers)
     return {'attention': {_key(layer): attention(rise) for layer, rise in rises.items()}}
 
-  def loss(self, seen: StepContext, state: State) -> LossTerm:
-    start = flat(seen.start['params'])
-    heads = sum(jnp.sum(value ** 2) for path, value in flat(of_network(seen.params)).items() if path not in start)
-    student, teacher = seen.outputs['target'].taps, seen.teacher.taps
-    kept = 0.0
+  def loss(self, context: StepContext, state: State) -> LossTerm:
+    start = flat(context.start['params'])
+    heads: Any = sum(jnp.sum(value ** 2) for path, value in flat(of_network(context.params)).items() if path not in start)
+    assert context.teacher is not None
+    student, teacher = context.outputs['target'].taps, context.teacher.taps
+    distance: Any = 0.0
     for layer in teacher:
       squares = (student[layer].astype(jnp.float32) - teacher[layer].astype(jnp.float32)) ** 2
       if self.form == 'attention':
         weights = state['attention'][_key(layer)]
-        kept += jnp.sum(squares.mean((0, 1, 2)) * weights * len(weights))
+        distance += jnp.sum(squares.mean((0, 1, 2)) * weights * len(weights))
       else:
-        kept += jnp.sum(squares.mean(0))
-    return LossTerm(0.5 * self.weight * kept + 0.5 * self.head_weight * heads, state)
+        distance += jnp.sum(squares.mean(0))
+    return LossTerm(0.5 * self.weight * distance + 0.5 * self.head_weight * heads, state)
 
 
 def last_convolutions(model: ResNet) -> tuple[str, ...]:
@@ -79,7 +93,9 @@ def last_convolutions(model: ResNet) -> tuple[str, ...]:
 
 
 def attention(rise: np.ndarray) -> np.ndarray:
-  """Attention float32 `[C]` of sum one, from the rise of the loss without each channel; even where all are the same."""
+  """Attention float32 `[C]` of sum one, from the rise of the loss without each channel; uniform where all rises are
+  equal.
+  """
   rise = rise.astype(np.float64)
   spread = rise.std()
   z = (rise - rise.mean()) / spread if spread > 0 else np.zeros_like(rise)
@@ -91,11 +107,11 @@ def loss_rises(model: ResNet, variables: Mapping[str, Any], classifier: logistic
                count: int, layers: Sequence[str]) -> dict[str, np.ndarray]:
   """How much the mean cross-entropy rises when one channel of a layer gives zero, for each channel.
 
-  Channels go through the network side by side, in groups: what comes before the layer is computed once a group.
+  Channels go through the network side by side, in groups: all layers before this one are computed once a group.
 
   Args:
-    model: in evaluation mode.
-    variables: of it.
+    model: the network, used in evaluation mode.
+    variables: its variables.
     classifier: of its features.
     batches: of this host, masked, as `data.pipeline.EvalBatches` makes them.
     count: examples in the batches of all hosts.
@@ -105,7 +121,7 @@ def loss_rises(model: ResNet, variables: Mapping[str, Any], classifier: logistic
     float64 `[C]` for each layer.
   """
   examples = _examples(batches, count)
-  given = parallel.replicate((variables, classifier.weights, classifier.bias))
+  replicated = parallel.replicate((variables, classifier.weights, classifier.bias))
   a_group = jax.ShapeDtypeStruct(examples['input'].shape[2:], np.uint8)
   shapes = {layer: tap.shape for layer, tap in jax.eval_shape(
       lambda variables, images: forward(model, variables, {'target': images}, train=False, layers=layers)[0]['target'].taps,
@@ -118,7 +134,7 @@ def loss_rises(model: ResNet, variables: Mapping[str, Any], classifier: logistic
       measure = parallel.pmap(_rises(model, layer), in_axes=(0, 0, None))
       groups = [np.minimum(np.arange(first, first + size), shape[-1] - 1) for first in range(0, shape[-1], size)]
       found = []
-      for sums in parallel.read_late(measure(given, examples, channels) for channels in groups):
+      for sums in parallel.read_late(measure(replicated, examples, channels) for channels in groups):
         found.append(sums)
         shown.update(min(size, shape[-1] - (len(found) - 1) * size))
       rises[layer] = np.concatenate(found)[:shape[-1]].astype(np.float64) / count
@@ -142,10 +158,12 @@ def _examples(batches: Iterable[Mapping[str, np.ndarray]], count: int) -> dict[s
 
 
 def _rises(model: ResNet, layer: str) -> Callable[[Any, Mapping[str, jax.Array], jax.Array], jax.Array]:
-  """A function to be mapped over devices: (variables, classifier), examples and channels `[c]` to sums over examples, `[c]`."""
+  """A function to be mapped over devices: (variables, classifier), examples and channels `[c]` to sums over examples,
+  `[c]`.
+  """
 
-  def run(given: Any, examples: Mapping[str, jax.Array], channels: jax.Array) -> jax.Array:
-    variables, weights, bias = given
+  def run(network: Any, examples: Mapping[str, jax.Array], channels: jax.Array) -> jax.Array:
+    variables, weights, bias = network
 
     def without(channel: jax.Array, group: Mapping[str, jax.Array]) -> jax.Array:
 
@@ -169,16 +187,17 @@ def _rises(model: ResNet, layer: str) -> Callable[[Any, Mapping[str, jax.Array],
   return run
 
 
-def _check_layers(layers: Sequence[str], plan: Plan) -> None:
-  """Raises ValueError for a layer that the network has not, with those nearby."""
+def _check_layers(layers: Sequence[str], context: SetupContext) -> None:
+  """Raises ValueError for a layer that the network lacks, with the names that it has there."""
   if not layers:
     return
   if isinstance(layers, str):
     raise ValueError(f"methods.delta.layers is {layers!r}; expected a tuple of paths, such as ('{layers}',)")
-  images = jax.ShapeDtypeStruct((1, plan.image_size, plan.image_size, 3), np.uint8)
-  params = jax.eval_shape(plan.model.clone(heads={}).init, jax.random.key(0), images)['params']
+  images = jax.ShapeDtypeStruct((1, context.image_size, context.image_size, 3), np.uint8)
+  params = jax.eval_shape(context.model.clone(heads={}).init, jax.random.key(0), images)['params']
   for layer in layers:
-    here, inside = [], params
+    here: list[str] = []
+    inside: Mapping[str, Any] = params
     for name in layer.split('/'):
       below = {key: value for key, value in inside.items() if isinstance(value, Mapping)}
       if name not in below:
@@ -188,9 +207,10 @@ def _check_layers(layers: Sequence[str], plan: Plan) -> None:
 
 
 def _key(layer: str) -> str:
-  return layer.replace('/', '.')  # a slash parts the levels of a checkpoint
+  return layer.replace('/', '.')  # a slash separates the levels of a checkpoint
 
 
 FORMS = ('attention', 'feature_map')
-# Images that go through the network at once on a device, and numbers in the outputs of a layer for all channels side by side.
+# Images that go through the network at once on a device, and the size of the outputs of a layer for all channels side
+# by side.
 _IMAGES, _ELEMENTS = 8, 2**26

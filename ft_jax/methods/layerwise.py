@@ -1,4 +1,6 @@
-"""Layer-wise distance constraints: weights stay in balls around their start, larger ones in higher layers (RegSL)."""
+"""Layer-wise distance constraints: weights stay in balls around their start, with larger radii in higher layers
+(RegSL).
+"""
 
 from collections.abc import Callable, Mapping
 import dataclasses
@@ -10,26 +12,39 @@ import flax
 import jax
 import jax.numpy as jnp
 
-from ft_jax.methods.base import flat, LossTerm, Method, Needs, of_network, Plan, State, StepContext
+from ft_jax.methods.base import (
+  check_above_zero,
+  check_known,
+  check_not_negative,
+  flat,
+  LossTerm,
+  Method,
+  Needs,
+  of_network,
+  SetupContext,
+  State,
+  StepContext,
+)
 from ft_jax.models.resnet import ResNet
 
-EPSILON = 1e-6  # beside running variances, as in the published code
+EPSILON = 1e-6  # added to running variances, as in the published code
 
 
 @dataclasses.dataclass(frozen=True)
 class Layerwise(Method):
-  """After each step, every kernel w of a stage goes back to w0 + t * min(1, r / |t|), t = w - w0, with the norm of the whole kernel
-  (frobenius) or the L1 norm of the weights into each output (mars); r is D in layer1 and layer2, D * growth in layer3 and
-  D * growth^2 in layer4. Li and Zhang, "Improved Regularization and Robustness for Fine-tuning in Neural Networks" (NeurIPS 2021);
-  MARS-PGM: Gouk, Hospedales and Pontil (ICLR 2021), with one radius for all stages.
+  """After each step, every kernel w of a stage goes back to w0 + t * min(1, r / |t|), t = w - w0, with the norm of the
+  whole kernel (frobenius) or the L1 norm of the weights into each output (mars); r is D in layer1 and layer2, D *
+  growth in layer3 and D * growth^2 in layer4. Li and Zhang, "Improved Regularization and Robustness for Fine-tuning in
+  Neural Networks" (NeurIPS 2021); MARS-PGM: Gouk, Hospedales and Pontil (ICLR 2021), with one radius for all stages.
 
-  As in the published code, shortcut convolutions are constrained, the stem and all biases are free, and of BatchNorm
-  s = scale / sqrt(running variance + 1e-6) stays within r of its start, with the current variance. Fresh heads stay around zero. Ours:
-  heads that were pre-trained stay around their start; the Frobenius radius of a head with other than the target's number of classes
-  grows with the root of that number, so that it is the same for each class; what is inside its ball keeps every bit.
+  As in the published code, shortcut convolutions are constrained, the stem and all biases are free, and for BatchNorm s
+  = scale / sqrt(running variance + 1e-6) stays within r of its start, with the current variance. Fresh heads stay
+  around zero. Our own choices: pre-trained heads stay around their start; the Frobenius radius of a head with another
+  number of classes than the target's grows with the root of that number, so that it is the same for each class; a
+  kernel inside its ball does not change by a bit.
 
-  The penalties instead add weight * |t|^2 (frobenius) or weight * the largest L1 norm (mars) of each kernel and BatchNorm scale, times
-  the same powers of growth, and likewise of the heads.
+  The penalties instead add weight * |t|^2 (frobenius) or weight * the largest L1 norm (mars) of each kernel and
+  BatchNorm scale, times the same powers of growth, and likewise of the heads.
   """
   published: ClassVar[Mapping[str, Any]] = {'distance': 'frobenius'}
   distance: str = ''  # frobenius (of a whole kernel) or mars (L1 of the weights into each output); '' for none
@@ -40,27 +55,22 @@ class Layerwise(Method):
   weight: float = 0.01  # penalty: of layer1 and layer2; ours, published ones were not found
   head_weight: float = 0.01  # penalty: of the heads; ours
 
-  def check(self, plan: Plan) -> None:
+  def check(self, context: SetupContext) -> None:
     if self.distance not in NORMS:
       raise ValueError(f"methods.layerwise.distance is {self.distance!r}; known: {', '.join(NORMS)}, or '' for none")
-    if self.form not in FORMS:
-      raise ValueError(f'methods.layerwise.form is {self.form!r}; known: {", ".join(FORMS)}')
-    for name in ('radius', 'growth', 'head_radius'):
-      if not 0 < getattr(self, name) < math.inf:
-        raise ValueError(f'methods.layerwise.{name} is {getattr(self, name)}; expected a number above 0')
-    for name in ('weight', 'head_weight'):
-      if not 0 <= getattr(self, name) < math.inf:
-        raise ValueError(f'methods.layerwise.{name} is {getattr(self, name)}; expected a number from 0')
+    check_known('layerwise', FORMS, form=self.form)
+    check_above_zero('layerwise', radius=self.radius, growth=self.growth, head_radius=self.head_radius)
+    check_not_negative('layerwise', weight=self.weight, head_weight=self.head_weight)
 
   def needs(self, model: ResNet) -> Needs:
     return Needs(start=True)
 
-  def loss(self, seen: StepContext, state: State) -> LossTerm:
+  def loss(self, context: StepContext, state: State) -> LossTerm:
     if self.form != 'penalty':
-      return LossTerm(0.0, state)
-    start, norm = flat(seen.start['params']), NORMS[self.distance]
-    total = 0.0
-    for path, value in flat(of_network(seen.params)).items():
+      return LossTerm(None, state)
+    start, norm = flat(context.start['params']), NORMS[self.distance]
+    total: Any = 0.0
+    for path, value in flat(of_network(context.params)).items():
       if path.endswith(('kernel', 'scale')) and (grown := self._grown(path)):
         weight = self.head_weight if path.startswith('heads/') else self.weight * grown
         total += weight * norm.penalty(value - start.get(path, 0.0))
@@ -72,7 +82,7 @@ class Layerwise(Method):
     first, now, then = flat(start['params']), flat(batch_stats), flat(start['batch_stats'])
     classes = params['heads']['target']['kernel'].shape[-1]
 
-    def brought_back(path: tuple[str, ...], value: jax.Array) -> jax.Array:
+    def projected(path: tuple[str, ...], value: jax.Array) -> jax.Array:
       name, grown = '/'.join(path), self._grown('/'.join(path))
       if not grown or path[-1] == 'bias':
         return value
@@ -82,10 +92,11 @@ class Layerwise(Method):
       radius = self.head_radius * NORMS[self.distance].heads(value.shape[-1] / classes) if path[0] == 'heads' else self.radius * grown
       return into_ball(value, first.get(name, jnp.zeros_like(value)), radius, NORMS[self.distance].norm)
 
-    return flax.traverse_util.path_aware_map(brought_back, params)
+    return flax.traverse_util.path_aware_map(projected, params)
 
   def _grown(self, path: str) -> float:
-    """The factor of the radius or weight: powers of growth in the stages, 1 in heads, 0 where nothing is constrained."""
+    """The factor of the radius or weight: powers of growth in the stages, 1 in heads, 0 where nothing is constrained.
+    """
     if path.startswith('heads/'):
       return 1.0
     stage = re.match(r'layer(\d+)/', path)
@@ -93,14 +104,15 @@ class Layerwise(Method):
 
 
 def into_ball(value: jax.Array, center: jax.Array, radius: float, norm: Callable[[jax.Array], jax.Array]) -> jax.Array:
-  """The point of the ray from the center to the value where the norm is the radius at most; the value itself where it is inside."""
+  """The value moved towards the center until its distance is at most the radius; the value itself where it is inside.
+  """
   offset = value - center
   length = norm(offset)
   return jnp.where(length > radius, center + offset * (radius / jnp.maximum(length, radius)), value)
 
 
 def into_interval(scale: jax.Array, variance: jax.Array, first: jax.Array, first_variance: jax.Array, radius: float) -> jax.Array:
-  """BatchNorm's scale `[c]`, with scale / sqrt(variance) within the radius of what it was; all arrays are `[c]`."""
+  """BatchNorm's scale `[c]`, with scale / sqrt(variance) within the radius of its first value; all arrays are `[c]`."""
   deviation = jnp.sqrt(variance + EPSILON)
   center = first / jnp.sqrt(first_variance + EPSILON)
   offset = scale / deviation - center
@@ -119,7 +131,9 @@ def outputs_l1(x: jax.Array) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class Norm:
-  """A norm of kernels (`[h, w, in, out]` or `[in, out]`), its penalty, and how the norm of a head grows with its classes."""
+  """A norm of kernels (`[h, w, in, out]` or `[in, out]`), its penalty, and how the norm of a head grows with its
+  classes.
+  """
   norm: Callable[[jax.Array], jax.Array]
   penalty: Callable[[jax.Array], jax.Array]
   heads: Callable[[float], float]

@@ -1,37 +1,37 @@
-"""LwF: the network keeps answering as before (Learning without Forgetting; Li and Hoiem, ECCV 2016)."""
+"""LwF: the network keeps its old answers (Learning without Forgetting; Li and Hoiem, ECCV 2016)."""
 
 import dataclasses
-import math
 from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from ft_jax.methods.base import LossTerm, Method, Needs, Plan, State, StepContext
+from ft_jax.methods.base import check_above_zero, LossTerm, Method, Needs, SetupContext, State, StepContext
 from ft_jax.models.resnet import ResNet
 
 
 @dataclasses.dataclass(frozen=True)
 class LwF(Method):
-  """weight * mean over target images of KL(p || q), p and q = softmax(logits / temperature) of the pre-trained classifier.
+  """weight * mean over target images of KL(p || q), p and q = softmax(logits / temperature) of the pre-trained
+  classifier.
 
-  p is of the pre-trained network, q of the features as they are now; the classifier itself stays as it was. After the
-  Transfer-Learning-Library, which leaves out the factor temperature^2 of Hinton et al. (2015). There p is of one random crop, made before
-  training; here it is of the very image that the network sees.
+  p is the pre-trained network's; q applies the classifier, which stays as it was, to the features of the network that
+  is trained. After the Transfer-Learning-Library, which leaves out the factor temperature^2 of Hinton et al. (2015).
+  There p comes from one random crop, made before training; here it comes from the very image that the network sees.
   """
   published: ClassVar = {'weight': 4.0}
   weight: float = 0.0  # published 4
   temperature: float = 3.0  # published
 
-  def check(self, plan: Plan) -> None:
-    if not 0 < self.temperature < math.inf:
-      raise ValueError(f'methods.lwf.temperature is {self.temperature}; expected a number above 0')
+  def check(self, context: SetupContext) -> None:
+    check_above_zero('lwf', temperature=self.temperature)
 
   def needs(self, model: ResNet) -> Needs:
     return Needs(start=True, teacher=True, classifier=True)
 
-  def loss(self, seen: StepContext, state: State) -> LossTerm:
-    head = seen.start['params']['heads']['pretrained']
-    logits = seen.outputs['target'].features @ head['kernel'] + head['bias']
-    log_p, log_q = (jax.nn.log_softmax(x / self.temperature) for x in (seen.teacher.logits['pretrained'], logits))
+  def loss(self, context: StepContext, state: State) -> LossTerm:
+    assert context.teacher is not None
+    head = context.start['params']['heads']['pretrained']
+    logits = context.outputs['target'].features @ head['kernel'] + head['bias']
+    log_p, log_q = (jax.nn.log_softmax(x / self.temperature) for x in (context.teacher.logits['pretrained'], logits))
     return LossTerm(self.weight * jnp.sum(jnp.exp(log_p) * (log_p - log_q), -1).mean(), state)

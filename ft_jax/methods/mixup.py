@@ -11,15 +11,18 @@ from ft_jax.methods.base import Method
 
 @dataclasses.dataclass(frozen=True)
 class Mixup(Method):
-  """x = l * x_i + (1 - l) * x_j, y = l * y_i + (1 - l) * y_j, with one l ~ Beta(alpha, alpha) a step, for target images.
+  """x = l * x_i + (1 - l) * x_j, y = l * y_i + (1 - l) * y_j, with one l ~ Beta(alpha, alpha) a step, for target
+  images.
 
-  Section 2 of the paper. The j-th image is the i-th of the whole batch in reverse (as in timm; the paper's code shuffles), so that it does
-  not depend on the number of devices. Where CutMix is on too, each step does one of the two, each equally often.
+  Section 2 of the paper. The j-th image is the i-th of the whole batch in reverse order (as in timm; the paper's code
+  shuffles), so that the result does not depend on the number of devices. Where CutMix is on too, each step applies one
+  of the two, each equally often.
   """
   published: ClassVar = {'alpha': 0.2}
+  mixes: ClassVar = True
   alpha: float = 0.0  # both parameters of the Beta distribution; published 0.1 to 0.4 on ImageNet, 1 on CIFAR
 
   def mix(self, images: jax.Array, labels: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-    share = jax.random.beta(key, self.alpha, self.alpha)
+    fraction = jax.random.beta(key, self.alpha, self.alpha)
     other_images, other_labels = parallel.reverse((images, labels))
-    return share * images + (1.0 - share) * other_images, share * labels + (1.0 - share) * other_labels
+    return fraction * images + (1.0 - fraction) * other_images, fraction * labels + (1.0 - fraction) * other_labels

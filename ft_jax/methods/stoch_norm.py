@@ -1,4 +1,4 @@
-"""Stochastic normalization: moving statistics take part in training (Kou, You, Long and Wang, NeurIPS 2020)."""
+"""Stochastic normalization: running statistics take part in training (Kou, You, Long and Wang, NeurIPS 2020)."""
 
 from collections.abc import Callable
 import dataclasses
@@ -10,41 +10,44 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ft_jax.methods.base import Method, Plan
+from ft_jax.methods.base import Method, SetupContext
 from ft_jax.models import resnet
 
 
 @dataclasses.dataclass(frozen=True)
 class StochNorm(Method):
-  """Every BatchNorm, channel by channel: statistics of the batch with `probability`, else the running ones; drawn anew in each step.
+  """Every BatchNorm, channel by channel: statistics of the batch with `probability`, else the running ones; drawn anew
+  in each step.
 
-  As in the published code (thuml/StochNorm): the running statistics are those before the batch is added to them, gradients go through
-  the batch's statistics where these are used, and scale and bias are the same either way. All devices and all parts of an accumulated
-  batch draw alike. Unlike there, the gradient of channels with running statistics is that of what was computed (there these statistics are
-  overwritten before the backward pass reads them), and unlike in tllib, where --prob has no effect, the probability is the setting's.
+  As in the published code (thuml/StochNorm): the running statistics are those before the batch is added to them,
+    gradients go through
+  the batch's statistics where these are used, and scale and bias are the same either way. All devices and all
+  microbatches of a step draw the same. Unlike there, the gradient of channels with running statistics is that of the
+  forward pass (there these statistics are overwritten before the backward pass reads them); unlike in tllib, where
+  --prob has no effect, `probability` is used.
   """
   published: ClassVar = {'enabled': True}
   enabled: bool = False  # switches it on
-  probability: float = 0.5  # of the batch's statistics; published 0.5; 1 is plain BatchNorm, 0 takes running ones that go on being updated
+  probability: float = 0.5  # of the batch's statistics; published 0.5; 1 is plain BatchNorm, 0 uses running ones, which are still updated
 
-  def check(self, plan: Plan) -> None:
+  def check(self, context: SetupContext) -> None:
     if not 0 <= self.probability <= 1:
       raise ValueError(f'methods.stoch_norm.probability is {self.probability}; expected a number from 0 to 1')
-    image = jax.ShapeDtypeStruct((1, plan.image_size, plan.image_size, 3), np.uint8)
-    shapes = jax.eval_shape(plan.model.init, jax.random.key(0), image)
-    if all(jax.tree.leaves(resnet.frozen_mask(plan.model, shapes['batch_stats']))):
-      raise ValueError("methods.stoch_norm has no layer to work in: model.batch_norm = 'frozen' or train.freeze leaves all of them with "
-                       'running statistics; unfreeze some, or leave the method out')
+    image = jax.ShapeDtypeStruct((1, context.image_size, context.image_size, 3), np.uint8)
+    shapes = jax.eval_shape(context.model.init, jax.random.key(0), image)
+    if all(jax.tree.leaves(resnet.frozen_mask(context.model, shapes['batch_stats']))):
+      raise ValueError("methods.stoch_norm has no layer to replace: model.batch_norm = 'frozen' or train.freeze keeps running statistics in "
+                       'all of them; unfreeze some, or leave the method out')
 
   def norm(self) -> Callable[..., nn.Module]:
     return functools.partial(StochNormLayer, probability=self.probability)
 
 
 class StochNormLayer(resnet.BatchNorm):
-  """BatchNorm that takes running statistics for some channels, drawn by the random stream 'norm', in training.
+  """BatchNorm that, in training, uses running statistics for some channels, drawn with the random stream 'norm'.
 
   Attributes:
-    probability: of a channel to take the batch's statistics.
+    probability: that a channel uses the batch's statistics.
   """
   probability: float = 0.5
 

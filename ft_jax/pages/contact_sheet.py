@@ -1,4 +1,4 @@
-"""One picture of many images with a class and a probability under each."""
+"""The contact sheet of job predict: a PNG of many images, each with its predicted class and probability."""
 
 from collections.abc import Sequence
 import functools
@@ -21,7 +21,7 @@ _BLUE, _RED = '#2563eb', '#dc2626'
 
 
 class Tile(NamedTuple):
-  """An image uint8 `[h, w, 3]`, the predicted class, its probability, the file's name, and the true class if another."""
+  """An image uint8 `[h, w, 3]`, its predicted class and probability, file name, and the true class if it differs."""
   image: np.ndarray
   label: str
   probability: float
@@ -30,18 +30,25 @@ class Tile(NamedTuple):
 
 
 def draw(tiles: Sequence[Tile], title: str, subtitle: str) -> bytes:
-  """The sheet as a PNG file, under a title and lines of a subtitle: at least one tile, in as many columns as make it about square."""
+  """The sheet as a PNG file.
+
+  Args:
+    tiles: at least one; they are arranged in as many columns as make the sheet about square.
+    title: one line.
+    subtitle: one or more lines, which are wrapped.
+  """
   columns = min(_COLUMNS, max(3, math.ceil(math.sqrt(len(tiles) * (_SIDE + _TEXT) / _SIDE))))
   rows = math.ceil(len(tiles) / columns)
   width = 2 * _MARGIN + columns * (_SIDE + _GAP) - _GAP
-  regular, bold, heading = _font('DejaVuSans.ttf', 16), _font('DejaVuSans-Bold.ttf', 18), _font('DejaVuSans-Bold.ttf', 34)
-  lines = [part for line in subtitle.split('\n') for part in _wrapped(line, _font('DejaVuSans.ttf', 22), width - 2 * _MARGIN)]
+  regular, medium = _font('DejaVuSans.ttf', 16), _font('DejaVuSans.ttf', 22)
+  bold, heading = _font('DejaVuSans-Bold.ttf', 18), _font('DejaVuSans-Bold.ttf', 34)
+  lines = [part for line in subtitle.split('\n') for part in _wrapped(line, medium, width - 2 * _MARGIN)]
   top = _MARGIN + 62 + 34 * len(lines) + 26
   sheet = Image.new('RGB', (width, top + rows * (_SIDE + _TEXT + _GAP) - _GAP + _MARGIN), _PAPER)
   pen = ImageDraw.Draw(sheet)
   _write(pen, (_MARGIN, _MARGIN), _short(title, heading, width - 2 * _MARGIN, keep_end=True), _INK, heading)
   for i, line in enumerate(lines):
-    _write(pen, (_MARGIN, _MARGIN + 62 + 34 * i), line, _GREY, _font('DejaVuSans.ttf', 22))
+    _write(pen, (_MARGIN, _MARGIN + 62 + 34 * i), line, _GREY, medium)
   inner = _SIDE - 2 * _INSIDE
   names = [name for tile in tiles for name in (tile.label, tile.true)]
   labels, true = _distinct(names, bold, inner), _distinct(names, regular, inner - regular.getlength('100%  is '))
@@ -53,13 +60,13 @@ def draw(tiles: Sequence[Tile], title: str, subtitle: str) -> bytes:
   return data.getvalue()
 
 
-def _draw_tile(sheet: Image.Image, pen: ImageDraw.ImageDraw, tile: Tile, x: int, y: int, regular: ImageFont.FreeTypeFont,
-               bold: ImageFont.FreeTypeFont) -> None:
+def _draw_tile(sheet: Image.Image, pen: ImageDraw.ImageDraw, tile: Tile, x: int, y: int,
+               regular: ImageFont.FreeTypeFont, bold: ImageFont.FreeTypeFont) -> None:
   color = _RED if tile.true else _BLUE
   pen.rectangle((x, y, x + _SIDE - 1, y + _SIDE + _TEXT - 1), _CARD)
   picture = _fitted(tile.image)
   sheet.paste(picture, (x + (_SIDE - picture.width) // 2, y + (_SIDE - picture.height) // 2))
-  # The probability as a bar between picture and text.
+  # The probability, as a bar between picture and text.
   bar = y + _SIDE
   pen.rectangle((x, bar, x + _SIDE - 1, bar + 5), _TRACK)
   pen.rectangle((x, bar, x + max(1, round(tile.probability * _SIDE)) - 1, bar + 5), color)
@@ -73,7 +80,7 @@ def _draw_tile(sheet: Image.Image, pen: ImageDraw.ImageDraw, tile: Tile, x: int,
 
 
 def _fitted(image: np.ndarray) -> Image.Image:
-  """The whole image, as large as a tile; a very small one not more than eight times its size, and with its pixels visible."""
+  """The whole image, scaled to fit a tile. A very small one is enlarged at most eightfold, with its pixels visible."""
   picture = Image.fromarray(image)
   scale = min(_SIDE / picture.width, _SIDE / picture.height, 8.0)
   size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
@@ -81,12 +88,15 @@ def _fitted(image: np.ndarray) -> Image.Image:
 
 
 def _distinct(names: Sequence[str], font: ImageFont.FreeTypeFont, room: float) -> dict[str, str]:
-  """Of each name of a class as much as there is room for; no two classes look the same."""
-  return dict(zip(names, fonts.distinct(names, lambda name, ending: _short(name, font, room - font.getlength(ending)) + ending)))
+  """Each class name, shortened to the room in pixels so that no two classes look the same."""
+  def shorten(name: str, ending: str) -> str:
+    return _short(name, font, room - font.getlength(ending)) + ending
+
+  return dict(zip(names, fonts.distinct(names, shorten)))
 
 
 def _short(text: str, font: ImageFont.FreeTypeFont, room: float, keep_end: bool = False) -> str:
-  """As much of a line as there is room for, with dots for the rest; what no font has a picture of is spelt out."""
+  """The line, shortened with an ellipsis to the room in pixels; characters that no font has are written as escapes."""
   text = fonts.drawable(' '.join(text.split()))
   if _length(text, font) <= room:
     return text
@@ -101,8 +111,9 @@ def _length(text: str, font: ImageFont.FreeTypeFont) -> float:
   return sum(other.getlength(piece) for piece, other in _pieces(text, font))
 
 
-def _write(pen: ImageDraw.ImageDraw, place: tuple[float, float], text: str, color: str, font: ImageFont.FreeTypeFont) -> None:
-  """Writes a line whose upper left corner in `font` is `place`; Pillow itself writes with one font."""
+def _write(pen: ImageDraw.ImageDraw, place: tuple[float, float], text: str, color: str,
+           font: ImageFont.FreeTypeFont) -> None:
+  """Writes a line with its upper left corner at `place`, with fallback fonts, which Pillow itself does not have."""
   x, baseline = place[0], place[1] + font.getmetrics()[0]
   for piece, other in _pieces(text, font):
     pen.text((x, baseline), piece, color, other, anchor='ls')
@@ -110,12 +121,13 @@ def _write(pen: ImageDraw.ImageDraw, place: tuple[float, float], text: str, colo
 
 
 def _pieces(text: str, font: ImageFont.FreeTypeFont) -> list[tuple[str, ImageFont.FreeTypeFont]]:
-  """A line in pieces, each with a font of the same size that has its characters."""
-  return [(piece, font if path == font.path else _loaded(path, font.size)) for piece, path in fonts.runs(text, font.path)]
+  """The line split into pieces, each with a font of the same size that has its characters."""
+  own = str(font.path)
+  return [(piece, font if path == own else _loaded(path, font.size)) for piece, path in fonts.runs(text, own)]
 
 
 def _wrapped(text: str, font: ImageFont.FreeTypeFont, room: float) -> list[str]:
-  """Lines of whole words."""
+  """The text wrapped at word boundaries into lines of at most `room` pixels."""
   lines = ['']
   for word in text.split():
     longer = f'{lines[-1]} {word}'.strip()
@@ -127,10 +139,10 @@ def _wrapped(text: str, font: ImageFont.FreeTypeFont, room: float) -> list[str]:
 
 
 def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
-  # The fonts that matplotlib brings know most alphabets, but no Chinese, Japanese or Korean: see `selection.fonts`.
+  # The fonts of matplotlib cover most alphabets, but not Chinese, Japanese or Korean: see `selection.fonts`.
   return _loaded(str(pathlib.Path(matplotlib.get_data_path()) / 'fonts' / 'ttf' / name), size)
 
 
-@functools.lru_cache(maxsize=16)  # each is an open file
+@functools.lru_cache(maxsize=16)  # each holds a file open
 def _loaded(path: str, size: float) -> ImageFont.FreeTypeFont:
   return ImageFont.truetype(path, size)

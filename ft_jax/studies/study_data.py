@@ -10,10 +10,9 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from ft_jax import parallel
-from ft_jax.data import overlap
-from ft_jax.data.image_set import digest, ImageSet, open_set
+from ft_jax.data import open_set, overlap, unreadable
+from ft_jax.data.image_set import digest, ImageSet
 from ft_jax.data.splits import check_classes, open_splits
-from ft_jax.data.unreadable import without_damaged
 from ft_jax.studies import spectrum
 from ft_jax.workdir import write_text
 from selection import storage
@@ -73,7 +72,7 @@ def open_target(config: ConfigDict, name: str) -> Target:
   expressions = dict.fromkeys(split for split in (fields.train, fields.val, fields.test) if split and split != 'rest')
   sources = tuple(open_set(name, split, config.data_dir).without(fields.without) for split in expressions)
   if config.data.on_error == 'skip':
-    sources = tuple(without_damaged(source, f'{name} {split}', split == fields.train)[0] for split, source in zip(expressions, sources))
+    sources = tuple(unreadable.drop(source, f'{name} {split}', split == fields.train)[0] for split, source in zip(expressions, sources))
   places = {name: row for row, name in enumerate(np.concatenate([source.ids for source in sources]).tolist())}
   rows = {seed: Rows(*(np.array([places[i] for i in split.ids.tolist() if i in places], np.int64) for split in of_seed))
           for seed, of_seed in splits.items()}

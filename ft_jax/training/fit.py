@@ -1,8 +1,7 @@
 """One training, from the first step to the test split: what fine-tuning and pre-training share."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import importlib.metadata
-import math
 import os
 import pathlib
 import platform
@@ -10,9 +9,7 @@ import subprocess
 import sys
 from typing import Any
 
-import flax
 import jax
-from ml_collections import ConfigDict
 import numpy as np
 import optax
 
@@ -20,149 +17,26 @@ from ft_jax import parallel, progress
 from ft_jax.data.pipeline import EvalBatches, TIMEOUT, Transform
 from ft_jax.data.splits import Splits
 from ft_jax.methods import all_needs, Method, SetupContext
-from ft_jax.models import resnet
 from ft_jax.models.resnet import ResNet
 from ft_jax.progress import log
-from ft_jax.training import optimizer
 from ft_jax.training.checkpoints import Checkpoints, Damaged
 from ft_jax.training.divergence import Divergences, handle
 from ft_jax.training.evaluate import Evaluation, make_predict
 from ft_jax.training.initial_weights import drawn, weights_fingerprint
-from ft_jax.training.loop import evaluated, Plan, Run, spoken, Stream, train
+from ft_jax.training.loop import evaluated, Run, spoken, Stream, train
+from ft_jax.training.optimizer import Factors
+from ft_jax.training.settings import own_params, Training
 from ft_jax.training.step import create_state, Diverged, make_train_step, TrainState
 from ft_jax.workdir import Workdir
 
-METRICS = ('top1', 'mean_per_class')
 
-
-
-def make_plan(config: ConfigDict, examples: int) -> Plan:
-  """The length of a training and of its parts.
-
-  Raises:
-    ValueError: a length that is no step at all.
-  """
-  steps = config.steps or round(config.epochs * examples / config.batch_size)
-  if not 1 <= steps < 2**31:
-    raise ValueError(f'train.epochs {config.epochs} of {examples} images in batches of {config.batch_size} are {steps} steps; '
-                     'expected at least one, and fewer than 2^31 (train.steps sets the number itself)')
-  keep = {max(1, round(epoch * examples / config.batch_size)) for epoch in config.keep_epochs}
-  return Plan(steps, config.eval_every or math.ceil(steps / 10), config.log_every or math.ceil(steps / 100),
-              tuple(sorted(step for step in keep if step <= steps)))
-
-
-def check(config: ConfigDict, metric: str, model: ResNet, image_size: int, fresh: Collection[str] = (),
-          own: Mapping[str, Any] | None = None) -> None:
-  """Raises ValueError for settings of a training that cannot be right, before anything long begins.
-
-  Args:
-    config: the fields of `configs.default.train_config`, which `settings.check_fields` has seen.
-    metric: chooses the best checkpoint.
-    model: with the right heads, of any number of classes.
-    image_size: pixels a side.
-    fresh: the heads that start fresh on weights that do not.
-    own: parameters of methods, as of `own_params`.
-  """
-  if metric not in METRICS:
-    raise ValueError(f'metric is {metric!r}; known: {", ".join(METRICS)}')
-  if not config.steps and not config.epochs:
-    raise ValueError('train.steps and train.epochs are both 0; one of them gives the length')
-  parallel.check_batch(config.batch_size, 'train.batch_size')
-  check_parts(config.accumulate_steps, config.batch_size, 'train.batch_size')
-  shapes = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, image_size, image_size, 3), np.uint8))
-  _optimizer(config, _schedule(config, 1000), {**shapes['params'], **(own or {})}, fresh)
-  if model.frozen and not any(jax.tree.leaves(resnet.frozen_mask(model.clone(batch_norm='train'), shapes['params']))):
-    raise ValueError(f'train.freeze is {config.freeze!r}, which no parameter matches; paths look like '
-                     f'{next(iter(flax.traverse_util.flatten_dict(shapes["params"], sep="/")))!r}')
-  if all(jax.tree.leaves(resnet.frozen_mask(model, shapes['params']))):
-    raise ValueError(f'train.freeze is {config.freeze!r}, which leaves no parameter to train')
-
-
-def check_parts(parts: int, size: int, what: str) -> None:
-  """Raises ValueError where each device's share of a batch cannot be cut into equal parts."""
-  each = size // jax.device_count()
-  if each % parts:
-    raise ValueError(f'train.accumulate_steps is {parts}, into which the {each} images of a device ({what} {size}) cannot be cut evenly')
-
-
-def check_batch_norm(config: ConfigDict, model: ResNet, image_size: int, images: int) -> None:
-  """Raises ValueError where BatchNorm takes its statistics of one value per channel: its output is then constant.
-
-  Args:
-    config: the fields of `configs.default.train_config`.
-    model: as it is trained.
-    image_size: pixels a side.
-    images: how many go through the network in a step together, over all devices.
-  """
-  devices = jax.device_count()
-  each, shared = images // devices // config.accumulate_steps, devices if model.axis_name else 1
-  if each * shared != 1:
-    return
-  image = jax.ShapeDtypeStruct((each, image_size, image_size, 3), np.uint8)
-  variables = jax.eval_shape(model.init, jax.random.key(0), image)
-  is_norm = lambda module, _: isinstance(module, resnet.BatchNorm)
-  _, captured = jax.eval_shape(
-      lambda *args: model.apply(*args, mutable=['intermediates'], capture_intermediates=is_norm), variables, image)
-  stays = flax.traverse_util.flatten_dict(resnet.frozen_mask(model, variables['batch_stats']), sep='/')
-  for path, (output, *_) in flax.traverse_util.flatten_dict(captured['intermediates'], sep='/').items():
-    layer = path.removesuffix('/__call__')
-    if not stays[f'{layer}/mean'] and math.prod(output.shape[:-1]) == 1:
-      raise ValueError(
-          f'BatchNorm {layer} would see one value per channel, so its output would not depend on the image: {each} image '
-          f'of {output.shape[1]}x{output.shape[2]} pixels there (images per step {images}, train.batch_size '
-          f'{config.batch_size}, devices {devices}, train.accumulate_steps {config.accumulate_steps}, image_size {image_size}, model.stem '
-          f'{model.stem}); use larger batches or images, a smaller train.accumulate_steps, model.stem=3x3, '
-          + ('model.sync_batch_norm=true ' if devices > 1 and not model.axis_name else '') + 'or model.batch_norm=frozen')
-
-
-def only_heads(model: ResNet, image_size: int) -> bool:
-  """Whether nothing but heads is trained."""
-  shapes = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, image_size, image_size, 3), np.uint8))
-  stays = flax.traverse_util.flatten_dict(resnet.frozen_mask(model, shapes['params']), sep='/')
-  return all(fixed for path, fixed in stays.items() if not path.startswith('heads/'))
-
-
-def log_doubts(config: ConfigDict, random_features: bool) -> None:
-  """Warns of settings with which a training ends well and means nothing.
-
-  Args:
-    config: the fields of `configs.default.train_config`.
-    random_features: whether the network starts from random weights and only its heads are trained.
-  """
-  if not config.learning_rate:
-    log.warning('warning: train.learning_rate is 0, so nothing is learnt: only the statistics of BatchNorm change')
-  if random_features:
-    log.warning('warning: train.freeze is %r and model.weights is empty, so all but the heads stays as it was drawn at random; give '
-                'weights, or freeze less', config.freeze)
-
-
-def own_params(methods: Mapping[str, Method], begin: SetupContext) -> dict[str, Any]:
-  """Parameters that methods have of their own, as `{'methods': {method: ...}}`; {} where none has."""
-  own = {name: params for name, method in methods.items() if (params := method.params(begin))}
-  return {'methods': own} if own else {}
-
-
-def _optimizer(config: ConfigDict, schedule: optax.Schedule, params: Any, fresh: Collection[str]) -> optax.GradientTransformation:
-  groups = config.learning_rate_groups or (*((f'heads/{head}/.*', 10.0) for head in sorted(fresh)), ('.*', 1.0))
-  return optimizer.make_optimizer(
-      config.optimizer, schedule, params, momentum=config.momentum, nesterov=config.nesterov, weight_decay=config.weight_decay,
-      learning_rate_groups=groups, weight_decay_groups=config.weight_decay_groups, layer_decay=config.layer_decay, clip_norm=config.clip_norm)
-
-
-def _schedule(config: ConfigDict, steps: int) -> optax.Schedule:
-  return optimizer.make_schedule(config.schedule, config.learning_rate, steps, milestones=config.milestones,
-                                 decay=config.decay, warmup=config.warmup)
-
-
-def _begin(config: ConfigDict, checkpoints: Checkpoints, schedule: optax.Schedule, variables: Mapping[str, Any], begin: SetupContext,
-           methods: Mapping[str, Method]) -> tuple[TrainState, optax.GradientTransformation, int]:
-  """The state to start from, the optimizer, and the steps that the state has behind it."""
+def _begin(training: Training, checkpoints: Checkpoints, tx: optax.GradientTransformation, variables: Mapping[str, Any],
+           begin: SetupContext, methods: Mapping[str, Method]) -> tuple[TrainState, int]:
+  """The state to start from, and the steps that it has behind it."""
   variables = {**variables, 'params': {**variables['params'], **own_params(methods, begin)}}
-  fresh = set(begin.model.heads) - set(begin.start['params'].get('heads', {})) if begin.start else ()
-  tx = _optimizer(config, schedule, variables['params'], fresh)
   needs = all_needs(methods, begin.model)
   kept = begin.start if needs.start or needs.teacher else None
-  state_with = lambda states: create_state(variables, tx, start=kept, methods=states, averaged=config.ema_decay > 0)
+  state_with = lambda states: create_state(variables, tx, start=kept, methods=states, averaged=training.ema_decay > 0)
 
   def restore(step: int) -> TrainState:
     saved = checkpoints.structure(step).get('methods', {})  # what was made then is in the checkpoint
@@ -170,9 +44,8 @@ def _begin(config: ConfigDict, checkpoints: Checkpoints, schedule: optax.Schedul
 
   if checkpoints.latest_step is None:
     # Methods draw numbers of their own, and fit some, on each host by itself.
-    return parallel.same_arrays(state_with({name: method.setup(begin) for name, method in methods.items()})), tx, 0
-  state, done = _whole(checkpoints, lambda: checkpoints.latest_step, restore)
-  return state, tx, done
+    return parallel.same_arrays(state_with({name: method.setup(begin) for name, method in methods.items()})), 0
+  return _whole(checkpoints, lambda: checkpoints.latest_step, restore)
 
 
 def _whole(checkpoints: Checkpoints, choose: Callable[[], int | None], restore: Callable[[int], TrainState]) -> tuple[TrainState, int]:
@@ -185,20 +58,20 @@ def _whole(checkpoints: Checkpoints, choose: Callable[[], int | None], restore: 
       checkpoints.set_aside(step, str(error))
 
 
-def fit(config: ConfigDict, work: Workdir, *, model: ResNet, variables: Mapping[str, Any], streams: Mapping[str, Stream],
-        splits: Splits, transform: Transform, metric: str, seed: int, start: Mapping[str, Any] | None = None,
+def fit(training: Training, work: Workdir, *, model: ResNet, factors: Factors, variables: Mapping[str, Any],
+        streams: Mapping[str, Stream], splits: Splits, transform: Transform, seed: int, start: Mapping[str, Any] | None = None,
         methods: Mapping[str, Method] | None = None, true_labels: np.ndarray | None = None, timeout: float = TIMEOUT) -> dict[str, Any]:
   """Trains, keeps the newest and the best checkpoint, evaluates the best one, and returns the results.
 
   Args:
-    config: the fields of `configs.default.train_config`; `check` has seen them.
+    training: its settings.
     work: where everything is written; a run that is there goes on from its newest checkpoint.
     model: with a head for each stream.
+    factors: of the learning rate and the weight decay of each parameter, those of methods included.
     variables: where it starts.
     streams: by the name of their heads, where they have labels; the first one counts epochs and is evaluated.
     splits: of the first stream.
     transform: what images go through.
-    metric: chooses the best checkpoint.
     seed: of the order of data.
     start: the pre-trained part of `variables`: heads that are not in it start fresh. None where nothing is pre-trained.
     methods: what is done beside the cross-entropies, by name.
@@ -212,8 +85,9 @@ def fit(config: ConfigDict, work: Workdir, *, model: ResNet, variables: Mapping[
     Diverged: the loss or the gradient is not finite any more.
   """
   head = next(iter(streams))
-  plan = make_plan(config, len(streams[head].source))
-  schedule = _schedule(config, plan.steps)
+  plan = training.plan(len(streams[head].source))
+  schedule = training.make_schedule(plan.steps)
+  tx = training.make_optimizer(schedule, factors)
   methods = methods or {}
   checkpoints = Checkpoints(work.path, {
       **{f'{name} images': stream.source.fingerprint for name, stream in streams.items()}, 'val images': splits.val.fingerprint,
@@ -227,37 +101,39 @@ def fit(config: ConfigDict, work: Workdir, *, model: ResNet, variables: Mapping[
     batches = EvalBatches(source if rows is None else source.subset(rows), transform, streams[head].batch_size, timeout)
     return progress.bar(batches, f'pre-trained network on {split}', len(batches))
 
-  begin = SetupContext(model, start or {}, len(splits.train.class_names), labels, labels if true_labels is None else true_labels,
-                streams[head].batch_size, seed, batches_of)
+  begin = SetupContext(model=model, image_size=transform.size, classes=len(splits.train.class_names), labels=labels,
+                       true_labels=labels if true_labels is None else true_labels, batch_size=streams[head].batch_size,
+                       seed=seed, pretrained=bool(start), has_source=len(streams) > 1, start=start or {}, batches=batches_of)
   try:
-    state, tx, start = _begin(config, checkpoints, schedule, variables, begin, methods)
+    state, start = _begin(training, checkpoints, tx, variables, begin, methods)
   except BaseException:
     checkpoints.close()  # its threads would print tracebacks over the message
     raise
   if start:
     log.info('going on from step %d of %d', start, plan.steps)
   devices = checkpoints.devices
-  _tell_devices(devices, start, model, config.batch_size)
+  _tell_devices(devices, start, model, training.batch_size)
   labelled = {name: stream.weight for name, stream in streams.items() if stream.weight is not None}
-  views = all_needs(methods, model).views
-  run = Run(work, plan, streams, splits, transform, make_predict(model, head), checkpoints, metric, schedule, seed, timeout)
+  views = all_needs(methods, model).all_views
+  run = Run(work, plan, streams, splits, transform, make_predict(model, head), checkpoints, training.metric, schedule, seed, timeout)
   losses = Divergences(work.diverged_json)
   if start < plan.steps or not checkpoints.evaluated(start):
-    step = make_train_step(model, tx, labelled, methods=methods, seed=seed, parts=config.accumulate_steps, average=config.ema_decay)
-    again = lambda: _begin(config, checkpoints, schedule, variables, begin, methods)
+    step = make_train_step(model, tx, labelled, methods=methods, seed=seed, microbatches=training.accumulate_steps,
+                           ema_decay=training.ema_decay)
+    again = lambda: _begin(training, checkpoints, tx, variables, begin, methods)
     while True:
       try:
         state = train(run, step, state, start, losses.skipped, views)
         break
       except Diverged as diverged:
-        handle(diverged, run, losses, config.skip_diverged)
-        state, _, start = again()
+        handle(diverged, run, losses, training.skip_diverged)
+        state, start = again()
   checkpoints.tidy()
   state, best = _whole(checkpoints, lambda: checkpoints.best_step, lambda step: checkpoints.restore(step, state))
   state = parallel.replicate(state)
   checkpoints.close()
   return {'best_step': best, 'steps': plan.steps, 'steps_per_epoch': len(streams[head].source) / streams[head].batch_size, 'seed': seed,
-          'metric': metric, **_environment(model), 'devices_from_step': devices, 'skipped_batches': len(losses.skipped),
+          'metric': training.metric, **_environment(model), 'devices_from_step': devices, 'skipped_batches': len(losses.skipped),
           **_final(run, state, best)}
 
 

@@ -14,9 +14,11 @@ from ft_jax import parallel, progress, stopping
 from ft_jax.data.image_set import ImageSet
 from ft_jax.data.pipeline import EvalBatches, Stalled, train_batches, Transform
 from ft_jax.data.splits import Splits
+from ft_jax.methods import View
 from ft_jax.progress import log
 from ft_jax.training.checkpoints import Checkpoints
 from ft_jax.training.evaluate import evaluate, Evaluation, PredictFn
+from ft_jax.training.settings import Plan
 from ft_jax.training.step import Diverged, run_steps, StepFn, TrainState
 from ft_jax.workdir import MetricsWriter, Workdir
 
@@ -39,18 +41,6 @@ class Stream(NamedTuple):
   balanced: bool = False
 
 
-class Plan(NamedTuple):
-  """Lengths in steps."""
-  steps: int
-  eval_every: int
-  log_every: int
-  keep: tuple[int, ...] = ()
-
-  def due(self, step: int) -> bool:
-    """Whether the state after so many steps is evaluated."""
-    return step > 0 and (step == self.steps or step % self.eval_every == 0 or step in self.keep)
-
-
 class Run(NamedTuple):
   """What the parts of a training share; see `fit`."""
   work: Workdir
@@ -66,7 +56,7 @@ class Run(NamedTuple):
   timeout: float
 
 
-def train(run: Run, step: StepFn, state: TrainState, start: int, skip: Sequence[int], views: Collection[tuple[str, str]]) -> TrainState:
+def train(run: Run, step: StepFn, state: TrainState, start: int, skip: Sequence[int], views: Collection[View]) -> TrainState:
   """The steps from `start` on.
 
   Args:
@@ -124,7 +114,7 @@ def evaluated(run: Run, state: TrainState, source: ImageSet, what: str, stop: Ca
   """A state (replicated) on a split, which `what` names; `stop` is asked before each batch."""
   batches = EvalBatches(source, run.transform, next(iter(run.streams.values())).batch_size, run.timeout)
   shown = progress.bar(batches, what, len(batches))
-  return evaluate(run.predict, state.evaluated, _unless(stop, shown), len(source.class_names))
+  return evaluate(run.predict, state.eval_variables, _unless(stop, shown), len(source.class_names))
 
 
 class _Stopped(Exception):
@@ -222,11 +212,11 @@ class Observer:
                100 * share)
 
 
-def _batches(run: Run, start: int, skip: Sequence[int], views: Collection[tuple[str, str]],
+def _batches(run: Run, start: int, skip: Sequence[int], views: Collection[View],
              cancelled: Callable[[], bool]) -> Iterator[dict[str, dict[str, np.ndarray]]]:
   """Batches of all streams side by side, in the devices' parts; see `train_batches`."""
   each = {name: train_batches(stream.source, run.transform, stream.batch_size, stream=name, seed=run.seed, start=start,
-                              balanced=stream.balanced, views={view: VIEWS[view](run.transform) for of, view in views if of == name},
+                              balanced=stream.balanced, views={view.name: dataclasses.replace(run.transform, **view.recipe) for view in views if view.stream == name},
                               skip=skip, timeout=run.timeout, cancelled=cancelled)
           for name, stream in run.streams.items()}
   for batches in zip(*each.values()):
@@ -237,9 +227,3 @@ def spoken(summary: Mapping[str, float]) -> str:
   """The summary of an evaluation in words."""
   return f'top-1 {summary["top1"]:.1%}, mean per class {summary["mean_per_class"]:.1%}, loss {summary["loss"]:.3f}'
 
-
-# Further views of an image, as methods ask for them.
-VIEWS: dict[str, Callable[[Transform], Transform]] = {
-    'key': lambda transform: transform,
-    'strong': lambda transform: dataclasses.replace(transform, randaugment=2, magnitude=10, cutout=0.5),
-}

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Sequence
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax
 import jax
@@ -11,6 +11,35 @@ import jax.numpy as jnp
 import optax
 
 Groups = Sequence[tuple[str, float]]
+
+
+class Factors(NamedTuple):
+  """Of each parameter, as trees of numbers in the shape of the parameters.
+
+  Attributes:
+    learning_rate: what the learning rate is multiplied by.
+    weight_decay: likewise for the weight decay.
+  """
+  learning_rate: Any
+  weight_decay: Any
+
+
+def parameter_factors(params: Any, learning_rate_groups: Groups = (('.*', 1.0),),
+                      weight_decay_groups: Groups = (('.*', 1.0),), layer_decay: float = 1.0) -> Factors:
+  """The factors of each parameter.
+
+  Args:
+    params: the parameters (or their shapes), for their paths.
+    learning_rate_groups: (pattern, factor) pairs; see `by_pattern`.
+    weight_decay_groups: likewise for the weight decay.
+    layer_decay: the rate is multiplied by it once for each block between a parameter and the heads; see `depths`.
+
+  Raises:
+    ValueError: groups that do not fit the parameters.
+  """
+  groups = by_pattern(params, learning_rate_groups, 'train.learning_rate_groups')
+  decays = by_pattern(params, weight_decay_groups, 'train.weight_decay_groups')
+  return Factors(jax.tree.map(lambda factor, depth: factor * layer_decay**depth, groups, depths(params)), decays)
 
 
 def make_schedule(kind: str, learning_rate: float, steps: int, *, milestones: Sequence[float], decay: float,
@@ -21,16 +50,12 @@ def make_schedule(kind: str, learning_rate: float, steps: int, *, milestones: Se
     kind: a name of `SCHEDULES`.
     learning_rate: the highest one.
     steps: of the whole run.
-    milestones: fractions of the run (0 to 1), in any order, after which the rate is multiplied by `decay`; for 'milestones'. In a short run
-      several may fall on one step, which then multiplies the rate as many times.
-    decay: see there.
-    warmup: fraction of the run (0 to 1) over which the rate rises from zero; at least the last step is left for the schedule itself.
-
-  Raises:
-    ValueError: an unknown kind.
+    milestones: of kind 'milestones': fractions of the run (0 to 1), in any order, after which the rate is multiplied by
+      `decay`. In a short run several may fall on one step, which then multiplies the rate as many times.
+    decay: of kind 'milestones'.
+    warmup: fraction of the run (0 to 1) over which the rate rises from zero; at least the last step follows the
+      schedule itself.
   """
-  if kind not in SCHEDULES:
-    raise ValueError(f'train.schedule is {kind!r}; known: {", ".join(SCHEDULES)}')
   rise = min(round(warmup * steps), steps - 1)
   if kind == 'cosine':
     main = optax.cosine_decay_schedule(learning_rate, steps - rise)
@@ -45,37 +70,27 @@ def make_schedule(kind: str, learning_rate: float, steps: int, *, milestones: Se
   return optax.join_schedules([lambda step: learning_rate * (step + 1) / rise, main], [rise])
 
 
-def make_optimizer(kind: str, schedule: optax.Schedule, params: Any, *, momentum: float = 0.9, nesterov: bool = True,
-                   weight_decay: float = 0.0, learning_rate_groups: Groups = (('.*', 1.0),), weight_decay_groups: Groups = (('.*', 1.0),),
-                   layer_decay: float = 1.0, clip_norm: float = 0.0) -> optax.GradientTransformation:
-  """An optimizer of the table below, as torch has it: sgd, adam and amsgrad add the weight decay to the gradient, adamw to the update.
+def make_optimizer(kind: str, schedule: optax.Schedule, factors: Factors, *, momentum: float = 0.9,
+                   nesterov: bool = True, weight_decay: float = 0.0,
+                   clip_norm: float = 0.0) -> optax.GradientTransformation:
+  """An optimizer of the table below, with torch's weight decay: added to the gradient, or to the update by adamw.
 
   Args:
     kind: a name of `OPTIMIZERS`.
     schedule: the learning rate of each step.
-    params: the parameters (or their shapes), for their paths.
+    factors: of each parameter.
     momentum: of sgd, 0 to below 1.
     nesterov: of sgd: look ahead along the momentum.
     weight_decay: times the parameter.
-    learning_rate_groups: (pattern, factor) pairs; see `by_pattern`.
-    weight_decay_groups: likewise for the weight decay.
-    layer_decay: the rate is multiplied by it once more for each block that a parameter is further from the heads; see `depths`.
     clip_norm: the gradient is scaled down to this norm over all parameters; 0 leaves it.
-
-  Raises:
-    ValueError: an unknown kind, or groups that do not fit the parameters.
   """
-  if kind not in OPTIMIZERS:
-    raise ValueError(f'train.optimizer is {kind!r}; known: {", ".join(OPTIMIZERS)}')
-  groups = by_pattern(params, learning_rate_groups, 'train.learning_rate_groups')
-  decays = by_pattern(params, weight_decay_groups, 'train.weight_decay_groups')
-  rates = jax.tree.map(lambda factor, depth: factor * layer_decay**depth, groups, depths(params))
-  decay = optax.stateless(lambda updates, params: jax.tree.map(lambda g, p, d: g + weight_decay * d * p, updates, params, decays))
+  decayed = lambda g, p, factor: g + weight_decay * factor * p
+  decay = optax.stateless(lambda updates, params: jax.tree.map(decayed, updates, params, factors.weight_decay))
   main = OPTIMIZERS[kind](momentum, nesterov)
   return optax.chain(
       *([optax.clip_by_global_norm(clip_norm)] if clip_norm else []),
       *((main, decay) if kind == 'adamw' else (decay, main)),
-      optax.stateless(lambda updates, params: jax.tree.map(lambda g, r: r * g, updates, rates)),
+      optax.stateless(lambda updates, params: jax.tree.map(lambda g, r: r * g, updates, factors.learning_rate)),
       optax.scale_by_learning_rate(schedule))
 
 

@@ -1,8 +1,9 @@
-"""The joint step and the loop around it.
+"""The joint training step: forward pass, losses, update.
 
-A step sees one batch of each stream: `target` alone, `target` and `source`, or (pre-training) `source` alone. Each labelled stream has
-the head of its own name; all streams go through the network in one forward pass, so BatchNorm sees their mixture
-(Liu et al., NeurIPS 2022). The loss is the weighted sum of the streams' cross-entropies, and what the methods add.
+A step gets one batch of each stream: `target` alone, `target` and `source`, or (pre-training) `source` alone. Each
+labelled stream has the head of its own name; all streams go through the network in one forward pass, so BatchNorm sees
+their mixture (Liu et al., NeurIPS 2022). The loss is the weighted sum of the streams' cross-entropies, and what the
+methods add.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -24,20 +25,22 @@ from ft_jax.models import precision, resnet
 from ft_jax.models.resnet import Outputs, ResNet
 from ft_jax.training.forward import forward
 
-StepFn = Callable[['TrainState', Mapping[str, Mapping[str, jax.Array]]], tuple['TrainState', dict[str, jax.Array]]]
+Metrics = dict[str, jax.Array]
+Batch = Mapping[str, Mapping[str, jax.Array]]  # by stream
+StepFn = Callable[['TrainState', Batch], tuple['TrainState', Metrics]]
 
 
 class TrainState(flax.struct.PyTreeNode):
   """What a step reads and writes.
 
   Attributes:
-    step: updates done.
-    params: of the network; those of methods are under 'methods'.
+    step: number of updates so far.
+    params: the network's; those of methods are under 'methods'.
     batch_stats: running statistics.
-    opt_state: of the optimizer.
-    start: what methods compare with: the variables that training began with, without fresh heads; {} where none does.
+    opt_state: the optimizer's.
+    start: the variables that training began with, without fresh heads, for methods that need them; else {}.
     methods: the state of each method, by name.
-    average: moving averages `{'params', 'batch_stats'}`; {} where none are kept.
+    average: moving averages `{'params', 'batch_stats'}`; {} where `train.ema_decay` is 0.
   """
   step: jax.Array
   params: Any
@@ -48,142 +51,177 @@ class TrainState(flax.struct.PyTreeNode):
   average: Any = flax.struct.field(default_factory=dict)
 
   @property
-  def evaluated(self) -> dict[str, Any]:
+  def eval_variables(self) -> dict[str, Any]:
     """The `{'params', 'batch_stats'}` that are evaluated and used: the averages where there are any."""
-    return self.average or {'params': of_network(self.params), 'batch_stats': self.batch_stats}
+    return self.average or _network_variables(self.params, self.batch_stats)
 
 
 def create_state(variables: Mapping[str, Any], optimizer: optax.GradientTransformation, *, start: Any = None,
                  methods: Mapping[str, State] | None = None, averaged: bool = False) -> TrainState:
   """The state before the first step, from the variables of a model; see `TrainState`."""
   params, batch_stats = variables['params'], variables['batch_stats']
-  return TrainState(step=jnp.zeros((), jnp.int32), params=params, batch_stats=batch_stats, opt_state=optimizer.init(params),
-                    start=start or {}, methods=dict(methods or {}),
-                    average={'params': of_network(params), 'batch_stats': batch_stats} if averaged else {})
+  return TrainState(step=jnp.zeros((), jnp.int32), params=params, batch_stats=batch_stats,
+                    opt_state=optimizer.init(params), start=start or {}, methods=dict(methods or {}),
+                    average=_network_variables(params, batch_stats) if averaged else {})
 
 
-def make_train_step(model: ResNet, optimizer: optax.GradientTransformation, loss_weights: Mapping[str, float], **kwargs: Any) -> StepFn:
-  """The pmapped step, over all devices, with the state donated: of a replicated state and sharded batches. Arguments as `make_step`."""
+def make_train_step(model: ResNet, optimizer: optax.GradientTransformation, loss_weights: Mapping[str, float],
+                    **kwargs: Any) -> StepFn:
+  """The step on all devices (pmapped), of a replicated state, which is donated, and sharded batches.
+
+  Arguments as of `make_step`.
+  """
   return parallel.pmap(make_step(model, optimizer, loss_weights, **kwargs), donate=True)
 
 
 def make_step(model: ResNet, optimizer: optax.GradientTransformation, loss_weights: Mapping[str, float], *,
-              methods: Mapping[str, Method] | None = None, seed: int = 0, parts: int = 1, average: float = 0.0) -> StepFn:
+              methods: Mapping[str, Method] | None = None, seed: int = 0, microbatches: int = 1,
+              ema_decay: float = 0.0) -> StepFn:
   """The step of one device: (state, {stream: batch}) -> (state, metrics).
 
   Args:
-    model: with a head for each labelled stream; what it freezes comes out as it went in, whatever the optimizer does.
+    model: with a head for each labelled stream; what it freezes does not change, whatever the optimizer does.
     optimizer: of its parameters.
     loss_weights: the weight of each labelled stream's loss, by name: {'target': 1, 'source': lambda}.
-    methods: what is done beside that, by name.
-    seed: of what methods draw.
-    parts: the pass through the network goes in so many parts; see `forward`.
-    average: the part of the moving averages that a step keeps, where the state has averages; less in the first steps.
+    methods: the methods that are switched on, by name.
+    seed: of the random numbers of methods.
+    microbatches: how many passes through the network a batch is divided into; see `forward`.
+    ema_decay: the fraction of the moving averages that a step keeps, where the state has averages; less in the first
+      steps.
 
   Returns:
-    A function to be mapped over devices by the name `parallel.AXIS`. Metrics (the same everywhere): `loss`; `gradient_norm`, over all
-    parameters; for each labelled stream
-    `loss_<stream>` and `top1_<stream>` on the training batch; for each method `loss_<method>` and `<method>/<metric>`.
+    A function to be mapped over devices with the axis name `parallel.AXIS`. Metrics (the same everywhere): `loss`;
+    `gradient_norm`, over all parameters; for each labelled stream `loss_<stream>` and `top1_<stream>` on the training
+    batch; for each method `loss_<method>` and `<method>/<metric>`.
   """
   methods = methods or {}
   needs = all_needs(methods, model)
   if (layer := norm(methods)) is not None:
     model = model.clone(norm=layer)
+  run = functools.partial(forward, model, parts=microbatches)
 
-  def run(variables: Any, images: Mapping[str, jax.Array], key: jax.Array, **kwargs: Any) -> tuple[dict[str, Outputs], Any]:
-    return forward(model, variables, images, key=key, parts=parts, **kwargs)
-
-  # For the products of the methods: those of the network have it by themselves.
+  # For the products in methods: the network's own layers have the precision as an argument.
   @precision.default_of(model.precision)
-  def step(state: TrainState, batch: Mapping[str, Mapping[str, jax.Array]]) -> tuple[TrainState, dict[str, jax.Array]]:
+  def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     key = jax.random.fold_in(jax.random.key(seed), state.step)
-    keys = {name: jax.random.fold_in(key, zlib.crc32(name.encode())) for name in methods}
-    streams = [*loss_weights, *(stream for stream in sorted(batch) if stream not in loss_weights)]
-    images = {stream: batch[stream]['input'] for stream in streams}
+    keys = {name: _fold_in_name(key, name) for name in methods}
+    images = {stream: batch[stream]['input'] for stream in (*loss_weights, *sorted(batch.keys() - loss_weights.keys()))}
     labels = {stream: batch[stream]['label'] for stream in loss_weights}
-    images, labels = _mixed(methods, keys, images, labels, model.heads,
-                            jax.random.fold_in(key, zlib.crc32(b'mix')))
+    images, labels = mix_target(methods, keys, _fold_in_name(key, 'mix'), images, labels, model.heads)
     teacher = None
     if needs.teacher:
-      teacher = forward(teacher_of(model, state.start), teacher_variables(state.start), {'target': images['target']}, train=False,
-                        layers=needs.layers, parts=parts)[0]['target']
-    images |= {f'{stream}/{view}': batch[stream][view] for stream, view in needs.seen}
-    fixed, fixed_stats = resnet.frozen_mask(model, state.params), resnet.frozen_mask(model, state.batch_stats)
+      teacher = forward(teacher_of(model, state.start), teacher_variables(state.start), {'target': images['target']},
+                        train=False, layers=needs.layers, parts=microbatches)[0]['target']
+    images |= {view.path: batch[view.stream][view.name] for view in needs.forwarded_views}
+    fixed = resnet.frozen_mask(model, state.params)
 
-    def loss_fn(params: Any) -> tuple[jax.Array, tuple[Any, Any, dict[str, jax.Array]]]:
-      params = _stopped(fixed, params)
-      outputs, batch_stats = run({'params': of_network(params), 'batch_stats': state.batch_stats}, images, key, layers=needs.layers)
-      seen = None
+    def loss_fn(params: Any) -> tuple[jax.Array, tuple[Any, dict[str, State], Metrics]]:
+      params = stop_fixed_gradients(fixed, params)
+      outputs, batch_stats = run(_network_variables(params, state.batch_stats), images, key=key, layers=needs.layers)
+      context = None
       if methods:
-        seen = StepContext(params, state.batch_stats, state.start, teacher, outputs,
-                    {f'{stream}/{view}': batch[stream][view] for stream, view in needs.views}, labels['target'],
-                    batch['target']['row'], state.step, key, lambda *args: _apart(model, run, key, *args))
-      loss, states, metrics = _losses(methods, keys, loss_weights, outputs, labels, seen, state.methods)
+        views = {view.path: batch[view.stream][view.name] for view in needs.views}
+        context = StepContext(params, state.batch_stats, state.start, teacher, outputs, views, labels['target'],
+                              batch['target']['row'], state.step, key,
+                              functools.partial(forward_other, model, functools.partial(run, key=key)))
+      loss, states, metrics = total_loss(methods, keys, loss_weights, outputs, labels, context, state.methods)
       return loss, (batch_stats, states, {'loss': loss, **metrics})
 
     gradients, (batch_stats, states, metrics) = jax.grad(loss_fn, has_aux=True)(state.params)
     # Running statistics are averaged too, so that the state is the same on every device.
     gradients, batch_stats, metrics = jax.lax.pmean((gradients, batch_stats, metrics), parallel.AXIS)
     metrics['gradient_norm'] = optax.tree.norm(gradients)
-    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    for method in methods.values():
-      params = method.project(params, batch_stats, state.start)
-    params, batch_stats = _kept(fixed, state.params, params), _kept(fixed_stats, state.batch_stats, batch_stats)
-    averages = state.average
-    if averages:  # in the first steps little is worth keeping
-      rest = 1.0 - jnp.minimum(average, (1.0 + state.step) / (10.0 + state.step))
-      averages = jax.tree.map(lambda old, new: old + rest * (new - old), averages,
-                              {'params': of_network(params), 'batch_stats': batch_stats})
-    return state.replace(step=state.step + 1, params=params, batch_stats=batch_stats, opt_state=opt_state, methods=states,
-                         average=averages), metrics
+    state = update(state, gradients, batch_stats, model, optimizer, methods).replace(methods=states)
+    return update_averages(state, ema_decay), metrics
 
   return step
 
 
-def _mixed(methods: Mapping[str, Method], keys: Mapping[str, jax.Array], images: dict[str, jax.Array], labels: dict[str, jax.Array],
-           classes: Mapping[str, int], key: jax.Array) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-  """Images and labels after the target's were mixed by one of the methods that do so, drawn by `key`; what they were where none does."""
-  mixing = [functools.partial(method.mix, key=keys[name]) for name, method in methods.items() if type(method).mix is not Method.mix]
+def mix_target(methods: Mapping[str, Method], keys: Mapping[str, jax.Array], key: jax.Array,
+               images: dict[str, jax.Array], labels: dict[str, jax.Array],
+               classes: Mapping[str, int]) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+  """Images and labels by stream, where the target's are mixed by one of the methods that mix, drawn with `key`.
+
+  Without such a method they are returned as they are. `classes` is the number of classes of each head.
+  """
+  mixing = [functools.partial(method.mix, key=keys[name]) for name, method in methods.items() if method.mixes]
   if not mixing:
     return images, labels
-  image = resnet.normalize(images['target']) if images['target'].dtype == jnp.uint8 else images['target']
+  target = images['target']
+  if target.dtype == jnp.uint8:
+    target = resnet.normalize(target)
   chosen = jax.random.randint(key, (), 0, len(mixing))
-  mixed, soft = jax.lax.switch(chosen, mixing, image, _distribution(labels['target'], classes['target']))
+  mixed, soft = jax.lax.switch(chosen, mixing, target, _distribution(labels['target'], classes['target']))
   return images | {'target': mixed}, labels | {'target': soft}
 
 
-def _losses(methods: Mapping[str, Method], keys: Mapping[str, jax.Array], loss_weights: Mapping[str, float],
-            outputs: Mapping[str, Outputs], labels: Mapping[str, jax.Array], seen: StepContext | None,
-            states: Mapping[str, State]) -> tuple[jax.Array, dict[str, State], dict[str, jax.Array]]:
-  """The whole loss, the states of the methods after the step, and the metrics."""
+def total_loss(methods: Mapping[str, Method], keys: Mapping[str, jax.Array], loss_weights: Mapping[str, float],
+               outputs: Mapping[str, Outputs], labels: Mapping[str, jax.Array], context: StepContext | None,
+               states: Mapping[str, State]) -> tuple[jax.Array, dict[str, State], Metrics]:
+  """The loss, the states of the methods after the step, and the metrics.
+
+  Args:
+    methods, keys: the methods that are switched on and the random key of each.
+    loss_weights: the weight of each labelled stream.
+    outputs: the network's, by stream.
+    labels: by labelled stream.
+    context: what methods get; None without methods.
+    states: of the methods.
+  """
   states, metrics = dict(states), {}
-  for name, method in methods.items():
-    relabelled, states[name], told = method.relabel(_constant(seen)._replace(key=keys[name]), states[name])
-    seen = seen._replace(labels=relabelled)
-    metrics |= {f'{name}/{key}': value for key, value in told.items()}
+  if context is not None:
+    context, states, metrics = relabel(methods, keys, context, states)
+    labels = {**labels, 'target': context.labels}
   for stream in loss_weights:
-    logits, answers = outputs[stream].logits[stream], seen.labels if methods and stream == 'target' else labels[stream]
-    metrics[f'top1_{stream}'] = jnp.mean(jnp.argmax(logits, -1) == (answers if answers.ndim == 1 else jnp.argmax(answers, -1)))
-    losses = _cross_entropy(logits, answers, methods if stream == 'target' else {})
-    for name, method in methods.items() if stream == 'target' else ():
-      weights = method.weigh(jax.lax.stop_gradient(losses), _constant(seen), states[name])
-      losses = losses if weights is None else losses * weights
+    logits, answers = outputs[stream].logits[stream], labels[stream]
+    true_class = answers if answers.ndim == 1 else jnp.argmax(answers, -1)
+    metrics[f'top1_{stream}'] = jnp.mean(jnp.argmax(logits, -1) == true_class)
+    losses = cross_entropy(logits, answers, methods if stream == 'target' else {})
+    if stream == 'target' and context is not None:
+      losses = reweigh(methods, losses, context, states)
     metrics[f'loss_{stream}'] = losses.mean()
-  loss = sum(weight * metrics[f'loss_{stream}'] for stream, weight in loss_weights.items())
+  loss: Any = sum(weight * metrics[f'loss_{stream}'] for stream, weight in loss_weights.items())
+  if context is not None:
+    loss, states, metrics = add_terms(methods, keys, loss, context, states, metrics)
+  return loss, states, metrics
+
+
+def relabel(methods: Mapping[str, Method], keys: Mapping[str, jax.Array], context: StepContext,
+            states: dict[str, State]) -> tuple[StepContext, dict[str, State], Metrics]:
+  """The context with the target's labels after the methods changed them, the methods' states, and their metrics."""
+  metrics = {}
   for name, method in methods.items():
-    term = method.loss(seen._replace(key=keys[name]), states[name])
-    states[name] = jax.lax.stop_gradient(term.state)
-    metrics |= {f'{name}/{key}': value for key, value in term.metrics.items()}
-    if isinstance(term.loss, jax.Array):  # and not the number 0: there is a term
+    labels, state, own = method.relabel(detach(context)._replace(key=keys[name]), states[name])
+    context, states = context._replace(labels=labels), {**states, name: state}
+    metrics |= {f'{name}/{metric}': value for metric, value in own.items()}
+  return context, states, metrics
+
+
+def reweigh(methods: Mapping[str, Method], losses: jax.Array, context: StepContext,
+            states: Mapping[str, State]) -> jax.Array:
+  """The losses of the target's examples, `[b]`, times the weights that methods give them."""
+  for name, method in methods.items():
+    weights = method.weigh(jax.lax.stop_gradient(losses), detach(context), states[name])
+    losses = losses if weights is None else losses * weights
+  return losses
+
+
+def add_terms(methods: Mapping[str, Method], keys: Mapping[str, jax.Array], loss: jax.Array, context: StepContext,
+              states: dict[str, State], metrics: Metrics) -> tuple[jax.Array, dict[str, State], Metrics]:
+  """The loss with the terms of the methods, the methods' states after the step, and all metrics."""
+  for name, method in methods.items():
+    term = method.loss(context._replace(key=keys[name]), states[name])
+    states = {**states, name: jax.lax.stop_gradient(term.state)}
+    metrics = metrics | {f'{name}/{metric}': value for metric, value in term.metrics.items()}
+    if term.loss is not None:
       metrics[f'loss_{name}'] = term.loss
       loss = loss + term.loss
   return loss, states, metrics
 
 
-def _cross_entropy(logits: jax.Array, labels: jax.Array, methods: Mapping[str, Method]) -> jax.Array:
-  """Of each example, `[b]`, with the labels softened where a method does that."""
-  softening = [method for method in methods.values() if type(method).soften is not Method.soften]
+def cross_entropy(logits: jax.Array, labels: jax.Array, methods: Mapping[str, Method]) -> jax.Array:
+  """The cross-entropy of each example, `[b]`, with the labels softened by the methods that do so."""
+  softening = [method for method in methods.values() if method.softens]
   if labels.ndim == 1 and not softening:
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
   soft = _distribution(labels, logits.shape[-1])
@@ -192,30 +230,65 @@ def _cross_entropy(logits: jax.Array, labels: jax.Array, methods: Mapping[str, M
   return optax.softmax_cross_entropy(logits, soft)
 
 
-def _distribution(labels: jax.Array, classes: int) -> jax.Array:
-  return jax.nn.one_hot(labels, classes) if labels.ndim == 1 else labels
+def update(state: TrainState, gradients: Any, batch_stats: Any, model: ResNet, optimizer: optax.GradientTransformation,
+           methods: Mapping[str, Method]) -> TrainState:
+  """The state after the optimizer's update and the methods' projections; frozen parameters and statistics stay."""
+  updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+  params = optax.apply_updates(state.params, updates)
+  for method in methods.values():
+    params = method.project(params, batch_stats, state.start)
+  params = keep_fixed(resnet.frozen_mask(model, state.params), state.params, params)
+  batch_stats = keep_fixed(resnet.frozen_mask(model, state.batch_stats), state.batch_stats, batch_stats)
+  return state.replace(step=state.step + 1, params=params, batch_stats=batch_stats, opt_state=opt_state)
 
 
-def _apart(model: ResNet, run: Callable[..., Any], key: jax.Array, variables: Any, images: jax.Array) -> tuple[Outputs, Any]:
-  """Another network's pass in training mode: `Pass.forward`."""
+def update_averages(state: TrainState, ema_decay: float) -> TrainState:
+  """The state of a finished step with its moving averages, where it has any, moved towards the new variables."""
+  if not state.average:
+    return state
+  before = state.step - 1
+  # In the first steps the averages are hardly worth keeping.
+  rate = 1.0 - jnp.minimum(ema_decay, (1.0 + before) / (10.0 + before))
+  return state.replace(average=jax.tree.map(lambda old, new: old + rate * (new - old), state.average,
+                                            _network_variables(state.params, state.batch_stats)))
+
+
+def forward_other(model: ResNet, run: Callable[..., tuple[dict[str, Outputs], Any]], variables: Any,
+                  images: jax.Array) -> tuple[Outputs, Any]:
+  """A pass of other variables of the network in training mode: `StepContext.forward`."""
   before = variables['batch_stats']
-  outputs, batch_stats = run(variables, {'images': images}, key)
-  return outputs['images'], _kept(resnet.frozen_mask(model, before), before, jax.lax.pmean(batch_stats, parallel.AXIS))
+  outputs, batch_stats = run(variables, {'images': images})
+  fixed = resnet.frozen_mask(model, before)
+  return outputs['images'], keep_fixed(fixed, before, jax.lax.pmean(batch_stats, parallel.AXIS))
 
 
-def _constant(seen: StepContext) -> StepContext:
-  """The same, without a gradient."""
-  return jax.lax.stop_gradient(seen._replace(forward=None))._replace(forward=seen.forward)
+def detach(context: StepContext) -> StepContext:
+  """The same without gradients."""
+  return jax.tree.map(lambda x: x if callable(x) else jax.lax.stop_gradient(x), context)
 
 
-def _stopped(fixed: Any, params: Any) -> Any:
+def stop_fixed_gradients(fixed: Any, params: Any) -> Any:
   """The parameters; no gradient is computed for those that stay fixed."""
   return jax.tree.map(lambda stays, value: jax.lax.stop_gradient(value) if stays else value, fixed, params)
 
 
-def _kept(fixed: Any, old: Any, new: Any) -> Any:
-  """The new values, and the old arrays where they stay fixed: a mean of equal numbers, or an update of zero, need not keep every bit."""
+def keep_fixed(fixed: Any, old: Any, new: Any) -> Any:
+  """The new values, and the old arrays where they stay fixed: a mean of equal numbers, or an update of zero, may change
+  the last bits.
+  """
   return jax.tree.map(lambda stays, before, after: before if stays else after, fixed, old, new)
+
+
+def _network_variables(params: Any, batch_stats: Any) -> dict[str, Any]:
+  return {'params': of_network(params), 'batch_stats': batch_stats}
+
+
+def _distribution(labels: jax.Array, classes: int) -> jax.Array:
+  return jax.nn.one_hot(labels, classes) if labels.ndim == 1 else labels
+
+
+def _fold_in_name(key: jax.Array, name: str) -> jax.Array:
+  return jax.random.fold_in(key, zlib.crc32(name.encode()))
 
 
 class Diverged(RuntimeError):

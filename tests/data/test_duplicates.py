@@ -12,8 +12,7 @@ import PIL.Image
 import pytest
 
 from configs import miniature
-from ft_jax.data import augment, contents, duplicates, overlap
-from ft_jax.data.image_set import open_set
+from ft_jax.data import contents, decode, duplicates, open_set, overlap
 from ft_jax.data.splits import open_splits, Splits
 from ft_jax.jobs import finetune, pretrain
 
@@ -25,7 +24,7 @@ PLANTED = {
 
 def plant(path, folder, name) -> None:
   """A copy of the image at `path` in `folder` as `name` says; wrong for a name that is not in PLANTED."""
-  image = PIL.Image.fromarray(augment.decode(path.read_bytes(), name))
+  image = PIL.Image.fromarray(decode.decode(path.read_bytes(), name))
   if name == 'bytes.jpg':
     shutil.copy(path, folder / name)
   elif name == 'pixels.png':
@@ -102,7 +101,7 @@ def test_a_whole_run_drops_tells_and_shows_them(sets, caplog):
   chosen = json.loads((sets / 'run' / 'selection.json').read_text())
   assert chosen['counts'] == [7, 7, 7]
   page = (sets / 'run' / 'report.html').read_text()
-  assert 'had in common' in page and all(f'a/{name}' in page for name in PLANTED) and 'the same pixels' in page
+  assert 'Images shared by training and evaluation' in page and all(f'a/{name}' in page for name in PLANTED) and 'the same pixels' in page
   splits, whole = opened(sets)
   kept = overlap.apart(splits, whole, 'keep', overlap.find(splits, whole))
   assert kept.pool is whole and not kept.dropped and kept.summary() == {**told, 'rule': 'keep'}
@@ -130,7 +129,7 @@ def test_train_loses_what_val_and_test_have(sets, caplog):
   """By what the files hold, not by their names; test loses nothing."""
   target = sets / 'target'
   shutil.copy(target / 'test' / 'one' / '0.jpg', target / 'train' / 'one' / 'other.jpg')
-  PIL.Image.fromarray(augment.decode((target / 'test' / 'two' / '0.jpg').read_bytes(), '')).save(target / 'train' / 'two' / 'other.png')
+  PIL.Image.fromarray(decode.decode((target / 'test' / 'two' / '0.jpg').read_bytes(), '')).save(target / 'train' / 'two' / 'other.png')
   for i in range(4):  # of train among itself, some of which val is carved from
     shutil.copy(target / 'train' / 'one' / '1.jpg', target / 'train' / 'one' / f'again{i}.jpg')
   splits, _ = opened(sets)
@@ -253,11 +252,11 @@ def test_a_copy_elsewhere_is_the_same_set(tmp_path):
 
 def test_files_are_hashed_once(tmp_path, monkeypatch):
   """The second opening reads none of them, a third one those that are new."""
-  monkeypatch.setattr(contents, 'FRESH_NS', -1 << 62)  # these have just been written
+  monkeypatch.setattr(contents, '_FRESH_NS', -1 << 62)  # these have just been written
   write_images(tmp_path / 'set', {'one': 3})
   names = lambda: open_set(f'folder:{tmp_path}/set', 'train')
-  read, real = [], contents._read
-  monkeypatch.setattr(contents, '_read', lambda paths, stats, rows, *more: read.append(len(rows)) or real(paths, stats, rows, *more))
+  read, real = [], contents._hash_files
+  monkeypatch.setattr(contents, '_hash_files', lambda paths, sizes, what: read.append(len(sizes)) or real(paths, sizes, what))
   first = names()
   assert read == [3] and (names().contents == first.contents).all() and read == [3]
   shutil.copy(tmp_path / 'set' / 'one' / '0.jpg', tmp_path / 'set' / 'one' / '9.jpg')
@@ -268,8 +267,8 @@ def test_files_are_hashed_once(tmp_path, monkeypatch):
 def test_a_file_that_was_just_written_is_hashed_again(tmp_path, monkeypatch):
   """It may be written once more within the resolution of its times."""
   write_images(tmp_path / 'set', {'one': 2})
-  read, real = [], contents._read
-  monkeypatch.setattr(contents, '_read', lambda paths, stats, rows, *more: read.append(len(rows)) or real(paths, stats, rows, *more))
+  read, real = [], contents._hash_files
+  monkeypatch.setattr(contents, '_hash_files', lambda paths, sizes, what: read.append(len(sizes)) or real(paths, sizes, what))
   written = max(file.stat().st_ctime_ns for file in (tmp_path / 'set' / 'one').iterdir())
   for seconds, reads in ((1, [2]), (1, [2, 2]), (60, [2, 2, 2]), (60, [2, 2, 2])):
     monkeypatch.setattr(contents.time, 'time_ns', lambda seconds=seconds: written + seconds * 1_000_000_000)

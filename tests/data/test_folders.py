@@ -13,8 +13,7 @@ import pytest
 
 from configs import default
 from ft_jax import noise, settings
-from ft_jax.data import augment, folders
-from ft_jax.data.image_set import open_set
+from ft_jax.data import decode, folder_listing, open_set
 from ft_jax.data.splits import drop_unreadable, open_splits, Splits
 
 
@@ -72,7 +71,7 @@ def test_a_class_may_be_called_like_a_split(tmp_path, name):
 def test_a_split_beside_folders_of_images_is_refused(tmp_path, others):
   """Either could be meant, and images would be lost both ways."""
   tree(tmp_path, 'train/a/', 'train/b/', 'bus/', 'car/', *others)
-  words = 'train/ in it holds class folders, .* beside it hold images, .*: bus, car; .* Give folder:.*/train to'
+  words = 'train/ in it has class folders, .* beside it have images, .*: bus, car; .* Give folder:.*/train to'
   with pytest.raises(ValueError, match=words):
     opened(tmp_path)
   assert opened(tmp_path / 'train') == {'a': 2, 'b': 2}
@@ -83,7 +82,7 @@ def test_splits_beside_other_folders(tmp_path, caplog):
   tree(tmp_path, 'train/a/', 'test/a/', 'unlabeled/', 'notes/todo.txt')
   assert opened(tmp_path) == opened(tmp_path, 'test') == {'a': 2} and opened(tmp_path, 'unlabeled') == {'unlabelled': 2}
   assert [line.partition('used: ')[2] for line in warned(caplog)] == [
-      '1 folder of images beside the splits, unlabeled (classes are folders in a split)']
+      '1 folder of images beside the splits, unlabeled (classes are folders inside a split)']
 
 
 def test_flat_splits(tmp_path):
@@ -110,7 +109,7 @@ def test_two_names_of_one_split(tmp_path, caplog):
   tree(tmp_path, 'train/a/', 'training/a/', 'valid/a/', 'Validation/a/')
   assert opened(tmp_path) == opened(tmp_path, 'valid') == {'a': 2}
   assert '1 folder with another name of the same split, training' in warned(caplog)[0]
-  with pytest.raises(ValueError, match="split 'val' may be Validation or valid; name the one that is meant"):
+  with pytest.raises(ValueError, match="split 'val' may be Validation or valid; give the name of one, or remove the others"):
     opened(tmp_path, 'val')
 
 
@@ -120,16 +119,16 @@ def test_two_names_of_one_split(tmp_path, caplog):
 def test_endings_are_those_of_the_decoder(tmp_path):
   """Every ending that Pillow knows for a format that is read is listed, and what it names decodes."""
   PIL.Image.init()
-  known = {ending for ending, form in PIL.Image.registered_extensions().items() if form in augment.FORMATS}
-  assert known - set(folders.IMAGE_ENDINGS) == {'.pfm'}  # pixels of any range, which `decode` refuses
+  known = {ending for ending, form in PIL.Image.registered_extensions().items() if form in decode.FORMATS}
+  assert known - set(decode.IMAGE_ENDINGS) == {'.pfm'}  # pixels of any range, which `decode` refuses
   (tmp_path / 'a').mkdir()
-  for form, endings in augment.FORMATS.items():
+  for form, endings in decode.FORMATS.items():
     for ending in endings:
       image(tmp_path / 'a' / f'{form}{ending.upper()}', 3, form, 'L' if form == 'PPM' else 'RGB')
   source = open_set(f'folder:{tmp_path}', 'train')
-  assert len(source) == len(folders.IMAGE_ENDINGS) and source.unused.found == {}
-  assert all(augment.decode(source[i].image, source.ids[i]).shape == (7, 9, 3) for i in range(len(source)))
-  assert {'.jfif', '.jpe', '.pgm', '.pbm', '.pnm'} < set(folders.IMAGE_ENDINGS)
+  assert len(source) == len(decode.IMAGE_ENDINGS) and source.unused.found == {}
+  assert all(decode.decode(source[i].image, source.ids[i]).shape == (7, 9, 3) for i in range(len(source)))
+  assert {'.jfif', '.jpe', '.pgm', '.pbm', '.pnm'} < set(decode.IMAGE_ENDINGS)
 
 
 def test_listing_asks_nothing_of_each_file(tmp_path, monkeypatch):
@@ -138,7 +137,7 @@ def test_listing_asks_nothing_of_each_file(tmp_path, monkeypatch):
   asked = []
   for name in ('isfile', 'exists', 'isdir'):
     monkeypatch.setattr(os.path, name, asked.append)
-  listing = folders.list_classes(tmp_path, 'train', 'folder:x')
+  listing = folder_listing.list_classes(tmp_path, 'train', 'folder:x')
   assert {name: len(images) for name, images in listing.classes.items()} == {'a': 2, 'b': 2} and not asked
 
 
@@ -157,7 +156,7 @@ def test_links_that_lead_nowhere_are_unreadable_images(tmp_path):
   source = open_set(f'folder:{tmp_path}', 'train')
   assert len(source) == 9 and source.broken == {'a/gone.jpg', 'a/self.jpg'} and source.subset([0]).broken == source.broken
   for name in source.broken:
-    with pytest.raises(ValueError, match=f'{name} is a link to .*, which is not there'):
+    with pytest.raises(ValueError, match=f'{name} is a link to .*, which does not exist'):
       source[source.ids.tolist().index(name)]
   splits = Splits(source, source, None)
   with pytest.raises(ValueError, match='2 of 9 images are links to files that are not there, such as a/gone.jpg; .*on_error=skip'):
@@ -180,7 +179,7 @@ def test_what_is_not_used_is_told_in_one_line(tmp_path, caplog):
   assert warned(caplog) == [
       f'warning: folder:{tmp_path}: 10 files or folders are not used: '
       '4 images in a folder inside a class folder, such as a/more/0.jpg (expected <class>/<image>: move them up); '
-      '3 .heic, such as a/0.heic (a format that is not read here: save as .jpg or .png); '
+      '3 .heic, such as a/0.heic (a format that is not read: save as .jpg or .png); '
       '1 image outside the class folders, stray.jpg (expected <class>/<image>: their class is not known); '
       '1 .csv, labels.csv (classes are read from the names of folders, not from a table); '
       '1 hidden, b/.3.jpg (names that begin with a dot are not read)']
@@ -195,7 +194,7 @@ def test_images_with_other_endings_are_told_by_their_content(tmp_path, caplog):
   os.symlink('/', tmp_path / 'a' / 'disk')  # is not walked through
   opened(tmp_path)
   line, = warned(caplog)
-  assert '1 .jpg_large, a/photo.jpg_large (an image by its content: let its name end in .jpg or .png)' in line
+  assert '1 .jpg_large, a/photo.jpg_large (an image by its contents: rename it to end in .jpg or .png)' in line
   assert '1 without an ending, a/text;' in line + ';' and '1 link to a folder in a class folder, a/disk' in line
   tree(tmp_path / 'x', 'a/', *(f'a/{i}.{i}' for i in range(9)))
   opened(tmp_path / 'x')
@@ -216,15 +215,15 @@ def test_splits_of_a_set_are_told_together(tmp_path, caplog):
 
 
 @pytest.mark.parametrize('names,words', [
-    (('a/images/', 'b/images/'), r'no image in class folder .*/a \(and 1 others\), but there are in folders below it, such as '
+    (('a/images/', 'b/images/'), r'no image in class folder .*/a \(and 1 others\), but there are some in folders further down, such as '
      r'.*/a/images/0.jpg; expected <class>/<image>: move the images up'),
     (('trainset/a/', 'testset/a/'), 'if the folders are splits, call them train, val and test'),
-    (('photos/a/', 'photos/b/'), 'holds one folder, photos/, .*; give folder:.*/photos$'),
-    (('x/y/train/a/', 'x/y/train/b/'), 'holds one folder, x/, .*; give folder:.*/x/y$'),
-    (('train/set/a/', 'train/set/b/'), 'holds one folder, set/, .*; move what is in .*/train/set to .*/train$'),
+    (('photos/a/', 'photos/b/'), 'has one folder, photos/, .*; give folder:.*/photos$'),
+    (('x/y/train/a/', 'x/y/train/b/'), 'has one folder, x/, .*; give folder:.*/x/y$'),
+    (('train/set/a/', 'train/set/b/'), 'has one folder, set/, .*; move what is in .*/train/set to .*/train$'),
     (('a/', 'b/0.heic', 'b/1.heic'),
      r'no image in class folder .*b; it holds 2 .heic, such as 0.heic \(a format .*\); an image ends in .jpg'),
-    (('photos.zip',), r'holds no class folders; .* it holds 1 .zip, photos.zip \(an archive: unpack it\)'),
+    (('photos.zip',), r'has no class folders; .* it holds 1 .zip, photos.zip \(an archive: unpack it\)'),
     (('cat/', 'cat /'), "the class folders 'cat' and 'cat ', which look the same; put their images into one"),
     (('two words/', 'two\xa0words/'), r"the class folders 'two words' and 'two\\xa0words', which look the same"),
     (tuple(unicodedata.normalize(form, 'café/') for form in ('NFC', 'NFD')),
@@ -250,12 +249,12 @@ def test_classes_that_differ_by_capitals(tmp_path, caplog):
   """Letters are such classes, so they are left as they are, and told."""
   assert opened(tree(tmp_path, 'a/', 'A/')) == opened(tmp_path) == {'A': 2, 'a': 2}
   line, = warned(caplog)
-  assert "the class folders 'A' and 'a'" in line and 'differ by capitals only and are two classes' in line
+  assert "the class folders 'A' and 'a'" in line and 'differ in capitals only and are two classes' in line
 
 
 @pytest.mark.parametrize('name,words', [
     ('pets.zip', 'pets.zip is an archive, not a folder; unpack it'), ('pets.tar.gz', 'is an archive, not a folder'),
-    ('pets.jpg', 'pets.jpg is a file, not a folder'), ('link', 'is a link to .*nowhere, which is not there'),
+    ('pets.jpg', 'pets.jpg is a file, not a folder'), ('link', 'is a link to .*nowhere, which does not exist'),
     ('none', 'there is no folder')])
 def test_what_is_no_folder(tmp_path, name, words):
   if name == 'link':
@@ -280,7 +279,7 @@ def test_numbers_are_names_of_classes(tmp_path, without):
   source = open_set(f'folder:{tmp_path}', 'train')
   assert source.without(without).class_names == ('0', '2')
   tree(tmp_path, '010/')
-  with pytest.raises(ValueError, match=r"has no class '10' to leave out; it has 5: .*; is it '010'\? Then write \('010',\)"):
+  with pytest.raises(ValueError, match=r"has no class '10' to leave out; it has 5: .*; if you mean '010', write \('010',\)"):
     open_set(f'folder:{tmp_path}', 'train').without((10,))
 
 
@@ -316,7 +315,7 @@ def test_cases_that_open(cases, case, images):
 @pytest.mark.parametrize('case,fields,words', [
     ('zip/pets.zip', {}, 'is an archive, not a folder; unpack it'),
     ('csv_labels/photos', {'test': ''}, 'classes are read from the names of folders'),
-    ('class_called_test/docs', {}, 'test/ in it holds images itself .* use slices'),
+    ('class_called_test/docs', {}, 'test/ in it has images itself, .* use slices'),
     ('nfc_nfd/photos', {}, r"'caf\\xe9' in .* train is 'cafe\\u0301' in .* test; give the folder one name"),
     ('trailing_space/photos', {}, "'cat ' in .* train is 'cat' in .* test; give the folder one name")])
 def test_cases_that_are_refused(cases, case, fields, words):

@@ -16,8 +16,8 @@ import pytest
 import tensorflow_datasets as tfds
 
 from configs import default
-from ft_jax.data import augment, image_set, prepare
-from ft_jax.data.image_set import ImageSet, open_set, sample_per_class, split_off_val
+from ft_jax.data import decode, image_set, open_set, prepare
+from ft_jax.data.image_set import ImageSet, sample_per_class, split_off_val
 from ft_jax.data.splits import open_splits
 
 
@@ -97,7 +97,7 @@ def test_tfds(tfds_dir):
     example = train[i]
     number = int(example.id[6:9])
     assert example.label == number % 2
-    assert abs(int(augment.decode(example.image, example.id).mean()) - 4 * number) <= 2
+    assert abs(int(decode.decode(example.image, example.id).mean()) - 4 * number) <= 2
   half = open_set('tfds:tiny_photos:1.0.0', 'train[:50%]', tfds_dir)
   assert half.ids.tolist() == train.ids[:10].tolist() and half.fingerprint != train.fingerprint
   assert 'tensorflow' not in sys.modules
@@ -203,12 +203,12 @@ def test_what_is_drawn_depends_on_the_seed_and_stays(id_of, drawn):
     ('folder:PHOTOS', 'train[:0]', 'the slice is empty'),
     ('folder:PHOTOS', '', "split '': expected a name"),
     ('folder:PHOTOS', 'train+', "split 'train\\+': expected a name"),
-    ('tfds:tiny_photos', '', "split '' does not open; known: train, test"),
-    ('tfds:tiny_photos', 'train[99:]', r"split 'train\[99:\]' does not open"),
+    ('tfds:tiny_photos', '', "has no split ''; it has train, test"),
+    ('tfds:tiny_photos', 'train[99:]', r"has no split 'train\[99:\]'"),
     ('tfds:tiny_photos', 'train[:0]', 'the slice is empty'),
     ('tfds:no_such_set', 'train', 'Dataset no_such_set not found'),
     ('tfds:oxford_iiit_pet', 'train', 'is not prepared in .*with: python -m ft_jax.data.prepare tfds:oxford_iiit_pet --data_dir'),
-    ('tfds:tiny_photos', 'val', "split 'val' does not open; known: test, train|train, test"),
+    ('tfds:tiny_photos', 'val', "has no split 'val'; it has (test, train|train, test), with"),
     ('tfds:tiny_photos:9.0.0', 'train', 'not found'),
 ])
 def test_errors(photos, tfds_dir, name, split, words):

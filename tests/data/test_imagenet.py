@@ -6,8 +6,7 @@ from conftest import write_images
 import pytest
 import tensorflow_datasets as tfds
 
-from ft_jax.data import imagenet
-from ft_jax.data.image_set import open_set
+from ft_jax.data import imagenet, open_set
 
 
 def test_order_is_that_of_tfds_and_of_sorted_folders():
@@ -49,5 +48,5 @@ def test_a_flat_validation_folder(tmp_path):
   write_images(tmp_path / 'train', {'n02123045': 2, 'n02124075': 2})
   write_images(tmp_path, {'val': 3})
   for split in ('val', 'validation'):
-    with pytest.raises(ValueError, match='val holds no class folders but 3 images.*50,000 validation.*valprep.sh.*tfds:imagenet2012'):
+    with pytest.raises(ValueError, match='val has no class folders but 3 images.*50,000 validation.*valprep.sh.*tfds:imagenet2012'):
       open_set(f'folder:{tmp_path}', split)

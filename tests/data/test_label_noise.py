@@ -13,7 +13,8 @@ import pytest
 
 from configs import default
 from ft_jax import noise, trained
-from ft_jax.data.image_set import ImageSet, open_set
+from ft_jax.data import open_set
+from ft_jax.data.image_set import ImageSet
 from ft_jax.data.label_noise import probabilities, read_predictions, with_noise
 from ft_jax.data.splits import open_splits
 from ft_jax.jobs import predict
@@ -231,7 +232,7 @@ def test_whole_job(noisy_run, photos):
   told = results['noise']
   assert told['drawn'] == 22 and 10 < told['wrong'] <= 22 and told['wrong_rate'] == told['wrong'] / 44
   assert [row['images'] for row in results['test']['per_class']] == [5] * 4
-  assert f'{100 * told["wrong_rate"]:.1f} % of all of them are wrong' in (noisy_run / 'report.html').read_text()
+  assert f'{100 * told["wrong_rate"]:.1f} % of all training labels are wrong' in (noisy_run / 'report.html').read_text()
   lines = [json.loads(line) for line in (noisy_run / 'metrics.jsonl').read_text().splitlines()]
   corrected, right, true = ([line[f'train/self_label/{key}'] for line in lines] for key in ('corrected', 'precision', 'true'))
   assert corrected[0] == right[0] == 0 and corrected[-1] > 0 and 0 <= right[-1] <= 1

@@ -11,8 +11,7 @@ import numpy as np
 import psutil
 import pytest
 
-from ft_jax.data import augment, memory_cache, pipeline, unreadable
-from ft_jax.data.image_set import open_set
+from ft_jax.data import crop, decode, memory_cache, open_set, pipeline, unreadable
 from ft_jax.data.pipeline import EvalBatches, train_batches, Transform
 
 TRANSFORM = Transform(16, short_side=18)
@@ -131,8 +130,8 @@ def test_flip_and_no_flip(source):
     return sum(bool(whole.train(ramp, np.random.default_rng(seed))[0, 0, 0] > 8) for seed in range(200))
 
   assert 70 < mirrored(True) < 130 and mirrored(False) == 0
-  image = augment.decode(source[0].image, '')
-  assert (augment.mirror(image.copy()) == image[:, ::-1]).all()
+  image = decode.decode(source[0].image, '')
+  assert (crop.mirror(image.copy()) == image[:, ::-1]).all()
 
 
 def test_a_damaged_file_is_named(photos, tmp_path):
@@ -142,9 +141,9 @@ def test_a_damaged_file_is_named(photos, tmp_path):
     (tmp_path / name / 'good.jpg').write_bytes(next((photos / 'train' / 'sky').iterdir()).read_bytes())
   (tmp_path / 'b' / 'bad.jpg').write_bytes(b'not an image')
   source = open_set(f'folder:{tmp_path}', 'train')
-  with pytest.raises(ValueError, match='b/bad.jpg is no image that can be read'):
+  with pytest.raises(ValueError, match='b/bad.jpg cannot be read as an image'):
     list(EvalBatches(source, TRANSFORM, 4))
-  with pytest.raises(ValueError, match='b/bad.jpg is no image that can be read'):
+  with pytest.raises(ValueError, match='b/bad.jpg cannot be read as an image'):
     first(source, 2, batch_size=4)
 
 
@@ -171,12 +170,12 @@ def test_a_cache_changes_no_bit(source):
 
 def test_a_cache_says_its_size_first_and_refuses_what_does_not_fit(source, monkeypatch, caplog):
   """Before an image is decoded."""
-  size = sum(augment.decode(example.image, '').nbytes for example in (source[i] for i in range(len(source))))
-  monkeypatch.setattr(augment, 'decode', lambda *args: pytest.fail('decoded'))
+  size = sum(decode.decode(example.image, '').nbytes for example in (source[i] for i in range(len(source))))
+  monkeypatch.setattr(memory_cache, 'decode', lambda *args: pytest.fail('decoded'))
   monkeypatch.setattr(memory_cache, 'free_memory', lambda: 2 * size)
   with caplog.at_level('INFO', 'ft_jax'):
     memory_cache.cached({'target train': source})
-  assert f'keeping 48 decoded images in memory (target train): {size / 1e6:.2f} MB of the' in caplog.text
+  assert f'caching 48 decoded images in memory (target train): {size / 1e6:.2f} MB of {2 * size / 1e6:.2f} MB free' in caplog.text
   monkeypatch.setattr(memory_cache, 'free_memory', lambda: size)  # all of it is too much
   with pytest.raises(ValueError, match='config.data.cache=true: 48 images .* of memory are free, .*; use --config.data.cache=false'):
     memory_cache.cached({'target train': source})
@@ -197,20 +196,20 @@ def damaged_source(photos, tmp_path):
 
 
 def test_damaged_images_are_found_once_and_left_out(damaged_source, caplog, monkeypatch):
-  rest, ids = unreadable.without_damaged(damaged_source, 'target train', True)
+  rest, ids = unreadable.drop(damaged_source, 'target train', True)
   assert ids == ['roof/11.jpg', 'roof/3.jpg', 'sky/0.jpg'] and len(rest) == 45 and not set(ids) & set(rest.ids.tolist())
   assert 'target train: 3 of 48 images cannot be read and are skipped: roof/11.jpg, roof/3.jpg, sky/0.jpg' in caplog.text
   assert len(np.unique(np.concatenate([batch['row'] for batch in first(rest, 9, batch_size=5)]))) == 45
   # The next time nothing is read.
-  monkeypatch.setattr(augment, 'decode', lambda *args, **kwargs: pytest.fail('decoded'))
-  again, ids_again = unreadable.without_damaged(damaged_source, 'target train', True)
+  monkeypatch.setattr(unreadable, 'decode', lambda *args, **kwargs: pytest.fail('decoded'))
+  again, ids_again = unreadable.drop(damaged_source, 'target train', True)
   assert ids_again == ids and again.fingerprint == rest.fingerprint != damaged_source.fingerprint
 
 
 def test_a_file_that_was_mended_or_broke_is_tried_again(damaged_source, tmp_path):
   """Same names and sizes, other bytes."""
   opened = lambda: open_set(f'folder:{tmp_path / "damaged"}', 'train')
-  damaged = lambda: unreadable.without_damaged(opened(), 'target train', True)[1]
+  damaged = lambda: unreadable.drop(opened(), 'target train', True)[1]
   before = opened().fingerprint
   path = tmp_path / 'damaged' / 'wall' / '2.jpg'
   good = path.read_bytes()
@@ -225,8 +224,8 @@ def test_a_file_that_was_mended_or_broke_is_tried_again(damaged_source, tmp_path
 def test_a_class_without_a_readable_image_is_named(damaged_source):
   roof = damaged_source.subset([i for i, name in enumerate(damaged_source.ids) if name in ('roof/3.jpg', 'roof/11.jpg', 'sky/1.jpg')])
   with pytest.raises(ValueError, match='target train: no image of class roof can be read, such as roof/11.jpg'):
-    unreadable.without_damaged(roof, 'target train', True)
+    unreadable.drop(roof, 'target train', True)
   # To evaluate on, the other classes are enough; on nothing nobody can.
-  assert len(unreadable.without_damaged(roof, 'target val', False)[0]) == 1
+  assert len(unreadable.drop(roof, 'target val', False)[0]) == 1
   with pytest.raises(ValueError, match='target val: no image of class roof'):
-    unreadable.without_damaged(roof.of_classes([roof.class_names.index('roof')]), 'target val', False)
+    unreadable.drop(roof.of_classes([roof.class_names.index('roof')]), 'target val', False)

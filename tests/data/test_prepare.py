@@ -22,9 +22,8 @@ import pytest
 import scipy.io
 import tensorflow_datasets as tfds
 
-from ft_jax.data import augment, prepare
+from ft_jax.data import decode, open_set, prepare
 from ft_jax.data import imagenet as imagenet_names
-from ft_jax.data.image_set import open_set
 from ft_jax.data.prepare import originals
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -214,7 +213,7 @@ def read_labels(name: str, data_dir: pathlib.Path, splits: list[str]) -> Labels:
 
 def assert_alike(image: bytes, pixels: np.ndarray) -> None:
   """Equal but for JPEG, which halves the resolution of colours."""
-  decoded = augment.decode(image, 'it').astype(int)
+  decoded = decode.decode(image, 'it').astype(int)
   assert np.abs(decoded - pixels).mean() < 10
   assert np.abs(decoded.mean((0, 1)) - pixels.mean((0, 1))).max() < 2  # in red, green and blue
 
@@ -336,7 +335,7 @@ def test_real_pets(pets_dir):
     for example in source:
       file = example.id.removeprefix(f'{split}/')
       assert source.class_names[example.label].lower() == file.rsplit('_', 1)[0].lower()
-      assert min(augment.decode(example.image, example.id).shape[:2]) == 128
+      assert min(decode.decode(example.image, example.id).shape[:2]) == 128
 
 
 def test_the_pets_config_runs_on_prepared_pets(pets_dir, tmp_path):

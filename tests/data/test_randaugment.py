@@ -10,8 +10,8 @@ import pytest
 from sklearn import datasets
 
 from configs import default
-from ft_jax.data import randaugment
-from ft_jax.data.image_set import Example, open_set
+from ft_jax.data import open_set, randaugment
+from ft_jax.data.image_set import Example
 from ft_jax.data.pipeline import train_batches, Transform
 from ft_jax.jobs import setup
 from ft_jax.settings import check_fields

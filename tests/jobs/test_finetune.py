@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from configs import default, miniature
-from ft_jax.data.image_set import open_set
+from ft_jax.data import open_set
 from ft_jax.jobs import finetune, pretrain, setup
 from ft_jax.studies import study_data
 from ft_jax.training import initial_weights

@@ -18,7 +18,7 @@ from ft_jax import parallel, trained
 from ft_jax.jobs import stability as job
 from ft_jax.methods.base import flat
 from ft_jax.models import resnet
-from ft_jax.pages import report
+from ft_jax.pages import page, stability as stability_page
 from ft_jax.studies import stability
 from ft_jax.training import initial_weights
 from ft_jax.training.checkpoints import Checkpoints, load_start
@@ -133,7 +133,7 @@ def test_job(trained_run, tmp_path):
   assert [row['parameter'] for row in table] == list(rows) and table[0]['distance'] == ''
   assert float(table[0]['trace']) == pytest.approx(rows['conv1/kernel']['trace']['mean'], rel=1e-6)
   page = (tmp_path / 'stability.html').read_text()
-  assert 'reads test images once more' in page and 'Not measured: the run began with random weights' in page
+  assert 'uses the test images again' in page and 'Not measured: the run began with random weights' in page
   # One of each was made before the job was stopped: the rest comes out the same.
   kept = json.loads((tmp_path / 'estimates.json').read_text())
   (tmp_path / 'estimates.json').write_text(json.dumps({**kept, 'draws': kept['draws'][:1], 'probes': kept['probes'][:1]}))
@@ -228,8 +228,8 @@ def test_images_that_changed_or_do_not_fit(trained_run, monkeypatch):
 
 
 def test_pictures_of_the_page():
-  assert report.with_error({'mean': 0.00123456, 'standard_error': 0.000042}) == '0.001235 ± 0.000042'
-  assert report.with_error({'mean': 1234.5, 'standard_error': 41.0}) == '1,234 ± 41'
-  assert report.with_error({'mean': 1.5, 'standard_error': None}) == '1.5'
-  picture = report.vectors({'by_vector': [1.0, 3.0, 5.0]})
+  assert page.format_with_error({'mean': 0.00123456, 'standard_error': 0.000042}) == '0.001235 ± 0.000042'
+  assert page.format_with_error({'mean': 1234.5, 'standard_error': 41.0}) == '1,234 ± 41'
+  assert page.format_with_error({'mean': 1.5, 'standard_error': None}) == '1.5'
+  picture = stability_page.vectors({'by_vector': [1.0, 3.0, 5.0]})
   assert picture.axes[0].lines[1].get_ydata().tolist() == [1.0, 2.0, 3.0]

@@ -59,8 +59,8 @@ class Reference:
     return 0.7 * loss
 
 
-def begin() -> SetupContext:
-  return SetupContext(method_case.network(), {}, CLASSES, np.zeros(9, np.int32), np.zeros(9, np.int32), BATCH, 0, lambda split: ())
+def context() -> SetupContext:
+  return method_case.context(method_case.network(), classes=CLASSES, labels=np.zeros(9, np.int32), batch_size=BATCH)
 
 
 def term(network, projection, heads, features, state, view, labels, step):
@@ -77,7 +77,7 @@ def test_against_the_formulas():
   """Over some steps: losses, queues (also where a class comes more often than its queue is long) and their places; gradients in float64."""
   rng = np.random.default_rng(0)
   draw = lambda *shape: rng.normal(size=shape)
-  state = METHOD.setup(begin())
+  state = METHOD.setup(context())
   np.testing.assert_allclose(np.linalg.norm(state['z'], axis=-1), 1.0, rtol=1e-6)
   state['key'] = {'params': {'layer': np.zeros((5, WIDTH))}, 'batch_stats': {'mean': np.zeros(1)},
                   'projection': state['key']['projection']}
@@ -129,8 +129,8 @@ def test_same_whatever_the_split():
 
 
 def test_bad_settings():
-  plan = methods.Plan(method_case.network(), 16, 16, True, 'weights')
+  context = method_case.context(method_case.network())
   for field, value, expected in (('queue', 0, 'a whole number from 1'), ('projection', 0, 'a whole number from 1'),
                                  ('temperature', 0.0, 'a number above 0'), ('momentum', 1.5, 'a number from 0 to 1')):
     with pytest.raises(ValueError, match=f'bi_tuning.{field} is {value}; expected {expected}'):
-      methods.check(methods.active({'bi_tuning': {'weight': 1.0, field: value}}), plan)
+      methods.check(methods.active({'bi_tuning': {'weight': 1.0, field: value}}), context)

@@ -3,6 +3,8 @@
 That they are of the whole batch on any number of devices is in test_bi_tuning.py, with one compilation for both.
 """
 
+import dataclasses
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 import jax
@@ -68,11 +70,11 @@ def test_lost_directions():
 
 
 def test_bad_settings():
-  plan = methods.Plan(method_case.network(), 16, 16, True, '')
+  context = method_case.context(method_case.network(), pretrained=False)
   for settings_, message in ((dict(weight=1.0, k=0), 'methods.bss.k is 0; expected 1 to 16, .* a batch of 16 with 32 features each'),
                              (dict(weight=1.0, k=17), 'methods.bss.k is 17; expected 1 to 16'),
                              (dict(weight=-1.0), 'methods.bss.weight is -1.0')):
     with pytest.raises(ValueError, match=message):
-      methods.check(methods.active({'bss': settings_}), plan)
+      methods.check(methods.active({'bss': settings_}), context)
   with pytest.raises(ValueError, match='k is 33; expected 1 to 32'):
-    methods.check(methods.active({'bss': dict(weight=1.0, k=33)}), plan._replace(batch_size=64))
+    methods.check(methods.active({'bss': dict(weight=1.0, k=33)}), dataclasses.replace(context, batch_size=64))

@@ -1,8 +1,11 @@
 """Co-Tuning: the term is the formula for hard and soft labels; the relation of classes is the paper's, whatever classes lack images."""
 
+import dataclasses
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 import jax
+import method_case
 import numpy as np
 import pytest
 from scipy import special
@@ -105,10 +108,10 @@ def test_classes_without_images():
 
 
 def test_bad_settings():
-  plan = methods.Plan(None, 16, 16, False, 'weights')
+  context = method_case.context(method_case.network())
   for method, message in ((CoTuning(1.0, 'reverse'), r"relation is 'reverse'; known: calibrated, direct"),
                           (CoTuning(1.0, scale=0.0), r'scale is 0.0; expected a number above 0')):
     with pytest.raises(ValueError, match=f'methods.co_tuning.{message}'):
-      methods.check({'co_tuning': method}, plan)
+      methods.check({'co_tuning': method}, context)
   with pytest.raises(ValueError, match=r'methods.co_tuning needs a pre-trained classifier, but config.model.weights is empty'):
-    methods.check({'co_tuning': CoTuning(1.0)}, plan._replace(weights=''))
+    methods.check({'co_tuning': CoTuning(1.0)}, dataclasses.replace(context, pretrained=False))

@@ -75,7 +75,7 @@ def test_rises_of_the_loss_are_those_of_zeroed_filters(monkeypatch):
   classifier = Classifier(0.3 * rng.normal(size=(32, 4)).astype(np.float32), rng.normal(size=4).astype(np.float32), 0.0, 1, True)
   examples = method_case.images(10, 4)
   layers = ('layer1/0/conv2', 'layer4/0/conv2')
-  batches = method_case.begin(model, {}, examples).batches('train')
+  batches = method_case.context(model, {}, examples).batches('train')
   found = delta.loss_rises(model, variables, classifier, batches, 10, layers)
   features = jax.jit(lambda variables: model.apply(variables, examples['input']).features, compiler_options=method_case.QUICK)
 
@@ -121,7 +121,7 @@ def test_together_with_one_teacher(monkeypatch):
   np.testing.assert_allclose(history[0]['loss_delta'], decay, rtol=1e-4)
   relation = state.methods['co_tuning']['relation']
   given = method_case.batch()['target']
-  said = method_case.begin(method_case.network(), start).taught('train')['logits']
+  said = method_case.context(method_case.network(), start).teacher_outputs('train')['logits']
   np.testing.assert_allclose(
       history[0]['loss_co_tuning'], -2.3 * np.mean(np.sum(relation[given['label']] * special.log_softmax(said, 1), 1)), rtol=1e-4)
   attention = state.methods['delta']['attention']
@@ -144,7 +144,7 @@ def test_layers_of_each_network():
     (dict(layers=('layer4/0/conv2/kernel',)), r'known there: layer4/0/conv2$'),
     (dict(layers='layer4'), r"delta.layers is 'layer4'; expected a tuple of paths")])
 def test_bad_settings(fields, message):
-  plan = methods.Plan(method_case.network(), 16, 16, False, 'weights')
+  context = method_case.context(method_case.network())
   with pytest.raises(ValueError, match=message):
-    methods.check({'delta': Delta(0.48, **fields)}, plan)
-  methods.check({'delta': Delta(0.48, layers=('layer1', 'layer4/0/conv2'))}, plan)
+    methods.check({'delta': Delta(0.48, **fields)}, context)
+  methods.check({'delta': Delta(0.48, layers=('layer1', 'layer4/0/conv2'))}, context)

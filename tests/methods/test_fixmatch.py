@@ -1,5 +1,7 @@
 """FixMatch: the loss is the formula over the images that all devices keep, teaches the strong view alone, and is 0 where none is kept."""
 
+import dataclasses
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 import jax
@@ -10,7 +12,7 @@ import pytest
 from configs import fixmatch as fixmatch_config
 from configs import miniature
 from ft_jax import methods
-from ft_jax.data.image_set import open_set
+from ft_jax.data import open_set
 from ft_jax.jobs import finetune
 from ft_jax.methods.base import StepContext
 from ft_jax.methods.fixmatch import FixMatch
@@ -85,15 +87,15 @@ def test_same_whatever_the_split():
 
 
 def test_bad_settings():
-  plan = methods.Plan(method_case.network(), 16, 16, True, '')
+  context = method_case.context(method_case.network(), pretrained=False)
   for fields, words in ((dict(labels='firm'), "labels is 'firm'; known: soft, hard"), (dict(threshold=1.0), 'threshold is 1.0; expected'),
                         (dict(threshold=-0.1), 'threshold is -0.1'), (dict(temperature=0.0), 'temperature is 0.0; expected')):
     with pytest.raises(ValueError, match=f'methods.fixmatch.{words}'):
-      methods.check(methods.active({'fixmatch': {'weight': 1.0, **fields}}), plan)
+      methods.check(methods.active({'fixmatch': {'weight': 1.0, **fields}}), context)
   on = methods.active({'fixmatch': {'weight': 1.0}})
-  methods.check(on, plan)
+  methods.check(on, context)
   with pytest.raises(ValueError, match='methods.fixmatch needs source images .* but config.selection.method is none'):
-    methods.check(on, plan._replace(source=False))
+    methods.check(on, dataclasses.replace(context, has_source=False))
 
 
 def test_pools_that_do_not_fit(photos, pool):

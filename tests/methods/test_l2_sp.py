@@ -1,5 +1,7 @@
 """L2-SP: the penalty is the formula, of the right parameters, and its gradient draws towards the start."""
 
+import dataclasses
+
 import method_case
 import numpy as np
 import pytest
@@ -33,10 +35,10 @@ def test_same_whatever_the_split():
 
 
 def test_bad_settings():
-  plan = methods.Plan(method_case.network(), 16, 16, True, 'weights')
+  context = method_case.context(method_case.network())
   for settings, message in ((dict(weight=-1.0), r'l2_sp.weight is -1.0; expected a number above 0'),
                             (dict(weight=1.0, head_weight=-2.0), r'head_weight is -2.0; expected a number from 0')):
     with pytest.raises(ValueError, match=message):
-      methods.check(methods.active({'l2_sp': settings}), plan)
+      methods.check(methods.active({'l2_sp': settings}), context)
   with pytest.raises(ValueError, match=r'methods.l2_sp needs pre-trained weights, but config.model.weights is empty'):
-    methods.check(methods.active({'l2_sp': {'weight': 1.0}}), plan._replace(weights=''))
+    methods.check(methods.active({'l2_sp': {'weight': 1.0}}), dataclasses.replace(context, pretrained=False))

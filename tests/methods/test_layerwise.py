@@ -1,5 +1,6 @@
 """RegSL's constraints: projections are the formula, of the right tensors with the right radii, and hold after steps of any optimizer."""
 
+import dataclasses
 import functools
 
 from hypothesis import given, settings
@@ -15,7 +16,7 @@ from ft_jax.methods.base import flat
 from ft_jax.methods.layerwise import frobenius, into_ball, into_interval, Layerwise, outputs_l1
 from ft_jax.models import resnet
 from ft_jax.parallel import AXIS
-from ft_jax.training.optimizer import make_optimizer
+from ft_jax.training.optimizer import make_optimizer, parameter_factors
 from ft_jax.training.step import create_state, make_step
 
 NORMS = {'frobenius': frobenius, 'mars': outputs_l1}
@@ -147,7 +148,7 @@ def test_holds_after_steps(norm, kind, rate):
   model = one_stage()
   start = method_case.start_of(model)
   params = method_case.variables(model, 2)['params'] | {key: value for key, value in start['params'].items() if key != 'heads'}
-  tx = make_optimizer(kind, lambda step: rate, params)
+  tx = make_optimizer(kind, lambda step: rate, parameter_factors(params))
   step = jax.jit(jax.vmap(make_step(model, tx, {'target': 1.0, 'source': 0.5}, methods={'layerwise': method}), in_axes=(None, 0),
                           axis_name=AXIS), compiler_options=method_case.QUICK)
   state = create_state({'params': params, 'batch_stats': start['batch_stats']}, tx, start=start, methods={'layerwise': {}})
@@ -215,7 +216,7 @@ def test_same_whatever_the_split():
 
 
 def test_bad_settings():
-  plan = methods.Plan(method_case.network(), 16, 16, True, 'weights')
+  context = method_case.context(method_case.network())
   for fields, message in ((dict(distance='frob'), r"layerwise.distance is 'frob'; known: frobenius, mars, or '' for none"),
                           (dict(form='ball'), r"layerwise.form is 'ball'; known: constraint, penalty"),
                           (dict(radius=0.0), r'layerwise.radius is 0.0; expected a number above 0'),
@@ -224,7 +225,7 @@ def test_bad_settings():
                           (dict(growth=0.0), r'layerwise.growth is 0.0; expected a number above 0'),
                           (dict(weight=-0.1), r'layerwise.weight is -0.1; expected a number from 0')):
     with pytest.raises(ValueError, match=message):
-      methods.check(methods.active({'layerwise': {'distance': 'mars', **fields}}), plan)
+      methods.check(methods.active({'layerwise': {'distance': 'mars', **fields}}), context)
   assert not methods.active({'layerwise': {'radius': 3.0}})
   with pytest.raises(ValueError, match='methods.layerwise needs pre-trained weights, but config.model.weights is empty'):
-    methods.check(methods.active({'layerwise': {'distance': 'mars'}}), plan._replace(weights=''))
+    methods.check(methods.active({'layerwise': {'distance': 'mars'}}), dataclasses.replace(context, pretrained=False))

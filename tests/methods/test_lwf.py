@@ -1,8 +1,11 @@
 """LwF: the term is the formula, its gradient reaches the features alone."""
 
+import dataclasses
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 import jax
+import method_case
 import numpy as np
 import pytest
 
@@ -41,8 +44,8 @@ def test_term_and_gradient(seed, weight, temperature):
 
 
 def test_bad_settings():
-  plan = methods.Plan(None, 16, 16, False, 'weights')
+  context = method_case.context(method_case.network())
   with pytest.raises(ValueError, match=r'methods.lwf.temperature is 0.0; expected a number above 0'):
-    methods.check({'lwf': LwF(1.0, 0.0)}, plan)
+    methods.check({'lwf': LwF(1.0, 0.0)}, context)
   with pytest.raises(ValueError, match=r'methods.lwf needs a pre-trained classifier, but config.model.weights is empty'):
-    methods.check({'lwf': LwF(1.0)}, plan._replace(weights=''))
+    methods.check({'lwf': LwF(1.0)}, dataclasses.replace(context, pretrained=False))

@@ -42,7 +42,7 @@ def test_every_pair_trains_or_says_why_not(names):
   try:
     active = published(*names)
   except ValueError as error:
-    assert re.fullmatch(rf'methods\.({"|".join(names)}) and methods\.({"|".join(names)}) cannot be together: .{{20,}}', str(error))
+    assert re.fullmatch(rf'methods\.({"|".join(names)}) and methods\.({"|".join(names)}) cannot be combined: .{{20,}}', str(error))
     return
   state, history = method_case.run(active, steps=12, model=tiny(), rate=0.02)
   assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
@@ -125,9 +125,41 @@ class OtherNorm(methods.Method):
 def test_two_normalisation_layers_are_refused():
   """Only one can take BatchNorm's place; the other would be left out without a word."""
   both = {**published('stoch_norm'), 'other_norm': OtherNorm()}
-  plan = methods.Plan(method_case.network(), 32, 16, True, 'x')
-  methods.check(published('stoch_norm'), plan)
-  with pytest.raises(ValueError, match='methods.stoch_norm and methods.other_norm cannot be together: each replaces BatchNorm'):
-    methods.check(both, plan)
+  context = method_case.context(method_case.network())
+  methods.check(published('stoch_norm'), context)
+  with pytest.raises(ValueError, match='methods.stoch_norm and methods.other_norm cannot be combined: each replaces BatchNorm'):
+    methods.check(both, context)
   with pytest.raises(ValueError, match='methods.stoch_norm and methods.other_norm'):  # where nothing checked them
     step.make_step(method_case.network(), None, {'target': 1.0}, methods=both)
+
+
+@pytest.mark.parametrize('name', METHODS)
+def test_hooks_are_declared(name):
+  """The step asks `mixes` and `softens`; a hook that is not declared would never be called."""
+  method = METHODS[name]
+  assert method.mixes == (method.mix is not methods.Method.mix)
+  assert method.softens == (method.soften is not methods.Method.soften)
+
+
+@dataclasses.dataclass(frozen=True)
+class OtherView(methods.Method):
+  """A method that wants another view of source images under the name that FixMatch uses."""
+  enabled: bool = True
+
+  def needs(self, model):
+    return methods.Needs(views=(methods.View('source', 'strong', cutout=0.1),))
+
+
+def test_two_recipes_of_one_view_are_refused():
+  """A batch has one array of that name."""
+  both = {**published('fixmatch'), 'other_view': OtherView()}
+  with pytest.raises(ValueError, match="methods.fixmatch and methods.other_view cannot be combined: each needs a view 'source/strong'"):
+    methods.check(both, method_case.context(method_case.network()))
+
+
+def test_views_differ_by_their_recipe_alone():
+  assert methods.View('target', 'key').recipe == {}
+  view = methods.View('source', 'strong', randaugment=2, cutout=0.0)
+  assert view.recipe == {'randaugment': 2, 'cutout': 0.0} and view.path == 'source/strong'
+  needs = methods.Needs(views=(view,), forwarded_views=(view, methods.View('target', 'key')))
+  assert needs.all_views == (view, methods.View('target', 'key'))

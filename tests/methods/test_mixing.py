@@ -17,7 +17,7 @@ from ft_jax.methods.cutmix import CutMix
 from ft_jax.methods.label_smoothing import LabelSmoothing
 from ft_jax.methods.mixup import Mixup
 from ft_jax.parallel import AXIS
-from ft_jax.training.step import _mixed
+from ft_jax.training.step import mix_target
 
 CLASSES = 5
 
@@ -82,7 +82,7 @@ def test_one_of_two_mixes_each_step():
 
     def mix(images: jax.Array, labels: jax.Array, key: jax.Array) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
       keys = {name: jax.random.fold_in(key, i) for i, name in enumerate(both)}
-      return _mixed(active, keys, {'target': images}, {'target': labels}, {'target': CLASSES}, key)
+      return mix_target(active, keys, key, {'target': images}, {'target': labels}, {'target': CLASSES})
 
     step = map_over(mix, in_axes=(0, 0, None), axis_name=AXIS)
     split = [batch[name].reshape(devices, -1, *batch[name].shape[1:]) for name in ('input', 'label')]
@@ -109,11 +109,11 @@ def test_smoothed_labels():
 
 
 def test_bad_settings():
-  plan = methods.Plan(method_case.network(), 16, 16, True, '')
+  context = method_case.context(method_case.network(), pretrained=False)
   for settings_, message in (({'label_smoothing': {'amount': 1.0}}, 'label_smoothing.amount is 1.0; expected a number below 1'),
                              ({'cutmix': {'alpha': 1.0, 'probability': 0.0}}, 'cutmix.probability is 0.0; expected a number above 0'),
                              ({'mixup': {'alpha': -1.0}}, 'mixup.alpha is -1.0; expected a number above 0')):
     with pytest.raises(ValueError, match=message):
-      methods.check(methods.active(settings_), plan)
-  with pytest.raises(ValueError, match='methods.bi_tuning and methods.mixup cannot be together: .* no class of its own'):
+      methods.check(methods.active(settings_), context)
+  with pytest.raises(ValueError, match='methods.bi_tuning and methods.mixup cannot be combined: .* no class of its own'):
     methods.active({'bi_tuning': {'weight': 1.0}, 'mixup': {'alpha': 1.0}})

@@ -15,10 +15,11 @@ from ft_jax.models.resnet import Outputs
 from ft_jax.parallel import AXIS
 
 
-def begin(labels, true_labels=None, batch_size=8):
+def context(labels, true_labels=None, batch_size=8):
   """What a method is set up with, where only labels matter."""
   labels = np.asarray(labels, np.int32)
-  return methods.SetupContext(None, {}, 4, labels, labels if true_labels is None else true_labels, batch_size, 0, lambda split: [])
+  true_labels = labels if true_labels is None else true_labels
+  return method_case.context(method_case.network(), classes=4, labels=labels, true_labels=true_labels, batch_size=batch_size)
 
 
 def pass_of(logits, index, labels, step):
@@ -44,7 +45,7 @@ def test_reference_weights(shared, devices, temperature):
   arrays = np.load(shared / 'reference' / 'regsl' / 'fixtures.npz')
   losses = arrays['per_sample_loss'].astype(np.float32)
   method = SelfLabel(True, reweight_epoch=1, temperature=temperature)
-  state = method.setup(begin(np.zeros(32), batch_size=32))
+  state = method.setup(context(np.zeros(32), batch_size=32))
   weigh = on_devices(lambda batch, state, step: method.weigh(batch, pass_of(batch[:, None], None, None, step), state), devices)
   weights = weigh(losses, state, 0).reshape(-1)
   np.testing.assert_allclose(weights / 32, arrays[f'w_T{temperature}'], rtol=2e-6)
@@ -57,7 +58,7 @@ def test_reference_schedule(shared):
   expected = np.load(shared / 'reference' / 'regsl' / 'fixtures.npz')['temp_schedule_init2_adapt5']
   # What the weights of two losses say of the temperature: log(w1 / w2) = (l2 - l1) / tau. Epochs of 2.5 steps.
   method = SelfLabel(True, reweight_epoch=5, temperature=2.0)
-  state = method.setup(begin(np.zeros(20)))
+  state = method.setup(context(np.zeros(20)))
   weigh = on_devices(lambda batch, state, step: method.weigh(batch, pass_of(batch[:, None], None, None, step), state), 1)
   for step in range(75):
     (first, second), = weigh(np.array([0.3, 1.8], np.float32), state, step)
@@ -98,7 +99,7 @@ def test_some_steps(seed, devices, reweight, correct, threshold, known):
   method = SelfLabel(True, reweight, correct, threshold, 1.5)
   true, given = rng.integers(0, 4, 19).astype(np.int32), rng.integers(0, 4, 19).astype(np.int32)
   batches = [(rng.integers(0, 19, 8).astype(np.int32), (4 * rng.normal(size=(8, 4))).astype(np.float32)) for _ in range(9)]
-  state = method.setup(begin(given, true if known else None))
+  state = method.setup(context(given, true if known else None))
 
   def step_of(batch, state, step):
     seen = pass_of(batch['logits'], batch['index'], batch['labels'], step)
@@ -133,14 +134,14 @@ def test_the_last_sure_view_counts():
     index = np.array([0, 0, 0, 1], np.int32)
     for devices in (1, 2, 4):
       run = on_devices(lambda batch, state, step: method.relabel(pass_of(*batch, batch[1], step), state)[1]['labels'], devices)
-      labels = run((logits, index), method.setup(begin([0, 2, 2])), 0)
+      labels = run((logits, index), method.setup(context([0, 2, 2])), 0)
       np.testing.assert_array_equal(labels, np.tile([expected, 3, 2], (devices, 1)))
 
 
 def test_epochs_that_never_come():
   """A number beyond every run, and one beyond int32, cost nothing and switch nothing on."""
   method = SelfLabel(True, 10**12, 10**6)
-  state = method.setup(begin(np.zeros(5_000_000)))
+  state = method.setup(context(np.zeros(5_000_000)))
   assert state['correct_from'].dtype == state['reweight_from'].dtype == np.int32 and state['reweight_from'].nbytes < 100
   assert min(state['correct_from'], *state['reweight_from']) == 2**31 - 1
 
@@ -164,13 +165,13 @@ def test_same_whatever_the_split():
 
 
 def test_bad_settings():
-  plan = methods.Plan(method_case.network(), 16, 16, True, '')
+  context = method_case.context(method_case.network(), pretrained=False)
   for fields, message in ((dict(reweight_epoch=0), 'self_label.reweight_epoch is 0; expected an epoch from 1'),
                           (dict(correct_epoch=-2), 'self_label.correct_epoch is -2; expected an epoch from 1'),
                           (dict(threshold=1.0), 'self_label.threshold is 1.0; expected a probability from 0 to below 1'),
                           (dict(threshold=-0.1), 'self_label.threshold is -0.1; expected a probability'),
                           (dict(temperature=0.0), 'self_label.temperature is 0.0; expected a number above 0')):
     with pytest.raises(ValueError, match=message):
-      methods.check(methods.active({'self_label': {'enabled': True, **fields}}), plan)
-  methods.check(methods.active({'self_label': {'enabled': True}}), plan)  # without pre-trained weights, too
+      methods.check(methods.active({'self_label': {'enabled': True, **fields}}), context)
+  methods.check(methods.active({'self_label': {'enabled': True}}), context)  # without pre-trained weights, too
   assert {'mixup', 'cutmix'} == set(SelfLabel.excludes)

@@ -1,5 +1,6 @@
 """StochNorm: channels take the batch's or the running statistics, drawn alike everywhere; running statistics are updated all the same."""
 
+import dataclasses
 import functools
 
 from flax import linen as nn
@@ -141,12 +142,12 @@ def test_taps_of_a_layer_are_what_the_network_goes_on_with(norm, parts):
 
 
 def test_bad_settings():
-  plan = methods.Plan(method_case.network(), 16, 16, True, '')
+  context = method_case.context(method_case.network(), pretrained=False)
   on = methods.active({'stoch_norm': {'enabled': True}})
-  methods.check(on, plan)
-  methods.check(on, plan._replace(model=method_case.network(frozen='layer1/.*')))
+  methods.check(on, context)
+  methods.check(on, dataclasses.replace(context, model=method_case.network(frozen='layer1/.*')))
   for frozen in (dict(batch_norm='frozen'), dict(frozen=resnet.FROZEN['backbone'])):
     with pytest.raises(ValueError, match='stoch_norm has no layer to work in: model.batch_norm .* train.freeze'):
-      methods.check(on, plan._replace(model=method_case.network(**frozen)))
+      methods.check(on, dataclasses.replace(context, model=method_case.network(**frozen)))
   with pytest.raises(ValueError, match='stoch_norm.probability is 1.5; expected a number from 0 to 1'):
-    methods.check(methods.active({'stoch_norm': {'enabled': True, 'probability': 1.5}}), plan)
+    methods.check(methods.active({'stoch_norm': {'enabled': True, 'probability': 1.5}}), context)

@@ -14,7 +14,7 @@ import pytest
 
 from configs import default
 from ft_jax import logistic
-from ft_jax.data.image_set import open_set
+from ft_jax.data import open_set
 from ft_jax.data.pipeline import Transform
 from ft_jax.embedding import embedded
 from ft_jax.jobs import setup
@@ -60,11 +60,11 @@ def test_methods_compute_with_it_too():
   active = {'delta': Delta(0.48, form='feature_map'), 'co_tuning': CoTuning(2.3), 'lwf': LwF(4.0), 'bi_tuning': BiTuning(1.0)}
   model = method_case.network({'target': 4, 'source': 6, 'pretrained': 8}, precision='high')
   start = method_case.start_of(model)
-  begin = method_case.begin(model, start)
-  states = {name: {'relation': np.full((4, 8), 0.125, np.float32)} if name == 'co_tuning' else method.setup(begin)
+  context = method_case.context(model, start)
+  states = {name: {'relation': np.full((4, 8), 0.125, np.float32)} if name == 'co_tuning' else method.setup(context)
             for name, method in active.items() if name != 'delta'} | {'delta': {}}
   variables = method_case.variables(model)
-  variables['params'] |= {'methods': {'bi_tuning': active['bi_tuning'].params(begin)}}
+  variables['params'] |= {'methods': {'bi_tuning': active['bi_tuning'].params(context)}}
   step = make_step(model, optax.sgd(0.1), {'target': 1.0, 'source': 0.5}, methods=active)
   state = create_state(variables, optax.sgd(0.1), start=start, methods=states)
   batch = jax.tree.map(lambda x: x[None], method_case.batch())
@@ -168,10 +168,10 @@ def test_studies_and_methods_state_it():
     assert probe.neighbours(part, part, features, 3).test.shape == (24,)
     classifier = logistic.fit(features, labels, 3, strength=0.1)
     assert classifier.converged
-    begin = method_case.begin(model, start)
-    assert begin.taught('train')['logits'].shape == (method_case.BATCH, 8)
-    found = delta.loss_rises(begin.teacher, teacher_variables(start), classifier._replace(
-        weights=np.ones((32, 4), np.float32), bias=np.zeros(4, np.float32)), begin.batches('train'), method_case.BATCH, ('layer4/0/conv2',))
+    context = method_case.context(model, start)
+    assert context.teacher_outputs('train')['logits'].shape == (method_case.BATCH, 8)
+    found = delta.loss_rises(context.teacher, teacher_variables(start), classifier._replace(
+        weights=np.ones((32, 4), np.float32), bias=np.zeros(4, np.float32)), context.batches('train'), method_case.BATCH, ('layer4/0/conv2',))
     assert np.isfinite(found['layer4/0/conv2']).all()
     assert set(precisions(jax.jit(lambda params: stability.curvature(loss, params, jax.random.key(0))).lower(params))) == {'HIGHEST'}
 

@@ -1,4 +1,4 @@
-"""The page is safe whatever classes are called, and its pictures show the numbers that they are given."""
+"""The page is safe whatever the class names, and its figures show the given numbers."""
 
 import json
 import xml.etree.ElementTree
@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 import numpy as np
 import pytest
 
-from ft_jax.pages import report
+from ft_jax.pages import comparison, page, report
 from ft_jax.workdir import MetricsWriter, Workdir, write_results
 
 HOSTILE = '<script>alert(1)</script> & "quoted" $^$'
@@ -15,7 +15,8 @@ HOSTILE = '<script>alert(1)</script> & "quoted" $^$'
 
 def evaluation(confusion, names):
   confusion = np.asarray(confusion)
-  return {'top1': np.trace(confusion) / confusion.sum(), 'mean_per_class': 0.5, 'loss': 1.25, 'images': int(confusion.sum()),
+  return {'top1': np.trace(confusion) / confusion.sum(), 'mean_per_class': 0.5, 'loss': 1.25,
+          'images': int(confusion.sum()),
           'per_class': [{'name': name, 'images': int(row.sum()), 'right': int(row[k])}
                         for k, (name, row) in enumerate(zip(names, confusion))],
           'confusion': [[int(t), int(p), int(confusion[t, p])] for t, p in np.argwhere(confusion)]}
@@ -27,11 +28,13 @@ def work(tmp_path) -> Workdir:
   work = Workdir(tmp_path / 'run', config)
   writer = MetricsWriter(work, 0)
   writer.write(1, {'train/loss_target': 2.0, 'train/top1_target': 0.1, 'learning_rate': 0.01})
-  writer.write(2, {'train/loss_target': 1.0, 'train/top1_target': 0.4, 'val/loss': 1.5, 'val/top1': 0.5, 'learning_rate': 0.001})
+  writer.write(2, {'train/loss_target': 1.0, 'train/top1_target': 0.4, 'val/loss': 1.5, 'val/top1': 0.5,
+                   'learning_rate': 0.001})
   writer.close()
   names = [HOSTILE, 'plain']
   write_results(work, {
-      'job': 'finetune', 'metric': 'top1', 'best_step': 2, 'steps': 2, 'seed': 0, 'devices': '1 x cpu', 'batch_norm': 'x',
+      'job': 'finetune', 'metric': 'top1', 'best_step': 2, 'steps': 2, 'seed': 0, 'devices': '1 x cpu',
+      'batch_norm': 'x',
       'versions': {'jax': '0'}, 'command': ['main.py'],
       'val': evaluation([[1, 1], [0, 2]], names), 'test': evaluation([[3, 1], [2, 4]], names),
       'target': {'train': 8, 'val': 4, 'test': 10, 'classes': 2}, 'source': {'name': 'pool', 'images': 9, 'classes': 3},
@@ -40,21 +43,23 @@ def work(tmp_path) -> Workdir:
 
 
 def test_class_names_are_text(work):
-  """A class called like a tag does not become one, neither in the page nor in a picture."""
+  """A class named like a tag does not become one, neither in the page nor in a figure."""
   chosen = [report.ChosenUnit(HOSTILE, '50.00%', 5, [(HOSTILE, 1.0)], [b'jpeg'])]
   figure = Figure()
   figure.subplots().set_title(HOSTILE.replace('$', r'\$'))
-  report.write(work, report.SelectionSection(HOSTILE, 'class', 'classes', 'share', chosen, figure, [(HOSTILE, [b'jpeg'])]))
-  page = work.report_html.read_text()
-  assert '<script' not in page and '&lt;script&gt;' in page
-  assert '70.0 %' in page and '1.250' in page  # 7 of 10 right
+  report.write(work,
+               report.SelectionSection(HOSTILE, 'class', 'classes', 'share', chosen, figure, [(HOSTILE, [b'jpeg'])]))
+  text = work.report_html.read_text()
+  assert '<script' not in text and '&lt;script&gt;' in text
+  assert '70.0 %' in text and '1.250' in text  # 7 of 10 right
 
 
 def test_pictures_are_whole_and_hold_the_numbers(work):
   results = work.results()
-  pictures = [report.curves(work.metrics(), 2), report.per_class(results['test']['per_class']), report.confusion(results['test'])]
+  pictures = [report.curves(work.metrics(), 2), report.per_class(results['test']['per_class']),
+              report.confusion(results['test'])]
   for picture in pictures:
-    xml.etree.ElementTree.fromstring(report.svg(picture))
+    xml.etree.ElementTree.fromstring(page.svg(picture))
   accuracy = pictures[0].axes[1]
   assert [line.get_ydata() for line in accuracy.lines if line.get_label() == 'val'][0] == (0.5,)
   assert [bar.get_width() for bar in pictures[1].axes[0].patches] == pytest.approx([4 / 6, 3 / 4])  # lowest first
@@ -70,16 +75,16 @@ def test_many_classes_have_no_names_at_the_axes():
 
 
 def test_comparison(tmp_path):
-  """Means, standard errors of the mean (n - 1), and differences seed by seed."""
-  assert (report.spoken([0.5, 0.6, 0.7]), report.spoken([0.123])) == ('60.0 ± 5.8', '12.3')
-  assert report.spoken([0.01, 0.03], sign=True) == '+2.0 ± 1.0'
+  """Means, standard errors of the mean (n - 1), and differences within each seed."""
+  assert (page.format_percent([0.5, 0.6, 0.7]), page.format_percent([0.123])) == ('60.0 ± 5.8', '12.3')
+  assert page.format_percent([0.01, 0.03], sign=True) == '+2.0 ± 1.0'
   work = Workdir(tmp_path / 'run', {'target': {'name': 'folder:pets'}})
   rows = [{'method': 'none', 'top1': [0.5, 0.6], 'mean_per_class': [0.5, 0.5], 'gain': [0.0, 0.0]},
           {'method': 'uot', 'top1': [0.55, 0.67], 'mean_per_class': [0.5, 0.6], 'gain': [0.05, 0.07]}]
   write_results(work, {'split': 'test', 'seeds': [0, 1], 'images': 1234, 'rows': rows})
-  table = report.comparison_table(work.results())
+  table = comparison.markdown(work.results())
   assert table.splitlines()[-1] == '| uot | 61.0 ± 6.0 | 55.0 ± 5.0 | +6.0 ± 1.0 |'
-  report.write_comparison(work)
-  page = work.report_html.read_text()
-  assert '+6.0 ± 1.0' in page and 'uot-1/report.html' in page and '1,234 test images' in page
+  comparison.write(work)
+  text = work.report_html.read_text()
+  assert '+6.0 ± 1.0' in text and 'uot-1/report.html' in text and '1,234 test images' in text
   assert json.loads(work.results_json.read_text())['rows'] == rows

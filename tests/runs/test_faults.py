@@ -15,8 +15,7 @@ import pytest
 
 from configs import default, miniature
 from ft_jax import methods, parallel
-from ft_jax.data import augment, pipeline
-from ft_jax.data.image_set import open_set
+from ft_jax.data import open_set, pipeline
 from ft_jax.data.pipeline import place_of, rows_at, Stalled, train_batches, Transform
 from ft_jax.data.splits import open_splits
 from ft_jax.embedding import embedded, remove_partial
@@ -148,10 +147,10 @@ class Spoils(methods.Method):
   """A term whose loss and gradient are not finite for one batch of training examples, and zero for all others."""
   rows: tuple = (0,)  # of that batch
 
-  def loss(self, seen: methods.StepContext, state: methods.State) -> methods.LossTerm:
+  def loss(self, context: methods.StepContext, state: methods.State) -> methods.LossTerm:
     """See `Method`."""
-    spoilt = jnp.array_equal(jnp.sort(parallel.gather(seen.index)), jnp.sort(jnp.array(self.rows)))
-    return methods.LossTerm(jnp.where(spoilt, jnp.nan, 0.0) * jnp.sum(seen.outputs['target'].features), state)
+    spoilt = jnp.array_equal(jnp.sort(parallel.gather(context.rows)), jnp.sort(jnp.array(self.rows)))
+    return methods.LossTerm(jnp.where(spoilt, jnp.nan, 0.0) * jnp.sum(context.outputs['target'].features), state)
 
 
 def test_a_step_that_is_not_finite_leaves_nothing_behind(photos, tmp_path, monkeypatch):
@@ -176,7 +175,7 @@ def test_parameters_that_are_not_finite_are_never_saved(photos, tmp_path):
 
 def test_images_that_stop_coming_end_the_run_with_its_state(photos, whole, tmp_path, monkeypatch, caplog):
   """It says what it waits for, saves, and goes on later to the very same end."""
-  decode, gate, count = augment.decode, threading.Event(), [0]
+  decode, gate, count = pipeline.decode, threading.Event(), [0]
   with monkeypatch.context() as patched:
     batch = training_rows(6, patched)
 
@@ -187,7 +186,7 @@ def test_images_that_stop_coming_end_the_run_with_its_state(photos, whole, tmp_p
           gate.wait(300)
       return decode(image, name, **kwargs)
 
-    patched.setattr(augment, 'decode', hangs)
+    patched.setattr(pipeline, 'decode', hangs)
     patched.setattr(pipeline, 'SLOW', 0.1)
     with caplog.at_level('WARNING', 'ft_jax'), pytest.raises(Stalled) as error:
       run(photos, tmp_path / 'run', **{'data.timeout': 3.0})

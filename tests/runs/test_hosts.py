@@ -183,9 +183,8 @@ with command.exit_codes(False):
   assert cluster.start(f'localhost:{port}', 2, process) == process
   import jax
   import numpy as np
-  from ft_jax.data.unreadable import without_damaged
+  from ft_jax.data import open_set, unreadable
   from ft_jax.data.pipeline import EvalBatches, Transform, train_batches
-  from ft_jax.data.image_set import open_source
 
   def refusal(function, *args):
     try:
@@ -203,20 +202,20 @@ with command.exit_codes(False):
   parallel._SEEN_SECONDS = 1
   told['shared'] = refusal(parallel.check_shared, folder / 'shared', '--workdir')
   told['apart'] = refusal(parallel.check_shared, folder / f'of_{process}', '--workdir')
-  source, transform = open_source(f'folder:{folder / "good"}', 'train', ''), Transform(16, short_side=16)
+  source, transform = open_set(f'folder:{folder / "good"}', 'train', ''), Transform(16, short_side=16)
   told['train'] = [np.concatenate([batch['row'], batch['input'].sum((1, 2, 3))]).tolist() for batch, _ in zip(
       train_batches(source, transform, 8, stream='target', seed=3, start=5), range(3))]
   told['eval'] = [[batch['row'].tolist(), batch['mask'].tolist()] for batch in EvalBatches(source, transform, 8)]
-  told['damaged'] = without_damaged(open_source(f'folder:{folder / "damaged"}', 'train', ''), 'train', False)[1]
+  told['damaged'] = unreadable.drop(open_set(f'folder:{folder / "damaged"}', 'train', ''), 'train', False)[1]
   (folder / f'{process}.json').write_text(json.dumps(told))
-  list(EvalBatches(open_source(f'folder:{folder / "damaged"}', 'train', ''), transform, 48))
+  list(EvalBatches(open_set(f'folder:{folder / "damaged"}', 'train', ''), transform, 48))
   parallel.barrier('read')
 """
 
 
 def test_what_two_processes_agree_on_and_share_and_how_one_ends_the_other(photos, tmp_path):
   """Decisions are process 0's, refusals come to all; each reads its part; an image that one cannot read ends both, by name."""
-  from ft_jax.data.image_set import open_set
+  from ft_jax.data import open_set
   from ft_jax.data.pipeline import train_batches, Transform
 
   for name in ('good', 'damaged'):
@@ -226,7 +225,7 @@ def test_what_two_processes_agree_on_and_share_and_how_one_ends_the_other(photos
   port = str(free_port())
   both = [start([sys.executable, '-c', TOGETHER, str(i), port, str(tmp_path)], 2) for i in range(2)]
   (code, printed), (other_code, other_printed) = ended(both, 120)
-  assert other_code == 1 and 'process 1: error: train/wall/11.jpg is no image that can be read' in other_printed, other_printed
+  assert other_code == 1 and 'process 1: error: train/wall/11.jpg cannot be read as an image' in other_printed, other_printed
   assert code in (1, -signal.SIGABRT) and ('error: another process ended' in printed or 'another task died' in printed), printed
   assert 'Traceback' not in printed + other_printed
   first, second = (json.loads((tmp_path / f'{i}.json').read_text()) for i in range(2))

@@ -15,7 +15,7 @@ import numpy as np
 from orbax import checkpoint as ocp
 import pytest
 
-from ft_jax.data.image_set import open_set
+from ft_jax.data import open_set
 import selection
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -180,7 +180,7 @@ def test_going_on_with_other_images_is_refused(photos, pool, tmp_path):
   good = broken.read_bytes()
   broken.write_bytes(b'no image')
   first = main(tmp_path / 'run', *flags)
-  assert first.returncode == 1 and f'test/sky/{broken.name} is no image that can be read' in first.stderr
+  assert first.returncode == 1 and f'test/sky/{broken.name} cannot be read as an image' in first.stderr
   broken.write_bytes(good)
   gone = sorted((tmp_path / 'photos' / 'train' / 'roof').iterdir())[:4]
   kept = [path.read_bytes() for path in gone]

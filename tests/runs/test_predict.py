@@ -16,10 +16,11 @@ import pytest
 
 from configs import predict as predict_config
 from ft_jax import trained, workdir
-from ft_jax.data.image_set import Example, open_set, split_off_val
-from ft_jax.data.path_list import open_files
+from ft_jax.data import open_set
+from ft_jax.data.image_set import Example, split_off_val
+from ft_jax.data.path_list import open_paths
 from ft_jax.jobs import predict
-from ft_jax.pages import contact_sheet, report
+from ft_jax.pages import contact_sheet, page, report
 
 
 def rows(path: pathlib.Path) -> list[dict[str, str]]:
@@ -89,13 +90,13 @@ def test_unreadable_images(trained_run, mixed, tmp_path):
   broken = tmp_path / 'images' / 'b' / '2.jpg'
   broken.write_bytes(broken.read_bytes()[:200])
   out = tmp_path / 'out'
-  with pytest.raises(ValueError, match='b/2.jpg is no image that can be read'):
+  with pytest.raises(ValueError, match='b/2.jpg cannot be read as an image'):
     predict.run(config_of(trained_run, tmp_path / 'images'), out)
   assert not list(out.iterdir())
   result = predict.run(config_of(trained_run, tmp_path / 'images', data={'on_error': 'skip'}), out)
   assert (result['images'], result['unreadable']) == (3, 1)
   table = {row['file']: row for row in rows(out / 'predictions.csv')}
-  assert table['b/2.jpg']['class_1'] == table['b/2.jpg']['probability_1'] == '' and 'is no image' in table['b/2.jpg']['problem']
+  assert table['b/2.jpg']['class_1'] == table['b/2.jpg']['probability_1'] == '' and 'cannot be read as an image' in table['b/2.jpg']['problem']
   assert all(row['class_1'] and not row['problem'] for name, row in table.items() if name != 'b/2.jpg')
   # A list, in its own order, of a file that is not there, and one that is broken.
   (tmp_path / 'images' / 'list.txt').write_text('gone.jpg\n\nb/2.jpg\n')
@@ -136,7 +137,7 @@ def test_training_images_whose_names_are_not_utf8(photo, tmp_path):
   assert len(fingerprints) == 6
   workdir.write_text(epath.Path(tmp_path / 'page.html'), f'<p>{source.ids[0]}</p>')
   assert (tmp_path / 'page.html').read_text(encoding='utf-8') == r'<p>caf\udce8/caf\udce80.jpg</p>'
-  assert '<svg' in report.svg(report.per_class([{'name': source.class_names[0], 'images': 2, 'right': 1}]))
+  assert '<svg' in page.svg(report.per_class([{'name': source.class_names[0], 'images': 2, 'right': 1}]))
 
 
 def test_a_list_with_a_mark_and_an_image_twice(trained_run, photo, tmp_path, caplog):
@@ -144,8 +145,8 @@ def test_a_list_with_a_mark_and_an_image_twice(trained_run, photo, tmp_path, cap
   for name in ('a.jpg', 'b.jpg'):
     (tmp_path / name).write_bytes(photo)
   (tmp_path / 'list.txt').write_bytes(b'\xef\xbb\xbfb.jpg\r\na.jpg\r\nb.jpg\r\n')
-  files = open_files(str(tmp_path / 'list.txt'))
-  assert files.names == ['b.jpg', 'a.jpg', 'b.jpg'] and files.source.ids.tolist() == ['b.jpg', 'a.jpg'] and not files.problems
+  files = open_paths(str(tmp_path / 'list.txt'))
+  assert files.names == ['b.jpg', 'a.jpg', 'b.jpg'] and files.images.ids.tolist() == ['b.jpg', 'a.jpg'] and not files.problems
   predict.run(config_of(trained_run, tmp_path / 'list.txt'), tmp_path / 'out')
   table = rows(tmp_path / 'out' / 'predictions.csv')
   assert [row['file'] for row in table] == files.names and table[0] == table[2] and table[0]['class_1']
@@ -162,9 +163,9 @@ def test_links_in_a_folder(trained_run, photo, tmp_path):
     (tmp_path / name / '1.jpg').write_bytes(photo)
   for link, to in (('a/up', '..'), ('a/self', 'self'), ('b', '../elsewhere'), ('c', 'a')):
     (tmp_path / 'images' / link).symlink_to(to)
-  assert open_files(str(tmp_path / 'images')).names == ['a/1.jpg', 'b/1.jpg', 'c/1.jpg']
+  assert open_paths(str(tmp_path / 'images')).names == ['a/1.jpg', 'b/1.jpg', 'c/1.jpg']
   (tmp_path / 'images' / 'gone.jpg').symlink_to('nothing.jpg')
-  with pytest.raises(ValueError, match='gone.jpg is a link to a file that is not there; mend or remove it, or leave') as raised:
+  with pytest.raises(ValueError, match='gone.jpg is a link to a file that does not exist; mend or remove it, or leave') as raised:
     predict.run(config_of(trained_run, tmp_path / 'images'), tmp_path / 'out')
   assert 'list' not in str(raised.value)
 
@@ -175,12 +176,12 @@ def test_what_is_not_predicted_is_told(mixed, photo, tmp_path, caplog):
   (tmp_path / 'images.jpg' / 'b' / 'x.heic').write_bytes(b'heic')
   (tmp_path / 'images.jpg' / 'gone.jpg').symlink_to('nothing.jpg')
   for _ in range(2):
-    found = open_files(str(tmp_path / 'images.jpg'))
+    found = open_paths(str(tmp_path / 'images.jpg'))
     assert len(found.names) == 5 and list(found.problems) == ['gone.jpg']
   line, = [record.getMessage() for record in caplog.records]
-  assert '3 files or folders are not used: 1 .heic, b/x.heic (a format that is not read here' in line and '1 .txt, notes.txt' in line
+  assert '3 files or folders are not used: 1 .heic, b/x.heic (a format that is not read' in line and '1 .txt, notes.txt' in line
   (tmp_path / 'photo').write_bytes(photo)
-  assert open_files(str(tmp_path / 'photo')).names == [str(tmp_path / 'photo')]
+  assert open_paths(str(tmp_path / 'photo')).names == [str(tmp_path / 'photo')]
 
 
 def test_folders_that_name_classes():
@@ -194,9 +195,9 @@ def test_folders_that_name_classes():
 
 @pytest.mark.parametrize('images,words', [
     ('', 'config.predict.images is empty'), ('no/such', 'there is no file or folder'), ('no/such.jpg', 'there is no file'),
-    ('{folder}/empty', 'no image in'), ('{folder}/empty.txt', 'is empty'), ('{folder}/binary', 'neither text, one path a line, nor'),
-    ('{folder}/other', r'no image in .*; it holds 1 .heic, x.heic \(a format that is not read here'),
-    ('{folder}/other/x.heic', 'is of a format that is not read here; save it as .jpg')])
+    ('{folder}/empty', 'no image in'), ('{folder}/empty.txt', 'is empty'), ('{folder}/binary', 'neither text, one path per line, nor'),
+    ('{folder}/other', r'no image in .*; it holds 1 .heic, x.heic \(a format that is not read'),
+    ('{folder}/other/x.heic', 'has a format that is not read; save it as .jpg')])
 def test_wrong_images(tmp_path, images, words):
   (tmp_path / 'empty').mkdir()
   (tmp_path / 'empty.txt').write_text('\n')
@@ -204,7 +205,7 @@ def test_wrong_images(tmp_path, images, words):
   for name in ('binary', 'other/x.heic'):
     (tmp_path / name).write_bytes(b'\xff\xd8\xff\xe0')
   with pytest.raises(ValueError, match=words):
-    open_files(images.format(folder=tmp_path))
+    open_paths(images.format(folder=tmp_path))
 
 
 def test_wrong_settings(trained_run, mixed, tmp_path):

@@ -13,7 +13,7 @@ import pytest
 
 from configs import default, noisy, regsl
 from ft_jax import methods, settings
-from ft_jax.data import augment
+from ft_jax.data import crop
 from ft_jax.data.randaugment import STRONGEST
 from ft_jax.data.splits import open_splits
 from ft_jax.jobs import compare, finetune, predict, stability, study
@@ -129,7 +129,7 @@ def test_every_crop_that_is_let_through_can_be_cut():
     for ratio in ((1e-4, 1e-4), (1e-4, 1e4), (1e4, 1e4), (1, 1)):
       assert refused('augment.scale', changed('augment.scale', scale, **{'augment.ratio': ratio})) is None
       for antialias in (False, True):
-        assert augment.random_resized_crop(image, 16, scale, ratio, rng, antialias, None).shape == (16, 16, 3)
+        assert crop.random_resized_crop(image, 16, scale, ratio, rng, antialias, None).shape == (16, 16, 3)
 
 
 def test_magnitudes_are_those_of_randaugment():

@@ -35,13 +35,13 @@ import pytest
 from configs import miniature as compare_config
 from configs import predict as predict_config
 from ft_jax import names, progress, trained
-from ft_jax.data import augment, label_noise
-from ft_jax.data.image_set import ImageSet, MOST_BYTES, open_set
-from ft_jax.data.path_list import open_files
+from ft_jax.data import contents, decode, label_noise, open_set
+from ft_jax.data.image_set import ImageSet
+from ft_jax.data.path_list import open_paths
 from ft_jax.data.pipeline import Transform
 from ft_jax.jobs import compare, export, finetune, predict, setup
 from ft_jax.models import torch_pickle
-from ft_jax.pages import report, study_page
+from ft_jax.pages import comparison, report, study_csv
 from ft_jax.training import fit
 from ft_jax.workdir import Workdir, write_results
 import selection
@@ -338,16 +338,19 @@ def png(width: int, height: int) -> bytes:
           + chunk(b'IDAT', zlib.compress(bytes(1000))) + chunk(b'IEND', b''))
 
 
+NO_IMAGE = 'x cannot be read as an image'
+
+
 @pytest.mark.parametrize('data, words', [
-    (png(50_000, 50_000), 'x is an image of 50000 x 50000 pixels; expected 200,000,000 at most'), (png(2**31 - 1, 1), 'pixels'),
-    (b'P6 999999999 999999999 255\n', 'pixels'), (png(300, 300), 'x is no image that can be read'), (png(0, 0), 'no image'),
-    (png(9, 9)[:40], 'no image'), (b'GIF89a' + b'\xff' * 100, 'no image'), (b'\xff\xd8\xff\xe1\xff\xff', 'no image'),
-    (b'BM' + b'\xff' * 60, 'no image'), (b'II*\0\x08\0\0\0' + b'\xff' * 200, 'no image'),
-    (b'RIFF\xff\xff\xff\xffWEBPVP8X' + b'\xff' * 50, 'no image'),
-    (b'%PDF-1.4', 'no image'), (b'<svg xmlns="http://www.w3.org/2000/svg"/>', 'no image'), (b'', 'it is empty')])
+    (png(50_000, 50_000), 'x is an image of 50000 x 50000 pixels; expected at most 200,000,000'), (png(2**31 - 1, 1), 'pixels'),
+    (b'P6 999999999 999999999 255\n', 'pixels'), (png(300, 300), NO_IMAGE), (png(0, 0), NO_IMAGE),
+    (png(9, 9)[:40], NO_IMAGE), (b'GIF89a' + b'\xff' * 100, NO_IMAGE), (b'\xff\xd8\xff\xe1\xff\xff', NO_IMAGE),
+    (b'BM' + b'\xff' * 60, NO_IMAGE), (b'II*\0\x08\0\0\0' + b'\xff' * 200, NO_IMAGE),
+    (b'RIFF\xff\xff\xff\xffWEBPVP8X' + b'\xff' * 50, NO_IMAGE),
+    (b'%PDF-1.4', NO_IMAGE), (b'<svg xmlns="http://www.w3.org/2000/svg"/>', NO_IMAGE), (b'', 'it is empty')])
 def test_images_that_are_none_or_too_large(data, words):
-  for read in (augment.decode, augment.dimensions):
-    if not (read is augment.dimensions and data == png(300, 300)):  # its head is right
+  for read in (decode.decode, decode.dimensions):
+    if not (read is decode.dimensions and data == png(300, 300)):  # its head is right
       with pytest.raises(ValueError, match=words):
         read(data, 'x')
 
@@ -363,7 +366,7 @@ def test_what_lies_in_a_folder_of_images(photos, tmp_path):
   (folder / 'zero.jpg').symlink_to('/dev/zero')
   os.mkfifo(folder / 'pipe.jpg')
   with open(folder / 'holes.jpg', 'wb') as stream:
-    stream.truncate(MOST_BYTES + 1)
+    stream.truncate(contents.MAX_FILE_BYTES + 1)
   source = open_set(f'folder:{tmp_path / "in"}', 'train')
   named = ['holes.jpg', 'link.jpg', 'loop.jpg', 'none.jpg', 'with\nbreak\x1b[2J.png']
   assert sorted(name.rpartition('/')[2] for name in source.ids) == named
@@ -372,11 +375,11 @@ def test_what_lies_in_a_folder_of_images(photos, tmp_path):
   for i in range(5):
     name = source.ids[i].rpartition('/')[2]
     try:
-      read[name] = augment.decode(source[i].image, source.ids[i]).shape
+      read[name] = decode.decode(source[i].image, source.ids[i]).shape
     except ValueError as error:
       assert name in str(error) and 'root:' not in str(error)
   assert list(read) == ['with\nbreak\x1b[2J.png']
-  found = open_files(str(tmp_path / 'in'))
+  found = open_paths(str(tmp_path / 'in'))
   assert sorted(name.rpartition('/')[2] for name in found.problems) == ['holes.jpg', 'loop.jpg', 'none.jpg']
 
 
@@ -400,7 +403,7 @@ def test_no_cell_is_a_formula_and_every_name_comes_back(tmp_path):
   path.write_text('file,class_1\n"' + 'x' * 200_000 + '",a\n')
   with pytest.raises(ValueError, match='cannot be read as a table .field larger'):
     label_noise.read_predictions(str(path), source)
-  assert study_page.cell is names.cell  # one rule for both tables
+  assert study_csv.cell is names.cell  # one rule for both tables
 
 
 @settings(max_examples=EXAMPLES or 100, **FUZZ)
@@ -511,7 +514,7 @@ def test_names_in_a_comparison(tmp_path):
   work = Workdir(tmp_path / 'run', {'target': {'name': HOSTILE[6]}, HOSTILE[5]: HOSTILE[6]})
   rows = [{'method': name, 'top1': [0.5], 'mean_per_class': [0.5], 'gain': [0.0]} for name in ('none', 'uot')]
   write_results(work, {'split': 'test', 'seeds': [0], 'images': 4, 'rows': rows})
-  report.write_comparison(work)
+  comparison.write(work)
   shown = Page(work.report_html.read_text())
   assert not shown.code and not {'script', 'img'} & {element[0] for element in shown.elements} and HOSTILE[6] in shown.text
 

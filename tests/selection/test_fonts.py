@@ -14,7 +14,7 @@ import PIL.Image
 import pytest
 from test_report import evaluation
 
-from ft_jax.pages import contact_sheet, report
+from ft_jax.pages import contact_sheet, page, report
 from selection import fonts, plots, Selection
 
 CHINESE = ['\u72d7', '\u732b']
@@ -73,7 +73,7 @@ def test_without_a_font_characters_are_spelt_out_and_it_is_said_once(system, cap
   system()
   assert fonts.labels(CHINESE, 20) == [r'\u72d7', r'\u732b'] and fonts.drawable('\u72d7 dog') == r'\u72d7 dog'
   for picture in pictures(CHINESE):
-    report.svg(picture)  # matplotlib's warnings of missing glyphs are errors here
+    page.svg(picture)  # matplotlib's warnings of missing glyphs are errors here
   assert len({drawn.tobytes() for drawn in tiles(CHINESE)}) == 2
   assert [record.levelname for record in caplog.records] == ['WARNING']
   assert 'no installed font has the character U+72D7, so pictures spell it out as \\u72d7' in caplog.text
@@ -85,7 +85,7 @@ def test_a_font_of_the_system_is_used(system, chinese, caplog):
   assert fonts.labels(CHINESE, 20) == CHINESE and fonts.families(CHINESE) == [*matplotlib.rcParams['font.family'], 'Two Signs']
   assert fonts.runs('a \u72d7', str(OWN)) == [('a ', str(OWN)), ('\u72d7', str(chinese))]
   for picture in pictures(CHINESE):
-    report.svg(picture)
+    page.svg(picture)
   assert len({drawn.tobytes() for drawn in tiles(CHINESE)}) == 2 and not caplog.records
   assert fonts.families(['plain']) == matplotlib.rcParams['font.family']
 
@@ -106,7 +106,7 @@ def test_names_that_differ_look_different(system, names):
   assert len({' '.join(label.split()) for label in short}) == 2 and all(len(label) <= 22 for label in short)
   assert short == fonts.labels(names[::-1], 20)[::-1]  # in every picture the same
   for picture in pictures(names):
-    report.svg(picture)
+    page.svg(picture)
 
 
 def test_the_library_needs_no_matplotlib_until_it_draws():

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from ft_jax import parallel
-from ft_jax.data.image_set import open_set
+from ft_jax.data import open_set
 from ft_jax.data.pipeline import EvalBatches, Transform
 from ft_jax.jobs import predict
 from ft_jax.methods import SetupContext

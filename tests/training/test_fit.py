@@ -10,6 +10,7 @@ from configs import default
 from ft_jax.jobs import finetune, pretrain, setup
 from ft_jax.models import resnet
 from ft_jax.training import fit, initial_weights
+from ft_jax.training.settings import Trainable, Training
 
 
 def config(**fields) -> ConfigDict:
@@ -26,8 +27,8 @@ def test_fresh_heads_learn_ten_times_as_fast():
   params = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 32, 32, 3), np.uint8))['params']
   params = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), params)
   for fresh, expected in ((('target', 'source'), (10, 10, 1)), (('target',), (10, 1, 1)), ((), (1, 1, 1))):
-    settings = config(train__momentum=0.0, train__nesterov=False, train__weight_decay=0.0).train
-    tx = fit._optimizer(settings, optax.constant_schedule(1.0), params, fresh)
+    training = Training.from_config(config(train__momentum=0.0, train__nesterov=False, train__weight_decay=0.0).train)
+    tx = training.make_optimizer(optax.constant_schedule(1.0), training.factors(params, fresh))
     steps, _ = tx.update(jax.tree.map(np.ones_like, params), tx.init(params), params)
     assert (-steps['heads']['target']['bias'][0], -steps['heads']['source']['bias'][0], -steps['conv1']['kernel'][0, 0, 0, 0]) == expected
 
@@ -35,6 +36,8 @@ def test_fresh_heads_learn_ten_times_as_fast():
 @pytest.mark.parametrize('fields,words', [
     ({'train__freeze': 'layr1/.*'}, "train.freeze is 'layr1/..', which no parameter matches; paths look like"),
     ({'train__freeze': '('}, r"train.freeze is '\(.*expected backbone, or a regular expression"),
+    ({'train__schedule': 'linear'}, "train.schedule is 'linear'; known: milestones, cosine, constant"),
+    ({'train__optimizer': 'sdg'}, "train.optimizer is 'sdg'; known: sgd, adam, adamw, amsgrad"),
     ({'train__freeze': '.*'}, "train.freeze is '..', which leaves no parameter to train"),
     ({'train__ema_decay': 1.0}, 'train.ema_decay is 1.0; expected a number from 0 to below 1'),
     ({'train__accumulate_steps': 3}, 'train.accumulate_steps is 3, into which the 4 images of a device .train.batch_size 16. cannot be cut evenly'),
@@ -49,7 +52,7 @@ def test_fresh_heads_learn_ten_times_as_fast():
     ({'methods__l2_sp__weight': -0.1}, 'methods.l2_sp.weight is -0.1; expected a number above 0'),
 ])
 def test_wrong_settings_are_refused_at_once(fields, words, monkeypatch):
-  monkeypatch.setattr(finetune.setup, 'check_weights', lambda config: None)
+  monkeypatch.setattr(initial_weights, 'check_weights', lambda config: None)
   with pytest.raises(ValueError, match=words):
     finetune.check(config(**fields))
   finetune.check(config(methods__bi_tuning__weight=1.0, train__learning_rate_groups=(('methods/.*', 10.0), ('.*', 1.0))))
@@ -67,10 +70,11 @@ def test_wrong_settings_are_refused_at_once(fields, words, monkeypatch):
     ({'model__weights': 'pretrain', 'pretrain__batch_size': 1}, True)])
 def test_batch_norm_over_one_value_is_refused(fields, refused, monkeypatch):
   """What it gives then does not depend on the image; torch refuses it too."""
-  monkeypatch.setattr(finetune.setup, 'check_weights', lambda config: None)
+  monkeypatch.setattr(initial_weights, 'check_weights', lambda config: None)
   monkeypatch.setattr(jax, 'device_count', lambda: 1)
   if not refused:
-    return finetune.check(config(**fields))
+    finetune.check(config(**fields))
+    return
   with pytest.raises(ValueError, match='BatchNorm layer4/[01]/bn1 would see one value per channel, .* 1 image of 1x1 pixels there .*'
                                        'train.batch_size [14], devices 1, train.accumulate_steps [14], image_size 32, model.stem 7x7'):
     finetune.check(config(**fields))
@@ -92,20 +96,22 @@ def test_batch_norm_on_several_devices(sync, devices, batch, refused, monkeypatc
   monkeypatch.setattr(jax, 'device_count', lambda: devices)
   model = resnet.build('resnet18', {'target': 2}, width=4, axis_name='batch' if sync else None)
   if not refused:
-    return fit.check_batch_norm(config(train__batch_size=batch).train, model, 32, batch)
+    Trainable.of(Training.from_config(config(train__batch_size=batch).train), model, 32, batch)
+    return
   with pytest.raises(ValueError, match=f'images per step {batch}, .* devices {devices}, '
                                        + ('.*, model.sync_batch_norm=true or ' if devices > 1 else '.*3x3, or model.batch_norm=frozen$')):
-    fit.check_batch_norm(config(train__batch_size=batch).train, model, 32, batch)
+    Trainable.of(Training.from_config(config(train__batch_size=batch).train), model, 32, batch)
 
 
 @pytest.mark.parametrize('fields,words', [
     ({}, ''), ({'train__learning_rate': 0.0}, 'train.learning_rate is 0, so nothing is learnt'),
     ({'source_weight': 0.0}, 'config.source_weight is 0: source images are read'),
     ({'train__freeze': 'backbone'}, "train.freeze is 'backbone', so source images train their own head alone"),
-    ({'train__freeze': 'backbone', 'model__weights': '', 'selection__method': 'none'}, 'stays as it was drawn at random'),
+    ({'train__freeze': 'backbone', 'model__weights': '', 'selection__method': 'none'}, 'all parameters but the heads stay random'),
     ({'train__freeze': 'backbone', 'selection__method': 'none'}, ''), ({'source_weight': 0.0, 'methods__fixmatch__weight': 1.0}, '')])
-def test_settings_with_which_a_run_means_nothing_are_told(fields, words, caplog):
-  finetune._log_doubts(config(**fields))
+def test_settings_with_which_a_run_means_nothing_are_told(fields, words, caplog, monkeypatch):
+  monkeypatch.setattr(initial_weights, 'check_weights', lambda config: None)
+  finetune._log_doubts(config(**fields), *finetune.check(config(**fields)))
   assert words in caplog.text and bool(words) == bool(caplog.text)
 
 

@@ -15,7 +15,7 @@ from torch_record import error, Record
 from ft_jax import parallel
 from ft_jax.models import export, resnet
 from ft_jax.training.loop import Observer, Stream
-from ft_jax.training.optimizer import make_optimizer
+from ft_jax.training.optimizer import make_optimizer, parameter_factors
 from ft_jax.training.step import create_state, Diverged, make_step, make_train_step, run_steps
 
 LAMBDA = 0.3
@@ -92,11 +92,10 @@ def test_steps_equal_torchs(tmp_path):
   record = Record('resnet18')
   variables = record.variables(tmp_path)
   model = resnet.build('resnet18', {'source': 7}, width=2, axis_name=parallel.AXIS)
-  everything = (('.*', 1.0),)
   # Keeps the gradients of a step beside what the optimiser keeps.
   keep = optax.GradientTransformation(lambda params: params, lambda gradients, state, params=None: (gradients, gradients))
-  tx = optax.chain(keep, make_optimizer('sgd', optax.constant_schedule(0.05), variables['params'], momentum=0.9, nesterov=True,
-                                        weight_decay=0.02, learning_rate_groups=everything, weight_decay_groups=everything))
+  tx = optax.chain(keep, make_optimizer('sgd', optax.constant_schedule(0.05), parameter_factors(variables['params']), momentum=0.9,
+                                        nesterov=True, weight_decay=0.02))
   step = make_train_step(model, tx, {'source': 1.0})
   state = parallel.replicate(create_state(variables, tx))
   batch = {'source': parallel.shard({'input': record.images, 'label': record.labels})}
@@ -118,8 +117,8 @@ def test_frozen_batch_norm_keeps_every_bit(setting):
   noisy = jax.tree.map(lambda x: (x + rng.uniform(0.1, 0.3, x.shape)).astype(x.dtype), variables)
   noisy['params']['bn1']['bias'][0] = -0.0  # an update of zero would lose the sign
   model = resnet.build('resnet18', {'target': 3, 'source': 5}, width=4, batch_norm='frozen')
-  optimizer = make_optimizer('sgd', lambda step: 0.1, noisy['params'], momentum=0.9, nesterov=True, weight_decay=0.1,
-                  learning_rate_groups=(('heads/.*', 10.0), ('.*bn.*', 2.0), ('.*', 1.0)), weight_decay_groups=(('.*', 1.0),))
+  factors = parameter_factors(noisy['params'], (('heads/.*', 10.0), ('.*bn.*', 2.0), ('.*', 1.0)))
+  optimizer = make_optimizer('sgd', lambda step: 0.1, factors, momentum=0.9, nesterov=True, weight_decay=0.1)
   state = parallel.replicate(create_state(noisy, optimizer))
   step = make_train_step(model, optimizer, {'target': 1.0, 'source': LAMBDA})
   for _ in range(3):
@@ -305,7 +304,7 @@ def test_averages_and_what_is_evaluated():
   """Each step moves the averages by 1 - min(average, (1 + step) / (10 + step)) of the way; they are what is evaluated."""
   start = method_case.start_of(method_case.network())
   plain = method_case.run({}, start=start)[0]
-  step = jax.jit(jax.vmap(make_step(method_case.network(), optax.sgd(0.05), {'target': 1.0, 'source': 0.5}, average=0.25),
+  step = jax.jit(jax.vmap(make_step(method_case.network(), optax.sgd(0.05), {'target': 1.0, 'source': 0.5}, ema_decay=0.25),
                           in_axes=(None, 0), axis_name=parallel.AXIS), compiler_options=method_case.QUICK)
   first = {'params': plain.params, 'batch_stats': plain.batch_stats}
   state, expected, weights = plain.replace(step=0, average=first), first, (0.1, 2 / 11, 0.25, 0.25)
@@ -314,8 +313,8 @@ def test_averages_and_what_is_evaluated():
     now = {'params': state.params, 'batch_stats': state.batch_stats}
     expected = jax.tree.map(lambda old, new, kept=kept: kept * old + (1 - kept) * new, expected, now)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), state.average, expected)
-  assert state.evaluated is state.average
-  without = plain.replace(params={**plain.params, 'methods': {'some': np.zeros(3)}}).evaluated
+  assert state.eval_variables is state.average
+  without = plain.replace(params={**plain.params, 'methods': {'some': np.zeros(3)}}).eval_variables
   assert 'methods' not in without['params'] and without['params'].keys() == plain.params.keys()
 
 
@@ -341,7 +340,7 @@ def test_parts_are_the_whole_batch_but_for_batch_norm():
   model = method_case.network()
   start = method_case.start_of(model)
   whole, _ = method_case.run({}, start=start, model=model, rate=0.0)
-  parts, _ = method_case.run({}, start=start, model=model, rate=0.0, parts=2)
+  parts, _ = method_case.run({}, start=start, model=model, rate=0.0, microbatches=2)
   batch = method_case.batch()
   forward = jax.jit(lambda stats, images: model.clone(heads={}).apply(
       {'params': start['params'], 'batch_stats': stats}, images, train=True, mutable=['batch_stats'])[1]['batch_stats'],

@@ -21,7 +21,8 @@ import time
 from typing import Any, NamedTuple
 
 from ft_jax import progress
-from ft_jax.data.image_set import missing_package, SOURCES, tfds_builder
+from ft_jax.data import BACKENDS
+from ft_jax.data.tfds import missing_package, tfds_builder
 
 IMAGENET_FILES = {'ILSVRC2012_img_train.tar': 147_897_477_120, 'ILSVRC2012_img_val.tar': 6_744_924_160}  # bytes
 
@@ -56,7 +57,7 @@ def prepare(name: str, data_dir: str = '', originals_dir: str = '') -> str:
   """
   name = name.removeprefix('tfds:')
   kind, _, rest = name.partition(':')
-  if kind in SOURCES:
+  if kind in BACKENDS:
     raise ValueError(f'{name} needs no preparation: it is read as it is, with target.name={kind}:{rest or "..."} or source.name=...')
   if not name:
     raise ValueError('the name of the set is empty; expected tfds:<name>[/config][:version], such as tfds:oxford_iiit_pet')

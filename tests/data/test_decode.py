@@ -1,4 +1,4 @@
-"""Images are read right whatever their form, a damaged one is named, and the crops are what torchvision would cut."""
+"""Images of every format are read right, and damaged ones are named."""
 
 import base64
 import io
@@ -12,7 +12,8 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from ft_jax.data import augment
+from ft_jax.data import decode
+from ft_jax.data.crop import center_crop, random_resized_crop
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -45,8 +46,8 @@ def test_formats(photo, form, mode, error, options):
   picture = PIL.Image.fromarray(photo)
   picture = convert_to_lab(picture) if mode == 'LAB' else picture.convert(mode)
   data = encoded(picture, form, **options)
-  image = augment.decode(data, 'train/a/1.jpg')
-  assert image.shape == photo.shape and image.dtype == np.uint8 and augment.dimensions(data, 'x') == photo.shape[:2]
+  image = decode.decode(data, 'train/a/1.jpg')
+  assert image.shape == photo.shape and image.dtype == np.uint8 and decode.dimensions(data, 'x') == photo.shape[:2]
   assert np.abs(image.astype(int) - (grey(photo) if mode in ('L', 'LA') else photo)).mean() <= error
 
 
@@ -59,7 +60,7 @@ def convert_to_lab(picture: PIL.Image.Image) -> PIL.Image.Image:
 def test_one_bit_images_are_black_and_white(photo):
   picture = PIL.Image.fromarray(photo).convert('1')
   for form in ('PNG', 'TIFF', 'PPM', 'BMP'):
-    np.testing.assert_array_equal(augment.decode(encoded(picture, form), 'x'), np.asarray(picture.convert('RGB')))
+    np.testing.assert_array_equal(decode.decode(encoded(picture, form), 'x'), np.asarray(picture.convert('RGB')))
 
 
 # 16 x 8 pixels, grey 40 beside grey 200, by jpegtran -arithmetic and cjpeg -sample 4x2: forms that Pillow does not write.
@@ -76,7 +77,7 @@ SAMPLED_4X2 = (
 
 @pytest.mark.parametrize('data', [ARITHMETIC, SAMPLED_4X2])
 def test_rare_forms_of_jpeg(data):
-  image = augment.decode(base64.b64decode(data), 'x').astype(int)
+  image = decode.decode(base64.b64decode(data), 'x').astype(int)
   assert image.shape == (8, 16, 3) and np.abs(image[:, :8] - 40).max() <= 2 and np.abs(image[:, 8:] - 200).max() <= 2
 
 
@@ -85,7 +86,7 @@ def test_colours_of_printing_are_those_of_pillow(photo):
   data = encoded(PIL.Image.fromarray(photo).convert('CMYK'), 'JPEG')
   assert b'Adobe' in data
   reference = PIL.Image.open(io.BytesIO(data)).convert('RGB')
-  np.testing.assert_array_equal(augment.decode(data, 'x'), np.asarray(reference))
+  np.testing.assert_array_equal(decode.decode(data, 'x'), np.asarray(reference))
 
 
 def test_an_ordinary_jpeg_is_read_as_pillow_reads_it(photo):
@@ -93,7 +94,7 @@ def test_an_ordinary_jpeg_is_read_as_pillow_reads_it(photo):
   for options in ({}, {'quality': 50}, {'progressive': True}, {'subsampling': 0}):
     data = encoded(PIL.Image.fromarray(photo), 'JPEG', **options)
     with PIL.Image.open(io.BytesIO(data)) as picture:
-      np.testing.assert_array_equal(augment.decode(data, 'x'), np.asarray(picture))
+      np.testing.assert_array_equal(decode.decode(data, 'x'), np.asarray(picture))
 
 
 @pytest.mark.parametrize('form,mode', [
@@ -104,13 +105,13 @@ def test_what_is_transparent_is_white(form, mode):
     picture = PIL.Image.new('P', (24, 8), 1)
     picture.putpalette([10, 20, 30, 90, 90, 90])
     picture.paste(0, (0, 0, 8, 8))
-    image = augment.decode(encoded(picture, form, transparency=0), 'x')
+    image = decode.decode(encoded(picture, form, transparency=0), 'x')
     assert (image[:, :8] == 255).all() and (image[:, 8:] == 90).all()
     return
   alpha = np.repeat(np.uint8([0, 128, 255]), 8)[None].repeat(8, 0)
   colour = np.full((8, 24, 1 if mode == 'LA' else 3), 90, np.uint8)
   picture = PIL.Image.fromarray(np.concatenate([colour, alpha[..., None]], -1), mode)
-  image = augment.decode(encoded(picture, form, **({'lossless': True, 'exact': True} if form == 'WEBP' else {})), 'x').astype(int)
+  image = decode.decode(encoded(picture, form, **({'lossless': True, 'exact': True} if form == 'WEBP' else {})), 'x').astype(int)
   assert (image[:, :8] == 255).all() and np.abs(image[:, 8:16] - 172).max() <= 1 and (image[:, 16:] == 90).all()
 
 
@@ -124,21 +125,21 @@ def test_the_cameras_orientation_is_applied(form, orientation):
   exif = PIL.Image.Exif()
   exif[0x0112] = orientation
   data = encoded(PIL.Image.fromarray(np.ascontiguousarray(stored)), form, exif=exif)
-  image = augment.decode(data, 'x')
-  assert image.shape == upright.shape and augment.dimensions(data, 'x') == upright.shape[:2]
+  image = decode.decode(data, 'x')
+  assert image.shape == upright.shape and decode.dimensions(data, 'x') == upright.shape[:2]
   assert np.abs(image.astype(int) - upright).max() <= 8
 
 
 @pytest.mark.filterwarnings('ignore:Corrupt EXIF data')
 def test_orientation_that_makes_no_sense_turns_nothing(photo):
   data = bytearray(encoded(PIL.Image.fromarray(photo), 'JPEG', exif=b'Exif\0\0MM\0*' + bytes(range(40))))
-  assert augment.decode(bytes(data), 'x').shape == photo.shape
+  assert decode.decode(bytes(data), 'x').shape == photo.shape
 
 
 @pytest.mark.parametrize('form', ['GIF', 'WEBP', 'PNG'])
 def test_the_first_frame_of_an_animation(form):
   frames = [PIL.Image.new('RGB', (12, 10), colour) for colour in ((200, 30, 30), (30, 200, 30), (30, 30, 200))]
-  image = augment.decode(encoded(frames[0], form, save_all=True, append_images=frames[1:], duration=50), 'x')
+  image = decode.decode(encoded(frames[0], form, save_all=True, append_images=frames[1:], duration=50), 'x')
   assert image.shape == (10, 12, 3) and np.abs(image.astype(int) - [200, 30, 30]).max() <= 6
 
 
@@ -146,16 +147,16 @@ def test_the_first_frame_of_an_animation(form):
 @pytest.mark.parametrize('shape', [(1, 1), (1, 40), (40, 1)])
 def test_one_pixel_wide(form, shape):
   """Read, and through the crops of training and evaluation."""
-  image = augment.decode(encoded(PIL.Image.new('RGB', shape[::-1], (90, 90, 90)), form), 'x')
+  image = decode.decode(encoded(PIL.Image.new('RGB', shape[::-1], (90, 90, 90)), form), 'x')
   assert image.shape == (*shape, 3) and np.abs(image.astype(int) - 90).max() <= 2
-  random = augment.random_resized_crop(image, 16, (0.08, 1.0), (3 / 4, 4 / 3), np.random.default_rng(0))
-  for crop in (augment.center_crop(image, 16, 18), random):
+  random = random_resized_crop(image, 16, (0.08, 1.0), (3 / 4, 4 / 3), np.random.default_rng(0))
+  for crop in (center_crop(image, 16, 18), random):
     assert crop.shape == (16, 16, 3) and np.abs(crop.astype(int) - 90).max() <= 2
 
 
 def test_arrays_pass_through():
   grey = np.arange(12, dtype=np.uint8).reshape(3, 4)
-  image = augment.decode(grey, 'x')
+  image = decode.decode(grey, 'x')
   assert image.shape == (3, 4, 3) and (image == grey[..., None]).all()
 
 
@@ -168,16 +169,16 @@ def damaged(photo: np.ndarray) -> dict[str, bytes]:
 def test_sixteen_bits_are_scaled_and_unknown_ranges_refused():
   """Medical images: Pillow's own conversion makes them white."""
   ramp = np.linspace(0, 65535, 40 * 60).reshape(40, 60)
-  image = augment.decode(encoded(PIL.Image.fromarray(ramp.astype(np.uint16)), 'PNG'), 'x')
+  image = decode.decode(encoded(PIL.Image.fromarray(ramp.astype(np.uint16)), 'PNG'), 'x')
   assert image.shape == (40, 60, 3) and np.abs(image[..., 0] - ramp / 257).max() <= 1
   pgm = b'P5 60 40 65535\n' + ramp.astype('>u2').tobytes()
-  assert np.abs(augment.decode(pgm, 'x')[..., 0] - ramp / 257).max() <= 1
+  assert np.abs(decode.decode(pgm, 'x')[..., 0] - ramp / 257).max() <= 1
   # 16 bits of each colour: Pillow cannot write that, the format is simple.
   rows = b''.join(b'\0' + row.astype('>u2').repeat(3).tobytes() for row in ramp)
-  image = augment.decode(png_file(60, 40, 16, 2, rows), 'x')
+  image = decode.decode(png_file(60, 40, 16, 2, rows), 'x')
   assert image.shape == (40, 60, 3) and np.abs(image - ramp[..., None] / 257).max() <= 1
-  with pytest.raises(ValueError, match='x.tif is no image that can be read .*mode F, whose range is not known'):
-    augment.decode(encoded(PIL.Image.fromarray((ramp / 65535).astype(np.float32)), 'TIFF'), 'x.tif')
+  with pytest.raises(ValueError, match='x.tif cannot be read as an image .*mode F, whose range is not known'):
+    decode.decode(encoded(PIL.Image.fromarray((ramp / 65535).astype(np.float32)), 'TIFF'), 'x.tif')
 
 
 def png_file(width: int, height: int, bits: int, colours: int, rows: bytes) -> bytes:
@@ -204,8 +205,8 @@ def heads(width: int, height: int) -> dict[str, bytes]:
 @pytest.mark.parametrize('form', ['JPEG', 'PNG', 'TIFF', 'PPM', 'GIF'])
 def test_too_many_pixels_are_refused_by_the_head_of_the_file(form):
   """Before anything is decoded, which would end in another error: there are no pixels."""
-  for read in (augment.decode, augment.dimensions):
-    with pytest.raises(ValueError, match=r'a/big.jpg is an image of 20000 x 10001 pixels; expected 200,000,000 at most'):
+  for read in (decode.decode, decode.dimensions):
+    with pytest.raises(ValueError, match=r'a/big.jpg is an image of 20000 x 10001 pixels; expected at most 200,000,000'):
       read(heads(20_000, 10_001)[form], 'a/big.jpg')
 
 
@@ -213,13 +214,13 @@ def test_too_many_pixels_are_refused_by_the_head_of_the_file(form):
 def test_a_large_image_is_no_news(form):
   """Above the limits at which Pillow warns (89 megapixels) and refuses (179)."""
   for height, width in ((9_500, 9_600), (13_500, 14_000)):
-    assert augment.dimensions(heads(width, height)[form], 'x') == (height, width)
+    assert decode.dimensions(heads(width, height)[form], 'x') == (height, width)
 
 
 FUZZ = """
 import pathlib, random, sys
 import numpy as np
-from ft_jax.data import augment
+from ft_jax.data import decode
 
 seeds = [pathlib.Path(path).read_bytes() for path in sys.argv[1:]]
 rng, read, refused = random.Random(0), 0, 0
@@ -242,12 +243,12 @@ for n in range(1500):
   else:
     data[at:at] = bytes(rng.randrange(256) for _ in range(rng.randrange(1, 40)))
   try:
-    image = augment.decode(bytes(data), 'the/file', scratch=bool(n % 2))
+    image = decode.decode(bytes(data), 'the/file', scratch=bool(n % 2))
   except ValueError as error:
-    assert str(error).startswith('the/file is '), error
+    assert str(error).startswith(('the/file cannot be read as an image', 'the/file is an image of')), error
     refused += 1
   else:
-    assert image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3 and 0 < image.size <= 3 * augment.MOST_PIXELS
+    assert image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3 and 0 < image.size <= 3 * decode.MAX_PIXELS
     read += 1
 print(read, refused)
 """
@@ -262,7 +263,7 @@ def test_damaged_files_of_all_formats_give_an_image_or_an_error(photo, tmp_path)
            ('PNG', 'P', {'transparency': 3}), ('GIF', 'P', {}), ('GIF', 'P', {'save_all': True, 'append_images': [picture]}),
            ('WEBP', 'RGB', {}), ('WEBP', 'RGBA', {'lossless': True}), ('BMP', 'RGB', {}), ('TIFF', 'RGB', {}),
            ('TIFF', 'RGB', {'compression': 'tiff_lzw'}), ('PPM', 'RGB', {}), ('PPM', '1', {}),
-           *([('AVIF', 'RGB', {'exif': exif})] if 'AVIF' in augment.FORMATS else [])]
+           *([('AVIF', 'RGB', {'exif': exif})] if 'AVIF' in decode.FORMATS else [])]
   for k, (form, mode, options) in enumerate(forms):
     (tmp_path / str(k)).write_bytes(encoded(picture.convert(mode), form, **options))
   run = subprocess.run([sys.executable, '-W', 'error', '-X', 'faulthandler', '-c', FUZZ, *sorted(map(str, tmp_path.iterdir()))],
@@ -274,93 +275,7 @@ def test_damaged_files_of_all_formats_give_an_image_or_an_error(photo, tmp_path)
 
 @pytest.mark.parametrize('what', ['empty', 'text', 'cut jpeg', 'cut png', 'head alone', 'script'])
 def test_damage_is_named(photo, what):
-  with pytest.raises(ValueError, match='train/cat/7.jpg is no image that can be read'):
-    augment.decode(damaged(photo)[what], 'train/cat/7.jpg')
+  with pytest.raises(ValueError, match='train/cat/7.jpg cannot be read as an image'):
+    decode.decode(damaged(photo)[what], 'train/cat/7.jpg')
 
 
-def test_random_resized_crop_draws_as_torchvision():
-  """Area uniform in the scale, shape log-uniform in the ratio, position uniform: read off an image of coordinates."""
-  height, width = 120, 160
-  y, x = np.mgrid[:height, :width].astype(np.uint8)
-  image = np.stack([y, x, np.zeros_like(y)], -1)
-  rng = np.random.default_rng(0)
-  areas, aspects = [], []
-  for _ in range(600):
-    crop = augment.random_resized_crop(image, 32, (0.2, 0.6), (3 / 4, 4 / 3), rng).astype(float)
-    # 31 steps between the centres of the outer pixels span 31/32 of the crop.
-    h, w = ((crop[-1, 16, 0] - crop[0, 16, 0]) * 32 / 31, (crop[16, -1, 1] - crop[16, 0, 1]) * 32 / 31)
-    areas.append(h * w / (height * width))
-    aspects.append(np.log(w / h))
-  assert abs(np.mean(areas) - 0.4) < 0.02 and 0.15 < min(areas) and max(areas) < 0.66
-  assert abs(np.mean(aspects)) < 0.03 and max(np.abs(aspects)) < np.log(4 / 3) + 0.1
-
-
-def drawn_part(height, width, crop, monkeypatch):
-  """(left, top, right, bottom) of the part that `crop` takes of an image of that size."""
-  coordinates = np.stack([*np.mgrid[:height, :width], np.zeros((height, width))], -1)
-  with monkeypatch.context() as patched:
-    patched.setattr(augment, '_resize', lambda part, *_: part)
-    part = crop(coordinates).astype(int)
-  return part[0, 0, 1], part[0, 0, 0], part[-1, -1, 1] + 1, part[-1, -1, 0] + 1
-
-
-@pytest.mark.parametrize('height,width,size', [
-    (375, 500, 224), (375, 500, 32), (60, 80, 96), (427, 640, 300), (40, 400, 64), (400, 40, 64)])
-def test_an_antialiased_crop_is_pillows(height, width, size, tmp_path, monkeypatch):
-  """From the bytes of a JPEG file on, bit for bit: Pillow's decoder, crop, and antialiased bilinear filter, as torchvision uses them.
-
-  Crops that grow, shrink a little, shrink much, and shrink along one side alone; without antialias they are others.
-  """
-  from sklearn import datasets
-  PIL.Image.fromarray(datasets.load_sample_images().images[0]).resize((width, height)).save(tmp_path / 'photo.jpg', quality=92)
-  image = augment.decode((tmp_path / 'photo.jpg').read_bytes(), 'photo.jpg')
-
-  def crop(image, antialias=True):
-    return augment.random_resized_crop(image, size, (0.3, 0.9), (3 / 4, 4 / 3), np.random.default_rng(size), antialias)
-
-  part = PIL.Image.open(tmp_path / 'photo.jpg').crop(drawn_part(height, width, crop, monkeypatch))
-  expected = np.asarray(part.resize((size, size), PIL.Image.Resampling.BILINEAR))
-  np.testing.assert_array_equal(crop(image), expected)
-  assert (crop(image, antialias=False) != expected).any()
-
-
-@pytest.mark.parametrize('side,averaged', [(48, False), (96, True)])
-def test_a_crop_that_shrinks_much_is_averaged(side, averaged):
-  """To 32 pixels without antialias: beyond a factor of two each is the mean over its area."""
-  noise = np.random.default_rng(0).integers(0, 256, (side, side, 3)).astype(np.uint8)
-  crop = augment.random_resized_crop(noise, 32, (1.0, 1.0), (1.0, 1.0), np.random.default_rng(0))
-  fine = noise.repeat(96 // side, 0).repeat(96 // side, 1).astype(float)
-  means = fine.reshape(32, 3, 32, 3, 3).mean((1, 3))
-  assert (np.abs(crop - means).max() <= 1) == averaged
-
-
-def test_crop_of_an_extreme_shape_falls_back_to_the_middle():
-  strip = np.tile(np.arange(200, dtype=np.uint8)[None, :, None], (4, 1, 3))
-  crop = augment.random_resized_crop(strip, 8, (0.9, 1.0), (3 / 4, 4 / 3), np.random.default_rng(0))
-  assert crop.shape == (8, 8, 3) and 95 < crop.mean() < 105
-
-
-@pytest.mark.parametrize('size,short_side', [(224, 256), (56, 64), (64, 64)])
-def test_center_crop_is_that_of_the_weights(size, short_side):
-  """Pillow's antialiased Resize and CenterCrop with torchvision's rounding; here only the middle is computed."""
-  from sklearn import datasets
-  photographs = datasets.load_sample_images().images
-  rng = np.random.default_rng(0)
-  images = [photographs[k % 2][:h, :w] for k, (h, w) in enumerate(rng.integers(40, (427, 640), (12, 2)))]
-  images += [np.resize(photographs[0], (*shape, 3)) for shape in ((1, 1), (1, 300), (300, 1), (2, 500), (700, 7), (size, size))]
-  for image in images:
-    height, width = image.shape[:2]
-    h, w = int(short_side * height / min(height, width)), int(short_side * width / min(height, width))
-    top, left = int(round((h - size) / 2)), int(round((w - size) / 2))
-    whole = PIL.Image.fromarray(image).resize((w, h), PIL.Image.Resampling.BILINEAR)
-    expected = np.asarray(whole.crop((left, top, left + size, top + size)), int)
-    difference = np.abs(augment.center_crop(image, size, short_side) - expected)
-    # The box is in single precision, so that a half is rounded the other way now and then.
-    assert difference.mean() < 0.25 and difference.max() <= 1
-
-
-def test_center_crop_of_a_strip_computes_the_square_alone():
-  """Scaled whole, this one would be 256 x 12,800,000 pixels: ten gigabytes."""
-  strip = np.zeros((1, 50_000, 3), np.uint8)
-  strip[:, 24_000:26_000] = 200
-  assert (augment.center_crop(strip, 224, 256) == 200).all()
