@@ -55,7 +55,7 @@ def finetune(target: Images | None = None, source: Images | None = None, *, work
     if not made.source.name and 'method' not in dict(settings.get('selection') or {}):
       made.selection.method = 'none'
     with compiled.kept(made.compile_cache):
-      job.run(made, os.fspath(workdir), images=images)
+      job.run(made, os.fspath(workdir), **images)
     return Run(workdir)
 
 
@@ -78,7 +78,7 @@ def pretrain(source: Images | None = None, *, workdir: Path, weights: Path | Non
   with _called():
     made, images = _make_config('pretrain', config, None, source, weights, settings)
     with compiled.kept(made.compile_cache):
-      job.run(made, os.fspath(workdir), images=images)
+      job.run(made, os.fspath(workdir), **images)
     return Run(workdir)
 
 
@@ -94,13 +94,14 @@ def load(workdir: Path) -> Run:
 
 
 def _make_config(job: str, base: str, target: Images | None, source: Images | None, weights: Path | None,
-                 settings: Mapping[str, Any]) -> tuple[ConfigDict, dict[str, ImageSet]]:
-  """The config of a call, and the image sets that it was given, by the field that names their split."""
-  given, images = dict(settings), {}
+                 settings: Mapping[str, Any]) -> tuple[ConfigDict, dict[str, dict[str, ImageSet]]]:
+  """The config of a call, and the image sets that it was given for target and source, by split."""
+  given: dict[str, Any] = dict(settings)
+  images: dict[str, dict[str, ImageSet]] = {}
   for group, value in (('target', target), ('source', source)):
     if value is not None:
-      given[group], found = _image_fields(group, value)
-      images |= found
+      given[group], sets = _image_fields(group, value)
+      images |= {group: sets} if sets else {}
   if weights is not None:
     model = given.get('model', {})
     model = dict(model) if isinstance(model, Mapping) else {'name': model}
@@ -109,7 +110,7 @@ def _make_config(job: str, base: str, target: Images | None, source: Images | No
 
 
 def _image_fields(group: str, value: Images) -> tuple[Mapping[str, Any], dict[str, ImageSet]]:
-  """The fields of `target` or `source`, and the image sets among them by field.
+  """The fields of `target` or `source`, and the image sets among them by split.
 
   An image set is named by its fingerprint in the config: a workdir then refuses other images.
   """
@@ -132,7 +133,7 @@ def _image_fields(group: str, value: Images) -> tuple[Mapping[str, Any], dict[st
     raise ValueError(f"{group}[{text[0]!r}] is {fields[text[0]]!r}; expected an image set, as {group}['train'] is one")
   names = {split: f'{given.name} ({given.fingerprint})' for split, given in sets.items()}
   fields = {'val': '', 'test': '', **fields, **names, 'name': f'images:{digest(*names.values())}'}
-  return fields, {f'{group}.{split}': given for split, given in sets.items()}
+  return fields, sets
 
 
 _SPLITS = ('train', 'val', 'test')

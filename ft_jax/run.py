@@ -218,7 +218,7 @@ def _image_set(images: Images) -> ImageSet | None:
       raise ValueError(f'images: {next(iter(opened.problems.values()))}')
     return opened.images
   if isinstance(images, PIL.Image.Image):
-    return ImageSet.from_arrays([_pixels(images, 'images')], name='images')
+    return ImageSet.from_arrays([decode.from_pillow(images, 'images')], name='images')
   if hasattr(images, 'shape'):
     array = np.asarray(images)
     one = array.ndim == 2 or array.ndim == 3 and array.shape[-1] == 3
@@ -234,15 +234,7 @@ def _image_set(images: Images) -> ImageSet | None:
 def _one(image: Any, what: str) -> Image:
   """An image of a list of various kinds."""
   if isinstance(image, PIL.Image.Image):
-    return _pixels(image, what)
+    return decode.from_pillow(image, what)
   if isinstance(image, (str, os.PathLike)):
     return pathlib.Path(image).read_bytes()
   return image
-
-
-def _pixels(picture: PIL.Image.Image, what: str) -> np.ndarray:
-  """uint8 `[h, w, 3]` of a Pillow image of any mode, as that of its file would be."""
-  try:
-    return decode.to_rgb(picture)
-  except ValueError as error:
-    raise ValueError(f'{what}: {error}') from error

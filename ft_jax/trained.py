@@ -11,7 +11,7 @@ from ft_jax.data.pipeline import Transform
 from ft_jax.jobs import setup
 from ft_jax.models import resnet
 from ft_jax.training.checkpoints import load_variables
-from ft_jax.workdir import read_config
+from ft_jax.workdir import read_config, unknown_fields
 from selection import storage
 
 
@@ -56,6 +56,9 @@ def load(workdir: str, field: str = 'config.workdir') -> Trained:
   stored = read_config(path)
   if stored is None:
     raise ValueError(f'{field}: {workdir} holds no run (no config.json of one); give the workdir of a finished fine-tuning')
+  if unknown := unknown_fields(stored):
+    raise ValueError(f'{field}: {workdir} was written by a newer version, whose field config.{unknown[0]} this one does not know; '
+                     'update this package')
   if str(stored['job']) not in HEADS:
     inside = sorted(p.name for p in path.iterdir() if read_config(p)) if stored['job'] == 'compare' else []
     raise ValueError(f'{field}: {workdir} is of job {stored["job"]}; give that of a fine-tuning'

@@ -107,9 +107,7 @@ class Workdir:
 
   def metrics(self) -> list[dict[str, float]]:
     """The lines of metrics.jsonl."""
-    if not self.metrics_jsonl.exists():
-      return []
-    return [_line(self.metrics_jsonl, line) for line in self.metrics_jsonl.read_text().splitlines()]
+    return read_metrics(self.path)
 
 
 def check_name(folder: epath.Path) -> None:
@@ -148,6 +146,14 @@ def read_json(path: epath.Path) -> Any:
     return json.loads(path.read_text())
   except ValueError as error:
     raise ValueError(f'{path} is damaged ({error}); restore it from a copy, or move it aside and start again') from error
+
+
+def read_metrics(folder: epath.Path) -> list[dict[str, float]]:
+  """The lines of the metrics.jsonl in a workdir; [] if there is none."""
+  path = folder / 'metrics.jsonl'
+  if not path.exists():
+    return []
+  return [_line(path, line) for line in path.read_text().splitlines()]
 
 
 def _line(path: epath.Path, text: str) -> dict[str, float]:
@@ -238,6 +244,12 @@ def as_now(config: Mapping[str, Any]) -> dict[str, Any]:
   fields = {settings.RENAMED.get(name, name): value for name, value in settings.flat(config).items()}
   kept = {name: value for name, value in fields.items() if name in known or name not in REMOVED or REMOVED[name] != value}
   return settings.nested(known | kept)
+
+
+def unknown_fields(config: Mapping[str, Any]) -> list[str]:
+  """Fields of a stored config, by path, that no version up to this one has had: a newer version wrote it."""
+  known = {*settings.defaults(), *settings.RENAMED, *REMOVED, *FREE, 'source.without'}  # the last one of a run's own pre-training
+  return [path for path in settings.flat(config) if path not in known]
 
 
 def _stored(path: epath.PathLike) -> dict[str, Any] | None:

@@ -107,7 +107,9 @@ def test_another_call_in_that_workdir_is_refused(run, sets):
 
 def test_the_command_line_gives_the_same_parameters(tmp_path):
   """Bit for bit, and each resumes or shows what the other wrote."""
-  subprocess.run([sys.executable, 'main.py', *FLAGS, f'--workdir={tmp_path / "command"}'], cwd=ROOT, check=True, capture_output=True)
+  env = {**os.environ, 'JAX_NUM_CPU_DEVICES': str(jax.device_count())}
+  command = [sys.executable, 'main.py', *FLAGS, f'--workdir={tmp_path / "command"}']
+  subprocess.run(command, cwd=ROOT, env=env, check=True, capture_output=True)
   called = ft_jax.finetune(**DIGITS, **SETTINGS, workdir=tmp_path / 'called')
   assert same(called, ft_jax.load(tmp_path / 'command'))
   assert same(called, ft_jax.finetune(**DIGITS, **SETTINGS, workdir=tmp_path / 'command'))
@@ -219,7 +221,7 @@ def test_pillow_images_of_any_mode(run, mode):
     (np.zeros(8, np.uint8), r'images has shape \(8,\); expected'),
     ([np.zeros((8, 8, 4), np.uint8)], r'images\[0\] has shape \(8, 8, 4\)'),
     ([3], r'images\[0\] is of type int; expected'),
-    (PIL.Image.fromarray(np.zeros((8, 8), np.float32)), 'images: its pixels are of mode F'),
+    (PIL.Image.fromarray(np.zeros((8, 8), np.float32)), 'images cannot be read as an image .its pixels are of mode F'),
     ('/no/such.png', '^images: .*there is no file /no/such.png'),
     (['/no/such.png'], r'paths\[0\]: there is no file /no/such.png'),
     (str(ROOT / 'setup.py'), 'images: there is no file')])
