@@ -4,8 +4,8 @@
                           workdir='runs/photos', selection={'size': 50}, train={'epochs': 20})
     run.test.top1, run.predict('new_photos'), ft_jax.load('runs/photos')
 
-`finetune` and `pretrain` return a `Run`, and `load` opens one from its workdir; an `ImageSet` holds images from folders,
-files, arrays or TFDS. Importing this package is fast: jax is imported by the first of these names that is used.
+`finetune` and `pretrain` return a `Run`, and `load` opens one from its workdir. An `ImageSet` has images of a folder,
+of files, arrays or TFDS. Importing this package is fast: jax is imported when one of these functions is first used.
 """
 
 import importlib

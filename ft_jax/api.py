@@ -1,7 +1,7 @@
 """The Python interface; `import ft_jax` offers what is public here.
 
-A call runs the same job as the command line, and may be stopped and repeated in the same way. It leaves the program that
-calls it as it was: no signal handlers, no logging configuration, and an interrupt is a KeyboardInterrupt.
+A call runs the same job as the command line, and may be stopped and repeated in the same way. It leaves the calling
+program as it was: no signal handlers, no logging configuration; an interrupt is a KeyboardInterrupt.
 """
 
 from collections.abc import Iterator, Mapping
@@ -12,7 +12,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from ft_jax import arguments, compiled, progress, stopping
-from ft_jax.data.image_set import digest, ImageSet
+from ft_jax.data.image_set import ImageSet
 from ft_jax.run import Run
 from ft_jax.workdir import read_config
 
@@ -29,14 +29,14 @@ def finetune(target: Images | None = None, source: Images | None = None, *, work
   """Fine-tunes a network on the target together with the part of the source that helps.
 
   Args:
-    target: the images that the network should be good at: `folder:<path>`, `tfds:<name>`, an ImageSet of training images
-      (val is split off), or a dict such as `{'train': ImageSet, 'test': ImageSet, 'metric': 'mean_per_class'}` or
-      `{'name': 'folder:photos', 'val': 'val'}`.
+    target: the images that the network should be good at: `folder:<path>`, `tfds:<name>`, an ImageSet of training
+      images (val is split off), or a dict such as `{'train': ImageSet, 'test': ImageSet, 'metric': 'mean_per_class'}`
+      or `{'name': 'folder:photos', 'val': 'val'}`.
     source: the pre-training data, likewise. Without it, fine-tuning is plain: nothing is selected.
     workdir: folder for everything that is written. If it holds an interrupted run of the same arguments, that resumes;
       a finished one is returned.
-    weights: `timm:<name>`, `hf:<owner>/<name>`, a file, the workdir of another run, or `pretrain`, which first trains on
-      the source. The network is the one that they are of, where their name says so, unless `model` is given.
+    weights: `timm:<name>`, `hf:<owner>/<name>`, a file, the workdir of another run, or `pretrain`, which first trains
+      on the source. For `timm:` and a workdir, `model` is by default the network that the weights belong to.
     config: a config of configs/ that gives the settings that are not arguments here, such as `pets`.
     **settings: the other fields of the config (ft_jax/config.py): dicts of fields for groups, such as
       `train={'epochs': 20}`, `selection={'size': 50}`, `model={'name': 'resnet18'}` or short `model='resnet18'`,
@@ -112,7 +112,7 @@ def _make_config(job: str, base: str, target: Images | None, source: Images | No
 def _image_fields(group: str, value: Images) -> tuple[Mapping[str, Any], dict[str, ImageSet]]:
   """The fields of `target` or `source`, and the image sets among them by split.
 
-  An image set is named by its fingerprint in the config: a workdir then refuses other images.
+  In place of the name of a split, the config has the fingerprint of its images: a workdir then refuses other ones.
   """
   if isinstance(value, os.PathLike):
     return {'name': f'folder:{os.fspath(value)}'}, {}
@@ -122,8 +122,8 @@ def _image_fields(group: str, value: Images) -> tuple[Mapping[str, Any], dict[st
   sets = {split: given for split, given in fields.items() if isinstance(given, ImageSet)}
   if not sets:
     if not isinstance(value, Mapping):
-      raise ValueError(f'{group} is of type {type(value).__name__}; expected text such as folder:photos, an ft_jax.ImageSet '
-                       '(such as ImageSet.from_arrays(images, labels)), or a dict of fields')
+      raise ValueError(f'{group} is of type {type(value).__name__}; expected text such as folder:photos, an '
+                       'ft_jax.ImageSet (such as ImageSet.from_arrays(images, labels)), or a dict of fields')
     return fields, {}
   if wrong := [split for split in sets if split not in _SPLITS]:
     raise ValueError(f'{group}[{wrong[0]!r}] is an image set; expected one only for {", ".join(_SPLITS)}')
@@ -131,9 +131,8 @@ def _image_fields(group: str, value: Images) -> tuple[Mapping[str, Any], dict[st
     raise ValueError(f'{group} has image sets for {", ".join(sets)}; expected one for train, too, and no name')
   if text := [split for split in _SPLITS if split not in sets and fields.get(split) not in (None, '', 'rest')]:
     raise ValueError(f"{group}[{text[0]!r}] is {fields[text[0]]!r}; expected an image set, as {group}['train'] is one")
-  names = {split: f'{given.name} ({given.fingerprint})' for split, given in sets.items()}
-  fields = {'val': '', 'test': '', **fields, **names, 'name': f'images:{digest(*names.values())}'}
-  return fields, sets
+  names = {split: f'images:{given.fingerprint}' for split, given in sets.items()}
+  return {'val': '', 'test': '', **fields, **names, 'name': sets['train'].name}, sets
 
 
 _SPLITS = ('train', 'val', 'test')

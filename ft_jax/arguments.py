@@ -45,8 +45,8 @@ def make_config(base: str, job: str, given: Mapping[str, Any]) -> ConfigDict:
   for name, value in given.items():
     if name not in config or name in _NOT_HERE:
       known = [field for field in config if field not in _NOT_HERE]
-      raise TypeError(f'{job}() has no argument {name!r}{_did_you_mean(name, config)}; known: workdir, weights, config, '
-                      f'{", ".join(known)}')
+      raise TypeError(f'{job}() has no argument {name!r}{_did_you_mean(name, config)}; '
+                      f'known: workdir, weights, config, {", ".join(known)}')
     _set(config, name, value)
   return config
 

@@ -47,7 +47,8 @@ class Evaluation:
   @classmethod
   def of(cls, result: Mapping[str, Any]) -> 'Evaluation':
     """That of a split in results.json."""
-    per_class = {row['name']: row['right'] / row['images'] if row['images'] else float('nan') for row in result['per_class']}
+    counts = {row['name']: (row['right'], row['images']) for row in result['per_class']}
+    per_class = {name: right / images if images else float('nan') for name, (right, images) in counts.items()}
     return cls(result['top1'], result['mean_per_class'], result['loss'], result['images'], per_class)
 
 
@@ -118,7 +119,8 @@ class Run:
 
     Args:
       images: an ImageSet; a path, of an image, a folder with all that is below it, or a text file of paths; uint8
-        `[n, h, w, 3]` or `[n, h, w]`, or one image `[h, w, 3]` or `[h, w]`; or a list of paths, arrays or Pillow images.
+        `[n, h, w, 3]` or `[n, h, w]`, or one image `[h, w, 3]` or `[h, w]`; or a list of paths, arrays or Pillow
+        images.
 
     Raises:
       ValueError: an image that cannot be read, or an array of another shape or type.
@@ -165,14 +167,15 @@ class Run:
     devices = jax.device_count()
     size = min(network.config.train.batch_size, 1 << (len(images) - 1).bit_length())
     batches = EvalBatches(images, network.transform, -(-size // devices) * devices)
-    found: list[tuple[np.ndarray, dict[str, np.ndarray]]] = []
+    names = ('features', 'probabilities')
+    found: dict[str, list[np.ndarray]] = {name: [] for name in ('row', *names)}
     forward, variables = self._forward
     shown = progress.bar(batches, 'predicting', len(batches))
     for result in parallel.read_late(forward(variables, parallel.shard(batch)) for batch in shown):
-      mask = result.pop('mask')
-      found.append((result.pop('row')[mask], {name: value[mask] for name, value in result.items()}))
-    order = np.argsort(np.concatenate([rows for rows, _ in found]))
-    return {name: np.concatenate([values[name] for _, values in found])[order] for name in ('features', 'probabilities')}
+      for name, values in found.items():
+        values.append(result[name][result['mask']])
+    order = np.argsort(np.concatenate(found['row']))
+    return {name: np.concatenate(found[name])[order] for name in names}
 
   @functools.cached_property
   def _forward(self) -> tuple[Callable[..., dict[str, jax.Array]], Any]:
@@ -180,7 +183,7 @@ class Run:
     model, head = self._network.model, self._network.head
 
     def forward(variables: Any, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-      outputs = model.apply(variables, batch['input'], train=False)
+      outputs: Any = model.apply(variables, batch['input'], train=False)
       result = {'features': outputs.features.astype(np.float32), 'probabilities': jax.nn.softmax(outputs.logits[head]),
                 'row': batch['row'], 'mask': batch['mask']}
       return jax.lax.all_gather(result, parallel.AXIS, tiled=True)
@@ -193,12 +196,13 @@ class Run:
     verb = {'finetune': 'fine-tuned', 'pretrain': 'pre-trained'}[config.job]
     parts = [f'{config.model.name}, {verb} on {data.name} ({len(self.class_names)} classes), in {self.workdir}']
     if self.selection is not None:
-      parts.append(f'together with {results["selection"]["images"]:,d} images of {config.source.name} '
-                   f'({len(self.selection.units):,d} {results["selection"]["noun"]}, selected by {self.selection.method})')
+      about = results['selection']
+      parts.append(f'together with {about["images"]:,d} images of {config.source.name} '
+                   f'({about["units"]:,d} {about["noun"]}, selected by {about["method"]})')
     split = 'test' if self.test else 'val'
     measured = self.test or self.val
-    parts.append(f'{split} top-1 {measured.top1:.1%}, mean per class {measured.mean_per_class:.1%}, loss {measured.loss:.3f} '
-                 f'({measured.images:,d} images; checkpoint of step {results["best_step"]})')
+    parts.append(f'{split} top-1 {measured.top1:.1%}, mean per class {measured.mean_per_class:.1%}, '
+                 f'loss {measured.loss:.3f} ({measured.images:,d} images; checkpoint of step {results["best_step"]})')
     return f'Run: {"; ".join(parts)}. Report: {self.report}'
 
   def _repr_html_(self) -> str:

@@ -101,7 +101,7 @@ def test_another_call_in_that_workdir_is_refused(run, sets):
                      'give another workdir$'):
     ft_jax.finetune(**sets, **other, workdir=run.workdir)
   images = {'target': {**sets['target'], 'train': image_set('target', 'train', 60)}, 'source': sets['source']}
-  with pytest.raises(ValueError, match=r"target is 'images:\w+' there and 'images:\w+' here"):
+  with pytest.raises(ValueError, match=r"target\['train'\] is 'images:\w+' there and 'images:\w+' here"):
     ft_jax.finetune(**images, **SETTINGS, workdir=run.workdir)
 
 
