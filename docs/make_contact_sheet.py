@@ -14,7 +14,7 @@ import PIL.Image
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from ft_jax.data.image_set import open_set  # noqa: E402
+from ft_jax.data import open_set  # noqa: E402
 
 
 def main() -> None:

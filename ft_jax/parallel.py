@@ -1,4 +1,5 @@
-"""Devices and processes: how a batch is shared out, how state is copied to all and read back, how processes agree."""
+"""Devices and processes: how a batch is divided, how state is copied to all devices and read back, how processes agree.
+"""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 import json
@@ -13,55 +14,56 @@ import numpy as np
 
 # The pmapped axis: all devices of all hosts.
 AXIS = 'batch'
-# Seconds after which a shared disk shows a new file for sure: NFS may look for changes of a folder once a minute only.
-_SEEN_SECONDS = 90
-# How the name of a file begins that is there for a moment.
+# Seconds after which a shared disk certainly shows a new file: NFS may look for changes of a folder only once a minute.
+_VISIBLE_SECONDS = 90
+# How the name of a file begins that exists for a moment.
 MARK = '.seen-by-all-'
 
 
 def is_main() -> bool:
-  """Whether this process writes what is written once."""
+  """Whether this process writes the files of the run: it is process 0."""
   return jax.process_index() == 0
 
 
 def agreed(value: Any) -> Any:
-  """Process 0's value, on every process, which all must ask for alike.
+  """Process 0's value, on every process; all processes must call it in the same order.
 
-  What follows from the clock or from a file decides what is computed together; where processes decided differently they would wait for
-  each other for ever. Behind it all see what process 0 wrote before it.
+  What follows from the clock or from a file decides what is computed together; if processes decided differently, they
+  would wait for each other for ever. After the call all processes see the files that process 0 wrote before it.
 
   Args:
-    value: anything that JSON has; only that of process 0 counts. Of a function without arguments, which process 0 alone calls, it is what
-      that returns.
+    value: anything that JSON can represent; only process 0's counts. A function without arguments is called on process
+      0 alone, and its result is the value.
 
   Raises:
-    ValueError: what the function raised there, on every process.
+    ValueError: the function raised it (or OSError, RuntimeError) on process 0; on every process.
   """
   if jax.process_count() == 1:
     return value() if callable(value) else value
-  told, cause = None, None
+  message, cause = None, None
   if is_main():
     try:
-      told = {'value': value() if callable(value) else value}
+      message = {'value': value() if callable(value) else value}
     except (ValueError, OSError, RuntimeError) as error:
-      told, cause = {'error': str(error)}, error
-  told = _from_main(told)
+      message, cause = {'error': str(error)}, error
+  message = _from_main(message)
   if cause is not None:
     raise cause
-  if 'error' in told:
-    raise ValueError(told['error'])
-  return told['value']
+  if 'error' in message:
+    raise ValueError(message['error'])
+  return message['value']
 
 
 def same_arrays(tree: Any) -> Any:
-  """Process 0's arrays on every process, which all must ask for alike, with arrays of the same shapes: what a host computed by itself may
-  differ from another host's in its last bits.
+  """Process 0's arrays on every process; all processes must call it with arrays of the same shapes.
+
+  Arrays that each host computed by itself may differ in their last bits.
   """
   return tree if jax.process_count() == 1 else jax.tree.map(np.asarray, multihost_utils.broadcast_one_to_all(tree))
 
 
 def everyone(value: Any) -> list[Any]:
-  """The value of each process (anything that JSON has), in their order, on every process."""
+  """The values of all processes (anything that JSON can represent), in their order, on every process."""
   if jax.process_count() == 1:
     return [value]
   text = json.dumps(value).encode()
@@ -71,16 +73,16 @@ def everyone(value: Any) -> list[Any]:
 
 
 def _from_main(value: Any) -> Any:
-  """Process 0's value on all of them; what the others bring does not count."""
+  """Process 0's value, on every process; those of the others do not count."""
   text = json.dumps(value).encode()
   length = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
-  # What other processes bring must have the same shape.
+  # The arrays of other processes must have the same shape.
   padded = _padded(text if is_main() else b'', _room(length))
   return json.loads(bytes(multihost_utils.broadcast_one_to_all(padded)[:length].astype(np.uint8)))
 
 
 def _room(length: int) -> int:
-  """A length that texts of about one length share: for each a program is compiled."""
+  """A length shared by texts of similar lengths: a program is compiled for each."""
   return max(256, 1 << (length - 1).bit_length())
 
 
@@ -89,43 +91,45 @@ def _padded(text: bytes, length: int) -> np.ndarray:
 
 
 def barrier(name: str) -> None:
-  """Waits until every process is here: behind it all see what process 0 wrote before it."""
+  """Waits until every process is here; after it all see the files that process 0 wrote before it."""
   multihost_utils.sync_global_devices(name)
 
 
 def check_same(values: Mapping[str, Any], what: str) -> None:
-  """Raises ValueError, on every process, where one has other values than process 0; `what` says what they are of."""
+  """Raises ValueError, on every process, where one has other values than process 0; the message calls them `what`."""
   first, *others = everyone(dict(values))
   for process, other in enumerate(others, 1):
     if differing := [name for name, value in first.items() if other.get(name) != value]:
-      raise ValueError(f'process {process} has other {what} than process 0: {", ".join(differing)}; every host must see the same files')
+      raise ValueError(f'process {process} has other {what} than process 0: {", ".join(differing)}; every host must '
+                       'see the same files')
 
 
 def check_shared(folder: epath.Path, what: str) -> None:
-  """Raises ValueError, on every process, where a folder is not the same one on every host; it is made. `what` names its setting."""
+  """Makes a folder; raises ValueError, on every process, where it is not the same on all hosts. `what` is its setting.
+  """
   if jax.process_count() == 1:
     return
 
   def leave_mark() -> str:
     folder.mkdir(parents=True, exist_ok=True)
-    name = f'{MARK}{uuid.uuid4().hex}'  # not a file that is there: its copy may be, from before
+    name = f'{MARK}{uuid.uuid4().hex}'  # a new file: on another disk there may be a copy of an old one
     (folder / name).write_text('')
     return name
 
   mark = folder / agreed(leave_mark)
-  until = time.monotonic() + _SEEN_SECONDS
-  while not (seen := mark.exists()) and time.monotonic() < until:
+  until = time.monotonic() + _VISIBLE_SECONDS
+  while not (visible := mark.exists()) and time.monotonic() < until:
     time.sleep(0.2)
-  blind = [process for process, sees in enumerate(everyone(seen)) if not sees]
+  blind = [process for process, sees in enumerate(everyone(visible)) if not sees]
   if is_main():
     mark.unlink()
   if blind:
-    raise ValueError(f'process {blind[0]} ({len(blind)} of {jax.process_count()} processes) does not see what process 0 writes to '
-                     f'{folder}; {what} must be a folder that all hosts share, such as one on NFS or gs://')
+    raise ValueError(f'process {blind[0]} ({len(blind)} of {jax.process_count()} processes) does not see what process '
+                     f'0 writes to {folder}; {what} must be a folder that all hosts share, such as one on NFS or gs://')
 
 
 def check_batch(size: int, what: str) -> None:
-  """Raises ValueError where the devices cannot share a batch evenly."""
+  """Raises ValueError where a batch cannot be divided evenly among the devices; the message calls its size `what`."""
   devices = jax.device_count()
   if size < 1 or size % devices:
     below, above = size // devices * devices, -(-max(size, 1) // devices) * devices
@@ -134,14 +138,15 @@ def check_batch(size: int, what: str) -> None:
 
 
 def pmap(function: Callable[..., Any], *, in_axes: Any = 0, donate: bool = False) -> Callable[..., Any]:
-  """A function of one device's share, run on all devices at once, which know each other by the name `AXIS`.
+  """A function of one device's share, run on all devices at once, with collectives over the axis `AXIS`.
 
-  Every program that runs on several devices is made here, so that this is the one place to change where jax changes how it is done.
+  Every program that runs on several devices is made here, so that there is one place to change when jax changes.
 
   Args:
-    function: of arrays without the axis of devices.
-    in_axes: as of `jax.pmap`: 0 for arguments that have an axis of devices in front, None for those that are the same on all.
-    donate: whether the memory of the first argument is given up to the result.
+    function: takes arrays without the axis of devices.
+    in_axes: as of `jax.pmap`: 0 for arguments whose first axis is that of devices, None for those that are the same on
+      all.
+    donate: whether the result may reuse the memory of the first argument.
   """
   return jax.pmap(function, axis_name=AXIS, in_axes=in_axes, donate_argnums=(0,) if donate else ())
 
@@ -153,10 +158,10 @@ def shard(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def replicate(tree: Any) -> Any:
-  """A copy on each local device, laid out as a pmapped function returns it: with any other layout it would be compiled twice."""
+  """A copy on each local device, in the layout that a pmapped function returns: another one would be compiled again."""
   devices = jax.local_devices()
   layout = jax.sharding.NamedSharding(jax.sharding.Mesh(np.asarray(devices), (AXIS,)), jax.sharding.PartitionSpec(AXIS))
-  # `stack` copies: the memory of a donated argument must be nobody else's.
+  # `stack` copies: the memory of a donated argument must not be used by anything else.
   return jax.tree.map(lambda x: jax.device_put(np.stack([np.asarray(x)] * len(devices)), layout), tree)
 
 
@@ -168,11 +173,12 @@ def unreplicate(tree: Any) -> Any:
 def read_late(results: Iterable[Any], read: Callable[[Any], Any] | None = None) -> Iterator[Any]:
   """Results of the devices on the host, in order, each read after the next one was dispatched.
 
-  So the devices work on a batch while the host reads what they made of the one before. Two results at most are in memory.
+  So the devices work on a batch while the host reads the results of the one before. At most two results are in memory.
 
   Args:
-    results: dispatches one each time it is asked for the next: `(predict(variables, shard(batch)) for batch in batches)`.
-    read: waits for a result and copies it to the host; None is `unreplicate`, for those of pmapped functions.
+    results: dispatches one whenever it is asked for the next: `(predict(variables, shard(batch)) for batch in
+      batches)`.
+    read: waits for a result and copies it to the host; None is `unreplicate`, for pmapped functions.
   """
   read = read or unreplicate
   pending = None
@@ -185,12 +191,12 @@ def read_late(results: Iterable[Any], read: Callable[[Any], Any] | None = None) 
 
 
 def gather(tree: Any) -> Any:
-  """In a pmapped function: arrays `[b, ...]` of all devices as one, `[devices * b, ...]`, the same on every device."""
+  """In a pmapped function: the arrays `[b, ...]` of all devices joined, `[devices * b, ...]`, on every device."""
   return jax.tree.map(lambda x: jax.lax.all_gather(x, AXIS, tiled=True), tree)
 
 
 def reverse(tree: Any) -> Any:
-  """In a pmapped function: this device's part of arrays `[b, ...]` that are, over all devices, in reverse order."""
+  """In a pmapped function: this device's share of arrays `[b, ...]` whose order over all devices is reversed."""
   devices = jax.lax.axis_size(AXIS)
   if devices > 1:
     tree = jax.lax.ppermute(tree, AXIS, [(device, devices - 1 - device) for device in range(devices)])

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from ft_jax.data.pipeline import Transform
 from ft_jax.jobs import setup
 from ft_jax.models import resnet
-from ft_jax.training.checkpoints import load_variables
+from ft_jax.training.finished_runs import load_variables
 from ft_jax.workdir import read_config, unknown_fields
 from selection import storage
 

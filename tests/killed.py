@@ -108,8 +108,8 @@ def kind_of(path: str) -> str:
 
 # Functions by which the main thread is known to be in a phase; the first one that it is in.
 PHASES = (('ft_jax/report.py', 'write', 'results and report'), ('ft_jax/workdir.py', 'write_results', 'results and report'),
-          ('ft_jax/study_page.py', 'write', 'results and report'), ('ft_jax/checkpoints.py', 'save', 'checkpoint being written'),
-          ('ft_jax/checkpoints.py', 'wait', 'checkpoint being written'), ('ft_jax/jobs/loop.py', 'evaluated', 'evaluation'),
+          ('ft_jax/study_page.py', 'write', 'results and report'), ('training/checkpoints.py', 'save', 'checkpoint being written'),
+          ('training/checkpoints.py', 'wait', 'checkpoint being written'), ('training/loop.py', 'evaluate_split', 'evaluation'),
           ('ft_jax/jobs/embedding.py', 'embedded', 'embedding'), ('selection/select.py', 'select', 'selection'))
 
 
@@ -125,7 +125,7 @@ def phase(kind: str, folder: str) -> str:
   for file, function, name in PHASES:
     if any(path.endswith(file) and function == called for path, called in within):
       return name
-  if any(path.endswith('jobs/loop.py') and called == 'train' for path, called in within):
+  if any(path.endswith('training/loop.py') and called == 'train' for path, called in within):
     return 'pre-training' if any(path.endswith('jobs/pretrain.py') for path, _ in within) else 'joint fine-tuning'
   return 'selection' if kind == 'selection' else 'embedding' if kind == 'embeddings' else 'start and in between'
 

@@ -38,7 +38,7 @@ def record(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def _run(name: str, flags: tuple[str, ...], folder: pathlib.Path) -> dict[str, Any]:
-  from ft_jax.training.checkpoints import load_variables
+  from ft_jax.training.finished_runs import load_variables
 
   workdir = folder / name
   command = [sys.executable, 'main.py', *SMALL, *(flag.format(pretrain=folder / 'pretrain') for flag in flags), f'--workdir={workdir}']

@@ -8,7 +8,22 @@ import sys
 from ml_collections import config_flags, ConfigDict
 import pytest
 
-from configs import aircraft, caltech101, cars, cub, default, digits, dogs, dtd, export, miniature, pets, predict, pretrain, sun397
+from configs import (
+  aircraft,
+  caltech101,
+  cars,
+  cub,
+  default,
+  digits,
+  dogs,
+  dtd,
+  export,
+  miniature,
+  pets,
+  predict,
+  pretrain,
+  sun397,
+)
 from configs import fixmatch as fixmatch_config
 from configs import stability as stability_config
 from ft_jax.command import default_workdir

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from ft_jax.data import contents
-from ft_jax.data.image_set import digest, Image, ImageSet
-from ft_jax.data.labels import as_class_labels, Labels
+from ft_jax.data.image_set import digest, Image, ImageSet, Labels
+from ft_jax.data.labels import as_class_labels
 
 
 def from_arrays(images: np.ndarray | Sequence[Image], labels: Labels | None = None, class_names: Sequence[str] | None = None,
@@ -15,7 +15,11 @@ def from_arrays(images: np.ndarray | Sequence[Image], labels: Labels | None = No
   if isinstance(images, (str, bytes)):
     raise ValueError(f'images is of type {type(images).__name__}; expected uint8 [n, h, w, 3], or a list of images '
                      '(paths of files are for ImageSet.from_files)')
-  checked = _check_batch(images) if hasattr(images, 'shape') else [_check_image(image, i) for i, image in enumerate(images)]
+  # An array of objects is a list of images in other clothes.
+  if isinstance(images, Sequence) or np.asarray(images).dtype == object:
+    checked = [_check_image(image, i) for i, image in enumerate(images)]
+  else:
+    checked = _check_batch(np.asarray(images))
   if not len(checked):
     raise ValueError('images is empty; expected at least one image')
   numbers, names = as_class_labels(labels, class_names, len(checked))
@@ -29,14 +33,15 @@ def from_arrays(images: np.ndarray | Sequence[Image], labels: Labels | None = No
       contents=hashes)
 
 
-def _check_batch(images: np.ndarray) -> np.ndarray:
+def _check_batch(array: np.ndarray) -> np.ndarray:
   """uint8 `[n, h, w, 3]` or `[n, h, w]` of an array of images."""
-  array = np.asarray(images)
   expected = 'expected uint8 [n, h, w, 3], or grey [n, h, w]'
   if array.ndim == 3 and array.shape[-1] == 3:
     raise ValueError(f'images has shape {array.shape}, which is one image [h, w, 3]; {expected}. For a set of one image give images[None]')
   if array.ndim not in (3, 4):
     raise ValueError(f'images has shape {array.shape}; {expected}')
+  if 0 in array.shape[1:]:
+    raise ValueError(f'images has shape {array.shape}, which has no pixels; {expected}')
   _check_pixels(array, 'images', expected)
   array = array[..., 0] if array.ndim == 4 and array.shape[-1] == 1 else array
   if array.ndim == 4 and array.shape[-1] != 3:
@@ -58,6 +63,8 @@ def _check_image(image: object, i: int) -> Image:
   array = np.asarray(image)
   if array.ndim not in (2, 3):
     raise ValueError(f'{what} has shape {array.shape}; {expected}')
+  if not array.size:
+    raise ValueError(f'{what} has shape {array.shape}, which has no pixels; {expected}')
   _check_pixels(array, what, expected)
   array = array[..., 0] if array.ndim == 3 and array.shape[-1] == 1 else array
   if array.ndim == 3 and array.shape[-1] != 3:
@@ -66,7 +73,7 @@ def _check_image(image: object, i: int) -> Image:
 
 
 def _check_pixels(array: np.ndarray, what: str, expected: str) -> None:
-  """Raises ValueError for other values than uint8, with how to convert them, and for images without pixels."""
+  """Raises ValueError for other values than uint8; the message says how to convert them."""
   if array.dtype.kind == 'f':
     if np.isnan(array).any():
       raise ValueError(f'{what} contains NaN; {expected}, 0 to 255')
@@ -75,8 +82,6 @@ def _check_pixels(array: np.ndarray, what: str, expected: str) -> None:
     raise ValueError(f'{what} has dtype {array.dtype}; {expected}, 0 to 255: convert them with {fix}')
   if array.dtype != np.uint8:
     raise ValueError(f'{what} has dtype {array.dtype}; {expected}, 0 to 255')
-  if array.ndim and not array.size and array.shape[0]:
-    raise ValueError(f'{what} has shape {array.shape}, which has no pixels; {expected}')
 
 
 def _hint(shape: tuple[int, ...], name: str, order: str) -> str:

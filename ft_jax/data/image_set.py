@@ -15,6 +15,7 @@ if TYPE_CHECKING:
   from ft_jax.data.unused_files import Unused
 
 Image = bytes | np.ndarray
+Labels = Sequence[int] | Sequence[str] | np.ndarray
 # The name of the only class of a set without labels, such as a pool of images.
 UNLABELLED = 'unlabelled'
 
@@ -80,7 +81,7 @@ class ImageSet:
       ValueError: the folder or split does not exist or has no images.
     """
     from ft_jax.data import open_set
-    return open_set(f'folder:{os.fspath(path)}', split)
+    return open_set(f'folder:{os.path.abspath(os.path.expanduser(path))}', split)
 
   @classmethod
   def from_tfds(cls, name: str, split: str, data_dir: str = '') -> 'ImageSet':
@@ -98,16 +99,36 @@ class ImageSet:
     return open_set(f'tfds:{name.removeprefix("tfds:")}', split, data_dir)
 
   @classmethod
-  def from_arrays(cls, images: np.ndarray | Sequence[Image], labels: Sequence[int] | Sequence[str] | np.ndarray | None = None,
+  def from_arrays(cls, images: np.ndarray | Sequence[Image], labels: Labels | None = None,
                   class_names: Sequence[str] | None = None, name: str = 'arrays') -> 'ImageSet':
-    """Images in memory; see `arrays.from_arrays`, which this calls."""
+    """Images in memory. Arrays are not copied, so they must not change afterwards.
+
+    Args:
+      images: uint8 `[n, h, w, 3]` (RGB) or `[n, h, w]` (grey), or a list with one image each: uint8 `[h, w, 3]` or `[h, w]` of any
+        size, or the bytes of an image file.
+      labels: the class of each image, by number (0 is the first class) or by name. None makes one class of them, as in a folder
+        without class folders: such a set can be predicted, or be the pool of methods.fixmatch.
+      class_names: in the order of the numbers. None takes the names in `labels`, sorted, or '0', '1', ... for numbers.
+      name: for messages and reports.
+
+    Raises:
+      ValueError: images of another shape or dtype, labels that do not fit them, or an empty set.
+    """
     from ft_jax.data import arrays
     return arrays.from_arrays(images, labels, class_names, name)
 
   @classmethod
-  def from_files(cls, paths: Sequence[str | os.PathLike[str]], labels: Sequence[int] | Sequence[str] | np.ndarray | None = None,
+  def from_files(cls, paths: Sequence[str | os.PathLike[str]], labels: Labels | None = None,
                  class_names: Sequence[str] | None = None, name: str = 'files') -> 'ImageSet':
-    """Image files anywhere; see `path_list.from_files`, which this calls."""
+    """Image files at any paths, which are read when they are needed. The ids are the paths as they are given.
+
+    Args:
+      paths: one per image.
+      labels, class_names, name: as in `from_arrays`.
+
+    Raises:
+      ValueError: a file that does not exist or cannot be opened, labels that do not fit the files, or an empty list.
+    """
     from ft_jax.data import path_list
     return path_list.from_files(paths, labels, class_names, name)
 

@@ -4,9 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ft_jax.data.image_set import UNLABELLED
-
-Labels = Sequence[int] | Sequence[str] | np.ndarray
+from ft_jax.data.image_set import Labels, UNLABELLED
 
 
 def as_class_labels(labels: Labels | None, class_names: Sequence[str] | None, count: int) -> tuple[np.ndarray, tuple[str, ...]]:

@@ -10,8 +10,8 @@ import numpy as np
 from ft_jax.data import contents
 from ft_jax.data.decode import IMAGE_ENDINGS, is_image
 from ft_jax.data.folder_listing import list_images
-from ft_jax.data.image_set import digest, ImageSet, UNLABELLED
-from ft_jax.data.labels import as_class_labels, Labels
+from ft_jax.data.image_set import digest, ImageSet, Labels, UNLABELLED
+from ft_jax.data.labels import as_class_labels
 from ft_jax.data.unused_files import log_unused, OTHER_IMAGES
 
 

@@ -142,9 +142,8 @@ def _train(config: ConfigDict, training: Training, trainable: Trainable, work: W
     heads['pretrained'] = len(start['params']['heads']['pretrained']['bias'])
   model = setup.build_model(config.model, heads, config.train.freeze)
   variables = setup.init_variables(model, config.image_size, config.seed, start)
-  results = fit.fit(training, work, model=model, factors=trainable.factors, variables=variables, streams=streams, splits=splits,
-                    transform=transform, seed=config.seed, start=start, methods=active, true_labels=true_labels,
-                    timeout=config.data.timeout)
+  data = fit.TrainingData(streams, splits, transform, config.seed, config.data.timeout, true_labels)
+  results = fit.fit(training, work, data, fit.InitialNetwork(model, variables, start or {}, trainable.factors), active)
   embeddings = embedding.PRECISION if chosen is not None and chosen.encoder and not config.selection.file else None  # None: none were made
   return {
       'job': 'finetune', **results, 'precision': {**results['precision'], 'embeddings': embeddings},
@@ -155,8 +154,8 @@ def _train(config: ConfigDict, training: Training, trainable: Trainable, work: W
           'name': config.source.name, 'classes': len(pool.class_names), 'images': len(pool), 'fingerprint': pool.fingerprint},
       'selection': None if chosen is None else {
           'method': chosen.method, 'by': chosen.by, 'noun': NOUNS[chosen.by], 'units': len(chosen.units),
-          'classes': list(chosen.class_names), 'images': len(streams['source'].source),
-          'fingerprint': streams['source'].source.fingerprint},
+          'classes': list(chosen.class_names), 'images': len(streams['source'].images),
+          'fingerprint': streams['source'].images.fingerprint},
       'weights': weights.about if weights else None}
 
 

@@ -98,10 +98,10 @@ def _train(config: ConfigDict, training: Training, trainable: Trainable, work: W
                                  class_names=splits.train.class_names if kept else None)
   model = setup.build_model(config.model, {'source': classes}, config.train.freeze)
   variables = setup.init_variables(model, config.image_size, config.seed, weights.variables if weights else None)
-  stream = fit.Stream(splits.train, config.train.batch_size, 1.0)
-  results = fit.fit(training, work, model=model, factors=trainable.factors, variables=variables, streams={'source': stream},
-                    splits=splits, transform=setup.make_transform(config), seed=config.seed,
-                    start=weights.variables if weights else None, timeout=config.data.timeout)
+  streams = {'source': fit.Stream(splits.train, config.train.batch_size, 1.0)}
+  data = fit.TrainingData(streams, splits, setup.make_transform(config), config.seed, config.data.timeout)
+  network = fit.InitialNetwork(model, variables, weights.variables if weights else {}, trainable.factors)
+  results = fit.fit(training, work, data, network)
   return {'job': 'pretrain', **results, 'source': {'name': config.source.name, 'classes': classes,
                                                    'fingerprints': split_fingerprints(splits), 'left_out': _ids(left_out)},
           'skipped': skipped_summary(skipped), 'weights': weights.about if weights else None}

@@ -26,7 +26,7 @@ from ft_jax.progress import log
 from ft_jax.settings import check_fields
 from ft_jax.studies import stability
 from ft_jax.training import initial_weights
-from ft_jax.training.checkpoints import load_start
+from ft_jax.training.finished_runs import load_start
 from ft_jax.workdir import write_bytes, write_text
 
 # Images of a device at a time: the product with the Hessian takes several times the memory of a training step.

@@ -25,8 +25,8 @@ from ft_jax.methods.stoch_norm import StochNorm
 from ft_jax.models.resnet import ResNet
 from ft_jax.settings import check_field, like
 
-__all__ = ['METHODS', 'LossTerm', 'Method', 'Needs', 'SetupContext', 'State', 'StepContext', 'View', 'active', 'all_needs', 'check',
-           'defaults', 'norm']
+__all__ = ['METHODS', 'LossTerm', 'Method', 'Needs', 'SetupContext', 'State', 'StepContext', 'View', 'active',
+           'all_needs', 'check', 'defaults', 'norm']
 
 T = TypeVar('T')
 
@@ -88,7 +88,8 @@ def norm(methods: Mapping[str, Method]) -> Callable[..., nn.Module] | None:
   found = {name: layer for name, method in methods.items() if (layer := method.norm()) is not None}
   if len(found) > 1:
     both = ' and '.join(f'methods.{name}' for name in found)
-    raise ValueError(f'{both} cannot be combined: each replaces BatchNorm with a normalisation layer of its own; switch on only one of them')
+    raise ValueError(f'{both} cannot be combined: each replaces BatchNorm with a normalisation layer of its own; '
+                     'switch on only one of them')
   return next(iter(found.values()), None)
 
 
@@ -105,11 +106,16 @@ def all_needs(methods: Mapping[str, Method], model: ResNet) -> Needs:
     for view in own.all_views:
       other, same = declared.setdefault(view.path, (name, view))
       if view != same:
-        raise ValueError(f'methods.{other} and methods.{name} cannot be combined: each needs a view {view.path!r}, with different recipes')
+        raise ValueError(f'methods.{other} and methods.{name} cannot be combined: each needs a view {view.path!r}, '
+                         'with different recipes')
   return Needs(
-      start=any(own.start for own in needs), teacher=any(own.teacher for own in needs), classifier=any(own.classifier for own in needs),
-      trained_classifier=any(own.trained_classifier for own in needs), layers=_distinct(own.layers for own in needs),
-      views=_distinct(own.views for own in needs), forwarded_views=_distinct(own.forwarded_views for own in needs))
+      start=any(own.start for own in needs),
+      teacher=any(own.teacher for own in needs),
+      classifier=any(own.classifier for own in needs),
+      trained_classifier=any(own.trained_classifier for own in needs),
+      layers=_distinct(own.layers for own in needs),
+      views=_distinct(own.views for own in needs),
+      forwarded_views=_distinct(own.forwarded_views for own in needs))
 
 
 def _distinct(several: Iterable[tuple[T, ...]]) -> tuple[T, ...]:

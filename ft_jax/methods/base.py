@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 import dataclasses
 import functools
 import math
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, cast, ClassVar, NamedTuple
 
 import flax
 from flax import linen as nn
@@ -44,7 +44,7 @@ class View:
     return f'{self.stream}/{self.name}'
 
   @property
-  def recipe(self) -> dict[str, float]:
+  def recipe(self) -> dict[str, Any]:
     """The fields of the training transform that are different for this view."""
     fields = {'randaugment': self.randaugment, 'magnitude': self.magnitude, 'cutout': self.cutout}
     return {name: value for name, value in fields.items() if value is not None}
@@ -129,7 +129,7 @@ class SetupContext:
     model, variables = self.teacher, parallel.replicate(teacher_variables(self.start))
 
     def predict(variables: Any, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-      outputs: Outputs = model.apply(variables, batch['input'], train=False)  # type: ignore[assignment]  # flax knows no return type
+      outputs = cast(Outputs, model.apply(variables, batch['input'], train=False))
       result = {'features': outputs.features, **{key: batch[key] for key in ('label', 'row', 'mask')}}
       if outputs.logits:
         result['logits'] = outputs.logits['pretrained']
@@ -140,9 +140,9 @@ class SetupContext:
     @functools.cache
     def of_split(split: str) -> dict[str, np.ndarray]:
       results = list(parallel.read_late(mapped(variables, parallel.shard(batch)) for batch in self.batches(split)))
-      whole = {key: np.concatenate([result[key][result['mask']] for result in results]) for key in results[0] if key != 'mask'}
-      order = np.argsort(whole.pop('row'))
-      return {key: value[order] for key, value in whole.items()}
+      whole = {key: np.concatenate([result[key][result['mask']] for result in results]) for key in results[0]}
+      order = np.argsort(whole['row'])
+      return {key: value[order] for key, value in whole.items() if key not in ('row', 'mask')}
 
     return of_split
 
@@ -262,8 +262,8 @@ class Method:
 
 def teacher_of(model: ResNet, start: Mapping[str, Any]) -> ResNet:
   """The network of the variables `start`, with the head 'pretrained' where they have it."""
-  heads = {name: head['bias'].shape[0] for name, head in start['params'].get('heads', {}).items() if name == 'pretrained'}
-  return model.clone(heads=heads)
+  heads = start['params'].get('heads', {})
+  return model.clone(heads={name: heads[name]['bias'].shape[0] for name in ('pretrained',) if name in heads})
 
 
 def teacher_variables(start: Mapping[str, Any]) -> dict[str, Any]:

@@ -27,8 +27,8 @@ class BSS(Method):
   def check(self, context: SetupContext) -> None:
     most = min(context.batch_size, context.model.width_of_features)
     if not 1 <= self.k <= most:
-      raise ValueError(f'methods.bss.k is {self.k}; expected 1 to {most}, the number of singular values of a batch of {context.batch_size} '
-                       f'with {context.model.width_of_features} features each')
+      raise ValueError(f'methods.bss.k is {self.k}; expected 1 to {most}, the number of singular values of a batch of '
+                       f'{context.batch_size} with {context.model.width_of_features} features each')
 
   def loss(self, context: StepContext, state: State) -> LossTerm:
     value = smallest(parallel.gather(context.outputs['target'].features), self.k)

@@ -26,8 +26,8 @@ class CoTuning(Method):
   """
   published: ClassVar = {'weight': 2.3}
   weight: float = 0.0  # published 2.3
-  relation: str = 'calibrated'  # calibrated (from p(y | s), with val) or direct (the mean prediction of the pre-trained network, by class)
-  scale: float = 1.0  # factor of the logits that p is estimated from, to calibrate them; published 0.884 for torchvision's ResNet-50
+  relation: str = 'calibrated'  # calibrated (from p(y | s), with val) or direct (the mean prediction, by class)
+  scale: float = 1.0  # factor of the logits that p is estimated from; published 0.884 for torchvision's ResNet-50
 
   def check(self, context: SetupContext) -> None:
     check_known('co_tuning', RELATIONS, relation=self.relation)
@@ -41,7 +41,8 @@ class CoTuning(Method):
     if self.relation == 'direct':
       return {'relation': direct(train, context.labels, context.classes)}
     val = context.teacher_outputs('val')
-    return {'relation': calibrated(train, context.labels, _softmax(val['logits'] * self.scale), val['label'], context.classes)}
+    val_probabilities = _softmax(val['logits'] * self.scale)
+    return {'relation': calibrated(train, context.labels, val_probabilities, val['label'], context.classes)}
 
   def loss(self, context: StepContext, state: State) -> LossTerm:
     labels = state['relation'][context.labels] if context.labels.ndim == 1 else context.labels @ state['relation']
@@ -68,7 +69,8 @@ def direct(probabilities: np.ndarray, labels: np.ndarray, classes: int) -> np.nd
   return (rows / rows.sum(1, keepdims=True)).astype(np.float32)
 
 
-def calibrated(train: np.ndarray, train_labels: np.ndarray, val: np.ndarray, val_labels: np.ndarray, classes: int) -> np.ndarray:
+def calibrated(train: np.ndarray, train_labels: np.ndarray, val: np.ndarray, val_labels: np.ndarray,
+               classes: int) -> np.ndarray:
   """p(s | y) by Bayes' rule from p(y | s), as in the paper's code (relationship_learning).
 
   A linear classifier W without bias is fitted to predict y from the probabilities [n, S] (logistic regression; of 17
@@ -91,8 +93,8 @@ def calibrated(train: np.ndarray, train_labels: np.ndarray, val: np.ndarray, val
   marginal = np.concatenate([train, val]).mean(0, dtype=np.float64)
   usable = np.isin(val_labels, present)
   if not usable.any():
-    raise ValueError("methods.co_tuning.relation is 'calibrated', which is chosen on val images, and none is of a class with training "
-                     'images; use --config.methods.co_tuning.relation=direct')
+    raise ValueError("methods.co_tuning.relation is 'calibrated', which is chosen on val images, and none is of a "
+                     'class with training images; use --config.methods.co_tuning.relation=direct')
   val, val_answers = val[usable], np.searchsorted(present, val_labels[usable])
   best: logistic.Classifier | None = None
   fitted, best_right, best_c = None, -1, 0.0
@@ -104,11 +106,13 @@ def calibrated(train: np.ndarray, train_labels: np.ndarray, val: np.ndarray, val
       best, best_right, best_c = fitted, right, c
   assert best is not None
   scale = _calibrate(val @ best.weights, val_answers)
-  log.info('relation of classes: the predictions of the pre-trained classifier tell the class of %.1f %% of val (C %g, scale %.3g)',
+  log.info('relation of classes: the predictions of the pre-trained classifier tell the class of %.1f %% of val (C %g, '
+           'scale %.3g)',
            100 * best_right / len(val_answers), best_c, scale)
   rows = np.tile(marginal, (classes, 1))
   # In logarithms: p(y | s) may be nearly zero for every s.
-  joint = _log_softmax(scale * best.weights.astype(np.float64)) + np.log(np.maximum(marginal, np.finfo(np.float64).tiny))[:, None]
+  prior = np.log(np.maximum(marginal, np.finfo(np.float64).tiny))
+  joint = _log_softmax(scale * best.weights.astype(np.float64)) + prior[:, None]
   rows[present] = _softmax(joint.T)
   return (rows / rows.sum(1, keepdims=True)).astype(np.float32)
 
@@ -122,7 +126,9 @@ def _calibrate(logits: np.ndarray, labels: np.ndarray) -> float:
   def loss(log_scale: float) -> float:
     return -_log_softmax(np.exp(log_scale) * logits)[np.arange(len(labels)), labels].mean()
 
-  return float(np.exp(optimize.minimize_scalar(loss, bounds=(-math.log(1e3), math.log(1e3)), method='bounded', options={'xatol': 1e-6}).x))
+  bounds = -math.log(1e3), math.log(1e3)
+  found = optimize.minimize_scalar(loss, bounds=bounds, method='bounded', options={'xatol': 1e-6})
+  return float(np.exp(found.x))
 
 
 def _log_softmax(x: np.ndarray) -> np.ndarray:

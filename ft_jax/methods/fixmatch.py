@@ -37,7 +37,7 @@ class FixMatch(Method):
   used.
   """
   weight: float = 0.0  # lambda; published 1.0
-  threshold: float = 0.0  # least probability of the likeliest class with which an image is kept; published 0.0 (all), in FixMatch 0.95
+  threshold: float = 0.0  # least probability of the likeliest class of a kept image; published 0.0, in FixMatch 0.95
   labels: str = 'soft'  # soft (published): the probabilities; hard (as in FixMatch): the likeliest class
   temperature: float = 1.0  # published 1.0; below it pseudo-labels are surer
   published: ClassVar = {'weight': 1.0}
@@ -45,12 +45,13 @@ class FixMatch(Method):
 
   def check(self, context: SetupContext) -> None:
     if not context.has_source:
-      raise ValueError('methods.fixmatch needs source images (their labels are not used), but config.selection.method is none; name a pool '
-                       'in config.source.name and select from it, for example with --config.selection.method=uot '
-                       '--config.selection.by=cluster')
+      raise ValueError('methods.fixmatch needs source images (their labels are not used), but config.selection.method '
+                       'is none; name a pool in config.source.name and select from it, for example with '
+                       '--config.selection.method=uot --config.selection.by=cluster')
     check_known('fixmatch', LABELS, labels=self.labels)
     if not 0 <= self.threshold < 1:
-      raise ValueError(f'methods.fixmatch.threshold is {self.threshold}; expected a probability from 0 (every image) to below 1')
+      raise ValueError(f'methods.fixmatch.threshold is {self.threshold}; expected a probability from 0 (every image) '
+                       'to below 1')
     check_above_zero('fixmatch', temperature=self.temperature)
 
   def needs(self, model: ResNet) -> Needs:

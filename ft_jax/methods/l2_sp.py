@@ -38,7 +38,8 @@ class L2SP(Method):
 
   def loss(self, context: StepContext, state: State) -> LossTerm:
     start = flat(context.start['params'])
-    squares = {path: jnp.sum((value - start.get(path, 0.0)) ** 2) for path, value in flat(of_network(context.params)).items()}
+    params = flat(of_network(context.params))
+    squares = {path: jnp.sum((value - start.get(path, 0.0)) ** 2) for path, value in params.items()}
     weights = {path: self.weight if path in start else self.head_weight for path in squares}
     penalty: Any = 0.5 * sum(weights[path] * square for path, square in squares.items())
     return LossTerm(penalty, state)

@@ -21,7 +21,8 @@ class LabelSmoothing(Method):
 
   def check(self, context: SetupContext) -> None:
     if self.amount >= 1:
-      raise ValueError(f'methods.label_smoothing.amount is {self.amount}; expected a number below 1 (1 leaves nothing of the labels)')
+      raise ValueError(f'methods.label_smoothing.amount is {self.amount}; expected a number below 1 (1 leaves nothing '
+                       'of the labels)')
 
   def soften(self, labels: jax.Array) -> jax.Array:
     return (1.0 - self.amount) * labels + self.amount / labels.shape[-1]

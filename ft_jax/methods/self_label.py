@@ -44,7 +44,8 @@ class SelfLabel(Method):
   def check(self, context: SetupContext) -> None:
     for name, epoch in (('reweight_epoch', self.reweight_epoch), ('correct_epoch', self.correct_epoch)):
       if epoch < 1:
-        raise ValueError(f'methods.self_label.{name} is {epoch}; expected an epoch from 1 (one beyond the last is never reached)')
+        raise ValueError(f'methods.self_label.{name} is {epoch}; expected an epoch from 1 (one beyond the last is '
+                         'never reached)')
     if not 0 <= self.threshold < 1:
       raise ValueError(f'methods.self_label.threshold is {self.threshold}; expected a probability from 0 to below 1')
     check_above_zero('self_label', temperature=self.temperature)

@@ -36,8 +36,8 @@ class StochNorm(Method):
     image = jax.ShapeDtypeStruct((1, context.image_size, context.image_size, 3), np.uint8)
     shapes = jax.eval_shape(context.model.init, jax.random.key(0), image)
     if all(jax.tree.leaves(resnet.frozen_mask(context.model, shapes['batch_stats']))):
-      raise ValueError("methods.stoch_norm has no layer to replace: model.batch_norm = 'frozen' or train.freeze keeps running statistics in "
-                       'all of them; unfreeze some, or leave the method out')
+      raise ValueError("methods.stoch_norm has no layer to replace: model.batch_norm = 'frozen' or train.freeze keeps "
+                       'running statistics in all of them; unfreeze some, or leave the method out')
 
   def norm(self) -> Callable[..., nn.Module]:
     return functools.partial(StochNormLayer, probability=self.probability)

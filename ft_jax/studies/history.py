@@ -15,7 +15,7 @@ from ft_jax.jobs import setup
 from ft_jax.models import torch_pickle
 from ft_jax.models.weights import check_numbers
 from ft_jax.progress import log
-from ft_jax.training import checkpoints, initial_weights
+from ft_jax.training import checkpoint_files, finished_runs, initial_weights
 from ft_jax.workdir import read_config
 from selection import storage
 
@@ -94,7 +94,7 @@ def load(kept: Kept, network: ConfigDict, image_size: int) -> Loaded:
   """
   try:
     path = storage.located(kept.weights)
-    variables = (checkpoints.load_variables(path.parent.parent, int(path.name)) if path.is_dir() else initial_weights.read_file(path).variables)
+    variables = (finished_runs.load_variables(path.parent.parent, int(path.name)) if path.is_dir() else initial_weights.read_file(path).variables)
     heads = variables['params'].pop('heads', {})
     merged = setup.init_variables(setup.build_model(network, {}), image_size, 0, variables)
   except (ValueError, OSError) as error:
@@ -131,12 +131,12 @@ def _of_run(folder: epath.Path, stored: Mapping[str, Any]) -> History:
   if stored['job'] != 'pretrain':
     raise ValueError(f'config.checkpoints: {folder} is of job {stored["job"]}; give the workdir of a pre-training '
                      '(configs/pretrain.py keeps checkpoints)')
-  every = [kept for kept in checkpoints.history(folder) if kept.metrics]
+  every = [kept for kept in finished_runs.history(folder) if kept.metrics]
   if not every:
     raise ValueError(f'config.checkpoints: {folder} holds no checkpoint that was evaluated; let the run go on to its first one')
   made_from = every[-1].made_from
   for kept in every:
-    if differing := checkpoints.differing(made_from, kept.made_from):
+    if differing := checkpoint_files.differing(made_from, kept.made_from):
       raise ValueError(f'config.checkpoints: {folder} holds checkpoints of two runs: those of step {kept.step} and step {every[-1].step} '
                        f'differ in {", ".join(differing)}; put each run into a folder of its own')
   config = ConfigDict(stored)

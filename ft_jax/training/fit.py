@@ -1,12 +1,9 @@
 """One training, from the first step to the test split: what fine-tuning and pre-training share."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-import importlib.metadata
-import os
-import pathlib
-import platform
-import subprocess
-import sys
+import contextlib
+import dataclasses
+import types
 from typing import Any
 
 import jax
@@ -14,215 +11,236 @@ import numpy as np
 import optax
 
 from ft_jax import parallel, progress
-from ft_jax.data.pipeline import EvalBatches, TIMEOUT, Transform
-from ft_jax.data.splits import Splits
+from ft_jax.data.pipeline import EvalBatches
+from ft_jax.environment import environment
 from ft_jax.methods import all_needs, Method, SetupContext
 from ft_jax.models.resnet import ResNet
 from ft_jax.progress import log
-from ft_jax.training.checkpoints import Checkpoints, Damaged
+from ft_jax.training.checkpoint_files import Damaged
+from ft_jax.training.checkpoints import Checkpoints
 from ft_jax.training.divergence import Divergences, handle
 from ft_jax.training.evaluate import Evaluation, make_predict
 from ft_jax.training.initial_weights import drawn, weights_fingerprint
-from ft_jax.training.loop import evaluated, Run, spoken, Stream, train
+from ft_jax.training.loop import Diverged, evaluate_split, format_summary, Run, Stream, train, TrainingData
 from ft_jax.training.optimizer import Factors
 from ft_jax.training.settings import own_params, Training
-from ft_jax.training.step import create_state, Diverged, make_train_step, TrainState
+from ft_jax.training.step import create_state, make_train_step, StepFn, TrainState
 from ft_jax.workdir import Workdir
 
-
-def _begin(training: Training, checkpoints: Checkpoints, tx: optax.GradientTransformation, variables: Mapping[str, Any],
-           begin: SetupContext, methods: Mapping[str, Method]) -> tuple[TrainState, int]:
-  """The state to start from, and the steps that it has behind it."""
-  variables = {**variables, 'params': {**variables['params'], **own_params(methods, begin)}}
-  needs = all_needs(methods, begin.model)
-  kept = begin.start if needs.start or needs.teacher else None
-  state_with = lambda states: create_state(variables, tx, start=kept, methods=states, averaged=training.ema_decay > 0)
-
-  def restore(step: int) -> TrainState:
-    saved = checkpoints.structure(step).get('methods', {})  # what was made then is in the checkpoint
-    return checkpoints.restore(step, state_with({name: saved.get(name, {}) for name in methods}))
-
-  if checkpoints.latest_step is None:
-    # Methods draw numbers of their own, and fit some, on each host by itself.
-    return parallel.same_arrays(state_with({name: method.setup(begin) for name, method in methods.items()})), 0
-  return _whole(checkpoints, lambda: checkpoints.latest_step, restore)
+__all__ = ['fit', 'InitialNetwork', 'Stream', 'TrainingData']
 
 
-def _whole(checkpoints: Checkpoints, choose: Callable[[], int | None], restore: Callable[[int], TrainState]) -> tuple[TrainState, int]:
-  """The state of the step that `choose` names, and the step; what is damaged is set aside until one is whole."""
+@dataclasses.dataclass(frozen=True)
+class InitialNetwork:
+  """A network before training.
+
+  Attributes:
+    model: the network, with a head for each labelled stream.
+    variables: the values that it starts with.
+    pretrained: the pre-trained part of `variables`: heads that are not in it start fresh; {} for random weights.
+    factors: of the learning rate and the weight decay of each parameter, those of methods included.
+  """
+  model: ResNet
+  variables: Mapping[str, Any]
+  pretrained: Mapping[str, Any]
+  factors: Factors
+
+
+def fit(training: Training, work: Workdir, data: TrainingData, network: InitialNetwork,
+        methods: Mapping[str, Method] = types.MappingProxyType({})) -> dict[str, Any]:
+  """Trains, keeps the newest and the best checkpoint, evaluates the best one, and returns the results.
+
+  A run that is in the folder already resumes from its newest checkpoint.
+
+  Args:
+    training: settings.
+    work: the folder where everything is written.
+    data: the images.
+    network: what is trained.
+    methods: the methods that are switched on, by name.
+
+  Raises:
+    ValueError: a setting that does not fit the data, or a checkpoint of other data.
+    Interrupted: a signal asked to stop; the state is saved.
+    Stalled: images stopped coming; the state is saved.
+    Diverged: loss, gradient or parameters are not finite any more.
+  """
+  plan = training.plan(len(data.first.images))
+  schedule = training.make_schedule(plan.steps)
+  optimizer = training.make_optimizer(schedule, network.factors)
+  checkpoints = _open_checkpoints(work, plan.keep, data, network)
+  starting = _Starting(checkpoints, optimizer, network, methods, setup_context(data, network), training.ema_decay > 0)
+  with _closed_on_error(checkpoints):
+    state, start = starting.newest_state()
+  if start:
+    log.info('resuming from step %d of %d', start, plan.steps)
+  devices = checkpoints.devices
+  log_changed_devices(devices, start, network.model, training.batch_size)
+  run = Run(work, plan, data, all_needs(methods, network.model).all_views, make_predict(network.model, data.head),
+            schedule, training.metric, checkpoints)
+  divergences = Divergences(work.diverged_json)
+  if start < plan.steps or not checkpoints.evaluated(start):
+    step = make_train_step(network.model, optimizer, data.loss_weights, methods=methods, seed=data.seed,
+                           microbatches=training.accumulate_steps, ema_decay=training.ema_decay)
+    state = _train(run, step, state, start, divergences, training.skip_diverged, starting.newest_state)
+  checkpoints.tidy()
+  state, best = restore_whole(checkpoints, lambda: checkpoints.best_step,
+                              lambda step: checkpoints.restore(step, state))
+  checkpoints.close()
+  return {'best_step': best, 'steps': plan.steps, 'steps_per_epoch': len(data.first.images) / data.first.batch_size,
+          'seed': data.seed, 'metric': training.metric, **environment(),
+          'batch_norm': _batch_norm(network.model), 'precision': {'training': network.model.precision},
+          'devices_from_step': devices, 'skipped_batches': len(divergences.skipped),
+          **_final_evaluations(run, parallel.replicate(state), best)}
+
+
+def _train(run: Run, step: StepFn, state: TrainState, start: int, divergences: Divergences, skip_diverged: int,
+           newest_state: Callable[[], tuple[TrainState, int]]) -> TrainState:
+  """The state after the last step; a batch that diverges is left out where `skip_diverged` allows it."""
+  while True:
+    try:
+      return train(run, step, state, start, divergences.skipped)
+    except Diverged as diverged:
+      handle(diverged, run, divergences, skip_diverged)
+      state, start = newest_state()
+
+
+def setup_context(data: TrainingData, network: InitialNetwork) -> SetupContext:
+  """What methods are set up with."""
+  train, first = data.splits.train, data.first
+
+  def batches(split: str, rows: Sequence[int] | None = None) -> Iterator[Any]:
+    images = {'train': data.splits.train, 'val': data.splits.val}[split]
+    if rows is not None:
+      images = images.subset(rows)
+    each = EvalBatches(images, data.transform, first.batch_size, data.timeout)
+    return progress.bar(each, f'pre-trained network on {split}', len(each))
+
+  return SetupContext(
+      model=network.model, image_size=data.transform.size, classes=len(train.class_names), labels=train.labels,
+      true_labels=train.labels if data.true_labels is None else data.true_labels, batch_size=first.batch_size,
+      seed=data.seed, pretrained=bool(network.pretrained), has_source=len(data.streams) > 1, start=network.pretrained,
+      batches=batches)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Starting:
+  """How the state that training starts with comes about.
+
+  Attributes:
+    checkpoints, optimizer, network, methods: of the run.
+    context: what the methods are set up with.
+    averaged: whether the state has moving averages.
+  """
+  checkpoints: Checkpoints
+  optimizer: optax.GradientTransformation
+  network: InitialNetwork
+  methods: Mapping[str, Method]
+  context: SetupContext
+  averaged: bool
+
+  def newest_state(self) -> tuple[TrainState, int]:
+    """The state of the newest whole checkpoint, or the one before the first step, and its number of steps."""
+    if self.checkpoints.latest_step is not None:
+      return restore_whole(self.checkpoints, lambda: self.checkpoints.latest_step, self._restore)
+    states = {name: method.setup(self.context) for name, method in self.methods.items()}
+    # Each host computes the methods' states by itself, and the last bits may differ.
+    return parallel.same_arrays(self._state(states)), 0
+
+  def _restore(self, step: int) -> TrainState:
+    # A method's state in the checkpoint tells its structure; setting the method up again would take long.
+    saved = self.checkpoints.structure(step).get('methods', {})
+    return self.checkpoints.restore(step, self._state({name: saved.get(name, {}) for name in self.methods}))
+
+  def _state(self, states: Mapping[str, Any]) -> TrainState:
+    variables = self.network.variables
+    params = {**variables['params'], **own_params(self.methods, self.context)}
+    needs = all_needs(self.methods, self.network.model)
+    start = self.context.start if needs.start or needs.teacher else None
+    return create_state({**variables, 'params': params}, self.optimizer, start=start, methods=states,
+                        averaged=self.averaged)
+
+
+def restore_whole(checkpoints: Checkpoints, choose: Callable[[], int | None],
+                  restore: Callable[[int], TrainState]) -> tuple[TrainState, int]:
+  """The state of the checkpoint that `choose` names, and its step; damaged ones are set aside until one is whole."""
   while True:
     step = choose()
+    assert step is not None, 'set_aside raises where no checkpoint is left'
     try:
       return restore(step), step
     except Damaged as error:
       checkpoints.set_aside(step, str(error))
 
 
-def fit(training: Training, work: Workdir, *, model: ResNet, factors: Factors, variables: Mapping[str, Any],
-        streams: Mapping[str, Stream], splits: Splits, transform: Transform, seed: int, start: Mapping[str, Any] | None = None,
-        methods: Mapping[str, Method] | None = None, true_labels: np.ndarray | None = None, timeout: float = TIMEOUT) -> dict[str, Any]:
-  """Trains, keeps the newest and the best checkpoint, evaluates the best one, and returns the results.
+def _open_checkpoints(work: Workdir, keep: Sequence[int], data: TrainingData, network: InitialNetwork) -> Checkpoints:
+  """The run's checkpoints, which must be of the same images and weights."""
+  images = {f'{name} images': stream.images for name, stream in data.streams.items()}
+  images['val images'] = data.splits.val
+  made_from = {name: image_set.fingerprint for name, image_set in images.items()}
+  return Checkpoints(work.path, {**made_from, **weights_record(network, data.seed)}, keep=keep,
+                     formerly={name: image_set.legacy_fingerprint for name, image_set in images.items()})
 
-  Args:
-    training: its settings.
-    work: where everything is written; a run that is there goes on from its newest checkpoint.
-    model: with a head for each stream.
-    factors: of the learning rate and the weight decay of each parameter, those of methods included.
-    variables: where it starts.
-    streams: by the name of their heads, where they have labels; the first one counts epochs and is evaluated.
-    splits: of the first stream.
-    transform: what images go through.
-    seed: of the order of data.
-    start: the pre-trained part of `variables`: heads that are not in it start fresh. None where nothing is pre-trained.
-    methods: what is done beside the cross-entropies, by name.
-    true_labels: int32 `[n]`, labels of the training examples before noise was put in, where it was.
-    timeout: seconds that a batch of images may take; 0 for any.
 
-  Raises:
-    ValueError: a setting that does not fit.
-    Interrupted: a signal asked to stop; the state is saved.
-    Stalled: images did not come; the state is saved.
-    Diverged: the loss or the gradient is not finite any more.
+def weights_record(network: InitialNetwork, seed: int) -> dict[str, str]:
+  """What a checkpoint records of the weights that training started with.
+
+  Random ones are not compared by their values: the last bits of drawn numbers depend on the processor and the compiler.
+  (Versions that did so used the name 'pre-trained weights' for them too.)
   """
-  head = next(iter(streams))
-  plan = training.plan(len(streams[head].source))
-  schedule = training.make_schedule(plan.steps)
-  tx = training.make_optimizer(schedule, factors)
-  methods = methods or {}
-  checkpoints = Checkpoints(work.path, {
-      **{f'{name} images': stream.source.fingerprint for name, stream in streams.items()}, 'val images': splits.val.fingerprint,
-      **_made_from_weights(variables, seed, start)}, keep=plan.keep, formerly={
-          **{f'{name} images': stream.source.legacy_fingerprint for name, stream in streams.items()},
-          'val images': splits.val.legacy_fingerprint})
-  labels = splits.train.labels
-
-  def batches_of(split: str, rows: Sequence[int] | None = None) -> Iterator[Any]:
-    source = getattr(splits, split)
-    batches = EvalBatches(source if rows is None else source.subset(rows), transform, streams[head].batch_size, timeout)
-    return progress.bar(batches, f'pre-trained network on {split}', len(batches))
-
-  begin = SetupContext(model=model, image_size=transform.size, classes=len(splits.train.class_names), labels=labels,
-                       true_labels=labels if true_labels is None else true_labels, batch_size=streams[head].batch_size,
-                       seed=seed, pretrained=bool(start), has_source=len(streams) > 1, start=start or {}, batches=batches_of)
-  try:
-    state, start = _begin(training, checkpoints, tx, variables, begin, methods)
-  except BaseException:
-    checkpoints.close()  # its threads would print tracebacks over the message
-    raise
-  if start:
-    log.info('going on from step %d of %d', start, plan.steps)
-  devices = checkpoints.devices
-  _tell_devices(devices, start, model, training.batch_size)
-  labelled = {name: stream.weight for name, stream in streams.items() if stream.weight is not None}
-  views = all_needs(methods, model).all_views
-  run = Run(work, plan, streams, splits, transform, make_predict(model, head), checkpoints, training.metric, schedule, seed, timeout)
-  losses = Divergences(work.diverged_json)
-  if start < plan.steps or not checkpoints.evaluated(start):
-    step = make_train_step(model, tx, labelled, methods=methods, seed=seed, microbatches=training.accumulate_steps,
-                           ema_decay=training.ema_decay)
-    again = lambda: _begin(training, checkpoints, tx, variables, begin, methods)
-    while True:
-      try:
-        state = train(run, step, state, start, losses.skipped, views)
-        break
-      except Diverged as diverged:
-        handle(diverged, run, losses, training.skip_diverged)
-        state, start = again()
-  checkpoints.tidy()
-  state, best = _whole(checkpoints, lambda: checkpoints.best_step, lambda step: checkpoints.restore(step, state))
-  state = parallel.replicate(state)
-  checkpoints.close()
-  return {'best_step': best, 'steps': plan.steps, 'steps_per_epoch': len(streams[head].source) / streams[head].batch_size, 'seed': seed,
-          'metric': training.metric, **_environment(model), 'devices_from_step': devices, 'skipped_batches': len(losses.skipped),
-          **_final(run, state, best)}
-
-
-def _made_from_weights(variables: Mapping[str, Any], seed: int, start: Mapping[str, Any] | None) -> dict[str, str]:
-  """What a checkpoint says of the weights that training began with.
-
-  Random ones are not compared by their values: the last bits of drawn numbers depend on the processor and the compiler. (Versions that did
-  so used the name 'pre-trained weights' for them too.)
-  """
-  if start:
-    return {'pre-trained weights': weights_fingerprint(variables)}
+  if network.pretrained:
+    return {'pre-trained weights': weights_fingerprint(network.variables)}
   return {'random weights': drawn(seed)}
 
 
-def _tell_devices(devices: Sequence[Sequence[int]], start: int, model: ResNet, batch_size: int) -> None:
-  """Says what it means where a run goes on with another number of devices from step `start` on; `devices` are (from step, how many)."""
+@contextlib.contextmanager
+def _closed_on_error(checkpoints: Checkpoints) -> Iterator[None]:
+  """Closes the checkpoints on an error: their threads would print tracebacks over its message."""
+  try:
+    yield
+  except BaseException:
+    checkpoints.close()
+    raise
+
+
+def log_changed_devices(devices: Sequence[Sequence[int]], start: int, model: ResNet, batch_size: int) -> None:
+  """Logs what it means that a run resumes at step `start` on another number of devices; `devices` are (from step,
+  number).
+  """
   if len(devices) < 2 or devices[-1][0] != start:
     return
   before, now = devices[-2][1], devices[-1][1]
   if model.axis_name or model.batch_norm == 'frozen':
     log.info('on %d devices now, %d before: the same batches and, but for rounding, the same result', now, before)
   else:
-    log.warning('warning: on %d devices now, %d before: BatchNorm takes its statistics of the %d images of each device now, of %d '
-                'before, so the rest of the run is not what it would have been (with model.sync_batch_norm=true it is)',
-                now, before, batch_size // now, batch_size // before)
+    log.warning('warning: on %d devices now, %d before: BatchNorm takes its statistics from the %d images of each '
+                'device now, from %d before, so the rest of the run differs from a run without the change (with '
+                'model.sync_batch_norm=true it does not)', now, before, batch_size // now, batch_size // before)
 
 
-def _final(run: Run, state: TrainState, best: int) -> dict[str, Any]:
+def _batch_norm(model: ResNet) -> str:
+  """What results.json says of the statistics of BatchNorm."""
+  if model.batch_norm == 'frozen':
+    return 'frozen: statistics, scales and biases of the weights'
+  return 'statistics of the whole batch' if model.axis_name else f'statistics of each of {jax.device_count()} devices'
+
+
+def _final_evaluations(run: Run, state: TrainState, best: int) -> dict[str, Any]:
   """What results.json says of val and test (None where there is none) at the best checkpoint."""
   results: dict[str, Any] = {'val': None, 'test': None}
-  for name, source in (('val', run.splits.val), ('test', run.splits.test)):
-    if source is not None:
-      evaluation = evaluated(run, state, source, name)
-      log.info('%s (%s images, checkpoint of step %d): %s', name, f'{len(source):,d}', best, spoken(evaluation.summary()))
-      results[name] = _split_results(evaluation, source.class_names)
+  for name, images in (('val', run.data.splits.val), ('test', run.data.splits.test)):
+    if images is not None:
+      evaluation = evaluate_split(run, state, images, name)
+      summary = format_summary(evaluation.summary())
+      log.info('%s (%s images, checkpoint of step %d): %s', name, f'{len(images):,d}', best, summary)
+      results[name] = _split_results(evaluation, images.class_names)
   return results
 
 
 def _split_results(evaluation: Evaluation, class_names: Sequence[str]) -> dict[str, Any]:
-  """What results.json says of one split; confusions as (true, predicted, how often), where there are any."""
+  """What results.json says of one split; confusions as (true class, predicted class, number), where there are any."""
   confusion = evaluation.confusion
-  per_class = [{'name': name, 'images': int(row.sum()), 'right': int(row[k])} for k, (name, row) in enumerate(zip(class_names, confusion))]
+  per_class = [{'name': name, 'images': int(row.sum()), 'right': int(row[k])}
+               for k, (name, row) in enumerate(zip(class_names, confusion))]
   return {**evaluation.summary(), 'images': int(confusion.sum()), 'per_class': per_class,
           'confusion': [[int(t), int(p), int(confusion[t, p])] for t, p in np.argwhere(confusion)]}
-
-
-def _environment(model: ResNet) -> dict[str, Any]:
-  """What the numbers may depend on."""
-  devices = jax.devices()
-  packages = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'ott-jax', 'tensorflow-datasets', 'grain', 'numpy', 'pillow',
-              'simplejpeg', 'opencv-python-headless')
-  return {
-      'devices': f'{len(devices)} x {devices[0].device_kind}',
-      'batch_norm': _batch_norm(model, len(devices)),
-      'precision': {'training': model.precision},
-      'commit': _commit(),
-      'versions': {'python': platform.python_version(), **{name: _version(name) for name in packages}},
-      'command': sys.argv,
-  }
-
-
-def _version(package: str) -> str | None:
-  """None where it is there by another name, as OpenCV may be."""
-  try:
-    return importlib.metadata.version(package)
-  except importlib.metadata.PackageNotFoundError:
-    return None
-
-
-def _commit() -> str | None:
-  """The commit of this program, with a + where files differ from it; None where it is no git checkout.
-
-  Only a repository that begins where this program does is asked: one around it, as that of a project whose environment it is installed
-  in, has another commit, and its settings may name programs that git runs (core.fsmonitor).
-  """
-  root = pathlib.Path(__file__).parents[2]
-  if not (root / '.git').exists():
-    return None
-  git = ('git', '-c', 'core.fsmonitor=false', '-C', str(root))
-  env = {name: value for name, value in os.environ.items() if not name.startswith('GIT_')}  # they may name another repository
-  run = lambda *words: subprocess.run((*git, *words), env=env, capture_output=True, text=True, check=True).stdout.strip()
-  try:
-    commit, changed = run('rev-parse', 'HEAD'), run('status', '--porcelain', '--untracked-files=no')
-  except (OSError, subprocess.CalledProcessError):
-    return None
-  return commit + ('+' if changed else '')
-
-
-def _batch_norm(model: ResNet, devices: int) -> str:
-  if model.batch_norm == 'frozen':
-    return 'frozen: statistics, scales and biases of the weights'
-  return 'statistics of the whole batch' if model.axis_name else f'statistics of each of {devices} devices'

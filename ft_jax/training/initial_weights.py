@@ -14,7 +14,7 @@ from ft_jax.models import hub, resnet, torch_pickle
 from ft_jax.models.weights import check_numbers, Loaded, read
 from ft_jax.names import listed
 from ft_jax.progress import log
-from ft_jax.training.checkpoints import load_variables
+from ft_jax.training.finished_runs import load_variables
 from ft_jax.workdir import read_json
 import selection
 from selection import storage

@@ -6,11 +6,9 @@ their mixture (Liu et al., NeurIPS 2022). The loss is the weighted sum of the st
 methods add.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 import functools
-import math
-import time
-from typing import Any, Protocol
+from typing import Any
 import zlib
 
 import flax
@@ -168,7 +166,8 @@ def total_loss(methods: Mapping[str, Method], keys: Mapping[str, jax.Array], los
     context: what methods get; None without methods.
     states: of the methods.
   """
-  states, metrics = dict(states), {}
+  states = dict(states)
+  metrics: Metrics = {}
   if context is not None:
     context, states, metrics = relabel(methods, keys, context, states)
     labels = {**labels, 'target': context.labels}
@@ -189,7 +188,7 @@ def total_loss(methods: Mapping[str, Method], keys: Mapping[str, jax.Array], los
 def relabel(methods: Mapping[str, Method], keys: Mapping[str, jax.Array], context: StepContext,
             states: dict[str, State]) -> tuple[StepContext, dict[str, State], Metrics]:
   """The context with the target's labels after the methods changed them, the methods' states, and their metrics."""
-  metrics = {}
+  metrics: Metrics = {}
   for name, method in methods.items():
     labels, state, own = method.relabel(detach(context)._replace(key=keys[name]), states[name])
     context, states = context._replace(labels=labels), {**states, name: state}
@@ -289,129 +288,3 @@ def _distribution(labels: jax.Array, classes: int) -> jax.Array:
 
 def _fold_in_name(key: jax.Array, name: str) -> jax.Array:
   return jax.random.fold_in(key, zlib.crc32(name.encode()))
-
-
-class Diverged(RuntimeError):
-  """Loss, gradient or parameters are not finite any more.
-
-  Attributes:
-    step: the first step that shows it; counted from 1.
-    what: is not finite.
-  """
-
-  def __init__(self, step: int, what: str, message: str = ''):
-    self.step, self.what = step, what
-    super().__init__(message or f'{what} at step {step}')
-
-
-class Observer(Protocol):
-  """What the loop tells the outside."""
-
-  def wrote(self, step: int, metrics: dict[str, float]) -> None:
-    """A window of steps ended at `step`: means of its metrics, with those of val where it was evaluated."""
-
-  def evaluate(self, step: int, state: TrainState) -> dict[str, float] | None:
-    """Val metrics of the state after `step` steps; None where the run was asked to stop meanwhile."""
-
-  def save(self, step: int, state: TrainState, val: dict[str, float] | None) -> None:
-    """Keeps the state after `step` steps, with its val metrics where it was evaluated; what there is to tell of `step` was told before.
-
-    Raises:
-      Diverged: a parameter is not finite: a step is measured before its update, which may have been too much.
-    """
-
-
-def run_steps(
-    train_step: StepFn, state: TrainState, batches: Iterator[Mapping[str, Mapping[str, jax.Array]]], *, start: int, steps: int,
-    images: int, log_every: int, due: Callable[[int], bool], observer: Observer, stop: Callable[[], bool],
-    progress: Callable[[int, float], None], evaluated: bool = True,
-    clock: Callable[[], float] = time.perf_counter) -> tuple[TrainState, int]:
-  """Runs steps `start` to `steps`; returns the state and the number of steps done.
-
-  It ends before `steps` where `stop()` said so or the batches came to an end; what was done is saved then.
-
-  The metrics of a step are read when the next one is under way, so the device does not wait for the host. The metrics of a window also say
-  how fast it was, and whether the device waited for images: `images_per_second`, and `waiting_share`, the fraction of its time that went
-  by until a batch was there, counted where the device was through with everything before. It had been for a part of that wait at least,
-  so this is an upper bound. Neither counts evaluations, checkpoints, or the first step, which is compiled: a window of that step alone has
-  neither.
-
-  Args:
-    train_step: of `make_train_step`.
-    state: replicated; donated.
-    batches: sharded, from step `start` on.
-    start, steps: steps done before, and in the end.
-    images: of a step.
-    log_every: steps of a window of metrics; one also ends where the state is evaluated.
-    due: whether the state after so many steps is evaluated and saved; at the end it always is.
-    observer: gets metrics, evaluates and saves.
-    stop: asked after each step.
-    progress: told (steps done, loss) after each step, one step late.
-    evaluated: whether that was done for `start`, where it is due.
-    clock: gives seconds.
-
-  Raises:
-    Diverged: loss, gradient or the loss on val were not finite.
-  """
-  window: list[dict[str, float]] = []
-  unread: dict[str, jax.Array] | None = None
-
-  def read(step: int) -> None:
-    """Reads the metrics of the step that ended with `step` steps done."""
-    nonlocal unread
-    if unread is None:
-      return
-    metrics = {key: float(value) for key, value in parallel.unreplicate(unread).items()}
-    unread = None
-    if not math.isfinite(metrics['loss']):
-      raise Diverged(step, f'the loss is {metrics["loss"]}')
-    if not math.isfinite(metrics['gradient_norm']):
-      raise Diverged(step, f'the norm of the gradient is {metrics["gradient_norm"]}')
-    window.append(metrics)
-    progress(step, metrics['loss'])
-
-  def keep(step: int, evaluates: bool, means: dict[str, float]) -> bool:
-    """Evaluates, tells and saves, in this order: what is saved has been told of. Whether the evaluation came to its end."""
-    val = observer.evaluate(step, state) if evaluates else None
-    if val and not math.isfinite(val['val/loss']):
-      raise Diverged(step, f'the loss on val is {val["val/loss"]}')
-    if means or val:
-      observer.wrote(step, means | (val or {}))
-    observer.save(step, state, val)
-    return val is not None or not evaluates
-
-  # A run that was stopped in the middle of an evaluation.
-  if not evaluated and (start == steps or due(start)) and not keep(start, True, {}):
-    return state, start
-  done, timed, waited, began = start, 0, 0.0, None
-  while done < steps:
-    asked = clock()
-    batch = next(batches, None)
-    if batch is not None:
-      if began is not None and (unread is None or all(value.is_ready() for value in unread.values())):
-        waited += clock() - asked
-      state, metrics = train_step(state, batch)
-      read(done)
-      unread = metrics
-      done += 1
-      if began is None:  # the clock starts when the first step is through
-        read(done)
-        began = clock()
-      else:
-        timed += 1
-    stops = batch is None or done < steps and stop()
-    evaluates = batch is not None and (done == steps or due(done))
-    if stops or evaluates or done % log_every == 0:
-      read(done)
-      means = {f'train/{key}': sum(m[key] for m in window) / len(window) for key in window[0]} if window else {}
-      if timed and (elapsed := clock() - began) > 0:
-        means |= {'images_per_second': timed * images / elapsed, 'waiting_share': waited / elapsed}
-      window.clear()
-      if stops and done > start or evaluates:
-        stops = not keep(done, evaluates and not stops, means) or stops
-      elif means:
-        observer.wrote(done, means)
-      timed, waited, began = 0, 0.0, clock()
-    if stops:
-      break
-  return state, done

@@ -14,6 +14,7 @@ import pytest
 from configs import default
 from ft_jax import noise, settings
 from ft_jax.data import decode, folder_listing, open_set
+from ft_jax.data.image_set import ImageSet
 from ft_jax.data.splits import drop_unreadable, open_splits, Splits
 
 
@@ -50,6 +51,105 @@ def target(root: pathlib.Path, **fields):
 
 def warned(caplog) -> list[str]:
   return [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+
+
+# --- opening ---
+
+
+def test_folder(photos):
+  train, test = open_set(f'folder:{photos}', 'train'), open_set('folder:' + photos.name, 'test', str(photos.parent))
+  assert train.class_names == test.class_names == ('blossom', 'roof', 'sky', 'wall')
+  assert np.bincount(train.labels).tolist() == [12] * 4 and np.bincount(test.labels).tolist() == [5] * 4
+  example = train[13]
+  assert (example.label, example.id.startswith('train/roof/')) == (1, True)
+  assert example.image == (photos / example.id).read_bytes()
+  assert train.fingerprint == open_set(f'folder:{photos}', 'train').fingerprint != test.fingerprint
+
+
+def test_slices_of_a_folder_are_taken_by_class(pool):
+  """The same expressions as TFDS's, but every class gives its part; two halves share nothing and miss nothing."""
+  whole, first, second = (open_set(f'folder:{pool}', split) for split in ('train', 'train[:70%]', 'train[70%:]'))
+  assert np.bincount(first.labels).tolist() == [7] * 6 and np.bincount(second.labels).tolist() == [3] * 6
+  assert set(first.ids).isdisjoint(second.ids) and {*first.ids, *second.ids} == set(whole.ids)
+  both = open_set(f'folder:{pool}', 'train[:2]+train[-1:]')
+  assert np.bincount(both.labels).tolist() == [3] * 6
+
+
+@pytest.mark.parametrize('split,images', [
+    ('train[-10%:]', 1), ('train[:-10%]', 9), ('train[-4%:]', 0), ('train[:-4%]', 10), ('train[-20:]', 10)])
+def test_slices_from_the_end(pool, split, images):
+  """A negative part that rounds to no image is no image from the end, not all from the start."""
+  if images:
+    assert np.bincount(open_set(f'folder:{pool}', split).labels).tolist() == [images] * 6
+  else:
+    with pytest.raises(ValueError, match='the slice is empty'):
+      open_set(f'folder:{pool}', split)
+
+
+def test_a_folder_without_classes(photos):
+  """Images alone are a pool of one class, in slices and with ids as ever; what is trained on by label cannot be one."""
+  source = open_set(f'folder:{photos}/train/sky', 'train')
+  assert source.class_names == ('unlabelled',) and sorted(source.ids) == sorted(f'{i}.jpg' for i in range(12))
+  assert (source.labels == 0).all() and len(open_set(f'folder:{photos}/train/sky', 'train[:25%]')) == 3
+  config = default.get_config().target
+  config.name = f'folder:{photos}/train/sky'
+  with pytest.raises(ValueError, match='holds no class folders but 12 images, so their classes are not known; expected <class>/<image>'):
+    open_splits(config, '', seed=0)
+
+
+def test_validation_folders_have_two_names(tmp_path):
+  """`val` and `validation` are one split, whichever the folder is called; where both are there, each is itself."""
+  write_images(tmp_path / 'train', {'cat': 2, 'dog': 2})
+  write_images(tmp_path / 'val', {'cat': 1, 'dog': 1})
+  assert open_set(f'folder:{tmp_path}', 'validation').ids.tolist() == open_set(f'folder:{tmp_path}', 'val').ids.tolist()
+  write_images(tmp_path / 'validation', {'cat': 3, 'dog': 3})
+  assert [len(open_set(f'folder:{tmp_path}', split)) for split in ('val', 'validation')] == [2, 6]
+
+
+@pytest.mark.parametrize('more', ['train', 'test'])
+def test_classes_that_differ_are_named_with_their_split(more, tmp_path):
+  """A class that only one split has, whichever it is: in a sum of splits, and between train and test of a run."""
+  for split in ('train', 'test'):
+    write_images(tmp_path / split, {'cat': 2, 'dog': 2, **({'emu': 2} if split == more else {})})
+  with pytest.raises(ValueError, match=f'the classes of test and train differ: only in {more}: emu$'):
+    open_set(f'folder:{tmp_path}', 'train+test')
+  config = default.get_config().target
+  config.name = f'folder:{tmp_path}'
+  with pytest.raises(ValueError, match=f'have different classes: only in folder:.* {more}: emu$'):
+    open_splits(config, '', seed=0)
+
+
+def test_an_empty_class_folder_is_named(tmp_path):
+  write_images(tmp_path / 'train', {'full': 2})
+  (tmp_path / 'train' / 'hollow').mkdir()
+  (tmp_path / 'train' / 'hollow' / 'notes.txt').write_text('no image')
+  with pytest.raises(ValueError, match='no image in class folder .*hollow'):
+    open_set(f'folder:{tmp_path}', 'train')
+
+
+@pytest.mark.parametrize('path,split,words', [
+    ('/no/such', 'train', 'there is no folder /no/such'),
+    ('PHOTOS', 'val', "no split 'val'; known: test, train"),
+    ('PHOTOS/train', 'test', 'has no splits .* use slices such as'),
+    ('PHOTOS', 'train[', 'expected a name, such as train, or a slice'),
+    ('PHOTOS', 'train[:0]', 'the slice is empty'),
+    ('PHOTOS', '', "split '': expected a name"),
+    ('PHOTOS', 'train+', "split 'train\\+': expected a name")])
+def test_errors(photos, path, split, words):
+  with pytest.raises(ValueError, match=words):
+    open_set(f'folder:{path.replace("PHOTOS", str(photos))}', split)
+
+
+def test_from_folder(photos, monkeypatch):
+  """As on the command line; a relative path stays the same folder when the working directory changes."""
+  expected = open_set(f'folder:{photos}', 'test')
+  monkeypatch.chdir(photos.parent)
+  relative = ImageSet.from_folder(photos.name, 'test')
+  monkeypatch.chdir('/')
+  assert relative[0].image == expected[0].image
+  assert relative.fingerprint == ImageSet.from_folder(photos, split='test').fingerprint == expected.fingerprint
+  with pytest.raises(ValueError, match='there is no folder /no/such; give the path of a folder'):
+    ImageSet.from_folder('/no/such')
 
 
 # --- splits and classes ---

@@ -21,7 +21,8 @@ from ft_jax.models import resnet
 from ft_jax.pages import page, stability as stability_page
 from ft_jax.studies import stability
 from ft_jax.training import initial_weights
-from ft_jax.training.checkpoints import Checkpoints, load_start
+from ft_jax.training.checkpoints import Checkpoints
+from ft_jax.training.finished_runs import load_start
 
 
 def test_noise_and_trace_are_those_of_the_hessian():

@@ -147,7 +147,7 @@ def test_bad_settings():
   methods.check(on, context)
   methods.check(on, dataclasses.replace(context, model=method_case.network(frozen='layer1/.*')))
   for frozen in (dict(batch_norm='frozen'), dict(frozen=resnet.FROZEN['backbone'])):
-    with pytest.raises(ValueError, match='stoch_norm has no layer to work in: model.batch_norm .* train.freeze'):
+    with pytest.raises(ValueError, match='stoch_norm has no layer to replace: model.batch_norm .* train.freeze'):
       methods.check(on, dataclasses.replace(context, model=method_case.network(**frozen)))
   with pytest.raises(ValueError, match='stoch_norm.probability is 1.5; expected a number from 0 to 1'):
     methods.check(methods.active({'stoch_norm': {'enabled': True, 'probability': 1.5}}), context)

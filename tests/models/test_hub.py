@@ -20,7 +20,7 @@ from safetensors import numpy as safetensors
 from ft_jax.models import hub, torch_pickle
 from ft_jax.models.weights import load_torch, read
 from ft_jax.training import initial_weights
-from ft_jax.training.checkpoints import load_variables
+from ft_jax.training.finished_runs import load_variables
 
 DATA = pathlib.Path(__file__).parents[1] / 'fixtures'
 COMMIT = '0123456789abcdef0123456789abcdef01234567'

@@ -24,7 +24,8 @@ from ft_jax.data.image_set import Example
 from ft_jax.jobs import export
 from ft_jax.models import resnet, weights
 from ft_jax.models.export import state_dict
-from ft_jax.training.checkpoints import Checkpoints, load_variables
+from ft_jax.training.checkpoints import Checkpoints
+from ft_jax.training.finished_runs import load_variables
 
 DATA = pathlib.Path(__file__).parents[1] / 'fixtures'
 CONVENTION = jax_export.export(jax.jit(abs))(1.0).calling_convention_version

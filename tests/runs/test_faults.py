@@ -21,7 +21,7 @@ from ft_jax.data.splits import open_splits
 from ft_jax.embedding import embedded, remove_partial
 from ft_jax.jobs import finetune, setup
 from ft_jax.training import fit
-from ft_jax.training.step import Diverged
+from ft_jax.training.loop import Diverged
 from selection import journal
 
 
@@ -97,11 +97,11 @@ def training_rows(place, monkeypatch):
   """(ids, rows) of the batch at a place in the order, once the run has opened its images."""
   found, fitted = {}, fit.fit
 
-  def remember(config, work, **kwargs):
-    source = kwargs['streams']['target'].source
-    found['rows'] = rows_at(source, place, 8, stream='target', seed=0)
-    found['ids'] = source.ids[found['rows']].tolist()
-    return fitted(config, work, **kwargs)
+  def remember(training, work, data, *args):
+    images = data.streams['target'].images
+    found['rows'] = rows_at(images, place, 8, stream='target', seed=0)
+    found['ids'] = images.ids[found['rows']].tolist()
+    return fitted(training, work, data, *args)
 
   monkeypatch.setattr(fit, 'fit', remember)
   return found
@@ -133,7 +133,7 @@ def test_a_batch_that_diverges_is_named_or_left_out(photos, whole, tmp_path, mon
     assert lines(workdir) == lines(whole)[:4] and not (workdir / 'results.json').exists()
     with caplog.at_level('WARNING', 'ft_jax'):
       results = run(photos, workdir, **{'train.skip_diverged': 1})
-    assert 'Going on from there without this batch' in caplog.text and results['skipped_batches'] == 1
+    assert 'Resuming from there without this batch' in caplog.text and results['skipped_batches'] == 1
   # The same from the start of step 5 on, where it was known already.
   begun(whole, tmp_path / 'known')
   (tmp_path / 'known' / 'diverged.json').write_bytes((workdir / 'diverged.json').read_bytes())
@@ -236,13 +236,13 @@ def test_going_on_with_fewer_devices(photos, whole, tmp_path, monkeypatch, caplo
 
 def test_statistics_of_each_device_change_with_their_number(caplog):
   model = miniature.get_config('finetune').model
-  tell = lambda sync, start=24: fit._tell_devices([[0, 8], [24, 4]], start, fit_model(model, sync), 32)
+  tell = lambda sync, start=24: fit.log_changed_devices([[0, 8], [24, 4]], start, fit_model(model, sync), 32)
   with caplog.at_level('WARNING', 'ft_jax'):
     tell(True)
     tell(False, start=30)  # that was said before
     assert not caplog.text
     tell(False)
-  assert 'on 4 devices now, 8 before: BatchNorm takes its statistics of the 8 images of each device now, of 4 before' in caplog.text
+  assert 'on 4 devices now, 8 before: BatchNorm takes its statistics from the 8 images of each device now, from 4 before' in caplog.text
 
 
 def fit_model(config, sync):

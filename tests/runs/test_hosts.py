@@ -130,7 +130,7 @@ def test_any_number_of_processes_comes_to_the_same(photos, pool, tmp_path):
   assert 'training' not in printed[1] and 'process 1: warning: config.model.weights is empty' in printed[1]
   if damaged:
     assert f'It is set aside in {damaged}' in printed[0] and 'going on from step' in printed[0]
-  assert 'the same command goes on from there' in printed[0] and 'the same command' not in printed[1]
+  assert 'the same command resumes from there' in printed[0] and 'the same command' not in printed[1]
 
   codes, printed = zip(*ended(job(many, data, 2)))
   assert codes == (0, 0) and 'going on from step' in printed[0], printed
@@ -199,7 +199,7 @@ with command.exit_codes(False):
           'everyone': parallel.everyone({'process': process, 'padding': 'x' * (10 + 500 * process)}),
           'refused': refusal(parallel.agreed, no_such), 'same': refusal(parallel.check_same, {'a': 1, 'b': 2}, 'files'),
           'differ': refusal(parallel.check_same, {'a': 1, 'b': process}, 'files')}
-  parallel._SEEN_SECONDS = 1
+  parallel._VISIBLE_SECONDS = 1
   told['shared'] = refusal(parallel.check_shared, folder / 'shared', '--workdir')
   told['apart'] = refusal(parallel.check_shared, folder / f'of_{process}', '--workdir')
   source, transform = open_set(f'folder:{folder / "good"}', 'train', ''), Transform(16, short_side=16)

@@ -138,7 +138,7 @@ def test_interrupted_equals_uninterrupted(finished, weights, tmp_path):
   process.send_signal(signal.SIGTERM)
   _, printed = process.communicate(timeout=120)
   assert not (workdir / 'results.json').exists()
-  assert process.returncode == 128 + signal.SIGTERM and 'the same command goes on from there' in printed
+  assert process.returncode == 128 + signal.SIGTERM and 'the same command resumes from there' in printed
   newest = max((path for path in (workdir / 'checkpoints').iterdir() if path.name.isdigit()), key=lambda path: int(path.name))
   largest = max((newest / 'state' / 'd').iterdir(), key=lambda path: path.stat().st_size)
   largest.write_bytes(largest.read_bytes()[:-100])

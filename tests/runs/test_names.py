@@ -15,9 +15,10 @@ import pytest
 from configs import export as export_config
 from configs import predict as predict_config
 from ft_jax.jobs import export, finetune, predict
-from ft_jax.training import checkpoints as checkpoints_module
+from ft_jax.training import checkpoint_files
 from ft_jax.training import initial_weights
-from ft_jax.training.checkpoints import Checkpoints, Damaged, history, load_variables
+from ft_jax.training.checkpoints import Checkpoints, Damaged
+from ft_jax.training.finished_runs import history, load_variables
 from ft_jax.training.step import create_state
 from ft_jax.workdir import Workdir
 from selection import storage
@@ -127,7 +128,7 @@ def test_what_may_not_be_read_is_not_taken_for_damaged(tmp_path, monkeypatch, co
   def opened(spec):
     raise ValueError(f'PERMISSION_DENIED: Error reading local file "manifest.ocdbt": {reason} [os_error_code=\'{code}\']')
 
-  monkeypatch.setattr(checkpoints_module.tensorstore.KvStore, 'open', opened)
+  monkeypatch.setattr(checkpoint_files.tensorstore.KvStore, 'open', opened)
   checkpoints = Checkpoints(tmp_path)
   for read in (lambda: checkpoints.restore(2, state_at(0)), lambda: load_variables(tmp_path)):
     with pytest.raises(OSError, match=f'cannot be read here .{reason}., which does not mean that it is damaged; it is left as it is'):

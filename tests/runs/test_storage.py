@@ -25,7 +25,8 @@ from configs import miniature
 from ft_jax import workdir as workdir_module
 from ft_jax.jobs import finetune
 from ft_jax.training import initial_weights
-from ft_jax.training.checkpoints import Checkpoints, Damaged, history, load_variables
+from ft_jax.training.checkpoints import Checkpoints, Damaged
+from ft_jax.training.finished_runs import history, load_variables
 from ft_jax.training.step import create_state
 from ft_jax.workdir import MetricsWriter, saved_steps, Workdir, write_results
 from selection import Embeddings, Selection, storage

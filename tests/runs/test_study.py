@@ -19,7 +19,7 @@ from ft_jax.jobs import study
 from ft_jax.models import export
 from ft_jax.studies import history, study_results
 from ft_jax.studies.study_data import open_target, Rows, Target
-from ft_jax.training.checkpoints import load_variables
+from ft_jax.training.finished_runs import load_variables
 
 SIZES = ['--config.model.width=4', '--config.image_size=32', '--config.augment.short_side=36']
 

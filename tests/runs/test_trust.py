@@ -34,7 +34,7 @@ import pytest
 
 from configs import miniature as compare_config
 from configs import predict as predict_config
-from ft_jax import names, progress, trained
+from ft_jax import environment, names, progress, trained
 from ft_jax.data import contents, decode, label_noise, open_set
 from ft_jax.data.image_set import ImageSet
 from ft_jax.data.path_list import open_paths
@@ -42,7 +42,6 @@ from ft_jax.data.pipeline import Transform
 from ft_jax.jobs import compare, export, finetune, predict, setup
 from ft_jax.models import torch_pickle
 from ft_jax.pages import comparison, report, study_csv
-from ft_jax.training import fit
 from ft_jax.workdir import Workdir, write_results
 import selection
 from selection import plots
@@ -565,8 +564,8 @@ def test_only_its_own_repository_is_asked(tmp_path, monkeypatch):
   git = ['git', '-c', 'user.name=x', '-c', 'user.email=x', '-C']
   run = lambda folder, *words: subprocess.run([*git, str(folder), *words], check=True, capture_output=True, text=True).stdout.strip()
   mark, site = tmp_path / 'ran', tmp_path / 'project' / 'site-packages'
-  (site / 'ft_jax' / 'training').mkdir(parents=True)
-  (site / 'ft_jax' / 'training' / 'fit.py').write_text('')
+  (site / 'ft_jax').mkdir(parents=True)
+  (site / 'ft_jax' / 'environment.py').write_text('')
 
   def repository(folder: pathlib.Path) -> str:
     run(folder, 'init', '-q')
@@ -576,19 +575,19 @@ def test_only_its_own_repository_is_asked(tmp_path, monkeypatch):
     return run(folder, 'rev-parse', 'HEAD')
 
   repository(tmp_path / 'project')
-  monkeypatch.setattr(fit, '__file__', str(site / 'ft_jax' / 'training' / 'fit.py'))
-  assert fit._commit() is None and not mark.exists()
+  monkeypatch.setattr(environment, '__file__', str(site / 'ft_jax' / 'environment.py'))
+  assert environment.commit() is None and not mark.exists()
   run(tmp_path / 'project', 'status')
   assert mark.exists(), 'the repository was harmless: the test shows nothing'
   mark.unlink()
   own = repository(site)
   mark.unlink(missing_ok=True)
   monkeypatch.setenv('GIT_DIR', str(tmp_path / 'project' / '.git'))
-  assert fit._commit() == own and not mark.exists()
+  assert environment.commit() == own and not mark.exists()
 
 
 # Who may use what: a restricted unpickler and its opcodes, git with fixed words, and whether a package of a table is installed.
-ALLOWED = {('pickle', 'ft_jax/models/torch_files.py'), ('subprocess', 'ft_jax/jobs/fit.py'), ('importlib', 'selection/files.py')}
+ALLOWED = {('pickle', 'ft_jax/models/torch_files.py'), ('subprocess', 'ft_jax/environment.py'), ('importlib', 'selection/files.py')}
 CODE = {'eval', 'exec', 'compile', '__import__', 'execfile', 'breakpoint'}
 MODULES = {'pickle', 'cPickle', 'dill', 'cloudpickle', 'joblib', 'marshal', 'shelve', 'subprocess', 'importlib', 'runpy', 'imp', 'ctypes',
            'code', 'codeop', 'pty', 'yaml', 'torch'}

@@ -9,7 +9,9 @@ import optax
 import pytest
 
 from ft_jax.training import checkpoints as checkpoints_module
-from ft_jax.training.checkpoints import Checkpoints, Damaged, load_variables
+from ft_jax.training import finished_runs
+from ft_jax.training.checkpoints import Checkpoints, Damaged
+from ft_jax.training.finished_runs import load_variables
 from ft_jax.training.step import create_state, TrainState
 
 
@@ -51,9 +53,9 @@ def test_kept_steps_stay_over_restarts(tmp_path):
       checkpoints.save(step, state_at(step), metrics(step))
     checkpoints.close()
   assert steps(tmp_path) == [2, 5, 6]
-  assert checkpoints_module.history(tmp_path) == [
+  assert finished_runs.history(tmp_path) == [
       (2, metrics(2), {'images': '1'}), (5, metrics(5), {'images': '4'}), (6, metrics(6), {'images': '4'})]
-  assert checkpoints_module.history(tmp_path / 'checkpoints') == []
+  assert finished_runs.history(tmp_path / 'checkpoints') == []
 
 
 def test_equal_scores_go_by_loss_and_then_to_the_later_step(tmp_path):
@@ -144,7 +146,7 @@ def test_a_checkpoint_of_another_format_is_refused_and_still_gives_weights(tmp_p
     patch.setattr(checkpoints_module, 'FORMAT_VERSION', 1)
     save(tmp_path, {1: {'score': 0.2, 'loss': 1.0}}).close()
   checkpoints = Checkpoints(tmp_path)
-  with pytest.raises(ValueError, match='has format version 1; this program goes on from 3'):
+  with pytest.raises(ValueError, match='has format version 1; this program resumes from 3'):
     checkpoints.restore(1, state_at(0))
   checkpoints.close()
   assert set(load_variables(tmp_path)) == {'params', 'batch_stats'}

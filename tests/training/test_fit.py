@@ -128,6 +128,7 @@ def test_random_weights_are_recorded_by_how_they_were_drawn():
   here = setup.init_variables(model, 32, 0, None)
   there = jax.tree.map(lambda x: np.nextafter(x, np.float32(np.inf)), here)
   assert initial_weights.weights_fingerprint(here) != initial_weights.weights_fingerprint(there)
-  assert fit._made_from_weights(here, 0, None) == fit._made_from_weights(there, 0, None) == {'random weights': 'drawn with seed 0'}
-  assert fit._made_from_weights(here, 1, None) != fit._made_from_weights(here, 0, None)
-  assert fit._made_from_weights(here, 0, here) != fit._made_from_weights(there, 0, there)
+  record = lambda variables, pretrained, seed=0: fit.weights_record(fit.InitialNetwork(model, variables, pretrained, None), seed)
+  assert record(here, {}) == record(there, {}) == {'random weights': 'drawn with seed 0'}
+  assert record(here, {}, 1) != record(here, {})
+  assert record(here, here) != record(there, there)

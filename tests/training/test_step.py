@@ -1,7 +1,4 @@
-"""The pmapped joint step is the plain formula on the whole batch, and the loop reads, evaluates, stops and ends where it should."""
-
-import functools
-import types
+"""The pmapped joint step is the plain formula on the whole batch; what is frozen stays; averages follow."""
 
 import flax
 import jax
@@ -14,9 +11,8 @@ from torch_record import error, Record
 
 from ft_jax import parallel
 from ft_jax.models import export, resnet
-from ft_jax.training.loop import Observer, Stream
 from ft_jax.training.optimizer import make_optimizer, parameter_factors
-from ft_jax.training.step import create_state, Diverged, make_step, make_train_step, run_steps
+from ft_jax.training.step import create_state, make_step, make_train_step
 
 LAMBDA = 0.3
 
@@ -141,163 +137,6 @@ def test_frozen_batch_norm_normalises_with_running_statistics(setting):
   outputs, updates = jax.jit(lambda: model.apply(variables, images, train=True, mutable=['batch_stats']))()
   np.testing.assert_array_equal(outputs.features, jax.jit(lambda: model.apply(variables, images).features)())
   jax.tree.map(np.testing.assert_array_equal, updates['batch_stats'], variables['batch_stats'])
-
-
-class Recorder:
-
-  def __init__(self, unfinished=(), bad=None):
-    self.lines, self.evaluated, self.saved, self._unfinished, self._bad = [], [], [], unfinished, bad
-
-  def wrote(self, step, metrics):
-    self.lines.append((step, metrics))
-
-  def evaluate(self, step, state):
-    self.evaluated.append((step, state))
-    return None if step in self._unfinished else {'val/loss': 0.5 if step != self._bad else float('inf')}
-
-  def save(self, step, state, val):
-    assert not self.lines or step <= self.lines[-1][0], 'saved before it was told of'
-    self.saved.append((step, state, val is not None))
-
-
-def loop(steps=10, start=0, losses=None, norms=None, stop=lambda: False, log_every=3, eval_every=4, last=1000, unfinished=(), bad=None,
-         **kwargs):
-  """The loop around a step that counts."""
-  seen, recorder = [], Recorder(unfinished, bad)
-
-  def step(state, batch):
-    assert batch == state, 'the batch of another step'
-    return state + 1, parallel.replicate({'loss': np.float32(state if losses is None else losses[state]),
-                                          'gradient_norm': np.float32(1 if norms is None else norms[state])})
-
-  state, done = run_steps(step, start, iter(range(start, last)), start=start, steps=steps, images=8, log_every=log_every,
-                                due=lambda step: step > 0 and step % eval_every == 0, observer=recorder, stop=stop,
-                                progress=lambda step, loss: seen.append((step, loss)), clock=lambda: 0.0, **kwargs)
-  return state, done, recorder, seen
-
-
-def test_loop_writes_means_of_windows_and_each_step_once():
-  state, done, recorder, seen = loop()
-  assert (state, done) == (10, 10)
-  # Step k has loss k - 1 here. Evaluation ends a window too: at 4 and 8; the end is evaluated.
-  assert [(step, metrics['train/loss']) for step, metrics in recorder.lines] == [
-      (3, 1.0), (4, 3.0), (6, 4.5), (8, 6.5), (9, 8.0), (10, 9.0)]
-  assert [step for step, metrics in recorder.lines if 'val/loss' in metrics] == [4, 8, 10]
-  assert recorder.evaluated == [(4, 4), (8, 8), (10, 10)]
-  assert recorder.saved == [(4, 4, True), (8, 8, True), (10, 10, True)]
-  assert seen == [(k + 1, float(k)) for k in range(10)]
-
-
-def test_loop_goes_on_from_a_step():
-  _, _, whole, _ = loop()
-  _, done, recorder, _ = loop(start=4)
-  assert done == 10 and recorder.lines == whole.lines[2:]
-
-
-def test_loop_stops_when_asked():
-  asked = iter([False, False, True])
-  state, done, recorder, _ = loop(stop=lambda: next(asked))
-  assert state == done == 3 and not recorder.evaluated and recorder.saved == [(3, 3, False)]
-
-
-def test_loop_that_is_stopped_where_it_evaluates_does_so_when_it_goes_on():
-  """Asked before the evaluation of step 4 or in the middle of it: saved without, and the next start begins with it."""
-  asked = iter([False, False, False, True])
-  for stopped in (loop(stop=lambda: next(asked)), loop(unfinished=(4,))):
-    state, done, recorder, _ = stopped
-    assert state == done == 4 and recorder.saved == [(4, 4, False)]
-    assert [(step, set(metrics)) for step, metrics in recorder.lines][-1] == (
-        4, {'train/loss', 'train/gradient_norm'})
-  _, _, again, _ = loop(start=4, evaluated=False)
-  assert again.lines[0] == (4, {'val/loss': 0.5}) and again.saved == [(4, 4, True), (8, 8, True), (10, 10, True)]
-  _, _, at_the_end, _ = loop(start=10, evaluated=False)
-  assert at_the_end.saved == [(10, 10, True)]
-
-
-def test_loop_saves_where_the_batches_end():
-  """As where images do not come any more."""
-  state, done, recorder, _ = loop(last=6)
-  assert state == done == 6 and recorder.saved == [(4, 4, True), (6, 6, False)]
-  assert loop(last=0)[2].saved == []
-
-
-@pytest.mark.parametrize('what', ['losses', 'norms'])
-@pytest.mark.parametrize('at', [0, 3, 5, 9])
-def test_loop_stops_when_loss_or_gradient_are_not_finite(what, at):
-  """Named with its step, and before anything of it is written or kept."""
-  values = [float('nan') if k == at else 1.0 for k in range(10)]
-  with pytest.raises(Diverged, match=f'at step {at + 1}$') as caught:
-    loop(**{what: values})
-  assert caught.value.step == at + 1
-
-
-def test_loop_stops_when_the_loss_on_val_is_not_finite():
-  with pytest.raises(Diverged, match='the loss on val is inf at step 4$'):
-    loop(bad=4)
-
-
-class Metric(float):
-  """A loss that a device is through with, or not."""
-
-  def __new__(cls, ready):
-    return super().__new__(cls, 1.0)
-
-  def __init__(self, ready):
-    self.ready = ready
-
-  def is_ready(self):
-    return self.ready
-
-
-@pytest.mark.parametrize('ready,shares', [(True, [2 / 8, 3 / 12]), (False, [1 / 8, 1 / 12])])
-@pytest.mark.parametrize('start', [0, 9])
-def test_images_per_second_and_share_of_time_waiting_for_them(start, ready, shares, monkeypatch):
-  """Seconds of a made clock: a batch takes one, a step three, the first one a hundred more, evaluation a thousand. Counted is what a ready
-  device waits.
-
-  The first step of the run, or of a run that goes on, is compiled and does not count, neither as time nor as images; after it and after
-  each window the device has nothing left to do, so the batch counts.
-  """
-  monkeypatch.setattr(parallel, 'unreplicate', lambda metrics: metrics)
-  now, recorder = [0.0], Recorder()
-  monkeypatch.setattr(recorder, 'evaluate', lambda step, state: now.__setitem__(0, now[0] + 1000) or {'val/loss': 0.5})
-
-  def batches():
-    while True:
-      now[0] += 1
-      yield 'batch'
-
-  def step(state, batch):
-    now[0] += 3 if state else 103
-    return state + 1, {'loss': Metric(ready), 'gradient_norm': Metric(ready)}
-
-  run = functools.partial(run_steps, step, 0, start=start, images=8, stop=lambda: False, progress=lambda step, loss: None,
-                          clock=lambda: now[0])
-  run(batches(), steps=start + 6, log_every=3, due=lambda step: step == start + 3, observer=recorder)
-  assert [metrics['waiting_share'] for _, metrics in recorder.lines] == pytest.approx(shares)
-  assert [metrics['images_per_second'] for _, metrics in recorder.lines] == pytest.approx([8 / 4, 8 / 4])
-  # Windows of one step: of the first one there is nothing to tell.
-  recorder.lines.clear()
-  run(batches(), steps=start + 3, log_every=1, due=lambda step: step == start + 2, observer=recorder)
-  (_, first), *others = recorder.lines
-  assert first == {'train/loss': 1.0, 'train/gradient_norm': 1.0}
-  assert [(line['images_per_second'], line['waiting_share']) for _, line in others] == [(8 / 4, 1 / 4)] * 2
-
-
-@pytest.mark.parametrize('share,told', [(0.43, True), (0.05, False)])
-def test_a_device_that_waits_for_images_is_told_of_once(share, told, caplog):
-  """After twenty steps, over all of them; a metrics line has the share of its own window."""
-  lines = []
-  writer = types.SimpleNamespace(write=lambda step, metrics: lines.append(metrics) or metrics)
-  run = types.SimpleNamespace(streams={'target': Stream(None, 8, 1.0)}, schedule=lambda step: 0.1)
-  observer = Observer(run, writer, 0, lambda: False)
-  with caplog.at_level('INFO', 'ft_jax'):
-    observer.wrote(10, {'train/loss': 1.0, 'waiting_share': 2 * share})
-    assert not caplog.text
-    for step in (20, 30, 40):
-      observer.wrote(step, {'train/loss': 1.0, 'waiting_share': 0.0 if step == 20 else share})
-  assert caplog.text.count(f'the device waits for images {share:.0%}'.replace('%', ' %')) == told
-  assert [line['waiting_share'] for line in lines] == [2 * share, 0.0, share, share]
 
 
 def test_averages_and_what_is_evaluated():
