@@ -1,6 +1,6 @@
 # make demo   a whole run on real images: pre-train, select, fine-tune, report (no download of data or weights)
-# make test   the tests; with another Python: make test PYTHON=python3.13
-# make test-short  those without whole runs, and the demo's job: for a second version of Python
+# make test   the tests, with one whole job, in a few minutes; with another Python: make test PYTHON=python3.13
+# make test-all  also the slow tests: runs that are killed, disks that are full, several hosts, notebooks, the record of results
 # make stress real runs killed at least 100 times at random moments; nothing may be lost or differ (long: KILLS=10 for a glance)
 # make bench  speed, beside its peers (needs torch for some; see benchmarks/)
 # make lint   ruff, then the types (mypy)
@@ -11,7 +11,7 @@ PYTHON ?= python3
 VENV := .venv$(if $(filter-out python3,$(notdir $(PYTHON))),-$(notdir $(PYTHON)))
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test test-short stress bench lint clean
+.PHONY: demo test test-all stress bench lint clean
 .DEFAULT_GOAL := demo
 
 $(VENV)/.installed: requirements.txt
@@ -30,13 +30,16 @@ demo: $(VENV)/.installed
 	@echo "== python main.py --config=configs/digits.py (a finished run is shown again; rm -r runs/digits starts afresh)"
 	@$(RUN) main.py --config=configs/digits.py
 
-test: $(VENV)/.installed-dev
-	@echo "== tests"
-	@$(RUN) -m pytest --numprocesses=logical --maxprocesses=4 --dist=worksteal
+# Four workers at most: each needs about a GB.
+PYTEST := -m pytest --numprocesses=logical --maxprocesses=4 --dist=worksteal
 
-test-short: $(VENV)/.installed-dev
-	@echo "== tests without whole runs, on $$($(RUN) --version)"
-	@$(RUN) -m pytest --numprocesses=logical --maxprocesses=4 --dist=worksteal -m "not whole"
+test: $(VENV)/.installed-dev
+	@echo "== tests but for the slow ones, on $$($(RUN) --version)"
+	@$(RUN) $(PYTEST) -m "not slow"
+
+test-all: $(VENV)/.installed-dev
+	@echo "== all tests, on $$($(RUN) --version)"
+	@$(RUN) $(PYTEST)
 
 stress: $(VENV)/.installed-dev
 	@echo "== runs killed at random moments (KILLS=100 SEED=0)"

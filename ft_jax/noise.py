@@ -1,6 +1,7 @@
 """Label noise as a config says it: what is refused, where labels of another network come from, what results.json says of it."""
 
 from collections import Counter
+import dataclasses
 import json
 from typing import Any, NamedTuple
 
@@ -29,59 +30,68 @@ class Noise(NamedTuple):
   about: dict[str, Any] | None
 
 
-def check(config: ConfigDict) -> None:
-  """Raises ValueError for fields of `config.noise` that cannot be right."""
-  if config.kind not in ('', *KINDS):
-    raise ValueError(f"config.noise.kind is {config.kind!r}; known: {', '.join(KINDS)}, or '' for none")
-  if config.rate and not config.kind:
-    raise ValueError(f'config.noise.rate is {config.rate}, but config.noise.kind is empty; known: {", ".join(KINDS)}')
-  if config.kind and not config.rate:
-    hint = ' (published: 1, all of them)' if config.kind == 'model' else ''
-    raise ValueError(f'config.noise.kind is {config.kind!r}, but config.noise.rate is 0; give the part of the training images whose labels '
-                     f'are drawn anew{hint}')
-  for field, kind in (('map', 'asymmetric'), ('labels', 'model')):
-    if bool(config[field]) != (config.kind == kind):
-      raise ValueError(f'config.noise.{field} is {config[field]!r} and config.noise.kind {config.kind!r}; the kind {kind!r} needs it, '
-                       'and no other takes it')
-  _check_map(_pairs(config))
-  if config.labels and not storage.located(config.labels).is_file():
-    trained.load(config.labels, 'config.noise.labels')
+@dataclasses.dataclass(frozen=True)
+class NoiseSettings:
+  """The fields of `config.noise`; `map` as pairs of class names.
+
+  Raises:
+    ValueError: fields that cannot be right, alone or together.
+  """
+  kind: str
+  rate: float
+  map: tuple[tuple[str, str], ...]
+  labels: str
+
+  def __post_init__(self) -> None:
+    if self.kind not in ('', *KINDS):
+      raise ValueError(f"config.noise.kind is {self.kind!r}; known: {', '.join(KINDS)}, or '' for none")
+    if self.rate and not self.kind:
+      raise ValueError(f'config.noise.rate is {self.rate}, but config.noise.kind is empty; known: {", ".join(KINDS)}')
+    if self.kind and not self.rate:
+      hint = ' (published: 1, all of them)' if self.kind == 'model' else ''
+      raise ValueError(f'config.noise.kind is {self.kind!r}, but config.noise.rate is 0; give the fraction of the training '
+                       f'labels that are redrawn{hint}')
+    for field, value, kind in (('map', self.map, 'asymmetric'), ('labels', self.labels, 'model')):
+      if bool(value) != (self.kind == kind):
+        raise ValueError(f'config.noise.{field} is {value!r} and config.noise.kind {self.kind!r}; the kind {kind!r} needs '
+                         'it, and no other takes it')
+    if same := [one for one, other in self.map if one == other]:
+      raise ValueError(f'config.noise.map takes {same[0]!r} to itself; leave it out')
+    counts = Counter(one for one, _ in self.map)
+    if twice := [one for one, count in counts.items() if count > 1]:
+      raise ValueError(f'config.noise.map takes {twice[0]!r} to {counts[twice[0]]} classes; expected one')
+    if self.labels and not storage.located(self.labels).is_file():
+      trained.load(self.labels, 'config.noise.labels')
+
+  @classmethod
+  def from_config(cls, config: ConfigDict) -> 'NoiseSettings':
+    """Of the fields of `config.noise`; the command line reads a class name of digits alone as a number."""
+    return cls(config.kind, config.rate, tuple((str(one), str(other)) for one, other in config.map), config.labels)
 
 
-def _pairs(config: ConfigDict) -> list[tuple[str, str]]:
-  """`noise.map` by names: the command line reads one of digits alone as a number."""
-  return [(str(one), str(other)) for one, other in config.map]
-
-
-def _check_map(class_map: Any) -> None:
-  if same := [one for one, other in class_map if one == other]:
-    raise ValueError(f'config.noise.map takes {same[0]!r} to itself; leave it out')
-  if twice := [one for one, count in Counter(one for one, _ in class_map).items() if count > 1]:
-    raise ValueError(f'config.noise.map takes {twice[0]!r} to {sum(one == twice[0] for one, _ in class_map)} classes; expected one')
-
-
-def add(config: ConfigDict, seed: int, splits: Splits, predicted_json: epath.Path | None = None) -> Noise:
-  """Puts noise into the labels of train, and says how much came of it; val and test stay clean.
+def add(settings: NoiseSettings, seed: int, splits: Splits, predicted_json: epath.Path | None = None) -> Noise:
+  """Puts noise into the labels of train, and logs how much there is; val and test stay clean.
 
   Args:
-    config: `config.noise`, which `check` has seen.
+    settings: of the noise.
     seed: of the run.
-    splits: what can be read of them, with val carved out.
-    predicted_json: of a run, keeps what another network sees in the images: where it resumes, perhaps on another device which rounds
-      differently, it must have the labels that it began with.
+    splits: the images that can be read, with val split off.
+    predicted_json: of a run, keeps the predictions of another network: where the run resumes, perhaps on another device
+      which rounds differently, it must have the labels that it started with.
 
   Raises:
     ValueError: classes or images that do not fit.
   """
-  if not config.kind:
+  if not settings.kind:
     return Noise(splits, None, None)
   train = splits.train
-  predicted = _predicted(config.labels, train, predicted_json) if config.kind == 'model' else None
-  noisy = with_noise(train, config.kind, config.rate, seed, class_map=_pairs(config), predicted=predicted)
-  about = {'kind': config.kind, 'rate': config.rate, 'images': len(train), 'drawn': noisy.drawn, 'wrong': noisy.wrong,
-           'wrong_rate': noisy.wrong / len(train)}
-  log.info('noise: %s: %s of %s training labels drawn anew, %s of all are wrong (%.1f %%); val and test stay clean', config.kind,
-           f'{noisy.drawn:,d}', f'{len(train):,d}', f'{noisy.wrong:,d}', 100 * about['wrong_rate'])
+  predicted = _predicted(settings.labels, train, predicted_json) if settings.kind == 'model' else None
+  noisy = with_noise(train, settings.kind, settings.rate, seed, class_map=settings.map, predicted=predicted)
+  wrong_rate = noisy.wrong / len(train)
+  about = {'kind': settings.kind, 'rate': settings.rate, 'images': len(train), 'drawn': noisy.drawn, 'wrong': noisy.wrong,
+           'wrong_rate': wrong_rate}
+  log.info('noise: %s: %s of %s training labels redrawn, %s of all are wrong (%.1f %%); val and test stay clean',
+           settings.kind, f'{noisy.drawn:,d}', f'{len(train):,d}', f'{noisy.wrong:,d}', 100 * wrong_rate)
   return Noise(splits._replace(train=noisy.source), noisy.true_labels, about)
 
 

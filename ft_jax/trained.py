@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from etils import epath
 from ml_collections import ConfigDict
 
-from ft_jax.data.pipeline import Transform
+from ft_jax.data.pipeline import short_side, Transform
 from ft_jax.jobs import setup
 from ft_jax.models import resnet
 from ft_jax.training.finished_runs import load_variables
@@ -71,7 +71,7 @@ def load(workdir: str, field: str = 'config.workdir') -> Trained:
     class_names = tuple(str(row['name']) for row in results['val']['per_class'])
     model = resnet.build(config.model.name, {head: len(class_names)}, width=config.model.width, stem=config.model.stem,
                          dtype=setup.DTYPES[config.model.dtype], precision=config.model.get('precision', 'default'))
-    run = Trained(path, config, results, head, class_names, model, {}, Transform(config.image_size, short_side=setup.short_side(config)))
+    run = Trained(path, config, results, head, class_names, model, {}, Transform(config.image_size, short_side=short_side(config.image_size, config.augment)))
     run.described()
   except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:  # of another program, or changed by hand
     raise ValueError(f'{field}: config.json and results.json of {workdir} are not those of a finished run '

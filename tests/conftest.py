@@ -5,10 +5,12 @@ import pathlib
 import subprocess
 import sys
 
+import filelock
 import jax
 import numpy as np
 import PIL.Image
 import pytest
+import started
 
 ROOT = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # configs/ is no package that is installed
@@ -16,13 +18,6 @@ jax.config.update('jax_num_cpu_devices', 4)
 # Here and in the processes that tests start: of short runs of small networks most of the time is the compiler's.
 os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = '1'
 jax.config.update('jax_disable_most_optimizations', True)
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-  """`make test-short` leaves out what runs jobs from start to end."""
-  for item in items:
-    if item.path.parent.name == 'runs':
-      item.add_marker(pytest.mark.whole)
 
 
 @pytest.fixture(scope='session', autouse=True)
@@ -84,22 +79,28 @@ def pool(tmp_path_factory) -> pathlib.Path:
   return folder
 
 
-def quick_main(*flags: str) -> subprocess.CompletedProcess:
+def quick_main(*flags: str) -> subprocess.CompletedProcess[str]:
   """main.py on one device, with warnings as errors."""
   # The exception is ml_collections' own, when it reads a config on Python 3.11.
-  env = {**os.environ, 'JAX_PLATFORMS': 'cpu',
-         'PYTHONWARNINGS': 'error,ignore:the load_module() method is deprecated:DeprecationWarning'}
-  return subprocess.run([sys.executable, 'main.py', *flags], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+  return started.main(*flags, JAX_PLATFORMS='cpu',
+                      PYTHONWARNINGS='error,ignore:the load_module() method is deprecated:DeprecationWarning')
 
 
 @pytest.fixture(scope='session')
-def trained_run(photos, tmp_path_factory) -> pathlib.Path:
-  """The workdir of a short fine-tuning on `photos`."""
-  workdir = tmp_path_factory.mktemp('runs') / 'trained'
+def trained_run(photos, tmp_path_factory, worker_id) -> pathlib.Path:
+  """The workdir of a short fine-tuning on `photos`, trained once for all workers of pytest-xdist."""
+  base = tmp_path_factory.getbasetemp()
+  workdir = (base if worker_id == 'master' else base.parent) / 'trained_run'
+  with filelock.FileLock(f'{workdir}.lock'):
+    if not (workdir / 'results.json').exists():
+      _train(photos, workdir)
+  return workdir
+
+
+def _train(photos: pathlib.Path, workdir: pathlib.Path) -> None:
   run = quick_main(  # plain: the pre-training data need not be there
       '--config=configs/miniature.py:finetune', '--config.source.name=tfds:imagenet2012', '--config.selection.method=none',
       f'--config.target.name=folder:{photos}', '--config.model.weights=', '--config.model.width=4', '--config.image_size=32',
       '--config.augment.short_side=36', '--config.train.steps=30', '--config.train.batch_size=8', '--config.train.learning_rate=0.03',
       '--config.train.eval_every=15', f'--workdir={workdir}')
   assert run.returncode == 0, run.stderr
-  return workdir

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 
+from conftest import quick_main
 from ml_collections import config_flags, ConfigDict
 import pytest
 
@@ -29,10 +30,6 @@ from configs import stability as stability_config
 from ft_jax.command import default_workdir
 
 ROOT = pathlib.Path(__file__).parents[1]
-
-
-def main(*flags: str) -> subprocess.CompletedProcess:
-  return subprocess.run([sys.executable, 'main.py', *flags], cwd=ROOT, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.parametrize('flags,words', [
@@ -89,7 +86,7 @@ def main(*flags: str) -> subprocess.CompletedProcess:
     (['--config=configs/miniature.py:pets'], "config.job is 'pets'; known: finetune, pretrain, compare"),
 ])
 def test_wrong_input_is_one_clear_line(tmp_path, flags, words):
-  run = main(*flags, f'--workdir={tmp_path / "run"}')
+  run = quick_main(*flags, f'--workdir={tmp_path / "run"}')
   assert run.returncode != 0 and words in run.stderr, run.stderr
   assert 'Traceback' not in run.stderr
 
@@ -109,7 +106,7 @@ def test_a_config_file_cannot_add_a_field(tmp_path):
   """A misspelt field in a file of one's own is refused as it is on the command line."""
   (tmp_path / 'mine.py').write_text('from configs import default\n\ndef get_config():\n  config = default.get_config()\n'
                                     '  config.source_wieght = 0.3\n  return config\n')
-  run = main(f'--config={tmp_path / "mine.py"}', f'--workdir={tmp_path / "run"}')
+  run = quick_main(f'--config={tmp_path / "mine.py"}', f'--workdir={tmp_path / "run"}')
   assert run.returncode == 1 and 'Traceback' not in run.stderr
   assert "sets 'source_wieght', which is not a field of the config (ft_jax/config.py). Did you mean \"source_weight\"?" in run.stderr
 
@@ -117,7 +114,7 @@ def test_a_config_file_cannot_add_a_field(tmp_path):
 def test_a_config_file_that_sets_a_wrong_type(tmp_path):
   (tmp_path / 'mine.py').write_text('from configs import default\n\ndef get_config():\n  config = default.get_config()\n'
                                     "  config.seed = 'one'\n  return config\n")
-  run = main(f'--config={tmp_path / "mine.py"}', f'--workdir={tmp_path / "run"}')
+  run = quick_main(f'--config={tmp_path / "mine.py"}', f'--workdir={tmp_path / "run"}')
   assert run.returncode == 1 and 'Traceback' not in run.stderr
   assert "error: the config file sets the field 'seed' to one, which is of type str; expected int" in run.stderr
 

@@ -90,13 +90,13 @@ def find(splits: Splits, pool: ImageSet | None = None) -> dict[str, list[Copy]]:
   return {name: [Copy(*copy) for copy in copies] for name, copies in parallel.agreed(found).items() if copies}
 
 
-def settled(work: Workdir, splits: Splits, pool: ImageSet | None, rule: str) -> Overlap:
+def settle(work: Workdir, splits: Splits, pool: ImageSet | None, rule: str) -> Overlap:
   """The overlap of a run, which duplicates.json in its workdir keeps: a run that is resumed, anywhere, keeps the images that it began with.
 
   A run with a checkpoint and without that file was begun by an earlier version, which did not look for copies, and keeps them.
 
   Raises:
-    ValueError: as of `apart`.
+    ValueError: as of `resolve`.
   """
   images = {name: source.fingerprint for name, source in {**splits._asdict(), 'pool': pool}.items() if source is not None}
   before = parallel.agreed(lambda: read_json(work.duplicates_json) if work.duplicates_json.exists() else None)
@@ -108,7 +108,7 @@ def settled(work: Workdir, splits: Splits, pool: ImageSet | None, rule: str) -> 
     found = {name: [Copy(*copy) for copy in copies] for name, copies in before['found'].items()}
   else:
     found = find(splits, pool)
-  overlap = apart(splits, pool, rule, found)
+  overlap = resolve(splits, pool, rule, found)
   record = json.dumps({'format_version': FORMAT_VERSION, 'rule': rule, 'images': images, 'found': found})
   if parallel.is_main() and json.loads(record) != before:
     write_text(work.duplicates_json, record + '\n')
@@ -131,7 +131,7 @@ def _in_pool(pool: ImageSet, target: duplicates.Hashes) -> list[duplicates.Match
   return [duplicates.Match(*match) for found in parallel.everyone(list(zip(*(column.tolist() for column in columns)))) for match in found]
 
 
-def apart(splits: Splits, pool: ImageSet | None, rule: str, found: Mapping[str, list[Copy]]) -> Overlap:
+def resolve(splits: Splits, pool: ImageSet | None, rule: str, found: Mapping[str, list[Copy]]) -> Overlap:
   """Does with the copies what the rule says, and tells it.
 
   Raises:

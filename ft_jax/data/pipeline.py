@@ -16,6 +16,7 @@ import zlib
 
 import grain
 import jax
+from ml_collections import ConfigDict
 import numpy as np
 
 from ft_jax.data import crop
@@ -71,6 +72,20 @@ class Transform:
   def evaluate(self, example: Example) -> np.ndarray:
     """The middle of the image; uint8 `[size, size, 3]`."""
     return crop.center_crop(decode(example.image, example.id, scratch=True), self.size, self.short_side)
+
+
+def make_transform(image_size: int, augment: ConfigDict) -> Transform:
+  """The transform of `config.image_size` and `config.augment`; raises ValueError where they do not fit."""
+  side = short_side(image_size, augment)
+  if side < image_size:
+    raise ValueError(f'augment.short_side is {side}, less than image_size {image_size}')
+  return Transform(image_size, tuple(augment.scale), tuple(augment.ratio), augment.flip, augment.antialias, side,
+                   augment.randaugment, augment.magnitude, augment.cutout)
+
+
+def short_side(image_size: int, augment: ConfigDict) -> int:
+  """Pixels of an image's short side before the center crop of evaluation."""
+  return augment.short_side or round(image_size * 256 / 224)
 
 
 def train_batches(source: ImageSet, transform: Transform, batch_size: int, *, stream: str, seed: int, start: int,

@@ -1,6 +1,7 @@
 """The splits of a data set that is trained on: opened, checked, without images that cannot be read."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+import dataclasses
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
@@ -15,6 +16,75 @@ from ft_jax.data.unused_files import log_unused
 from ft_jax.names import listed
 from ft_jax.progress import log
 
+ON_ERROR = ('raise', 'skip')
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitSettings:
+  """Which images of a set are trained on and measured on: fields of `config.target` or `config.source`.
+
+  Raises:
+    ValueError: fields that contradict each other.
+  """
+  name: str
+  train: str
+  val: str
+  test: str
+  val_fraction: float
+  train_per_class: int = 0
+  train_fraction: float = 1.0
+  without: tuple[str | int, ...] = ()
+
+  def __post_init__(self) -> None:
+    if self.train_fraction < 1 and self.train_per_class:
+      raise ValueError('config.target.train_fraction and config.target.train_per_class both say how many images are sampled; '
+                       'set one')
+    if self.test == 'rest' and not self.samples:
+      raise ValueError("config.target.test is 'rest', the images that are not sampled for training, but "
+                       'config.target.train_per_class is 0 and train_fraction is 1; set either')
+
+  @classmethod
+  def from_config(cls, config: ConfigDict) -> 'SplitSettings':
+    """Of `config.target` or `config.source`, which lacks some of the fields."""
+    known = {field.name for field in dataclasses.fields(cls)}
+    return cls(**{name: value for name, value in config.to_dict().items() if name in known})
+
+  def of_given(self, images: Collection[str]) -> 'SplitSettings':
+    """The same for image sets that are given for some of train, val and test, under these names."""
+    test = self.test if self.test == 'rest' else ''
+    return dataclasses.replace(
+        self, train='train', val='val' if 'val' in images else '', test='test' if 'test' in images else test)
+
+  @property
+  def samples(self) -> bool:
+    """Whether only some of the images are trained on."""
+    return self.train_per_class > 0 or self.train_fraction < 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+  """How images are read: the fields of `config.data`.
+
+  Raises:
+    ValueError: an `on_error` that is not known.
+  """
+  on_error: str
+  timeout: float
+  cache: bool
+
+  def __post_init__(self) -> None:
+    if self.on_error not in ON_ERROR:
+      raise ValueError(f'config.data.on_error is {self.on_error!r}; known: {", ".join(ON_ERROR)}')
+
+  @classmethod
+  def from_config(cls, config: ConfigDict) -> 'Reading':
+    """Of the fields of `config.data`."""
+    return cls(config.on_error, config.timeout, config.cache)
+
+
+# Image sets that a Python caller gives, by the name of their split.
+Given = Mapping[str, ImageSet]
+
 
 class Splits(NamedTuple):
   """The splits of a data set that is trained on; `test` is None where there is none."""
@@ -23,27 +93,41 @@ class Splits(NamedTuple):
   test: ImageSet | None
 
 
-def open_splits(config: ConfigDict, data_dir: str, seed: int) -> Splits:
-  """Opens train, val (carved out of train where it has no name) and test of `config.target` or `config.source`.
+def open_splits(settings: SplitSettings, data_dir: str, seed: int,
+                images: Given | None = None) -> Splits:
+  """Opens train, val (split off from train where it has no name) and test of an image set.
+
+  Args:
+    settings: which images they are.
+    data_dir: where prepared sets are.
+    seed: of the images that are sampled or split off.
+    images: image sets in place of what `settings` names: train, and val and test if there are any; test may also be 'rest'.
 
   Raises:
-    ValueError: a set, split or folder that is not there or has no classes, or splits of different classes or with images in common.
+    ValueError: a set, split or folder that does not exist or has no classes, or splits of different classes or with images
+      in common.
   """
-  # The pre-training data has neither field.
-  per_class, fraction, left_out = config.get('train_per_class', 0), config.get('train_fraction', 1.0), config.get('without', ())
-  opened = lambda split: _labelled(open_set(config.name, split, data_dir, quiet=True)).without(left_out)
-  train, rest = opened(config.train), None
-  if per_class or fraction < 1:
-    train, rest = sample_per_class(train, per_class, seed, fraction)
-  if config.val:
-    val = opened(config.val)
+  named = settings if images is None else settings.of_given(images)
+
+  def opened(split: str) -> ImageSet:
+    found = open_set(named.name, split, data_dir, quiet=True) if images is None else images[split]
+    return _labelled(found).without(named.without)
+
+  train = opened(named.train)
+  rest = None
+  if named.samples:
+    train, rest = sample_per_class(train, named.train_per_class, seed, named.train_fraction)
+  if named.val:
+    val = opened(named.val)
   else:
-    train, val = split_off_val(train, config.val_fraction, seed)
-  test = rest if config.test == 'rest' and rest is not None else opened(config.test) if config.test else None
-  log_unused(config.name, [source.unused for source in (train, val, test) if source is not None])
+    train, val = split_off_val(train, named.val_fraction, seed)
+  test = None
+  if named.test:
+    test = rest if named.test == 'rest' else opened(named.test)
+  log_unused(named.name, [split.unused for split in (train, val, test) if split is not None])
   if test is not None and not len(test):
-    drawn = f'train_per_class {per_class}' if per_class else f'train_fraction {fraction}'
-    raise ValueError(f'{train.name}: {drawn} leaves no image for test')
+    sampled = f'train_per_class {named.train_per_class}' if named.train_per_class else f'train_fraction {named.train_fraction}'
+    raise ValueError(f'{train.name}: {sampled} leaves no image for test')
   for other in (val, test):
     if other is not None and other.class_names != train.class_names:
       raise ValueError(f'{train.name} and {other.name} have different classes: '

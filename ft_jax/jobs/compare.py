@@ -30,7 +30,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
     raise ValueError("config.model.weights is 'pretrain', which every fine-tuning would repeat; pre-train once with "
                      '--config=configs/pretrain.py and give its workdir')
   for method in methods:
-    finetune.check(_one_run(config, method, seeds[0]))
+    finetune.Settings.from_config(_one_run(config, method, seeds[0]))
   work = Workdir(workdir, config.to_dict())
   results: dict[str, list[dict[str, Any]]] = {method: [] for method in methods}
   with compiled.once():

@@ -14,7 +14,7 @@ from ft_jax.data.decode import decode
 from ft_jax.data.image_set import Example, ImageSet
 from ft_jax.data.path_list import open_paths
 from ft_jax.data.pipeline import EvalBatches, TIMEOUT, Transform
-from ft_jax.jobs import setup
+from ft_jax.data.splits import Reading
 from ft_jax.names import cell, csv_line
 from ft_jax.pages import contact_sheet
 from ft_jax.progress import log
@@ -36,7 +36,7 @@ class Predictions(NamedTuple):
 def run(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
   """Writes predictions.csv and contact_sheet.png; returns the numbers of images and, where folders name classes, the accuracy."""
   check_fields(config)
-  setup.check_data(config.data)
+  Reading.from_config(config.data)
   if jax.process_count() > 1:
     raise ValueError('job predict runs in one process; start it on one host alone, with --num_processes=1')
   names, source, problems, listed = open_paths(config.predict.images)

@@ -1,6 +1,7 @@
-"""Job pretrain: supervised pre-training on `config.source`; its workdir is then a `model.weights`."""
+"""Job pretrain: supervised pre-training on `config.source`; its workdir can then be the `model.weights` of other runs."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+import dataclasses
 from typing import Any
 
 from etils import epath
@@ -8,100 +9,176 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from ft_jax import methods, parallel
-from ft_jax.data.image_set import digest
+from ft_jax.data.image_set import digest, ImageSet
+from ft_jax.data.pipeline import make_transform, Transform
 from ft_jax.data.splits import (
   cache_in_memory,
   check_classes,
   check_same_images,
   drop_unreadable,
+  Given,
   open_splits,
+  Reading,
   skipped_summary,
   split_fingerprints,
   Splits,
+  SplitSettings,
 )
 from ft_jax.jobs import setup
+from ft_jax.models.resnet import ResNet
 from ft_jax.pages import report
 from ft_jax.progress import log
 from ft_jax.settings import check_fields
 from ft_jax.training import fit, initial_weights
+from ft_jax.training.initial_weights import Weights
 from ft_jax.training.settings import log_doubts, Trainable, Training
 from ft_jax.workdir import Workdir, write_results
 
+# How many classes the source has is not known before it is opened; it changes nothing that is refused before.
+UNKNOWN = 2
 
-def run(config: ConfigDict, workdir: epath.PathLike, left_out: Sequence[str] = ()) -> dict[str, Any]:
-  """Runs the job, or goes on with it; returns what results.json holds.
 
-  `left_out` are ids of images that a fine-tuning does not want to be trained on, as its target has them.
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """A config as objects, whose constructors refuse what cannot be right.
+
+  Attributes:
+    fields: of the config, as config.json has them.
+    seed: of everything random.
+    data_dir: of the image sets.
+    source: the splits to pre-train on.
+    reading: of images.
+    transform: what images go through.
+    model: with the head 'source', whose number of classes is not known yet.
+    weights: where its variables come from; '' for random ones.
+    source_head: 'fresh' or 'pretrained'.
+    training: the length, the optimizer, ...
+    trainable: what training does to each parameter of the model.
   """
-  check_fields(config)
-  if not config.source.name:
-    raise ValueError('config.source.name is empty; name the data to pre-train on')
-  if config.model.weights == 'pretrain':
-    raise ValueError("config.model.weights is 'pretrain', which is what this job does; use --config.model.weights= for a fresh network")
-  setup.check_data(config.data)
-  initial_weights.check_weights(config.model)
-  setup.make_transform(config)
-  # The number of classes is not known yet and does not matter for what is checked.
-  if on := methods.active(config.methods.to_dict() if 'methods' in config else {}):  # of a fine-tuning's own pre-training it has none
-    raise ValueError(f'config.methods.{next(iter(on))} is switched on, which is for fine-tuning and not for job pretrain')
-  if config.get('noise') and (config.noise.kind or config.noise.rate):
-    raise ValueError(f'config.noise.kind is {config.noise.kind!r}, which is for the target of a fine-tuning and not for job pretrain')
-  model = setup.build_model(config.model, {'source': 2}, config.train.freeze)
-  training = Training.from_config(config.train)
-  fresh = ('source',) if config.model.weights and config.model.source_head == 'fresh' else ()
-  trainable = Trainable.of(training, model, config.image_size, training.batch_size, fresh=fresh)
-  work = Workdir(workdir, config.to_dict())
+  fields: Mapping[str, Any]
+  seed: int
+  data_dir: str
+  source: SplitSettings
+  reading: Reading
+  transform: Transform
+  model: ResNet
+  weights: str
+  source_head: str
+  training: Training
+  trainable: Trainable
+
+  @classmethod
+  def from_config(cls, config: ConfigDict, source_given: bool = False) -> 'Settings':
+    """Raises ValueError for what can be known before any data are opened; see `run`."""
+    check_fields(config)
+    if not config.source.name and not source_given:
+      raise ValueError('config.source.name is empty; name the data to pre-train on')
+    if config.model.weights == 'pretrain':
+      raise ValueError("config.model.weights is 'pretrain', which is what this job does; use --config.model.weights= for a "
+                       'fresh network')
+    # The pre-training within a fine-tuning has neither field.
+    if on := methods.active(config.methods.to_dict() if 'methods' in config else {}):
+      raise ValueError(f'config.methods.{next(iter(on))} is switched on, which is for fine-tuning and not for job pretrain')
+    if 'noise' in config and (config.noise.kind or config.noise.rate):
+      raise ValueError(f'config.noise.kind is {config.noise.kind!r}, which is for the target of a fine-tuning and not for '
+                       'job pretrain')
+    initial_weights.check_weights(config.model)
+    training = Training.from_config(config.train)
+    model = setup.build_model(config.model, {'source': UNKNOWN}, config.train.freeze)
+    fresh = ('source',) if config.model.weights and config.model.source_head == 'fresh' else ()
+    trainable = Trainable.of(training, model, config.image_size, training.batch_size, fresh=fresh)
+    return cls(
+        fields=config.to_dict(), seed=config.seed, data_dir=config.data_dir, source=SplitSettings.from_config(config.source),
+        reading=Reading.from_config(config.data), transform=make_transform(config.image_size, config.augment), model=model,
+        weights=config.model.weights, source_head=config.model.source_head, training=training, trainable=trainable)
+
+  def without(self, classes: Sequence[str]) -> 'Settings':
+    """The same without some classes of the source."""
+    if not classes:
+      return self
+    fields = {**self.fields, 'source': {**self.fields['source'], 'without': tuple(classes)}}
+    return dataclasses.replace(self, fields=fields, source=dataclasses.replace(self.source, without=tuple(classes)))
+
+
+def run(config: ConfigDict, workdir: epath.PathLike, *, source: Given | None = None) -> dict[str, Any]:
+  """Runs the job, or resumes it; returns what results.json holds.
+
+  Args:
+    config: of the job.
+    workdir: where everything is written.
+    source: image sets in place of `config.source.name`, by split; see `open_splits`.
+
+  Raises:
+    ValueError: a setting, image or file that cannot be used.
+    Interrupted: a signal asked to stop; the state is saved.
+  """
+  return pretrain(Settings.from_config(config, source is not None), workdir, source=source)
+
+
+def pretrain(settings: Settings, workdir: epath.PathLike, left_out: Sequence[str] = (),
+             source: Given | None = None) -> dict[str, Any]:
+  """See `run`; `left_out` are ids of images that are not trained on, as the target of a fine-tuning has them too."""
+  work = Workdir(workdir, settings.fields)
   done = parallel.agreed(work.results)
   if not done:
-    log.info('pre-training %s -> %s', config.model.name, work.path)
-    write_results(work, _train(config, training, trainable, work, left_out))
-  elif done['source'].get('left_out', _NOTHING) != _ids(left_out):
-    raise ValueError(f'{work.path} holds a pre-training that left out other copies of target images than this run does; move that '
-                     'folder away to pre-train again, or set config.source.duplicates to what it was')
-  done = parallel.agreed(lambda: _reported(work))
+    log.info('pre-training %s -> %s', settings.fields['model']['name'], work.path)
+    splits, skipped = _open_splits(settings, left_out, source)
+    weights = _weights(settings, splits)
+    classes = len(splits.train.class_names)
+    model = settings.model.clone(heads={'source': classes})
+    start = weights.variables if weights else None
+    variables = setup.init_variables(model, settings.transform.size, settings.seed, start)
+    streams = {'source': fit.Stream(splits.train, settings.training.batch_size, 1.0)}
+    data = fit.TrainingData(streams, splits, settings.transform, settings.seed, settings.reading.timeout)
+    results = fit.fit(settings.training, work, data,
+                      fit.InitialNetwork(model, variables, start or {}, settings.trainable.factors))
+    about = {'name': settings.source.name or splits.train.name, 'classes': classes,
+             'fingerprints': split_fingerprints(splits), 'left_out': _summary(left_out)}
+    write_results(work, {'job': 'pretrain', **results, 'source': about, 'skipped': skipped_summary(skipped),
+                         'weights': weights.about if weights else None})
+  elif done['source'].get('left_out', _summary(())) != _summary(left_out):
+    raise ValueError(f'{work.path} holds a pre-training that left out other copies of target images than this run does; '
+                     'move that folder away to pre-train again, or set config.source.duplicates to what it was')
+  done = parallel.agreed(lambda: _write_report(work))
   log.info('pre-trained weights: %s', work.path)
   return done
 
 
-def _reported(work: Workdir) -> dict[str, Any]:
+def _open_splits(settings: Settings, left_out: Sequence[str],
+                 source: Given | None) -> tuple[Splits, dict[str, list[str]]]:
+  """What is trained on, and the ids of images that cannot be read, by split."""
+  splits = open_splits(settings.source, settings.data_dir, settings.seed, source)
+  if left_out:
+    remaining = lambda images: images and images.subset(np.flatnonzero(~np.isin(images.ids, left_out)))
+    splits = Splits(*map(remaining, splits))
+  log.info('data: %s: %s train, %s val images of %d classes', splits.train.name, f'{len(splits.train):,d}',
+           f'{len(splits.val):,d}', len(splits.train.class_names))
+  check_classes(splits)  # before every image is read
+  settings.training.plan(len(splits.train))
+  splits, _, skipped = drop_unreadable(splits, 'source', settings.reading.on_error)
+  check_same_images(splits)
+  if skipped:
+    check_classes(splits)
+  log_doubts(settings.training, settings.trainable.only_heads and not settings.weights)
+  return cache_in_memory(splits, 'source', settings.reading.cache), skipped
+
+
+def _weights(settings: Settings, splits: Splits) -> Weights | None:
+  """The variables to start from, with the classifier where it is wanted; None for random ones."""
+  if not settings.weights:
+    return None
+  class_names = splits.train.class_names if settings.source_head == 'pretrained' else None
+  return initial_weights.load_weights(settings.weights, classes=len(class_names) if class_names else None,
+                                      class_names=class_names)
+
+
+def _summary(left_out: Sequence[str]) -> dict[str, Any]:
+  """What results.json says of images that are left out."""
+  return {'images': len(left_out), 'fingerprint': digest(*sorted(left_out))}
+
+
+def _write_report(work: Workdir) -> dict[str, Any]:
   """Writes the report of a finished run where it is not there; returns its results."""
   if not work.report_html.exists():
     report.write(work)
   return work.results()
-
-
-def _ids(left_out: Sequence[str]) -> dict[str, Any]:
-  return {'images': len(left_out), 'fingerprint': digest(*sorted(left_out))}
-
-
-_NOTHING = _ids(())
-
-
-def _train(config: ConfigDict, training: Training, trainable: Trainable, work: Workdir,
-           left_out: Sequence[str]) -> dict[str, Any]:
-  splits = open_splits(config.source, config.data_dir, config.seed)
-  if left_out:
-    splits = Splits(*(None if source is None else source.subset(np.flatnonzero(~np.isin(source.ids, left_out)))
-                            for source in splits))
-  log.info('data: %s: %s train, %s val images of %d classes', splits.train.name, f'{len(splits.train):,d}', f'{len(splits.val):,d}',
-           len(splits.train.class_names))
-  splits, _, skipped = drop_unreadable(splits, 'source', config.data.on_error)
-  check_same_images(splits)
-  check_classes(splits)
-  log_doubts(training, trainable.only_heads and not config.model.weights)
-  splits = cache_in_memory(splits, 'source', config.data.cache)
-  classes = len(splits.train.class_names)
-  weights = None
-  if config.model.weights:
-    kept = config.model.source_head == 'pretrained'
-    weights = initial_weights.load_weights(config.model.weights, classes=classes if kept else None,
-                                 class_names=splits.train.class_names if kept else None)
-  model = setup.build_model(config.model, {'source': classes}, config.train.freeze)
-  variables = setup.init_variables(model, config.image_size, config.seed, weights.variables if weights else None)
-  streams = {'source': fit.Stream(splits.train, config.train.batch_size, 1.0)}
-  data = fit.TrainingData(streams, splits, setup.make_transform(config), config.seed, config.data.timeout)
-  network = fit.InitialNetwork(model, variables, weights.variables if weights else {}, trainable.factors)
-  results = fit.fit(training, work, data, network)
-  return {'job': 'pretrain', **results, 'source': {'name': config.source.name, 'classes': classes,
-                                                   'fingerprints': split_fingerprints(splits), 'left_out': _ids(left_out)},
-          'skipped': skipped_summary(skipped), 'weights': weights.about if weights else None}

@@ -8,32 +8,10 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from ft_jax import parallel
-from ft_jax.data.pipeline import Transform
 from ft_jax.models import resnet
 from ft_jax.models.weights import merge
 
-ON_ERROR = ('raise', 'skip')
 DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
-
-
-def check_data(config: ConfigDict) -> None:
-  """Raises ValueError where `config.data` says what is not known."""
-  if config.on_error not in ON_ERROR:
-    raise ValueError(f'config.data.on_error is {config.on_error!r}; known: {", ".join(ON_ERROR)}')
-
-
-def make_transform(config: ConfigDict) -> Transform:
-  """What images go through."""
-  augment = config.augment
-  if short_side(config) < config.image_size:
-    raise ValueError(f'augment.short_side is {short_side(config)}, less than image_size {config.image_size}')
-  return Transform(config.image_size, tuple(augment.scale), tuple(augment.ratio), augment.flip, augment.antialias, short_side(config),
-                   augment.randaugment, augment.magnitude, augment.cutout)
-
-
-def short_side(config: ConfigDict) -> int:
-  """Pixels of an image's short side before the middle is cut out for evaluation."""
-  return config.augment.short_side or round(config.image_size * 256 / 224)
 
 
 def build_model(config: ConfigDict, heads: Mapping[str, int], freeze: str = '') -> resnet.ResNet:

@@ -16,8 +16,7 @@ from ft_jax import parallel, progress, trained
 from ft_jax.data.image_set import digest, ImageSet
 from ft_jax.data.memory_cache import free_memory
 from ft_jax.data.pipeline import Batch, EvalBatches, TIMEOUT
-from ft_jax.data.splits import drop_unreadable, open_splits
-from ft_jax.jobs import setup
+from ft_jax.data.splits import drop_unreadable, open_splits, Reading, SplitSettings
 from ft_jax.methods.base import flat
 from ft_jax.models.resnet import ResNet
 from ft_jax.pages import stability as stability_page
@@ -67,13 +66,13 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
 def check(config: ConfigDict) -> None:
   """Raises ValueError for settings that cannot be right."""
   check_fields(config)
-  setup.check_data(config.data)
+  Reading.from_config(config.data)
 
 
 def _images(config: ConfigDict, run: trained.Trained) -> tuple[str, ImageSet]:
   """The split that is measured on, and images of it drawn by seed."""
   fields = run.config[run.head]  # config.target or config.source
-  splits = open_splits(fields, config.data_dir or run.config.data_dir, run.config.seed)
+  splits = open_splits(SplitSettings.from_config(fields), config.data_dir or run.config.data_dir, run.config.seed)
   splits, _, _ = drop_unreadable(splits, run.head, run.config.get('data', {}).get('on_error', 'raise'))
   if splits.train.class_names != run.class_names:
     raise ValueError(f'{splits.train.name} has other classes than the run in {run.path}; bring its images back (config.data_dir is where a '

@@ -19,9 +19,11 @@ import numpy as np
 from ft_jax import compiled, parallel, trained
 from ft_jax.data import open_set
 from ft_jax.data.image_set import digest
-from ft_jax.embedding import embedded, PRECISION, remove_partial
+from ft_jax.data.pipeline import make_transform
+from ft_jax.embedding import Encoder, PRECISION, remove_partial
 from ft_jax.jobs import finetune, setup
-from ft_jax.pages import study as study_page, study_csv
+from ft_jax.pages import study as study_page
+from ft_jax.pages import study_csv
 from ft_jax.pages.page import format_percent
 from ft_jax.progress import log
 from ft_jax.settings import check_fields, defaults, flat, RENAMED
@@ -35,7 +37,7 @@ _ELSEWHERE = ('checkpoints', 'compare', 'predict', 'pretrain', 'stability', 'stu
 # Fields that do not change what comes of it: a finished one stays where they are changed.
 _WITHOUT_EFFECT = ('data', 'data_dir', 'embeddings_dir')
 # Fields, by path, that came after the first version of the parts. At their defaults they are left out of what a part is made of: so the
-# parts that were made before are found. tests/runs/test_study.py says where one is missing here.
+# parts that were made before are found. tests/jobs/test_study.py says where one is missing here.
 ADDED: tuple[str, ...] = ('model.precision', 'source.duplicates')
 
 
@@ -86,7 +88,7 @@ def check(config: ConfigDict, kept: history.History) -> None:
   if not _names(config):
     raise ValueError('config.target.name is empty; name your images, such as folder:/data/pets or tfds:oxford_iiit_pet')
   for name in _names(config):
-    finetune.check(_own(config, name, settings.seeds[0], kept.kept[0].weights))
+    finetune.Settings.from_config(_own(config, name, settings.seeds[0], kept.kept[0].weights))
 
 
 def _names(config: ConfigDict) -> list[str]:
@@ -122,7 +124,7 @@ class _Study:
     """Reads each checkpoint once, so that one that does not fit is known before anything long begins; takes up what is finished."""
     self._config, self._history, self._targets, self._folder = config, kept, targets, folder
     self._owned = own(folder) if parallel.is_main() else None
-    self._transform, self._parts = setup.make_transform(config), Parts(folder / 'parts')
+    self._transform, self._parts = make_transform(config.image_size, config.augment), Parts(folder / 'parts')
     self._which = 'centred' if config.study.centred else 'plain'
     self._pool, self._legacy_pool = _pool(config)
     self._prints = history.fingerprints(kept, config.image_size)
@@ -169,10 +171,9 @@ class _Study:
   def _embedded(self, folder: epath.Path | None, target: Target, variables: Mapping[str, Any], network: str) -> np.ndarray:
     unfinished = self._folder / 'unfinished'
     try:
-      features = np.concatenate([
-          embedded(folder, self._config.model, variables, source, self._transform, self._config.train.batch_size,
-                   f'{source.name} by {network}', timeout=self._config.data.timeout, unfinished=unfinished).features
-          for source in target.sources])
+      encoder = Encoder(self._config.model.name, setup.build_model(self._config.model, {}), variables, self._transform,
+                        self._config.train.batch_size, self._config.data.timeout, folder, unfinished)
+      features = np.concatenate([encoder.embed(source, f'{source.name} by {network}').features for source in target.sources])
     except ValueError as error:
       raise ValueError(f'{target.name} by {network}: {error}') from error
     remove_partial(unfinished)

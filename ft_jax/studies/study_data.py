@@ -12,7 +12,7 @@ import numpy as np
 from ft_jax import parallel
 from ft_jax.data import open_set, overlap, unreadable
 from ft_jax.data.image_set import digest, ImageSet
-from ft_jax.data.splits import check_classes, open_splits
+from ft_jax.data.splits import check_classes, open_splits, SplitSettings
 from ft_jax.studies import spectrum
 from ft_jax.workdir import write_text
 from selection import storage
@@ -61,12 +61,12 @@ def open_target(config: ConfigDict, name: str) -> Target:
   """Opens an image set by the fields of `config.target`, for each of `config.study.seeds`.
 
   Raises:
-    ValueError: as of `setup.open_splits`.
+    ValueError: as of `data.splits.open_splits`.
   """
   fields = ConfigDict({**config.target.to_dict(), 'name': name})
-  splits = {seed: open_splits(fields, config.data_dir, seed) for seed in config.study.seeds}
+  splits = {seed: open_splits(SplitSettings.from_config(fields), config.data_dir, seed) for seed in config.study.seeds}
   rule = config.source.duplicates
-  splits = {seed: overlap.apart(of_seed, None, rule, overlap.find(of_seed)).splits for seed, of_seed in splits.items()}
+  splits = {seed: overlap.resolve(of_seed, None, rule, overlap.find(of_seed)).splits for seed, of_seed in splits.items()}
   for of_seed in splits.values():
     check_classes(of_seed, 'target.without')
   expressions = dict.fromkeys(split for split in (fields.train, fields.val, fields.test) if split and split != 'rest')

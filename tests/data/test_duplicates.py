@@ -12,8 +12,9 @@ import PIL.Image
 import pytest
 
 from configs import miniature
+from ft_jax import selecting
 from ft_jax.data import contents, decode, duplicates, open_set, overlap
-from ft_jax.data.splits import open_splits, Splits
+from ft_jax.data.splits import open_splits, Splits, SplitSettings
 from ft_jax.jobs import finetune, pretrain
 
 # What is done to an image of the target before it lies in the pool, and the kind that it is found as.
@@ -76,7 +77,7 @@ def config(sets, **fields):
 
 def opened(sets):
   fields = config(sets)
-  return open_splits(fields.target, '', 0), open_set(fields.source.name, 'train')
+  return open_splits(SplitSettings.from_config(fields.target), '', 0), open_set(fields.source.name, 'train')
 
 
 def test_copies_are_found_whatever_was_done_to_them(sets):
@@ -87,6 +88,7 @@ def test_copies_are_found_whatever_was_done_to_them(sets):
   assert {(copy.split, copy.other) for copy in found[overlap.POOL]} == {('target test', 'test/two/1.jpg')}
 
 
+@pytest.mark.slow
 def test_a_whole_run_drops_tells_and_shows_them(sets, caplog):
   """They are in no class mean, batch or number of images; results.json and the page tell. 'keep' keeps them, 'refuse' stops."""
   with caplog.at_level('INFO', 'ft_jax'):
@@ -103,7 +105,7 @@ def test_a_whole_run_drops_tells_and_shows_them(sets, caplog):
   page = (sets / 'run' / 'report.html').read_text()
   assert 'Images shared by training and evaluation' in page and all(f'a/{name}' in page for name in PLANTED) and 'the same pixels' in page
   splits, whole = opened(sets)
-  kept = overlap.apart(splits, whole, 'keep', overlap.find(splits, whole))
+  kept = overlap.resolve(splits, whole, 'keep', overlap.find(splits, whole))
   assert kept.pool is whole and not kept.dropped and kept.summary() == {**told, 'rule': 'keep'}
   with pytest.raises(ValueError, match='source pool: 6 images are copies .*such as a/.*source.duplicates=drop'):
     finetune.run(config(sets, **{'source.duplicates': 'refuse'}), sets / 'refused')
@@ -113,9 +115,9 @@ def test_a_whole_run_drops_tells_and_shows_them(sets, caplog):
 
 def test_no_copy_changes_nothing(photos, pool):
   """Sets that share no image come out as the same objects, so that nothing of a run without copies is another than before."""
-  splits = open_splits(config(photos, **{'target.name': f'folder:{photos}'}).target, '', 0)
+  splits = open_splits(SplitSettings.from_config(config(photos, **{'target.name': f'folder:{photos}'}).target), '', 0)
   pool = open_set(f'folder:{pool}', 'train')
-  common = overlap.apart(splits, pool, 'drop', overlap.find(splits, pool))
+  common = overlap.resolve(splits, pool, 'drop', overlap.find(splits, pool))
   assert common.splits is splits and common.pool is pool and not common.found and not common.dropped
 
 
@@ -134,14 +136,14 @@ def test_train_loses_what_val_and_test_have(sets, caplog):
     shutil.copy(target / 'train' / 'one' / '1.jpg', target / 'train' / 'one' / f'again{i}.jpg')
   splits, _ = opened(sets)
   found = overlap.find(splits)
-  common = overlap.apart(splits, None, 'drop', found)
+  common = overlap.resolve(splits, None, 'drop', found)
   train, val, test = (split.contents.tolist() for split in common.splits)
   assert not set(train) & set(val) and not set(train + val) & set(test) and len(test) == 6
   assert {copy.kind for copies in found.values() for copy in copies if copy.split == 'target test'} == {'exact', 'pixel'}
   assert 'target train: ' in caplog.text and 'left out' in caplog.text
   with pytest.raises(ValueError, match='images are copies of images of the target'):
-    overlap.apart(splits, None, 'refuse', found)
-  assert overlap.apart(splits, None, 'keep', found).splits is splits
+    overlap.resolve(splits, None, 'refuse', found)
+  assert overlap.resolve(splits, None, 'keep', found).splits is splits
 
 
 def test_nothing_left_is_said(sets):
@@ -150,20 +152,21 @@ def test_nothing_left_is_said(sets):
   shutil.copytree(sets / 'target' / 'test' / 'one', sets / 'target' / 'train' / 'one')
   splits, pool = opened(sets)
   with pytest.raises(ValueError, match='target train: every image of class one is in val or test too'):
-    overlap.apart(splits, pool, 'drop', overlap.find(splits, pool))
+    overlap.resolve(splits, pool, 'drop', overlap.find(splits, pool))
   part = splits._replace(train=splits.test, val=splits.test, test=None)
   with pytest.raises(ValueError, match='every image of it is in the target too'):
-    overlap.apart(part, splits.test, 'drop', {overlap.POOL: overlap.find(part, splits.test)[overlap.POOL]})
+    overlap.resolve(part, splits.test, 'drop', {overlap.POOL: overlap.find(part, splits.test)[overlap.POOL]})
 
 
 def test_a_class_of_the_pool_that_was_the_targets_is_gone(sets, caplog):
   shutil.copytree(sets / 'target' / 'train' / 'one', sets / 'pool' / 'aa')
   splits, pool = opened(sets)
-  common = overlap.apart(splits, pool, 'drop', overlap.find(splits, pool))
+  common = overlap.resolve(splits, pool, 'drop', overlap.find(splits, pool))
   assert common.classes == ('aa',) and common.pool.class_names == ('a', 'b', 'c')
   assert np.bincount(common.pool.labels).tolist() == [7, 7, 7] and 'no image is left of 1 classes' in caplog.text
 
 
+@pytest.mark.slow
 def test_the_pre_training_of_a_run_loses_them_too(sets):
   """It would have seen the test images otherwise, and a pre-training of another pool is not taken for this one."""
   fields = {'model.weights': 'pretrain', 'pretrain.steps': 2, 'pretrain.eval_every': 1, 'pretrain.batch_size': 8,
@@ -178,10 +181,10 @@ def test_the_pre_training_of_a_run_loses_them_too(sets):
 
 def test_a_selection_file_may_name_copies(sets, caplog):
   splits, pool = opened(sets)
-  common = overlap.apart(splits, pool, 'drop', overlap.find(splits, pool))
+  common = overlap.resolve(splits, pool, 'drop', overlap.find(splits, pool))
   listed = sets / 'ids.txt'
   listed.write_text('a/bytes.jpg\na/0.jpg\nb/0.jpg\n')
-  given = finetune._given(str(listed), common.pool, {'cannot be read': (), 'are in the target too': common.dropped})
+  given = selecting.read(str(listed), common.pool, {'cannot be read': (), 'are in the target too': common.dropped})
   assert given.ids.tolist() == ['a/0.jpg', 'b/0.jpg'] and '1 of 3 images of' in caplog.text and 'are in the target too' in caplog.text
 
 
@@ -286,6 +289,7 @@ def test_files_that_could_not_be_read_have_nothing_in_common(tmp_path):
   assert [match.row for match in duplicates.matches(some, some)] == [2]
 
 
+@pytest.mark.slow
 def test_a_run_is_resumed_with_a_copy_of_its_images(sets):
   """On another disk, with other times; and new pixels under the same names are told."""
   fields = {'train.steps': 4, 'target.name': 'folder:target', 'source.name': 'folder:pool', 'data_dir': str(sets)}
@@ -300,6 +304,7 @@ def test_a_run_is_resumed_with_a_copy_of_its_images(sets):
   assert again['test'] == done['test'] and again['source'] == done['source'] and again['duplicates'] == done['duplicates']
 
 
+@pytest.mark.slow
 def test_checkpoints_and_selections_of_before_are_taken_up(sets):
   """They know their images by names and sizes, and their runs kept copies."""
   fields = {'train.steps': 4, 'source.duplicates': 'keep'}

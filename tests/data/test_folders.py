@@ -15,7 +15,7 @@ from configs import default
 from ft_jax import noise, settings
 from ft_jax.data import decode, folder_listing, open_set
 from ft_jax.data.image_set import ImageSet
-from ft_jax.data.splits import drop_unreadable, open_splits, Splits
+from ft_jax.data.splits import drop_unreadable, open_splits, Splits, SplitSettings
 
 
 def tree(root: pathlib.Path, *names: str, images: int = 2) -> pathlib.Path:
@@ -46,7 +46,7 @@ def opened(root: pathlib.Path, split: str = 'train') -> dict[str, int]:
 def target(root: pathlib.Path, **fields):
   config = default.get_config().target
   config.update({'name': f'folder:{root}', **fields})
-  return config
+  return SplitSettings.from_config(config)
 
 
 def warned(caplog) -> list[str]:
@@ -94,7 +94,7 @@ def test_a_folder_without_classes(photos):
   config = default.get_config().target
   config.name = f'folder:{photos}/train/sky'
   with pytest.raises(ValueError, match='holds no class folders but 12 images, so their classes are not known; expected <class>/<image>'):
-    open_splits(config, '', seed=0)
+    open_splits(SplitSettings.from_config(config), '', seed=0)
 
 
 def test_validation_folders_have_two_names(tmp_path):
@@ -116,7 +116,7 @@ def test_classes_that_differ_are_named_with_their_split(more, tmp_path):
   config = default.get_config().target
   config.name = f'folder:{tmp_path}'
   with pytest.raises(ValueError, match=f'have different classes: only in folder:.* {more}: emu$'):
-    open_splits(config, '', seed=0)
+    open_splits(SplitSettings.from_config(config), '', seed=0)
 
 
 def test_an_empty_class_folder_is_named(tmp_path):
@@ -390,8 +390,8 @@ def test_numbers_are_names_of_classes_in_every_field_that_names_some(tmp_path):
   config.target.update({'name': f'folder:{tmp_path}', 'test': '', 'without': (3,)})
   config.noise.update({'kind': 'asymmetric', 'rate': 1.0, 'map': ((0, 1), ('2', 0))})
   settings.check_fields(config)
-  noise.check(config.noise)
-  splits, true_labels, _ = noise.add(config.noise, 0, open_splits(config.target, '', seed=0))
+  splits, true_labels, _ = noise.add(noise.NoiseSettings.from_config(config.noise), 0,
+                                      open_splits(SplitSettings.from_config(config.target), '', seed=0))
   assert splits.train.class_names == ('0', '1', '2')
   assert set(zip(true_labels.tolist(), splits.train.labels.tolist())) == {(0, 1), (1, 1), (2, 0)}
 

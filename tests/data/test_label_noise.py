@@ -16,7 +16,7 @@ from ft_jax import noise, trained
 from ft_jax.data import open_set
 from ft_jax.data.image_set import ImageSet
 from ft_jax.data.label_noise import probabilities, read_predictions, with_noise
-from ft_jax.data.splits import open_splits
+from ft_jax.data.splits import open_splits, SplitSettings
 from ft_jax.jobs import predict
 from ft_jax.settings import check_fields
 
@@ -119,7 +119,7 @@ def test_images_of_one_name_in_folders_without_splits(pool):
     (dict(kind='symmetric', rate=1.5), 'noise.rate is 1.5; expected a number from 0 to 1'),
     (dict(kind='symmetric', rate=-0.1), 'noise.rate is -0.1; expected'),
     (dict(kind='symmetric', rate=float('nan')), 'noise.rate is nan; expected'),
-    (dict(kind='symmetric'), "noise.kind is 'symmetric', but config.noise.rate is 0; give the part"),
+    (dict(kind='symmetric'), "noise.kind is 'symmetric', but config.noise.rate is 0; give the fraction"),
     (dict(kind='model', labels='x.csv'), r'noise.rate is 0; give .* \(published: 1, all of them\)'),
     (dict(rate=0.4), 'noise.rate is 0.4, but config.noise.kind is empty; known: symmetric'),
     (dict(kind='asymmetric', rate=0.4), r"noise.map is \(\) and config.noise.kind 'asymmetric'; the kind 'asymmetric' needs it"),
@@ -135,20 +135,19 @@ def test_bad_settings(fields, words):
   config.noise.update(fields)
   with pytest.raises(ValueError, match=words):
     check_fields(config)
-    noise.check(config.noise)
+    noise.NoiseSettings.from_config(config.noise)
 
 
 def settings_of(**fields):
   config = default.get_config().noise
   config.update(fields)
-  noise.check(config)
-  return config
+  return noise.NoiseSettings.from_config(config)
 
 
 def splits_of(photos):
   config = default.get_config().target
   config.name = f'folder:{photos}'
-  return open_splits(config, '', seed=0)
+  return open_splits(SplitSettings.from_config(config), '', seed=0)
 
 
 def test_val_and_test_stay_clean(photos):
@@ -162,6 +161,7 @@ def test_val_and_test_stay_clean(photos):
   assert noise.add(settings_of(), 0, splits) == (splits, None, None)
 
 
+@pytest.mark.slow
 def test_labels_of_another_network(trained_run, photos, tmp_path, monkeypatch):
   """Its run, in evaluation mode, and the table of its job predict say the same; the run is asked once."""
   splits = splits_of(photos)
@@ -207,7 +207,7 @@ def test_tables_that_do_not_fit(trained_run, photos, pool, tmp_path):
   config = default.get_config().target
   config.update({'name': f'folder:{pool}', 'test': ''})
   with pytest.raises(ValueError, match='of other classes: only in the run: blossom, roof, sky, wall; only in folder:.*: a, b, c'):
-    noise.add(settings_of(kind='model', rate=1.0, labels=str(trained_run)), 0, open_splits(config, '', 0))
+    noise.add(settings_of(kind='model', rate=1.0, labels=str(trained_run)), 0, open_splits(SplitSettings.from_config(config), '', 0))
 
 
 @pytest.fixture(scope='module')
@@ -216,7 +216,7 @@ def noisy_run(trained_run, photos, tmp_path_factory) -> pathlib.Path:
   workdir = tmp_path_factory.mktemp('runs') / 'noisy'
   run = quick_main(*FLAGS, f'--config.target.name=folder:{photos}', f'--config.model.weights={trained_run}', f'--workdir={workdir}')
   assert run.returncode == 0, run.stderr
-  assert 'noise: symmetric: 22 of 44 training labels drawn anew' in run.stderr and 'val and test stay clean' in run.stderr
+  assert 'noise: symmetric: 22 of 44 training labels redrawn' in run.stderr and 'val and test stay clean' in run.stderr
   return workdir
 
 
@@ -226,6 +226,7 @@ FLAGS = ['--config=configs/noisy.py:40', '--config.model.width=4', '--config.ima
          '--config.methods.self_label.correct_epoch=3', '--config.methods.self_label.threshold=0.4']
 
 
+@pytest.mark.slow
 def test_whole_job(noisy_run, photos):
   """results.json and the report say how many labels are wrong; metrics.jsonl what was corrected; val and test are judged by true labels."""
   results = json.loads((noisy_run / 'results.json').read_text())

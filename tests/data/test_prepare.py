@@ -338,6 +338,7 @@ def test_real_pets(pets_dir):
       assert min(decode.decode(example.image, example.id).shape[:2]) == 128
 
 
+@pytest.mark.slow
 def test_the_pets_config_runs_on_prepared_pets(pets_dir, tmp_path):
   """`--config=configs/pets.py` with a prepared data_dir, made tiny: results.json has the numbers of the test split."""
   values = {

@@ -12,8 +12,7 @@ from sklearn import datasets
 from configs import default
 from ft_jax.data import open_set, randaugment
 from ft_jax.data.image_set import Example
-from ft_jax.data.pipeline import train_batches, Transform
-from ft_jax.jobs import setup
+from ft_jax.data.pipeline import make_transform, train_batches, Transform
 from ft_jax.settings import check_fields
 
 
@@ -144,5 +143,5 @@ def test_wrong_settings(field, value, words):
 def test_settings_reach_the_crops():
   config = default.get_config()
   config.augment.update(randaugment=3, magnitude=7, cutout=0.25)
-  transform = setup.make_transform(config)
+  transform = make_transform(config.image_size, config.augment)
   assert (transform.randaugment, transform.magnitude, transform.cutout) == (3, 7, 0.25)

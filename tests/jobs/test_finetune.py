@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from configs import default, miniature
+from ft_jax import selecting
 from ft_jax.data import open_set
 from ft_jax.jobs import finetune, pretrain, setup
 from ft_jax.studies import study_data
@@ -50,8 +51,11 @@ def test_plain_fine_tuning_needs_no_pre_training_data(trained_run):
 def test_the_pre_training_data_are_opened_where_they_are_used(photos, tmp_path, monkeypatch, fields, opened):
   """For a selection, or a pre-training of the run's own: where they are missing, that is said before anything long begins."""
   began = []
-  monkeypatch.setattr(finetune, '_train', lambda *args: began.append(args) or {})
-  monkeypatch.setattr(finetune, '_reported', lambda *_: {})
+  monkeypatch.setattr(finetune, '_weights', lambda *args: began.append(args))
+  monkeypatch.setattr(finetune, '_select', lambda *_: None)
+  monkeypatch.setattr(finetune, '_network', lambda *_: None)
+  monkeypatch.setattr(finetune.fit, 'fit', lambda *_, **__: {'precision': {}})
+  monkeypatch.setattr(finetune, '_write_report', lambda *_: {})
   run = lambda: finetune.run(config(photos, tmp_path / 'gone', **fields), tmp_path / 'run')
   if opened:
     with pytest.raises(ValueError, match='there is no folder .*gone'):
@@ -61,6 +65,7 @@ def test_the_pre_training_data_are_opened_where_they_are_used(photos, tmp_path, 
   assert len(began) == (not opened)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('by', ['class', 'list'])
 def test_only_chosen_images_are_ever_read(photos, pool, tmp_path, by):
   """Everything in the pool that was not chosen is spoilt; nothing of it is missed, in training or in the report."""
@@ -84,7 +89,7 @@ def test_images_of_a_selection_are_found_by_their_ids(pool, tmp_path):
   whole = open_set(f'folder:{pool}', 'train')
   chosen = select_as_in_colab(whole.of_classes([0, 1, 2]), 'example')
   chosen.save(tmp_path / 'selection.json')
-  given = finetune._given(str(tmp_path / 'selection.json'), whole.subset(np.arange(60)[::-1]))
+  given = selecting.read(str(tmp_path / 'selection.json'), whole.subset(np.arange(60)[::-1]))
   assert given.ids.tolist() == chosen.ids.tolist() and given.rows.tolist() == (59 - chosen.rows).tolist()
 
 
@@ -93,7 +98,7 @@ def test_unreadable_images_of_a_list_are_left_out(pool, tmp_path, caplog):
   whole = open_set(f'folder:{pool}', 'train')
   path = tmp_path / 'ids.txt'
   path.write_text('\n'.join(whole.ids[:4]), encoding='utf-8-sig')
-  given = finetune._given(str(path), whole.subset(np.arange(1, 60)), {'cannot be read': [str(whole.ids[0])]})
+  given = selecting.read(str(path), whole.subset(np.arange(1, 60)), {'cannot be read': [str(whole.ids[0])]})
   assert given.ids.tolist() == whole.ids[1:4].tolist()
   assert '1 of 4 images of' in caplog.text and 'left out' in caplog.text
 
@@ -104,23 +109,23 @@ def test_a_selection_that_does_not_fit_is_refused(photos, pool, tmp_path):
   select_as_in_colab(whole.of_classes([0, 1, 2]), 'example').save(path)
   other = open_set(f'folder:{pool}', 'train').of_classes([3, 4, 5])
   with pytest.raises(ValueError, match=r'5 of 5 ids are not in folder:.*, such as .*; its ids look like'):
-    finetune._given(str(path), other)
+    selecting.read(str(path), other)
   (tmp_path / 'ids.txt').write_text(f'{whole.ids[0]}\nnowhere.jpg\n')
   with pytest.raises(ValueError, match="1 of 2 ids are not in .*, such as 'nowhere.jpg'"):
-    finetune._given(str(tmp_path / 'ids.txt'), whole)
+    selecting.read(str(tmp_path / 'ids.txt'), whole)
   (tmp_path / 'ids.txt').write_bytes('caf\xe9.jpg'.encode('latin-1'))
-  with pytest.raises(ValueError, match='ids.txt is no text .UTF-8.; expected ids of images, one a line'):
-    finetune._given(str(tmp_path / 'ids.txt'), whole)
+  with pytest.raises(ValueError, match='ids.txt is not text in UTF-8; expected ids of images, one a line'):
+    selecting.read(str(tmp_path / 'ids.txt'), whole)
   (tmp_path / 'ids.txt').write_text('\n')
   with pytest.raises(ValueError, match='is empty; expected ids'):
-    finetune._given(str(tmp_path / 'ids.txt'), whole)
+    selecting.read(str(tmp_path / 'ids.txt'), whole)
   means = selection.select((np.eye(3), [0, 1, 2]), np.eye(3), 2)
   means.save(path)
   with pytest.raises(ValueError, match='its classes are not those of folder'):
-    finetune._given(str(path), whole)
+    selecting.read(str(path), whole)
   (tmp_path / 'broken.json').write_text('{')
   with pytest.raises(ValueError, match='broken.json holds no selection that can be read'):
-    finetune._given(str(tmp_path / 'broken.json'), whole)
+    selecting.read(str(tmp_path / 'broken.json'), whole)
 
 
 def test_a_selection_without_an_image_is_refused(photos, pool, tmp_path):
@@ -141,19 +146,17 @@ def test_a_selection_without_an_image_is_refused(photos, pool, tmp_path):
     ({'target.test': 'rest'}, "target.test is 'rest', .*target.train_per_class is 0")])
 def test_what_is_checked_first(photos, pool, fields, words):
   with pytest.raises(ValueError, match=words):
-    finetune.check(config(photos, pool, **fields))
+    finetune.Settings.from_config(config(photos, pool, **fields))
 
 
 def test_projection_features_are_the_mlp_of_the_pooled_ones(photos, tmp_path):
   """The output of MoCo-v2's projection head, per image and not normalised, in a file of its own."""
   weights = initial_weights.load_weights(str(MOCO), projection=True)
   source, folder, features = open_set(f'folder:{photos}', 'train'), epath.Path(tmp_path), {}
-  for name in finetune.FEATURES:
-    settings = config(photos, photos, **{
-        'model.weights': str(MOCO), 'model.width': 1, 'selection.by': 'example', 'selection.features': name})
-    finetune.check(settings)
-    embedded = finetune._embedded(settings, folder / 'kept', folder / 'unfinished', weights, source, setup.make_transform(settings),
-                                  'source')
+  for name in selecting.FEATURES:
+    settings = finetune.Settings.from_config(config(photos, photos, **{
+        'model.weights': str(MOCO), 'model.width': 1, 'selection.by': 'example', 'selection.features': name}))
+    embedded = finetune._encoder(settings, weights, folder / 'kept', folder / 'unfinished').embed(source, 'source')
     features[name] = embedded.features.astype(np.float64), embedded.fingerprint
   (pooled, encoder), (projected, with_head) = features['pooled'], features['projection']
   w0, b0, w2, b2 = (np.arange(n, dtype=np.float64) for n in (64, 8, 32, 4))  # tests/fixtures/make_torch_files.py
@@ -169,9 +172,8 @@ def test_embeddings_of_random_weights_are_found_again_on_another_machine(photos,
   drawn = setup.init_variables
   for seed, factor in ((0, 1.0), (0, 1 + 2.0 ** -23), (1, 1.0)):
     monkeypatch.setattr(setup, 'init_variables', lambda *args, f=factor: jax.tree.map(lambda x: x * np.float32(f), drawn(*args)))
-    settings = config(photos, photos, seed=seed, **{'model.width': 1})
-    features.append(finetune._embedded(settings, folder / 'kept', folder / 'unfinished', None, source, setup.make_transform(settings),
-                                       'source'))
+    settings = finetune.Settings.from_config(config(photos, photos, seed=seed, **{'model.width': 1}))
+    features.append(finetune._encoder(settings, None, folder / 'kept', folder / 'unfinished').embed(source, 'source', means=True))
   assert len(list((folder / 'kept').iterdir())) == 2
   np.testing.assert_array_equal(features[0].features, features[1].features)
   assert np.abs(features[0].features - features[2].features).max() > 1e-3
@@ -183,7 +185,7 @@ def test_embeddings_of_random_weights_are_found_again_on_another_machine(photos,
     (str(MOCO), '128', "features is '128'; known: pooled, projection")])
 def test_features_that_cannot_be(photos, weights, features, words):
   with pytest.raises(ValueError, match=words):
-    finetune.check(config(photos, photos, **{'model.weights': weights, 'selection.features': features}))
+    finetune.Settings.from_config(config(photos, photos, **{'model.weights': weights, 'selection.features': features}))
 
 
 @pytest.mark.parametrize('fields,words', [
@@ -191,7 +193,7 @@ def test_features_that_cannot_be(photos, weights, features, words):
     ({'target.name': 'folder:{starved}', 'target.train': 'train[:50%]', 'target.test': 'train[50%:]'}, "no training image of class 'c'")])
 def test_a_target_that_cannot_be_learnt_is_refused_before_anything_long(photos, pool, tmp_path, fields, words, monkeypatch):
   write_images(tmp_path / 'starved', {'a': 6, 'b': 6, 'c': 1})
-  monkeypatch.setattr(finetune, '_train', None)
+  monkeypatch.setattr(finetune, '_weights', None)
   fields = {key: value.format(starved=tmp_path / 'starved') if isinstance(value, str) else value for key, value in fields.items()}
   with pytest.raises(ValueError, match=words):
     finetune.run(config(photos, pool, **fields), tmp_path / 'run')

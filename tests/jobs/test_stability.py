@@ -111,6 +111,7 @@ def test_distances():
   assert found['heads/target/kernel'] == (6.0, 0.0)
 
 
+@pytest.mark.slow
 def test_job(trained_run, tmp_path):
   """The command on a finished run: numbers that belong together, a page and a table; what is there already is not measured again."""
   flags = ('--config=configs/stability.py', f'--config.workdir={trained_run}', '--config.stability.images=15', f'--workdir={tmp_path}')

@@ -98,6 +98,7 @@ def test_rises_of_the_loss_are_those_of_zeroed_filters(monkeypatch):
   np.testing.assert_array_equal(delta.attention(np.ones(4)), np.full(4, 0.25, np.float32))
 
 
+@pytest.mark.slow
 def test_together_with_one_teacher(monkeypatch):
   """From where they start, features and answers are the teacher's: what is left are the heads, and the relation of classes. Same whatever
   the split; the network runs twice in a step, once as the teacher.

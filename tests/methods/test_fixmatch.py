@@ -13,6 +13,7 @@ from configs import fixmatch as fixmatch_config
 from configs import miniature
 from ft_jax import methods
 from ft_jax.data import open_set
+from ft_jax.data.splits import Splits
 from ft_jax.jobs import finetune
 from ft_jax.methods.base import StepContext
 from ft_jax.methods.fixmatch import FixMatch
@@ -103,16 +104,17 @@ def test_pools_that_do_not_fit(photos, pool):
   config = miniature.get_config('finetune')
   config.target.name, config.model.weights, config.selection.size = f'folder:{photos}', '', 2
   alone = open_set(f'folder:{pool}/a', 'train')
+  splits = Splits(*[open_set(f'folder:{photos}', 'train')] * 3)
   with pytest.raises(ValueError, match='has one class, unlabelled, so its labels teach nothing; .*fixmatch.weight=1'):
-    finetune._check_pool(config, alone)
+    finetune.Settings.from_config(config).check_sets(splits, alone)
   config.methods.fixmatch.weight = 1.0
-  with pytest.raises(ValueError, match="by is 'class', but .* has one class, unlabelled; choose by cluster"):
-    finetune._check_pool(config, alone)
+  with pytest.raises(ValueError, match="by is 'class', but .* has one class, unlabelled; select by cluster"):
+    finetune.Settings.from_config(config).check_sets(splits, alone)
   config.selection.by, config.selection.clusters = 'cluster', 5
-  finetune._check_pool(config, alone)
+  finetune.Settings.from_config(config).check_sets(splits, alone)
   config.model.weights, config.model.source_head = 'pretrain', 'pretrained'
   with pytest.raises(ValueError, match="source_head is 'pretrained', but with methods.fixmatch source images have no labels"):
-    finetune.check(config)
+    finetune.Settings.from_config(config)
 
 
 def test_published_settings():

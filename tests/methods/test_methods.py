@@ -66,6 +66,7 @@ def groups() -> list[list[str]]:
   return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('names', groups(), ids='+'.join)
 def test_interrupted_equals_uninterrupted(names, tmp_path):
   """Two steps, a checkpoint, and two steps more are four steps, bit for bit: parameters and the state of every method."""

@@ -1,7 +1,8 @@
 """The configs of RegSL have the published numbers, and no fields of their own."""
 
+from conftest import quick_main
 import pytest
-from test_main import fields, main
+from test_main import fields
 
 from configs import default, noisy, regsl
 
@@ -45,5 +46,5 @@ def test_noisy(percent):
     (['--config=configs/regsl.py:pets'], "error: unknown set 'pets'; expected :indoor, :aircraft, :cub, :caltech, :cars"),
     (['--config=configs/noisy.py:50'], "error: unknown noise '50'; expected :20, :40, :60, :80 after")])
 def test_wrong_input_is_one_clear_line(tmp_path, flags, words):
-  run = main(*flags, f'--workdir={tmp_path / "run"}')
+  run = quick_main(*flags, f'--workdir={tmp_path / "run"}')
   assert run.returncode != 0 and words in run.stderr and 'Traceback' not in run.stderr, run.stderr

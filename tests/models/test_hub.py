@@ -163,6 +163,7 @@ def test_without_a_network_it_says_so_at_once(tmp_path, monkeypatch):
     fetch('timm:resnet18.tiny', 'http://127.0.0.1:9', tmp_path)
 
 
+@pytest.mark.slow
 def test_a_fine_tuning_by_name(photos, tmp_path):
   """The whole job: weights by name, BatchNorm frozen; results.json knows commit and fingerprint, the checkpoint has the same bits."""
   with serve() as (endpoint, _):

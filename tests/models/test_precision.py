@@ -16,7 +16,7 @@ from configs import default
 from ft_jax import logistic
 from ft_jax.data import open_set
 from ft_jax.data.pipeline import Transform
-from ft_jax.embedding import embedded
+from ft_jax.embedding import Encoder
 from ft_jax.jobs import setup
 from ft_jax.methods import delta
 from ft_jax.methods.base import teacher_variables
@@ -111,12 +111,13 @@ def test_embeddings_have_the_highest(asked, projection, photos, monkeypatch):
 
   monkeypatch.setattr(embeddings.jax, 'jit', recorded)
   source = open_set(f'folder:{photos}', 'test').subset(range(8))
-  made = embedded(None, network, variables, source, Transform(32, short_side=32), 8, 'test')
+  encoder = lambda: Encoder(network.name, setup.build_model(network, {}), variables, Transform(32, short_side=32), 8)
+  made = encoder().embed(source, 'test')
   assert len(found) >= 2 * (20 + 2 * projection) and set(found) == {'HIGHEST'}
   monkeypatch.undo()
   # Another encoder than that of older versions, which did not state it, and the same one whatever the training's precision is.
   network.precision = 'highest'
-  assert made.fingerprint == embedded(None, network, variables, source, Transform(32, short_side=32), 8, 'test').fingerprint
+  assert made.fingerprint == encoder().embed(source, 'test').fingerprint
 
 
 def test_an_encoder_of_ones_own_has_the_highest():

@@ -27,6 +27,7 @@ def test_benchmark_of_selection():
   assert float(difference) < 1e-4 and 'not stored' in run.stdout
 
 
+@pytest.mark.slow
 def test_benchmark_of_the_pipeline():
   """One short round, whose numbers say nothing."""
   run = subprocess.run([sys.executable, '-W', 'error', 'benchmarks/pipeline.py', '--rounds=1', '--files=512', '--only-ours'],
@@ -35,6 +36,7 @@ def test_benchmark_of_the_pipeline():
   assert 'ours ' in run.stdout and 'with config.data.cache: ' in run.stdout
 
 
+@pytest.mark.slow
 def test_benchmark_of_duplicates(tmp_path):
   """On a few crops of photographs; most copies that are not cropped must be found (some crops are of a plain sky)."""
   for seed, name in enumerate(('pool', 'target')):
@@ -47,6 +49,7 @@ def test_benchmark_of_duplicates(tmp_path):
   assert float(rows['mirrored, quality 75'][-1].split()[0]) >= 60 and 'comparing 300 with 50: ' in run.stdout
 
 
+@pytest.mark.slow
 def test_benchmark_of_studies():
   """At small sizes; the objectives of logistic regression must be as low as scikit-learn's."""
   run = subprocess.run([sys.executable, '-W', 'error', 'benchmarks/studies.py', '--small', '--rounds', '1'],

@@ -17,8 +17,8 @@ from configs import default, miniature
 from ft_jax import methods, parallel
 from ft_jax.data import open_set, pipeline
 from ft_jax.data.pipeline import place_of, rows_at, Stalled, train_batches, Transform
-from ft_jax.data.splits import open_splits
-from ft_jax.embedding import embedded, remove_partial
+from ft_jax.data.splits import open_splits, SplitSettings
+from ft_jax.embedding import Encoder, remove_partial
 from ft_jax.jobs import finetune, setup
 from ft_jax.training import fit
 from ft_jax.training.loop import Diverged
@@ -74,8 +74,9 @@ def test_embeddings_that_were_killed_go_on(pool, tmp_path, monkeypatch):
   def run(folder, read):
     """Of a first set, and then of a second one, which is read by `read`."""
     place, sets = epath.Path(tmp_path), (source, dataclasses.replace(source.subset(range(60)), read=read))
-    found = [embedded(place / folder, network, variables, images, Transform(size=32, short_side=36), 8, 'source', means=True,
-                      unfinished=place / 'unfinished') for images in sets]
+    encoder = Encoder(network.name, setup.build_model(network, {}), variables, Transform(size=32, short_side=36), 8,
+                      folder=place / folder, unfinished=place / 'unfinished')
+    found = [encoder.embed(images, 'source', means=True) for images in sets]
     remove_partial(place / 'unfinished')
     return found[1]
 
@@ -158,7 +159,7 @@ def test_a_step_that_is_not_finite_leaves_nothing_behind(photos, tmp_path, monke
   monkeypatch.setitem(methods.METHODS, 'spoils', Spoils)
   config = default.get_config().target
   config.name, config.val_fraction = f'folder:{photos}', 0.25
-  source = open_splits(config, '', 0).train
+  source = open_splits(SplitSettings.from_config(config), '', 0).train
   rows = tuple(rows_at(source, 4, 8, stream='target', seed=0))
   results = run(photos, tmp_path / 'run', **{'methods.spoils.rows': rows, 'train.skip_diverged': 1, 'train.ema_decay': 0.5})
   told, = json.loads((tmp_path / 'run' / 'diverged.json').read_text())

@@ -15,6 +15,8 @@ import sys
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).parents[2]
 FIELDS = {'model.width': 4, 'image_size': 16, 'augment.short_side': 16, 'model.weights': '', 'source.name': '', 'selection.method': 'none',
           'train.steps': 12, 'train.eval_every': 4, 'train.log_every': 2, 'train.batch_size': 16,

@@ -98,6 +98,7 @@ def test_report_opens_offline_and_shows_everything(finished):
   assert page.count('<svg') == 4 and page.count('data:image/jpeg') == 5 * 4 + 10 * 2
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_run_again(finished):
   """The same command says so and changes nothing; a lost report is made again; another config is refused."""
   workdir, _ = finished
@@ -122,6 +123,7 @@ def comparable(workdir: pathlib.Path) -> tuple[dict, list[dict], dict]:
           {k: v for k, v in results.items() if k != 'command'})
 
 
+@pytest.mark.slow
 def test_interrupted_equals_uninterrupted(finished, weights, tmp_path):
   """Asked to stop in the middle and started again: the same parameters bit for bit, each step once.
 
@@ -156,6 +158,7 @@ def test_interrupted_equals_uninterrupted(finished, weights, tmp_path):
   assert [line['step'] for line in lines] == sorted({line['step'] for line in lines})
 
 
+@pytest.mark.slow
 def test_a_mistake_behind_the_pre_training_does_not_cost_it(tmp_path):
   """What is pre-trained within a run is there again when another setting had to be mended; its head and statistics go on."""
   flags = [*TINY, *FINETUNE, '--config.pretrain.epochs=0', '--config.pretrain.steps=8', '--config.pretrain.eval_every=8',
@@ -170,6 +173,7 @@ def test_a_mistake_behind_the_pre_training_does_not_cost_it(tmp_path):
   assert norms == ['statistics of each of 2 devices', 'frozen: statistics, scales and biases of the weights']
 
 
+@pytest.mark.slow
 def test_going_on_with_other_images_is_refused(photos, pool, tmp_path):
   """Images that went away between two starts of one run."""
   shutil.copytree(photos, tmp_path / 'photos')
@@ -194,6 +198,7 @@ def test_going_on_with_other_images_is_refused(photos, pool, tmp_path):
   assert third.returncode == 0 and 'going on from step 4 of 4' in third.stderr, third.stderr
 
 
+@pytest.mark.slow
 def test_finetune_and_compare_on_folders(photos, pool, tmp_path):
   """Everything from folders, from random weights: each method and seed once, embeddings shared, a table in the end."""
   run = main(tmp_path / 'compare', '--config=configs/miniature.py', f'--config.source.name=folder:{pool}',
@@ -227,12 +232,14 @@ def fine_tune_by(photos, pool, workdir, by: str, *flags: str) -> tuple[dict, str
   return results, run.stderr
 
 
+@pytest.mark.slow
 def test_clusters(photos, pool, tmp_path):
   """The network is fine-tuned with their images alone, and the report shows them."""
   fine_tune_by(photos, pool, tmp_path / 'run', 'cluster', '--config.selection.size=3', '--config.selection.clusters=6',
                '--config.selection.cost=bures')
 
 
+@pytest.mark.slow
 def test_single_images_of_sets_with_damaged_files(photos, pool, tmp_path):
   """Selected one by one; the files that cannot be read are counted, and the others used and kept in memory as if these were not there."""
   shutil.copytree(photos, tmp_path / 'photos')

@@ -11,6 +11,8 @@ from orbax import checkpoint as ocp
 import pytest
 from stress import WORKLOADS
 
+pytestmark = pytest.mark.slow
+
 FLAGS = WORKLOADS['short'].flags
 # One after the other in one run; what is finished before a moment is not done again, so each is the first chance of its kind.
 MOMENTS = (

@@ -155,6 +155,7 @@ def test_a_path_that_is_too_long_is_refused_at_once(tmp_path):
     Workdir(workdir / ("x" * 150), {'job': 'finetune', 'seed': 0, 'train': {}})
 
 
+@pytest.mark.slow
 def test_a_whole_run_in_the_worst_of_folders(tmp_path, photos):
   """Trained, finished after a loss of its results, used as weights, by predict and by export, with data beside it."""
   data, workdir = tmp_path / 'images #[1]%20\\ ?', tmp_path / 'C#?%[]{}*|x%20y ' / 'runs*'

@@ -75,6 +75,7 @@ def pictures(outputs):
   return sum('image/png' in output.get('data', {}) for output in outputs)
 
 
+@pytest.mark.slow
 def test_selection_runs_from_top_to_bottom(kernel, monkeypatch, tmp_path):
   monkeypatch.setenv('PYTHONPATH', str(ROOT))
   folder = tmp_path / 'cwd'
@@ -91,6 +92,7 @@ def test_selection_runs_from_top_to_bottom(kernel, monkeypatch, tmp_path):
   assert not list(folder.iterdir())
 
 
+@pytest.mark.slow
 def test_a_folder_and_a_network_of_ones_own(kernel, photos, pool, tmp_path):
   weights = ROOT / 'tests' / 'fixtures' / 'resnet18.pth'
   notebook = read(SELECTION, SOURCE_FOLDER=str(pool), TARGET_FOLDER=str(photos), WEIGHTS=str(weights), NETWORK='resnet18', IMAGE_SIZE=32, SIZE=3)
@@ -110,6 +112,7 @@ def test_a_folder_and_a_network_of_ones_own(kernel, photos, pool, tmp_path):
   assert not any(map(complaints, outputs.values()))
 
 
+@pytest.mark.slow
 def test_finetune_runs_from_top_to_bottom(kernel, monkeypatch, tmp_path):
   """On the digits, with a training that is too short to be good."""
   monkeypatch.setenv('PYTHONPATH', str(ROOT))
@@ -126,6 +129,7 @@ def test_finetune_runs_from_top_to_bottom(kernel, monkeypatch, tmp_path):
   assert 'step' in text(outputs['train']) and text(outputs['plain']).count('test top-1') == 2
 
 
+@pytest.mark.slow
 def test_finetune_on_folders_of_ones_own(kernel, monkeypatch, photos, pool, trained_run, tmp_path):
   monkeypatch.setenv('PYTHONPATH', str(ROOT))
   form = {'TARGET': str(photos), 'SOURCE': str(pool), 'WEIGHTS': str(trained_run), 'SIZE': 2, 'EPOCHS': 2, 'WORKDIR': str(tmp_path / 'run')}

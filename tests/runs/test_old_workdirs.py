@@ -36,6 +36,7 @@ def test_a_finished_run_is_shown_again(old, name, monkeypatch):
   assert (old / name / 'results.json').read_bytes() == before and (old / name / 'report.html').exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['interrupted', 'interrupted_random'])
 def test_an_interrupted_run_resumes_to_its_end(old, name, caplog):
   """On the joint selection that it began with, which is not made again."""
@@ -47,6 +48,7 @@ def test_an_interrupted_run_resumes_to_its_end(old, name, caplog):
   assert [json.loads(line)['step'] for line in (old / name / 'metrics.jsonl').read_text().splitlines()] == [1, 2, 3, 4]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['pretrained', 'finished'])
 def test_an_old_run_is_used_by_every_job_that_takes_one(old, name):
   run = trained.load(name)

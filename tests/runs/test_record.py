@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import record
 
+pytestmark = pytest.mark.slow
+
 # The record was compared with itself made for AVX2 and for SSE4.2 instead of AVX-512, and on Python 3.13 with jax 0.12: losses differed
 # by 5e-6 at most, scores by 2e-6, arrays by 6e-3 of their norm. (Those are biases of BatchNorm, which begin at zero: it is 6e-3 of
 # the way that they went. All others differed by 6e-6.)

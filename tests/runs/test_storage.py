@@ -215,7 +215,7 @@ def test_what_is_missing_is_said_at_the_start(monkeypatch, path, says):
   monkeypatch.setattr(storage.importlib.util, 'find_spec', lambda name: None)
   config = miniature.get_config('finetune')
   config.embeddings_dir = path
-  for use in (lambda: Workdir(path, FIELDS), lambda: finetune.check(config), lambda: Embeddings.load(path),
+  for use in (lambda: Workdir(path, FIELDS), lambda: finetune.Settings.from_config(config), lambda: Embeddings.load(path),
               lambda: Selection.of_rows([0], ['a']).save(path)):
     with pytest.raises(ValueError, match=says):
       use()
@@ -235,6 +235,7 @@ def test_paths_on_a_disk(tmp_path, monkeypatch):
   assert storage.absolute('gs') == epath.Path(tmp_path).resolve() / 'gs'
 
 
+@pytest.mark.slow
 def test_a_whole_run_is_killed_and_goes_on(bucket, tmp_path):
   """Selection, embedding, training, report, all on object storage, with warnings as errors; each step once."""
   # What it compiles is kept elsewhere: a process that is killed may leave half of a program there, for all others to read.

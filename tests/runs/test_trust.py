@@ -34,7 +34,7 @@ import pytest
 
 from configs import miniature as compare_config
 from configs import predict as predict_config
-from ft_jax import environment, names, progress, trained
+from ft_jax import environment, names, progress, selecting, trained
 from ft_jax.data import contents, decode, label_noise, open_set
 from ft_jax.data.image_set import ImageSet
 from ft_jax.data.path_list import open_paths
@@ -267,12 +267,12 @@ def test_ids_of_a_selection_open_no_file(photos, saved, tmp_path):
     listed = tmp_path / 'ids.txt'
     listed.write_text(f'{name}\n')
     with pytest.raises(ValueError, match='1 of 1 ids are not in folder'):
-      finetune._given(str(listed), pool)
+      selecting.read(str(listed), pool)
   document = json.loads(saved.read_text())
   wrong = tmp_path / 'selection.json'
   wrong.write_text(json.dumps({**document, 'source': {'fingerprint': pool.fingerprint}}))  # of another pool, whatever it says
-  with pytest.raises(ValueError, match='says that it was made for folder:.*, but its classes are not of it'):
-    finetune._given(str(wrong), pool)
+  with pytest.raises(ValueError, match='says that it was made for folder:.*, but its classes are not those of it'):
+    selecting.read(str(wrong), pool)
 
 
 class Evil:

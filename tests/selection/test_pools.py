@@ -221,6 +221,7 @@ if process == 0:
 """
 
 
+@pytest.mark.slow
 def test_one_device_eight_devices_and_two_processes_select_the_same(sets, tmp_path):
   """Classes, examples with a stored kernel and without, clusters: the rows are spread over all devices, and nothing changes."""
   source, target, labels = sets

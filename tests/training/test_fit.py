@@ -54,8 +54,8 @@ def test_fresh_heads_learn_ten_times_as_fast():
 def test_wrong_settings_are_refused_at_once(fields, words, monkeypatch):
   monkeypatch.setattr(initial_weights, 'check_weights', lambda config: None)
   with pytest.raises(ValueError, match=words):
-    finetune.check(config(**fields))
-  finetune.check(config(methods__bi_tuning__weight=1.0, train__learning_rate_groups=(('methods/.*', 10.0), ('.*', 1.0))))
+    finetune.Settings.from_config(config(**fields))
+  finetune.Settings.from_config(config(methods__bi_tuning__weight=1.0, train__learning_rate_groups=(('methods/.*', 10.0), ('.*', 1.0))))
 
 
 @pytest.mark.parametrize('fields,refused', [
@@ -73,11 +73,11 @@ def test_batch_norm_over_one_value_is_refused(fields, refused, monkeypatch):
   monkeypatch.setattr(initial_weights, 'check_weights', lambda config: None)
   monkeypatch.setattr(jax, 'device_count', lambda: 1)
   if not refused:
-    finetune.check(config(**fields))
+    finetune.Settings.from_config(config(**fields))
     return
   with pytest.raises(ValueError, match='BatchNorm layer4/[01]/bn1 would see one value per channel, .* 1 image of 1x1 pixels there .*'
                                        'train.batch_size [14], devices 1, train.accumulate_steps [14], image_size 32, model.stem 7x7'):
-    finetune.check(config(**fields))
+    finetune.Settings.from_config(config(**fields))
 
 
 @pytest.mark.parametrize('axis_name', [None, 'batch'])
@@ -111,7 +111,7 @@ def test_batch_norm_on_several_devices(sync, devices, batch, refused, monkeypatc
     ({'train__freeze': 'backbone', 'selection__method': 'none'}, ''), ({'source_weight': 0.0, 'methods__fixmatch__weight': 1.0}, '')])
 def test_settings_with_which_a_run_means_nothing_are_told(fields, words, caplog, monkeypatch):
   monkeypatch.setattr(initial_weights, 'check_weights', lambda config: None)
-  finetune._log_doubts(config(**fields), *finetune.check(config(**fields)))
+  finetune._log_doubts(finetune.Settings.from_config(config(**fields)))
   assert words in caplog.text and bool(words) == bool(caplog.text)
 
 

@@ -12,13 +12,12 @@ from typing import Any
 
 from conftest import write_images
 import jax
-from ml_collections import ConfigDict
 import numpy as np
 import pytest
 
 from configs import default
 from ft_jax.data.image_set import ImageSet
-from ft_jax.data.splits import check_classes, log_classes_not_evaluated, open_splits
+from ft_jax.data.splits import check_classes, log_classes_not_evaluated, open_splits, SplitSettings
 from ft_jax.models.weights import load_torch
 from ft_jax.training import initial_weights
 from ft_jax.training.checkpoints import Checkpoints
@@ -27,10 +26,10 @@ import selection
 DATA = pathlib.Path(__file__).parents[1] / 'fixtures'
 
 
-def target(**fields: Any) -> ConfigDict:
+def target(**fields: Any) -> SplitSettings:
   config = default.get_config().target
   config.update(fields)
-  return config
+  return SplitSettings.from_config(config)
 
 
 def test_val_is_carved_out_of_train(photos):
@@ -104,7 +103,7 @@ def test_classes_are_left_out(pool):
   assert all(i.startswith(name) for i, name in zip(splits.test.ids, [n for n in 'acdf' for _ in range(3)]))
   with pytest.raises(ValueError, match="has no class 'z' to leave out; it has 6: a, b"):
     open_splits(target(name=f'folder:{pool}', without=('z',)), '', seed=0)
-  with pytest.raises(ValueError, match='all of its classes are to be left out'):
+  with pytest.raises(ValueError, match='all of its classes would be left out'):
     open_splits(target(name=f'folder:{pool}', without=tuple('abcdef')), '', seed=0)
 
 
@@ -192,8 +191,8 @@ def test_a_checkpoint_cut_short_is_named(workdir, tmp_path):
   shutil.copytree(workdir, tmp_path / 'run')
   for path in (tmp_path / 'run' / 'checkpoints' / '1' / 'state' / 'd').iterdir():
     path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
-  code = ('import sys; from ft_jax.jobs import setup\n'
-          'try: setup.load_weights(sys.argv[1])\n'
+  code = ('import sys; from ft_jax.training import initial_weights\n'
+          'try: initial_weights.load_weights(sys.argv[1])\n'
           'except ValueError as error: print(error)')
   run = subprocess.run([sys.executable, '-c', code, str(tmp_path / 'run')], capture_output=True, text=True, check=False,
                        env={**os.environ, 'JAX_PLATFORMS': 'cpu'}, cwd=DATA.parents[1])

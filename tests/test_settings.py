@@ -15,11 +15,11 @@ from configs import default, noisy, regsl
 from ft_jax import methods, settings
 from ft_jax.data import crop
 from ft_jax.data.randaugment import STRONGEST
-from ft_jax.data.splits import open_splits
+from ft_jax.data.splits import open_splits, SplitSettings
 from ft_jax.jobs import compare, finetune, predict, stability, study
 from ft_jax.studies import history
 
-ROOT = pathlib.Path(__file__).parents[2]
+ROOT = pathlib.Path(__file__).parents[1]
 DEFAULTS = settings.flat(default.get_config().to_dict())
 # A value of each type, an empty one, and of tuples some lengths and contents; then numbers that are negative, huge or not finite.
 OF_TYPES = {str: ['5', '', ' ', 'x' * 10_000, 'a\0b', 'true'], bool: [True, False], tuple: [(), (1,), ('a',), (0.5,), (1, 2, 3)],
@@ -80,11 +80,11 @@ def door(path: str, config: ConfigDict, folder: pathlib.Path) -> None:
     study.check(config, history.History('', config.model, None, 0, (history.Kept('epoch 1', 1.0, 1, None, ''),)))
   elif group == 'compare':
     for method in config.compare.methods:
-      finetune.check(compare._one_run(config, method, 0))
+      finetune.Settings.from_config(compare._one_run(config, method, 0))
   else:
-    finetune.check(config)
+    finetune.Settings.from_config(config)
   if group in ('target', 'source', 'data_dir'):
-    open_splits(config[group] if group in config and group != 'data_dir' else config.target, config.data_dir, config.seed)
+    open_splits(SplitSettings.from_config(config[group] if group in config and group != 'data_dir' else config.target), config.data_dir, config.seed)
 
 
 @pytest.fixture(scope='module')
@@ -105,6 +105,7 @@ def shapes_once():
     yield
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('path', list(DEFAULTS))
 def test_what_is_fine_by_itself_is_so_for_its_job(path, photos, tmp_path, shapes_once):
   """Nothing that is let through ends in another library: it is refused in one line, or the job could begin."""

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-ROOT = pathlib.Path(__file__).parents[2]
+ROOT = pathlib.Path(__file__).parents[1]
 # What takes long is a lock that is taken twice, outside of the interpreter, as a compilation is: no handler of Python is called meanwhile.
 BEGIN = '''
 import ctypes

@@ -44,6 +44,7 @@ def results(run):
   return json.loads((run[1] / 'study.json').read_text())
 
 
+@pytest.mark.slow
 def test_everything_is_there(run):
   found, printed = results(run), run[3]
   assert found['precision'] == {'training': 'default', 'embeddings': 'highest'}
@@ -66,12 +67,14 @@ def test_everything_is_there(run):
   assert [row['checkpoint'] for row in rows] == ['epoch 1', 'epoch 2', 'epoch 4']
 
 
+@pytest.mark.slow
 def test_source_accuracy_is_that_of_the_run(run):
   lines = [json.loads(line) for line in (run[0] / 'metrics.jsonl').read_text().splitlines()]
   of_step = {line['step']: line['val/top1'] for line in lines if 'val/top1' in line}
   assert [entry['source']['top1'] for entry in results(run)['history']] == [of_step[entry['step']] for entry in results(run)['history']]
 
 
+@pytest.mark.slow
 def test_fine_tuning_is_that_of_the_job(run):
   """Its test accuracy, taken from features and the head, is that in the run's own results.json."""
   target, = results(run)['targets']
@@ -84,6 +87,7 @@ def test_fine_tuning_is_that_of_the_job(run):
       assert not (run[1] / page).with_name('checkpoints').exists()
 
 
+@pytest.mark.slow
 def test_what_is_finished_is_not_done_again(run):
   """Of all parts but two nothing is run again; those, of which one is lost and one damaged, come back as they were."""
   _, out, command, _ = run
@@ -99,6 +103,7 @@ def test_what_is_finished_is_not_done_again(run):
   assert written - {lost, damaged} == {path for path in written if path.name.startswith('tuned_change')} and len(written) == 3
 
 
+@pytest.mark.slow
 def test_fine_tunings_of_an_earlier_version_are_found(run, photos):
   """It named them by names and sizes of the images' files."""
   config = study_config.get_config()
@@ -123,6 +128,7 @@ def test_fine_tunings_of_an_earlier_version_are_found(run, photos):
     before.rename(now)
 
 
+@pytest.mark.slow
 def test_bad_settings_are_refused_before_anything_long(run, photos):
   config = study_config.get_config()
   config.checkpoints, config.target.name = str(run[0]), f'folder:{photos}'
@@ -148,6 +154,7 @@ def test_bad_settings_are_refused_before_anything_long(run, photos):
     study.run(config, '/nowhere/back\\slash')
 
 
+@pytest.mark.slow
 def test_checkpoints_of_two_runs_are_refused(run, tmp_path):
   mixed = tmp_path / 'mixed'
   shutil.copytree(run[0], mixed)
@@ -167,6 +174,7 @@ def test_no_seed_learns_from_its_test_images(photos):
   assert len(set(target.stamp.values())) == 3
 
 
+@pytest.mark.slow
 def test_a_folder_of_files(run, photos, tmp_path):
   """The same networks as files without classifiers: the same numbers, but for the scores that need one; then with them, these too."""
   config = study_config.get_config()
