@@ -209,7 +209,7 @@ def fine_tune(settings: Settings, workdir: epath.PathLike, embeddings: epath.Pat
   log.info('fine-tuning %s -> %s', settings.fields['model']['name'], work.path)
   sets = _open_sets(settings, work, target, source, check=not done)
   if not done:
-    weights = _weights(settings, work, sets)
+    weights = _weights(settings, work, sets, source)
     folder = storage.located(settings.embeddings_dir or embeddings or work.embeddings)
     chosen = _select(settings, work, sets, weights, folder)
     embedding.remove_partial(work.unfinished)
@@ -337,7 +337,7 @@ def _log_sets(splits: Splits, pool: ImageSet | None) -> None:
     log.warning('warning: target and source have the same classes; is %s the pre-training data?', pool.name)
 
 
-def _weights(settings: Settings, work: Workdir, sets: Sets) -> Weights | None:
+def _weights(settings: Settings, work: Workdir, sets: Sets, source: Given | None) -> Weights | None:
   """The pre-trained variables, with the source head where it is to come from them; pre-trains where the config says so."""
   if not settings.weights:
     log.warning('warning: config.model.weights is empty, so the network starts from random weights')
@@ -352,7 +352,7 @@ def _weights(settings: Settings, work: Workdir, sets: Sets) -> Weights | None:
                                         classifier=classifier, projection=settings.selection.projects)
   # A run of its own, with its own checkpoints and report.
   folder = work.path / 'pretrain'
-  pretrain.pretrain(settings.pretraining.without(sets.copies.classes), folder, sets.copies.dropped)
+  pretrain.pretrain(settings.pretraining.without(sets.copies.classes), folder, sets.copies.dropped, source)
   return initial_weights.load_weights(str(folder), classes=classes, classifier=classifier)
 
 

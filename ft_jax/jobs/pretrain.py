@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from ft_jax import methods, parallel
-from ft_jax.data.image_set import digest, ImageSet
+from ft_jax.data.image_set import digest
 from ft_jax.data.pipeline import make_transform, Transform
 from ft_jax.data.splits import (
   cache_in_memory,
