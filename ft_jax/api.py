@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from ft_jax import arguments, compiled, progress, stopping
 from ft_jax.data.image_set import ImageSet
+from ft_jax.models.network import OPTIONS
 from ft_jax.run import Run
 from ft_jax.workdir import read_config
 
@@ -145,7 +146,7 @@ def _network_of(weights: str) -> dict[str, Any]:
   run = None if ':' in weights else read_config(weights)
   if run is None:
     return {}
-  return {name: run['model'][name] for name in ('name', 'width', 'stem')}
+  return {name: run['model'][name] for name in ('name', *OPTIONS)}
 
 
 @contextlib.contextmanager

@@ -156,9 +156,8 @@ class Run:
     with arguments.errors_in_arguments(), progress.log_shown(arguments.in_arguments):
       opened = _image_set(images)
       if opened is None:
-        # The dimension of the features is known of an image only.
-        blank = np.zeros((1, 8, 8, 3), np.uint8)
-        return [], {name: value[:0] for name, value in self._outputs(blank)[1].items()}
+        sizes = {'features': self._network.model.features_dim, 'probabilities': len(self.class_names)}
+        return [], {name: np.zeros((0, size), np.float32) for name, size in sizes.items()}
       return opened.ids.tolist(), self._apply(opened)
 
   def _apply(self, images: ImageSet) -> dict[str, np.ndarray]:
