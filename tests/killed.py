@@ -106,11 +106,14 @@ def kind_of(path: str) -> str:
   return next(kind for part, kind in KINDS if any(part in name for name in path.split(os.sep)))
 
 
-# Functions by which the main thread is known to be in a phase; the first one that it is in.
-PHASES = (('ft_jax/report.py', 'write', 'results and report'), ('ft_jax/workdir.py', 'write_results', 'results and report'),
-          ('ft_jax/study_page.py', 'write', 'results and report'), ('training/checkpoints.py', 'save', 'checkpoint being written'),
-          ('training/checkpoints.py', 'wait', 'checkpoint being written'), ('training/loop.py', 'evaluate_split', 'evaluation'),
-          ('ft_jax/jobs/embedding.py', 'embedded', 'embedding'), ('selection/select.py', 'select', 'selection'))
+# Functions by which the main thread is known to be in a phase: file, name, phase. The first one that it is in counts.
+PHASES = (('ft_jax/pages/report.py', 'write', 'results and report'), ('ft_jax/workdir.py', 'write_results', 'results and report'),
+          ('ft_jax/pages/study.py', 'write', 'results and report'), ('ft_jax/training/checkpoints.py', 'save', 'checkpoint being written'),
+          ('ft_jax/training/checkpoints.py', 'wait', 'checkpoint being written'),
+          ('ft_jax/training/loop.py', 'evaluate_split', 'evaluation'), ('ft_jax/embedding.py', 'embed', 'embedding'),
+          ('selection/select.py', 'select', 'selection'))
+# The training itself, and the job that tells pre-training from fine-tuning.
+LOOP, PRETRAIN = ('ft_jax/training/loop.py', 'train'), ('ft_jax/jobs/pretrain.py', 'run')
 
 
 def phase(kind: str, folder: str) -> str:
@@ -125,8 +128,8 @@ def phase(kind: str, folder: str) -> str:
   for file, function, name in PHASES:
     if any(path.endswith(file) and function == called for path, called in within):
       return name
-  if any(path.endswith('training/loop.py') and called == 'train' for path, called in within):
-    return 'pre-training' if any(path.endswith('jobs/pretrain.py') for path, _ in within) else 'joint fine-tuning'
+  if any(path.endswith(LOOP[0]) and called == LOOP[1] for path, called in within):
+    return 'pre-training' if any(path.endswith(PRETRAIN[0]) for path, _ in within) else 'joint fine-tuning'
   return 'selection' if kind == 'selection' else 'embedding' if kind == 'embeddings' else 'start and in between'
 
 

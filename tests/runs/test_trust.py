@@ -586,8 +586,10 @@ def test_only_its_own_repository_is_asked(tmp_path, monkeypatch):
   assert environment.commit() == own and not mark.exists()
 
 
-# Who may use what: a restricted unpickler and its opcodes, git with fixed words, and whether a package of a table is installed.
-ALLOWED = {('pickle', 'ft_jax/models/torch_files.py'), ('subprocess', 'ft_jax/environment.py'), ('importlib', 'selection/files.py')}
+# What may be used where: a restricted unpickler and its opcodes, git with fixed arguments, the check whether a package of a
+# table is installed, and the config file that the user names.
+ALLOWED = {('pickle', 'ft_jax/models/torch_pickle.py'), ('subprocess', 'ft_jax/environment.py'),
+           ('importlib', 'selection/storage.py'), ('importlib', 'ft_jax/config_files.py')}
 CODE = {'eval', 'exec', 'compile', '__import__', 'execfile', 'breakpoint'}
 MODULES = {'pickle', 'cPickle', 'dill', 'cloudpickle', 'joblib', 'marshal', 'shelve', 'subprocess', 'importlib', 'runpy', 'imp', 'ctypes',
            'code', 'codeop', 'pty', 'yaml', 'torch'}
@@ -619,8 +621,8 @@ def test_no_code_comes_from_data():
   assert {entry[:2] for entry in found} == ALLOWED  # and the walk does find things
   bad = 'import pickle\nfrom torch import load\neval(x)\nos.system(x)\nnp.load(x, allow_pickle=True)\nsubprocess.run(x, shell=yes)'
   assert [line for line, _ in sorted(findings(ast.parse(bad)))] == [1, 2, 3, 4, 5, 6]
-  assert re.findall(r'importlib\.[\w.]+\(', (ROOT / 'selection/files.py').read_text()) == ['importlib.util.find_spec(']
-  unpickler = (ROOT / 'ft_jax/models/torch_files.py').read_text()
+  assert re.findall(r'importlib\.[\w.]+\(', (ROOT / 'selection/storage.py').read_text()) == ['importlib.util.find_spec(']
+  unpickler = (ROOT / 'ft_jax/models/torch_pickle.py').read_text()
   assert re.findall(r'pickle\.(\w+)', unpickler) == ['Unpickler']
   assert pickle.Unpickler in torch_pickle._Unpickler.__mro__ and 'find_class' in vars(torch_pickle._Unpickler)
 
