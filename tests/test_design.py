@@ -1,4 +1,5 @@
-"""The examples of docs/design.md: each is under 30 lines, is registered by one row of a table, and does what the page says."""
+"""The examples of docs/design.md: each is under 30 lines, is registered by one row of a table, and does what the page
+says."""
 
 import pathlib
 import re

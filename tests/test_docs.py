@@ -111,11 +111,13 @@ def test_other_commands_exist(page):
 
 @each_page
 def test_fields_exist(page):
-  """Fields of the config, in the prose as `config.group.field`, `group.field` or `group.field=value`, in commands as flags."""
+  """Fields of the config, in the prose as `config.group.field`, `group.field` or `group.field=value`, in commands as
+  flags."""
   fields = settings.flat(default.get_config().to_dict())
   known = {'.'.join(name.split('.')[:k]) for name in fields for k in range(1, name.count('.') + 2)}
   groups = '|'.join(name for name in known if '.' not in name and name not in fields)
-  named = {name for text in [*quoted(page), *commands(page)] for name in re.findall(r'(?<![\w/])config\.((?:\w+\.)*\w+)', text)}
+  named = {name for text in [*quoted(page), *commands(page)]
+           for name in re.findall(r'(?<![\w/])config\.((?:\w+\.)*\w+)', text)}
   named |= {found[1] for text in quoted(page) if (found := re.match(rf'((?:{groups})\.[a-z_.]*[a-z_])(?:=.*)?$', text))}
   known.add('methods.features.weight')  # the example of a new method
   for name in named - known:
@@ -157,7 +159,8 @@ def test_links_resolve(page):
 def test_every_page_is_in_the_index():
   """And in the README, where one begins to read."""
   for index in (ROOT / 'docs' / 'README.md', ROOT / 'README.md'):
-    linked = {(index.parent / link).resolve() for link in re.findall(r'\]\(([^)#\s]+)', index.read_text()) if '://' not in link}
+    linked = {(index.parent / link).resolve() for link in re.findall(r'\]\(([^)#\s]+)', index.read_text())
+              if '://' not in link}
     missing = {page.name for page in PAGES if page.name != 'README.md' and page.resolve() not in linked}
     assert not missing, index
 

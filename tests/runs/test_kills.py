@@ -1,4 +1,5 @@
-"""A run that is killed again and again ends as the one that nobody disturbed; the long form of this is `make stress`."""
+"""A run that is killed again and again ends as the one that nobody disturbed; the long form of this is `make
+stress`."""
 
 import ast
 import shutil
@@ -13,7 +14,8 @@ import pytest
 from stress import WORKLOADS
 
 FLAGS = WORKLOADS['short'].flags
-# One after the other in one run; what is finished before a moment is not done again, so each is the first chance of its kind.
+# One after the other in one run; what is finished before a moment is not done again, so each is the first chance of its
+# kind.
 MOMENTS = (
     # The first checkpoint of the pre-training is written and not yet in its place.
     (Moment(kind='checkpoint', count=20), 'checkpoint being written'),
@@ -34,7 +36,8 @@ def whole(tmp_path_factory):
 
 @pytest.mark.slow
 def test_killed_again_and_again(whole, tmp_path):
-  """By kill -9 between the halves of writing a file, and in the middle of writing: nothing differs, no file is ever half there."""
+  """By kill -9 between the halves of writing a file, and in the middle of writing: nothing differs, no file is ever
+  half there."""
   expected, cache = whole
   workdir = tmp_path / 'run'
   for moment, met in MOMENTS:
