@@ -1,9 +1,4 @@
-<<<<<<< HEAD
-"""The examples of docs/design.md: each is under 30 lines, is registered by one row of a table, and does what the page
-says."""
-=======
 """The examples of docs/design.md: each has under 30 lines, is added by one row of a table, and works in a whole run."""
->>>>>>> main
 
 import csv
 import json
