@@ -27,9 +27,11 @@ class Classifier(NamedTuple):
 
 def fit(features: np.ndarray, labels: np.ndarray, classes: int, *, strength: float, bias: bool = True, start: Classifier | None = None,
         tolerance: float = 1e-5, max_iterations: int = 1000) -> Classifier:
-  """The minimum of mean cross-entropy + strength / 2 * |weights|^2, by L-BFGS with a line search; computed in the features' precision.
+  """The minimum of mean cross-entropy + strength / 2 * |weights|^2, by L-BFGS with a line search; computed in the
+  features' precision.
 
-  scikit-learn's C is 1 / (strength * n). Classes without examples have logits too. The result depends on nothing random.
+  scikit-learn's C is 1 / (strength * n). Classes without examples have logits too. The result depends on nothing
+  random.
 
   Args:
     features: `[n, d]`; float32, or float64 where jax has it enabled.
@@ -38,12 +40,13 @@ def fit(features: np.ndarray, labels: np.ndarray, classes: int, *, strength: flo
     strength: of the penalty, which leaves the bias out; from 0, where there need not be a minimum.
     bias: whether there is one.
     start: begins there and not at zero; such as the result of a larger strength.
-    tolerance: it ends where no entry of the gradient is above this part of the loss; or where the loss does not go down any more in this
-      precision.
+    tolerance: it ends where no entry of the gradient is above this part of the loss; or where the loss does not go down
+      any more in this precision.
     max_iterations: it ends there in any case.
 
   Raises:
-    ValueError: arrays that do not fit each other, labels out of range, features that are not finite, or a strength below 0.
+    ValueError: arrays that do not fit each other, labels out of range, features that are not finite, or a strength
+      below 0.
   """
   features, labels = np.asarray(features), np.asarray(labels)
   if features.ndim != 2 or labels.shape != features.shape[:1] or not len(labels):

@@ -98,7 +98,9 @@ def safetensors_file(run: trained.Trained, about: dict[str, Any]) -> bytes:
 
 
 def stablehlo_file(run: trained.Trained) -> bytes:
-  """uint8 images `[b, h, w, 3]` to `{'logits', 'probabilities'}` `[b, K]`, for any b and all `PLATFORMS`, with the weights inside."""
+  """uint8 images `[b, h, w, 3]` to `{'logits', 'probabilities'}` `[b, K]`, for any b and all `PLATFORMS`, with the
+  weights inside.
+  """
   # What is fastest here may be slow there, and the exported function would keep it.
   model = run.model.clone(portable=True)
 

@@ -1,4 +1,6 @@
-"""Job stability: how flat the minimum is that a run found, and how far it lies from its start; a page, a table, the numbers."""
+"""Job stability: how flat the minimum is that a run found, and how far it lies from its start; a page, a table, the
+numbers.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 import json
@@ -100,7 +102,9 @@ def open_images(config: ConfigDict, run: trained.Trained) -> tuple[str, ImageSet
 
 
 def find_start(run: trained.Trained) -> Start:
-  """The parameters that the run started with: in its checkpoint where a method kept them, else in the weights that its config names."""
+  """The parameters that the run started with: in its checkpoint where a method kept them, else in the weights that its
+  config names.
+  """
   if kept := load_start(run.path):
     return Start(kept['params'], 'the checkpoint, which has them')
   name = run.config.model.weights

@@ -26,7 +26,8 @@ def build(name: str, heads: Mapping[str, int], *, size: int = 224, dtype: Any = 
     **options: of `OPTIONS`; those that the family does not have must be at their defaults.
 
   Raises:
-    ValueError: an unknown name, an option or BatchNorm setting that the family does not have or whose value is wrong, a wrong pattern.
+    ValueError: an unknown name, an option or BatchNorm setting that the family does not have or whose value is wrong, a
+      wrong pattern.
   """
   if name not in NETWORKS:
     raise ValueError(f'model.name is {name!r}; known: {", ".join(NETWORKS)}')

@@ -58,7 +58,8 @@ def fetch(repo: Repo, *, endpoint: str | None = None, cache_dir: str | os.PathLi
     cache_dir: None is huggingface_hub's own, or a temporary folder where there is no home directory for it.
 
   Raises:
-    ValueError: no such repository or revision, no access, no safetensors file in it, no network, or an interrupted download.
+    ValueError: no such repository or revision, no access, no safetensors file in it, no network, or an interrupted
+      download.
   """
   _ensure_home()
   import huggingface_hub
@@ -88,7 +89,9 @@ def fetch(repo: Repo, *, endpoint: str | None = None, cache_dir: str | os.PathLi
 
 @functools.cache
 def _ensure_home() -> None:
-  """Where there is no home directory, huggingface_hub would write to a folder named `~`: it gets one for the time of this process."""
+  """Where there is no home directory, huggingface_hub would write to a folder named `~`: it gets one for the time of
+  this process.
+  """
   if home_directory() or os.environ.get('HF_HOME') or os.environ.get('XDG_CACHE_HOME'):
     return
   os.environ['HF_HOME'] = folder = tempfile.mkdtemp(prefix='huggingface-')  # read when it is imported
@@ -117,7 +120,8 @@ def _cached(repo: Repo, cache_dir: str | os.PathLike[str] | None) -> HubFile | N
 
 
 def weights_in(files: Iterable[str]) -> str | None:
-  """Which of the files of a folder holds its weights, in a repository's layout; None where none of `WEIGHTS` is there."""
+  """Which of the files of a folder holds its weights, in a repository's layout; None where none of `WEIGHTS` is there.
+  """
   files = set(files)
   return next((name for name in WEIGHTS if name in files), None)
 

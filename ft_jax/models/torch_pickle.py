@@ -1,4 +1,5 @@
-"""State dicts in files of torch, and safetensors, to numpy arrays; without torch, and without running what a file says."""
+"""State dicts in files of torch, and safetensors, to numpy arrays; without torch, and without running what a file says.
+"""
 
 import collections
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -144,7 +145,9 @@ def _read_zip(path: pathlib.Path) -> StateDict:
 
 
 def _read_legacy(path: pathlib.Path, stream: BinaryIO) -> StateDict:
-  """Before torch 1.6: five pickles (magic number, protocol, system, object, keys of storages), then each storage with its length."""
+  """Before torch 1.6: five pickles (magic number, protocol, system, object, keys of storages), then each storage with
+  its length.
+  """
   stream.seek(0)
   try:
     known = _load(stream).content == _LEGACY_MAGIC
@@ -194,7 +197,7 @@ def _convert(path: pathlib.Path) -> str:
           f'{shlex.quote(str(path))} {shlex.quote(f"{path}.new.pth")}')
 
 
-def _state_dict(loaded: '_Loaded', numbers: Callable[[str], bytes], file_size: int) -> StateDict:
+def _state_dict(loaded: '_Unpickled', numbers: Callable[[str], bytes], file_size: int) -> StateDict:
   """The tensors of what was unpickled; `numbers` gives the bytes of a storage."""
   if not isinstance(loaded.content, dict):
     kind = type(loaded.content).__name__.lstrip('_')
@@ -332,30 +335,32 @@ class _Tensor(NamedTuple):
   stride: tuple[int, ...]
 
 
-class _Loaded(NamedTuple):
-  """What a pickle holds, its storages (type and size by key), and the names of classes whose objects were not created."""
+class _Unpickled(NamedTuple):
+  """What a pickle holds, its storages (type and size by key), and the names of classes whose objects were not created.
+  """
   content: Any
   storages: dict[str, tuple[np.dtype, int]]
   not_made: list[str]
 
 
-def _load(stream: BinaryIO) -> _Loaded:
+def _load(stream: BinaryIO) -> _Unpickled:
   """Unpickles what comes next in a stream."""
   begin = stream.tell()
   _check_size(stream)
   stream.seek(begin)
   unpickler = _Unpickler(stream)
-  return _Loaded(unpickler.load(), unpickler.storages, list(unpickler.not_made))
+  return _Unpickled(unpickler.load(), unpickler.storages, list(unpickler.not_made))
 
 
 def _check_size(stream: BinaryIO) -> None:
-  """Raises _Unreadable for a pickle that would take memory or time out of all proportion; it is read through, and nothing is made.
+  """Raises _Unreadable for a pickle that would take memory or time out of all proportion; it is read through, and
+  nothing is made.
 
-  A few bytes name a place of the memo far away, and all the places before it are made; or they put a tuple twice into a tuple, and that
-  again, sixty times, whose hash or text takes for ever.
+  A few bytes name a place of the memo far away, and all the places before it are made; or they put a tuple twice into a
+  tuple, and that again, sixty times, whose hash or text takes for ever.
   """
-  # Of each object on the stack and in the memo, how many there are in it, counted as often as they are in it. Lists and dicts may grow
-  # later; they have no hash, and nothing that a pickle may call makes a tuple of what is in them.
+  # Of each object on the stack and in the memo, how many there are in it, counted as often as they are in it. Lists and
+  # dicts may grow later; they have no hash, and nothing that a pickle may call makes a tuple of what is in them.
   stack: list[int | None] = []  # None is a mark
   memo: dict[int, int] = {}
   for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
@@ -468,8 +473,8 @@ _ALLOWED: dict[tuple[str, str], Any] = {
     ('torch._utils', '_rebuild_parameter'): _rebuild_parameter,
 }
 
-# Modules that run programs, open files or import: no training script saves them. (A placeholder would be harmless, but the
-# file is an attack.)
+# Modules that run programs, open files or import: no training script saves them. (A placeholder would be harmless, but
+# the file is an attack.)
 _HOSTILE = frozenset((
     'os', 'posix', 'nt', 'ntpath', 'posixpath', 'sys', 'subprocess', 'commands', 'shutil', 'socket', 'importlib', 'imp', 'pip',
     'runpy', 'ctypes', 'pty', 'webbrowser', 'code', 'codeop', 'pickle', '_pickle', 'marshal', 'dill', 'cloudpickle', 'joblib',

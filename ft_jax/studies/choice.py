@@ -52,15 +52,15 @@ def contributions(right: np.ndarray, labels: np.ndarray, per_class: bool) -> np.
 def margin(first: np.ndarray, second: np.ndarray, labels: np.ndarray | None = None) -> Margin:
   """The difference of two mean scores on the same test images.
 
-  Its variance is that over seeds, var(d_s) / S of the differences d_s of each seed, plus that of the test images as a sample,
-  n / (n - 1) * sum_i (g_i - mean g)^2 of the differences g_i that image i makes to the mean (the paired standard error of a mean).
-  What seed and image do together is in both, so the sum is a little too large rather than too small. With one seed it is that of the
-  images alone.
+  Its variance is that over seeds, var(d_s) / S of the differences d_s of each seed, plus that of the test images as a
+  sample, n / (n - 1) * sum_i (g_i - mean g)^2 of the differences g_i that image i makes to the mean (the paired
+  standard error of a mean). What seed and image do together is in both, so the sum is a little too large rather than
+  too small. With one seed it is that of the images alone.
 
   Args:
     first, second: `[S, n]`, `contributions` of each seed; 0 where an image is not in that seed's test split.
-    labels: int `[n]`, where scores are means of the classes' accuracies: the images are then a sample of each class by itself, and the
-      sum above is over the classes. A class of one image counts with g_i^2, as if its mean were 0.
+    labels: int `[n]`, where scores are means of the classes' accuracies: the images are then a sample of each class by
+      itself, and the sum above is over the classes. A class of one image counts with g_i^2, as if its mean were 0.
   """
   differences = np.asarray(first, np.float64) - np.asarray(second, np.float64)
   seeds, images = differences.shape

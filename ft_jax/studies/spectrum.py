@@ -1,8 +1,9 @@
 """The spectrum of features: which singular values a network's features have, and which part of them changes.
 
-Deng et al. ("Towards Inadequately Pre-trained Models in Transfer Learning", ICCV 2023) split the feature matrix F = U S V^T, one row an
-image, into a main part, its first k singular components, and the residual; k by `main_size`. V and S come from the Gram matrix F^T F
-here, which is added up slice by slice in float64: the features never have to be in memory at once.
+Deng et al. ("Towards Inadequately Pre-trained Models in Transfer Learning", ICCV 2023) split the feature matrix F = U S
+V^T, one row an image, into a main part, its first k singular components, and the residual; k by `main_size`. V and S
+come from the Gram matrix F^T F here, which is added up slice by slice in float64: the features never have to be in
+memory at once.
 """
 
 from collections.abc import Iterable, Iterator
@@ -75,7 +76,9 @@ class Spectrum(NamedTuple):
 
 
 class Change(NamedTuple):
-  """How far the parts of the features moved, each relative to the size that it had: |after - before| / |before|, Frobenius norms."""
+  """How far the parts of the features moved, each relative to the size that it had: |after - before| / |before|,
+  Frobenius norms.
+  """
   main: float
   residual: float
 
@@ -83,8 +86,8 @@ class Change(NamedTuple):
 def gram(batches: Iterable[np.ndarray]) -> Gram:
   """The second moments of features that come in batches, in float64; memory does not grow with the images.
 
-  Squares are summed around the mean so far and corrected as it moves (Chan, Golub and LeVeque, 1983): nothing cancels, however large the
-  mean is beside the spread.
+  Squares are summed around the mean so far and corrected as it moves (Chan, Golub and LeVeque, 1983): nothing cancels,
+  however large the mean is beside the spread.
 
   Args:
     batches: each `[b, d]`, of any sizes; or one array `[n, d]`, also memory-mapped.
@@ -122,11 +125,13 @@ def cross(first: Iterable[np.ndarray], second: Iterable[np.ndarray]) -> Cross:
 
 
 def spectrum(gram: Gram, centred: bool) -> Spectrum:
-  """Singular values and right singular vectors of F, or of F - mean: the root of the Gram matrix' eigenvalues, and its eigenvectors.
+  """Singular values and right singular vectors of F, or of F - mean: the root of the Gram matrix' eigenvalues, and its
+  eigenvectors.
 
-  The squares of the values are exact to 1e-14 of the largest square (measured up to d = 1024: 2e-15), so small values are less so than
-  large ones: one at a thousandth of the largest to 1e-8 of itself. Values below a millionth of the largest are lost and given as 0. A
-  mean that is large beside the spread makes a large value of the plain spectrum; the centred one loses nothing by it.
+  The squares of the values are exact to 1e-14 of the largest square (measured up to d = 1024: 2e-15), so small values
+  are less so than large ones: one at a thousandth of the largest to 1e-8 of itself. Values below a millionth of the
+  largest are lost and given as 0. A mean that is large beside the spread makes a large value of the plain spectrum; the
+  centred one loses nothing by it.
 
   Args:
     gram: of `gram`.
@@ -140,7 +145,8 @@ def spectrum(gram: Gram, centred: bool) -> Spectrum:
 
 
 def main_size(values: np.ndarray, threshold: float = 0.8) -> int:
-  """The size k of the main part: the smallest with (sum of the first k values) / (sum of all) >= threshold (Deng et al., ICCV 2023).
+  """The size k of the main part: the smallest with (sum of the first k values) / (sum of all) >= threshold (Deng et
+  al., ICCV 2023).
 
   Values, not their squares. A tie is one in spite of rounding. 0 where all values are 0.
 
@@ -160,7 +166,8 @@ def main_size(values: np.ndarray, threshold: float = 0.8) -> int:
 
 
 def energy(values: np.ndarray, k: int) -> float:
-  """The share of the squared norm that is in the first k components: (sum of the first k squares) / (sum of all); 0 where all are 0.
+  """The share of the squared norm that is in the first k components: (sum of the first k squares) / (sum of all); 0
+  where all are 0.
 
   Raises:
     ValueError: k is not from 0 to r, or values that are not descending, finite and from 0.
@@ -171,7 +178,8 @@ def energy(values: np.ndarray, k: int) -> float:
 
 
 def effective_rank(values: np.ndarray) -> float:
-  """exp of the entropy of values / sum (Roy and Vetterli, "The effective rank", EUSIPCO 2007): 1 to r; 0 where all values are 0.
+  """exp of the entropy of values / sum (Roy and Vetterli, "The effective rank", EUSIPCO 2007): 1 to r; 0 where all
+  values are 0.
 
   Raises:
     ValueError: values that are not descending, finite and from 0.
@@ -194,8 +202,8 @@ def stable_rank(values: np.ndarray) -> float:
 def parts(features: np.ndarray, spectrum: Spectrum, k: int) -> tuple[np.ndarray, np.ndarray]:
   """Main part and residual of features, whose sum is the features minus the spectrum's mean.
 
-  The main part is the projection on the first k directions. Features of other images than the spectrum's can be split too: what lies in
-  none of its directions is in the residual.
+  The main part is the projection on the first k directions. Features of other images than the spectrum's can be split
+  too: what lies in none of its directions is in the residual.
 
   Args:
     features: `[n, d]`.
@@ -228,8 +236,9 @@ def parts(features: np.ndarray, spectrum: Spectrum, k: int) -> tuple[np.ndarray,
 def principal_angles(first: Spectrum, k1: int, second: Spectrum, k2: int) -> np.ndarray:
   """The angles in degrees between the first k1 and the first k2 directions, ascending: `[min(k1, k2)]`.
 
-  Cosines are the singular values of V1^T V2, sines those of what is left of the one in the other (Bjorck and Golub, "Numerical methods for
-  computing angles between linear subspaces", 1973); by both of them small angles are as exact as large ones.
+  Cosines are the singular values of V1^T V2, sines those of what is left of the one in the other (Bjorck and Golub,
+  "Numerical methods for computing angles between linear subspaces", 1973); by both of them small angles are as exact as
+  large ones.
 
   Raises:
     ValueError: a size that is not from 0 to r, or features of different dimensions.
@@ -244,11 +253,12 @@ def principal_angles(first: Spectrum, k1: int, second: Spectrum, k2: int) -> np.
 
 
 def change(first: Spectrum, k1: int, second: Spectrum, k2: int, cross: Cross) -> Change:
-  """How far the main part and the residual moved from one network to another: |M' - M| / |M| for each, without the features.
+  """How far the main part and the residual moved from one network to another: |M' - M| / |M| for each, without the
+  features.
 
-  |M' - M|^2 = |M|^2 + |M'|^2 - 2 tr(M^T M'), where for M = F V V^T and M' = F' W W^T the trace is that of (V^T F^T F' W)(W^T V). The
-  difference leaves about eight digits: a change below 1e-7 cannot be told from none; of a residual that is small beside the whole,
-  below 1e-7 |F| / |residual|.
+  |M' - M|^2 = |M|^2 + |M'|^2 - 2 tr(M^T M'), where for M = F V V^T and M' = F' W W^T the trace is that of (V^T F^T F'
+  W)(W^T V). The difference leaves about eight digits: a change below 1e-7 cannot be told from none; of a residual that
+  is small beside the whole, below 1e-7 |F| / |residual|.
 
   Args:
     first, second: spectra of the same images, either both centred or both plain.
@@ -259,8 +269,8 @@ def change(first: Spectrum, k1: int, second: Spectrum, k2: int, cross: Cross) ->
     0 where there is nothing before nor after; infinity where something came from nothing.
 
   Raises:
-    ValueError: sizes that are not from 0 to r, dimensions or numbers of images that differ, one spectrum plain and the other centred, or
-      centred ones of other features than the products'.
+    ValueError: sizes that are not from 0 to r, dimensions or numbers of images that differ, one spectrum plain and the
+      other centred, or centred ones of other features than the products'.
   """
   _directions(first, k1, second, k2)
   if not first.images == second.images == cross.images:
@@ -289,7 +299,9 @@ def _moved(first: Spectrum, chosen: slice, second: Spectrum, other: slice, cross
 
 
 class _Mean:
-  """A mean that moves as slices come; kept as a difference from that of the first one, so that it is exact beside a small spread."""
+  """A mean that moves as slices come; kept as a difference from that of the first one, so that it is exact beside a
+  small spread.
+  """
 
   def __init__(self):
     self.images = 0
@@ -319,7 +331,9 @@ class _Mean:
 
 
 def _slices(batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-  """The rows of all batches in float64, `SLICE` at a time in one array: it is the caller's to write in, until the next one comes."""
+  """The rows of all batches in float64, `SLICE` at a time in one array: it is the caller's to write in, until the next
+  one comes.
+  """
   held, filled, images = None, 0, 0
   for batch in [batches] if getattr(batches, 'ndim', 0) == 2 else batches:
     batch = np.asarray(batch)

@@ -12,7 +12,7 @@ import numpy as np
 
 from ft_jax.models import build, hub, NETWORKS, torch_pickle
 from ft_jax.models.network import head_of, Network, network_variables, OPTIONS
-from ft_jax.models.weights import check_numbers, Loaded, read
+from ft_jax.models.weights import check_numbers, LoadedWeights, read
 from ft_jax.names import listed
 from ft_jax.progress import log
 from ft_jax.training.finished_runs import load_variables
@@ -142,17 +142,17 @@ def load_weights(name: str, network: Network, *, classes: int | None = None, cla
   return Weights(variables, {'name': name, 'revision': commit, 'fingerprint': weights_fingerprint(network_variables(variables))})
 
 
-def read_file(path: epath.PathLike, network: Network) -> Loaded:
+def read_file(path: epath.PathLike, network: Network) -> LoadedWeights:
   """Weights in a file, or in an object on object storage; raises ValueError as of `models.weights.read`."""
   with storage.on_disk(path) as file:
     return read(file, network)
 
 
-def _read_run(folder: epath.Path) -> Loaded:
+def _read_run(folder: epath.Path) -> LoadedWeights:
   """A workdir, or one of its checkpoints."""
   is_run = (folder / 'checkpoints').is_dir()  # whatever it and the folder above it are called
   step = int(folder.name) if not is_run and folder.parent.name == 'checkpoints' and folder.name.isdigit() else None
-  return Loaded(load_variables(folder if step is None else folder.parent.parent, step), {'of that training': ['optimizer']})
+  return LoadedWeights(load_variables(folder if step is None else folder.parent.parent, step), {'of that training': ['optimizer']})
 
 
 def _check_same_classes(name: str, known: Sequence[str] | None, wanted: Sequence[str]) -> None:
@@ -194,7 +194,9 @@ def weights_fingerprint(variables: Mapping[str, Any]) -> str:
 
 
 def drawn(seed: int) -> str:
-  """Says which random weights a network of some config starts with: their last bits depend on the processor and the compiler."""
+  """Says which random weights a network of some config starts with: their last bits depend on the processor and the
+  compiler.
+  """
   return f'drawn with seed {seed}'
 
 
