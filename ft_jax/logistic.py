@@ -52,9 +52,11 @@ def fit(features: np.ndarray, labels: np.ndarray, classes: int, *, strength: flo
   if features.ndim != 2 or labels.shape != features.shape[:1] or not len(labels):
     raise ValueError(f'features are {features.shape} and labels {labels.shape}; expected [n, d] and [n] with n above 0')
   if labels.min() < 0 or labels.max() >= classes:
-    raise ValueError(f'labels are {labels.min()} to {labels.max()}; expected 0 to {classes - 1}, as there are {classes} classes')
+    raise ValueError(f'labels are {labels.min()} to {labels.max()}; expected 0 to {classes - 1}, as there are '
+                     f'{classes} classes')
   if not np.isfinite(features).all():
-    raise ValueError('features have values that are not finite; the weights that made them are damaged or of a training that diverged')
+    raise ValueError('features have values that are not finite; the weights that made them are damaged or of a '
+                     'training that diverged')
   if not 0 <= strength < np.inf:
     raise ValueError(f'strength is {strength}; expected a number from 0')
   dtype = jax.dtypes.canonicalize_dtype(np.result_type(features.dtype, np.float32))

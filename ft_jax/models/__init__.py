@@ -53,7 +53,8 @@ def _pattern(frozen: str) -> str:
   try:
     re.compile(pattern)
   except re.error as error:
-    raise ValueError(f'train.freeze is {frozen!r}; expected {", ".join(FROZEN)}, or a regular expression of paths of parameters ({error})'
+    raise ValueError(f'train.freeze is {frozen!r}; expected {", ".join(FROZEN)}, or a regular expression of paths of '
+                     f'parameters ({error})'
                      ) from error
   return pattern
 

@@ -97,7 +97,8 @@ def _ensure_home() -> None:
   os.environ['HF_HOME'] = folder = tempfile.mkdtemp(prefix='huggingface-')  # read when it is imported
   atexit.register(shutil.rmtree, folder, ignore_errors=True)
   if not os.environ.get('HF_HUB_CACHE'):
-    log.warning('warning: there is no home directory for the cache of huggingface_hub, so weights are downloaded for this run alone; '
+    log.warning('warning: there is no home directory for the cache of huggingface_hub, so weights are downloaded for '
+                'this run alone; '
                 'set HF_HOME to a folder to keep them')
 
 
@@ -132,7 +133,8 @@ def _choose(repo: Repo, files: Iterable[str]) -> str | None:
   if 'model.safetensors' in found or not found:
     return 'model.safetensors' if found else None
   if len(found) > 1:
-    raise ValueError(f'the repository {repo.name} has {len(found)} .safetensors files ({", ".join(found[:3])}, ...) and none is '
+    raise ValueError(f'the repository {repo.name} has {len(found)} .safetensors files ({", ".join(found[:3])}, ...) '
+                     'and none is '
                      'model.safetensors; download the right one and give its path')
   return found[0]
 
@@ -162,5 +164,6 @@ def _explain(repo: Repo, error: Exception, downloading: bool = False) -> str:
   reason = f'{type(error).__name__}: {error}'.split('\n')[0]
   if downloading:
     return f'the download of {name} was interrupted ({reason}); nothing of it is kept, try again'
-  return (f'{name}@{repo.revision} is not in the cache of huggingface_hub, and there is no connection to the Hugging Face Hub '
+  return (f'{name}@{repo.revision} is not in the cache of huggingface_hub, and there is no connection to the Hugging '
+          'Face Hub '
           f'({reason}); run once with a network, or give a local file')

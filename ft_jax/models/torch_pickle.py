@@ -156,10 +156,12 @@ def _read_legacy(path: pathlib.Path, stream: BinaryIO) -> StateDict:
   except Exception:  # no pickle at all
     known = False
   if not known:
-    raise _Unreadable('is not what torch.save writes but another pickle, which could run code; load it with the program '
+    raise _Unreadable('is not what torch.save writes but another pickle, which could run code; load it with the '
+                      'program '
                       'that wrote it, and save its tensors with torch.save or as safetensors')
   if (protocol := _load(stream).content) != _LEGACY_PROTOCOL:
-    raise _Unreadable(f'has protocol {reprlib.repr(protocol)} of torch.save; known: {_LEGACY_PROTOCOL}. {_convert(path)}')
+    raise _Unreadable(f'has protocol {reprlib.repr(protocol)} of torch.save; known: {_LEGACY_PROTOCOL}. '
+                      f'{_convert(path)}')
   if not _load(stream).content.get('little_endian'):
     raise _Unreadable(f'has its numbers in big-endian order. {_convert(path)}')
   loaded = _load(stream)
@@ -168,7 +170,8 @@ def _read_legacy(path: pathlib.Path, stream: BinaryIO) -> StateDict:
     length = int.from_bytes(_exactly(stream, 8), 'little', signed=True)
     dtype, size = loaded.storages.get(key, (None, None))
     if length != size:
-      raise _Unreadable(f'is damaged: storage {_text(key)} has {length} numbers where {size} are expected. Copy or download it again')
+      raise _Unreadable(f'is damaged: storage {_text(key)} has {length} numbers where {size} are expected. Copy or '
+                        'download it again')
     places[key] = (stream.tell(), length * dtype.itemsize)
     if sum(places[key]) > end:
       raise _Unreadable(_INCOMPLETE)
@@ -192,7 +195,8 @@ def _exactly(stream: BinaryIO, size: int) -> bytes:
 
 def _convert(path: pathlib.Path) -> str:
   # Quoted, as somebody will paste it: a file may be called anything.
-  return ('If it is a file of torch that you trust, convert it where torch is installed: python -c "import torch; from sys import argv; '
+  return ('If it is a file of torch that you trust, convert it where torch is installed: python -c "import torch; from '
+          'sys import argv; '
           'torch.save(torch.load(argv[1], map_location=\'cpu\', weights_only=False), argv[2])" '
           f'{shlex.quote(str(path))} {shlex.quote(f"{path}.new.pth")}')
 
@@ -234,7 +238,8 @@ def _choose(content: dict[Any, Any]) -> tuple[tuple[str, ...], list[tuple[str, .
   if not sizes:  # to say what is there in place of tensors
     return next(((key,) for key in _STATE_KEYS if isinstance(dict.get(content, key), dict)), ()), []
   if others and len(_STATE_KEYS) in rank(first):
-    raise _Unreadable(f'holds {len(sizes)} state dicts, {_first([_joined(path) for path in sizes])}, and no rule says which '
+    raise _Unreadable(f'holds {len(sizes)} state dicts, {_first([_joined(path) for path in sizes])}, and no rule says '
+                      'which '
                       f'one is meant; to read one of them {_save_alone(first)}')
   return first, [path for path in others if 2 * sizes[path] >= sizes[first]]  # a head is no copy
 
@@ -285,7 +290,8 @@ def _arrays(of: Mapping[Any, '_Tensor'], numbers: Callable[[str], bytes], file_s
     if storage.key not in read:
       read[storage.key] = numbers(storage.key)
     if len(read[storage.key]) != storage.whole * storage.dtype.itemsize:
-      raise _Unreadable(f'is damaged: {name} has {len(read[storage.key])} bytes where {storage.whole * storage.dtype.itemsize} are '
+      raise _Unreadable(f'is damaged: {name} has {len(read[storage.key])} bytes where '
+                        f'{storage.whole * storage.dtype.itemsize} are '
                         'expected. Copy or download it again')
     if not isinstance(name, str):
       raise _Unreadable(f'is damaged: a tensor is called {reprlib.repr(name)}')

@@ -82,7 +82,8 @@ def read(path: str | os.PathLike[str], network: Network) -> LoadedWeights:
       raise ValueError(f'{path} holds {listed(sorted(here))} and lacks {listed(sorted(set(head) - here))}')
   if network.has_batch_norm and not any(key.startswith('batch_stats/') for key in flat):
     raise ValueError(f'{path} has no running statistics of BatchNorm (bn1.running_mean, bn1.running_var, ...), only '
-                     'parameters; save model.state_dict(), which has them (networks with GroupNorm or others in its place are '
+                     'parameters; save model.state_dict(), which has them (networks with GroupNorm or others in its '
+                     'place are '
                      'not supported)')
   if state.beside:
     dropped.setdefault('beside the network', []).extend(state.beside)
@@ -117,7 +118,8 @@ def _find_network(names: Collection[str], network: Network, path: str | os.PathL
     raise ValueError(f'{path} holds none of {", ".join(NETWORKS)}: there is no {anchor} among '
                      f'{listed(strange)}')
   if len(taken) != 1:
-    raise ValueError(f'{path} holds {len(whole)} networks, with the prefixes {listed(map(repr, whole))}, and no rule says '
+    raise ValueError(f'{path} holds {len(whole)} networks, with the prefixes {listed(map(repr, whole))}, and no rule '
+                     'says '
                      f'which one is meant; to read one of them {_keep_alone(whole[0])}')
   return taken[0], [prefix for prefix in whole if prefix != taken[0]]
 
@@ -159,10 +161,13 @@ def check_numbers(network: Network, variables: Mapping[str, Any], name: str) -> 
   for key, value in flat.items():
     value = np.asarray(value)
     if wrong := int(np.sum(~np.isfinite(value))):
-      raise ValueError(f'{name} has numbers that are not finite in {_both(network, key)} ({wrong:,d} of {value.size:,d} are NaN or '
-                       'infinity): its training diverged, or it is damaged; use an earlier checkpoint, or download it again')
+      raise ValueError(f'{name} has numbers that are not finite in {_both(network, key)} ({wrong:,d} of '
+                       f'{value.size:,d} are NaN or '
+                       'infinity): its training diverged, or it is damaged; use an earlier checkpoint, or download it '
+                       'again')
     if _is_variance(key) and (value < 0).any():
-      raise ValueError(f'{name} has negative running variances in {_both(network, key)}, down to {value.min():g}, which BatchNorm '
+      raise ValueError(f'{name} has negative running variances in {_both(network, key)}, down to {value.min():g}, '
+                       'which BatchNorm '
                        'never computes: it is damaged; use an earlier checkpoint, or download it again')
   if zero := [key for key, value in flat.items() if _is_variance(key) and not np.any(value)]:
     log.warning('warning: %s: the running variance is zero in every channel of %s', name, listed(zero))
@@ -235,7 +240,8 @@ def _nearest(network: Network, given: Mapping[str, Any]) -> str:
     fields = {'name': best, **options[best]}
     return f'They are of {best}: set {" ".join(f"--config.model.{name}={value}" for name, value in fields.items())}'
   of_width = f' of width {options[best]["width"]}' if 'width' in options[best] else ''
-  return (f'They are of none of {known}; the nearest is {best}{of_width}, which has {len(given) + fits[best][0]} of their '
+  return (f'They are of none of {known}; the nearest is {best}{of_width}, which has {len(given) + fits[best][0]} of '
+          'their '
           f'{len(given)} tensors')
 
 

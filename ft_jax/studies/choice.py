@@ -88,7 +88,8 @@ def choose(val: Sequence[float], test: Sequence[np.ndarray], labels: np.ndarray 
     ValueError: nothing to choose from.
   """
   if not len(val) or len(val) != len(test):
-    raise ValueError(f'there are {len(val)} scores on val and {len(test)} on test; expected one of each for at least one checkpoint')
+    raise ValueError(f'there are {len(val)} scores on val and {len(test)} on test; expected one of each for at least '
+                     'one checkpoint')
   order = sorted(range(len(val)), key=lambda row: (val[row], row), reverse=True)
   best = order[0]
   margins = tuple(margin(test[best], other, labels) for other in test)
@@ -111,9 +112,11 @@ def sentence(choice: Choice, names: Sequence[str]) -> str:
   if not margin.seen:
     if best == last:
       return f'No difference to be seen: {names[best]}, the last one, is best on val, and on test it is {points} points {side} {of_other}.'
-    return (f'No difference to be seen: {names[best]} is best on val, and on test it is {points} points {side} {of_other}, '
+    return (f'No difference to be seen: {names[best]} is best on val, and on test it is {points} points {side} '
+            f'{of_other}, '
             'which is as good a choice.')
   if margin.mean > 0:
     return f'Start from {names[best]}{", the last one" if best == last else ""}: on test it is {points} points above {of_other}.'
-  return (f'Val and test do not agree: {names[best]} is best on val, and on test it is {points} points below {of_other}; '
+  return (f'Val and test do not agree: {names[best]} is best on val, and on test it is {points} points below '
+          f'{of_other}; '
           'val is too small to choose by.')

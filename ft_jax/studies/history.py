@@ -82,7 +82,8 @@ def read(path: str, network: ConfigDict, epochs: Sequence[float] = ()) -> Histor
     ValueError: no folder, no checkpoint in it, those of two runs, or an epoch that is not there.
   """
   if not path:
-    raise ValueError('config.checkpoints is empty; give the workdir of a pre-training, or a folder of checkpoint files, such as '
+    raise ValueError('config.checkpoints is empty; give the workdir of a pre-training, or a folder of checkpoint '
+                     'files, such as '
                      '--config.checkpoints=runs/pretrain')
   folder = storage.located(path)
   if not folder.is_dir():
@@ -135,7 +136,8 @@ def fingerprints(found: History, image_size: int) -> list[str]:
   if len(classifiers) > 1:
     (one, first), (other, second) = list(classifiers.items())[:2]
     describe = lambda classes: 'no classifier' if classes is None else f'a classifier of {classes} classes'
-    raise ValueError(f'config.checkpoints: {found.path} holds checkpoints of two runs: {first} has {describe(one)}, {second} '
+    raise ValueError(f'config.checkpoints: {found.path} holds checkpoints of two runs: {first} has {describe(one)}, '
+                     f'{second} '
                      f'{describe(other)}; put each run into a folder of its own')
   return prints
 
@@ -146,11 +148,13 @@ def _of_run(folder: epath.Path, stored: Mapping[str, Any]) -> History:
                      '(configs/pretrain.py keeps checkpoints)')
   every = [saved for saved in finished_runs.history(folder) if saved.metrics]
   if not every:
-    raise ValueError(f'config.checkpoints: {folder} holds no checkpoint that was evaluated; let the run continue to its first evaluation')
+    raise ValueError(f'config.checkpoints: {folder} holds no checkpoint that was evaluated; let the run continue to '
+                     'its first evaluation')
   made_from = every[-1].made_from
   for saved in every:
     if differing := checkpoint_files.differing(made_from, saved.made_from):
-      raise ValueError(f'config.checkpoints: {folder} holds checkpoints of two runs: those of step {saved.step} and step '
+      raise ValueError(f'config.checkpoints: {folder} holds checkpoints of two runs: those of step {saved.step} and '
+                       'step '
                        f'{every[-1].step} differ in {", ".join(differing)}; put each run into a folder of its own')
   config = ConfigDict(stored)
   results = json.loads((folder / 'results.json').read_text()) if (folder / 'results.json').exists() else {}
@@ -175,20 +179,24 @@ def _of_files(folder: epath.Path, network: ConfigDict) -> History:
   paths = sorted((path for path in folder.iterdir() if path.name.lower().endswith(torch_pickle.ENDINGS)),
                  key=lambda path: path.name)
   if not paths:
-    raise ValueError(f'config.checkpoints: {folder} holds no checkpoints: it is not the workdir of a run, and no file ends in '
+    raise ValueError(f'config.checkpoints: {folder} holds no checkpoints: it is not the workdir of a run, and no file '
+                     'ends in '
                      f'{", ".join(torch_pickle.ENDINGS)}')
   numbers = {path: _number(path.name) for path in paths}
   if without := [path.name for path, number in numbers.items() if number is None]:
     log.info('left out, as there is no epoch in their names: %s', ', '.join(without))
   counted = sorted((path for path in paths if numbers[path] is not None), key=lambda path: numbers[path][1])
   if not counted:
-    raise ValueError(f'config.checkpoints: no file of {folder} has its epoch in its name ({paths[0].name}); name them epoch_1.pth, ...')
+    raise ValueError(f'config.checkpoints: no file of {folder} has its epoch in its name ({paths[0].name}); name them '
+                     'epoch_1.pth, ...')
   for first, second in zip(counted, counted[1:]):
     if numbers[first] == numbers[second]:
-      raise ValueError(f'config.checkpoints: {folder} holds checkpoints of two runs: {first.name} and {second.name} are both of '
+      raise ValueError(f'config.checkpoints: {folder} holds checkpoints of two runs: {first.name} and {second.name} '
+                       'are both of '
                        f'{numbers[first][0]} {numbers[first][1]:g}; put each run into a folder of its own')
   if len(patterns := {re.sub(r'\d+([.]\d+)?', '#', path.name): path.name for path in counted}) > 1:
-    raise ValueError(f'config.checkpoints: {folder} holds checkpoints of two runs, by their names: {", ".join(patterns.values())}; put '
+    raise ValueError(f'config.checkpoints: {folder} holds checkpoints of two runs, by their names: '
+                     f'{", ".join(patterns.values())}; put '
                      'each run into a folder of its own')
   found = []
   for path in counted:

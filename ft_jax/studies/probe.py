@@ -148,7 +148,8 @@ def neighbours(train: Labelled, val: Labelled, test: np.ndarray, classes: int, *
   train, val, test = _checked(train, val, test, classes)
   grid = sorted({k for k in numbers if k <= len(train.labels)})
   if not grid or grid[0] < 1:
-    raise ValueError(f'numbers of neighbours are {list(numbers)}, with {len(train.labels)} training images; expected numbers from 1, at '
+    raise ValueError(f'numbers of neighbours are {list(numbers)}, with {len(train.labels)} training images; expected '
+                     'numbers from 1, at '
                      f'least one of them not above that')
   directions = _directions(train.features)
   predicted = _voted(directions, train.labels, val.features, grid, classes)
@@ -221,7 +222,9 @@ def _features(name: str, array: np.ndarray) -> np.ndarray:
 def _labels(name: str, labels: np.ndarray, images: int, classes: int) -> np.ndarray:
   labels = np.asarray(labels)
   if labels.shape != (images,) or not np.issubdtype(labels.dtype, np.integer):
-    raise ValueError(f'{name} has {images} images and labels of shape {labels.shape}, {labels.dtype}; expected one integer an image')
+    raise ValueError(f'{name} has {images} images and labels of shape {labels.shape}, {labels.dtype}; expected one '
+                     'integer an image')
   if labels.min() < 0 or labels.max() >= classes:
-    raise ValueError(f'{name} has labels {labels.min()} to {labels.max()}; expected 0 to {classes - 1}, as there are {classes} classes')
+    raise ValueError(f'{name} has labels {labels.min()} to {labels.max()}; expected 0 to {classes - 1}, as there are '
+                     f'{classes} classes')
   return labels

@@ -71,7 +71,8 @@ class Spectrum(NamedTuple):
     """A sentence on fewer images than dimensions; None where there are enough."""
     if self.images >= len(self.mean):
       return None
-    return (f'{self.images} images have features of {len(self.mean)} dimensions: there are at most {len(self.values)} singular values, '
+    return (f'{self.images} images have features of {len(self.mean)} dimensions: there are at most {len(self.values)} '
+            'singular values, '
             'and sizes and ranks depend on the number of images')
 
 
@@ -277,12 +278,14 @@ def change(first: Spectrum, k1: int, second: Spectrum, k2: int, cross: Cross) ->
     raise ValueError(f'the spectra are of {first.images} and {second.images} images, their products of {cross.images}; '
                      'expected the same images in all')
   if cross.scatter.shape != (len(first.mean), len(second.mean)):
-    raise ValueError(f'products are {cross.scatter.shape}; expected {(len(first.mean), len(second.mean))} as of the spectra')
+    raise ValueError(f'products are {cross.scatter.shape}; expected {(len(first.mean), len(second.mean))} as of the '
+                     'spectra')
   means = (first.mean, cross.first_mean), (second.mean, cross.second_mean)
   if any(not mean.any() and of.any() for mean, of in means) and any(mean.any() for mean, _ in means):
     raise ValueError('one spectrum is plain and the other centred; expected both alike')
   if any(mean.any() and not np.allclose(mean, of, rtol=0, atol=1e-6 * np.abs(of).max()) for mean, of in means):
-    raise ValueError('the spectra have other means than the products; expected the same features, first and second in the same order')
+    raise ValueError('the spectra have other means than the products; expected the same features, first and second in '
+                     'the same order')
   return Change(_moved(first, slice(0, k1), second, slice(0, k2), cross), _moved(first, slice(k1, None), second, slice(k2, None), cross))
 
 
@@ -338,14 +341,16 @@ def _slices(batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
   for batch in [batches] if getattr(batches, 'ndim', 0) == 2 else batches:
     batch = np.asarray(batch)
     if batch.ndim != 2 or not batch.shape[1] or held is not None and batch.shape[1] != held.shape[1]:
-      raise ValueError(f'a batch of features is {batch.shape}; expected [images, {"dimensions" if held is None else held.shape[1]}]')
+      raise ValueError(f'a batch of features is {batch.shape}; expected [images, '
+                       f'{"dimensions" if held is None else held.shape[1]}]')
     held = np.empty((SLICE, batch.shape[1])) if held is None else held
     while len(batch):
       rows = held[filled:filled + len(batch)]
       rows[:], batch = batch[:len(rows)], batch[len(rows):]
       finite = np.isfinite(rows).all(1)
       if not finite.all():
-        raise ValueError(f'features of image {images + int(np.argmin(finite))} (counted from 0) have values that are not finite; '
+        raise ValueError(f'features of image {images + int(np.argmin(finite))} (counted from 0) have values that are '
+                         'not finite; '
                          'the weights that made them are damaged or of a training that diverged')
       filled, images = filled + len(rows), images + len(rows)
       if filled == SLICE:

@@ -104,7 +104,8 @@ def notes(target: Target, seed: int, found: Sequence[Found], named_val: bool) ->
   lone = np.flatnonzero((training == 1) & (held_out == 0))
   absent = np.flatnonzero((training > 1) & (held_out == 0))
   if len(lone):
-    yield (f'{len(lone)} of {len(training)} classes have one image for training and val together ({listed(lone)}), which is trained on: '
+    yield (f'{len(lone)} of {len(training)} classes have one image for training and val together ({listed(lone)}), '
+           'which is trained on: '
            'strengths and checkpoints are chosen by the val images of the other classes, without folds.')
   if len(absent):
     yield f'{len(absent)} of {len(training)} classes have no image in val ({listed(absent)}).'
@@ -118,5 +119,6 @@ def notes(target: Target, seed: int, found: Sequence[Found], named_val: bool) ->
   if any(probed['linear']['at_edge'] for each in found for probed in each['probes'].values()):
     yield 'For some checkpoints the best strength of the logistic regression lies at the end of its grid.'
   if any(set(each['ft']) - set(each['ft_change']) for each in found):
-    yield ('How far fine-tuning moved each part is not known for all networks: they are gone, and it was taken with another '
+    yield ('How far fine-tuning moved each part is not known for all networks: they are gone, and it was taken with '
+           'another '
            'study.threshold or study.centred.')

@@ -216,7 +216,8 @@ def _grouped(features: np.ndarray, labels: np.ndarray, name: str = 'features') -
     raise ValueError(f'{name} are {features.shape} and labels {labels.shape}; expected [n, d] and [n]')
   wrong = ~np.isfinite(features).all(1)
   if wrong.any():
-    raise ValueError(f'{name} have values that are not finite: {wrong.sum()} of {len(features)} images, the first in row '
+    raise ValueError(f'{name} have values that are not finite: {wrong.sum()} of {len(features)} images, the first in '
+                     'row '
                      f'{np.argmax(wrong)}; the weights that made them are damaged or of a training that diverged')
   _, begins, sizes = np.unique(np.sort(labels), return_index=True, return_counts=True)
   return features.astype(np.float64), _Groups(np.argsort(labels, kind='stable'), begins, sizes)
@@ -233,7 +234,8 @@ def _probabilities(source_probabilities: np.ndarray, labels: np.ndarray) -> tupl
   theta, groups = _grouped(source_probabilities, labels, 'source_probabilities')
   sums = theta.sum(1)
   if theta.min() < 0 or np.abs(sums - 1).max() > 1e-2:  # such as those of bfloat16
-    raise ValueError(f'source_probabilities are from {theta.min():.3g}, and rows sum to {sums.min():.3g} to {sums.max():.3g}; expected '
+    raise ValueError(f'source_probabilities are from {theta.min():.3g}, and rows sum to {sums.min():.3g} to '
+                     f'{sums.max():.3g}; expected '
                      'probabilities, the soft-max of the logits')
   return theta, groups
 
@@ -299,7 +301,8 @@ def correlate(scores: Sequence[float | None], accuracies: Sequence[float | None]
     raise ValueError(f'{len(scores)} scores and {len(accuracies)} accuracies; expected one of each a checkpoint')
   pairs = np.array([pair for pair in zip(scores, accuracies) if None not in pair], np.float64).reshape(-1, 2)
   if not np.isfinite(pairs).all():
-    raise ValueError(f'scores {list(scores)} and accuracies {list(accuracies)}; expected finite numbers, or None where there is none')
+    raise ValueError(f'scores {list(scores)} and accuracies {list(accuracies)}; expected finite numbers, or None where '
+                     'there is none')
   # Values that differ by rounding have no order.
   if len(pairs) < 3 or (np.ptp(pairs, axis=0) <= 1e-12 * np.abs(pairs).max(0)).any():
     return Correlation(None, None, None)

@@ -33,7 +33,8 @@ def check_weights(config: ConfigDict) -> None:
     raise ValueError(f'model.source_head is {config.source_head!r}; known: {", ".join(SOURCE_HEADS)}')
   for field in ('source_head', 'batch_norm'):
     if config[field] in ('pretrained', 'frozen') and not config.weights:
-      raise ValueError(f'model.{field} is {config[field]!r} and model.weights is empty; give the weights that it is to come from')
+      raise ValueError(f'model.{field} is {config[field]!r} and model.weights is empty; give the weights that it is to '
+                       'come from')
   if not config.weights or config.weights == 'pretrain':
     return
   if (repo := hub.parse(config.weights)) is None:
@@ -45,7 +46,8 @@ def check_weights(config: ConfigDict) -> None:
 def _check_path(name: str) -> None:
   path = storage.located(name)
   if not path.exists():
-    raise ValueError(f'model.weights: there is no file or folder {name}; expected one, or timm:<name>, or hf:<owner>/<name>')
+    raise ValueError(f'model.weights: there is no file or folder {name}; expected one, or timm:<name>, or '
+                     'hf:<owner>/<name>')
   if not _is_run(path) and not storage.is_url(file := _weights_file(path)):
     torch_pickle.check(file)
 
@@ -75,9 +77,11 @@ def _weights_file(path: epath.Path) -> epath.Path:
 def _check_timm(network: str, tag: str = '', *, config: ConfigDict) -> None:
   """Many networks of timm differ from torchvision's in stem, pooling or blocks, which their names say."""
   if network not in NETWORKS:
-    raise ValueError(f'model.weights is {config.weights!r}, a {network}, which is another network than {", ".join(NETWORKS)}')
+    raise ValueError(f'model.weights is {config.weights!r}, a {network}, which is another network than '
+                     f'{", ".join(NETWORKS)}')
   if tag.startswith('ra4_'):  # as timm 1.0 has it; all others of these networks have ImageNet's mean
-    raise ValueError(f'model.weights is {config.weights!r}, which was trained on images with a mean of 0.5; the networks here take out the '
+    raise ValueError(f'model.weights is {config.weights!r}, which was trained on images with a mean of 0.5; the '
+                     'networks here take out the '
                      'mean of ImageNet')
   published = {'name': network, **build(network, {}).options}
   if published != {name: config.get(name, OPTIONS.get(name)) for name in published}:
@@ -111,14 +115,17 @@ def load_weights(name: str, network: Network, *, classes: int | None = None, cla
   if classifier:
     if 'source' not in heads:
       instead = f', but head {", ".join(sorted(heads))}' if heads else ''
-      raise ValueError(f'methods.co_tuning and methods.lwf need the classifier of the pre-training, and {name} has none{instead}; give '
+      raise ValueError(f'methods.co_tuning and methods.lwf need the classifier of the pre-training, and {name} has '
+                       f'none{instead}; give '
                        'weights with the classifier that they were trained with, or leave these methods out')
     kept['pretrained'] = heads['source']
   if classes is not None:
     if 'source' not in heads:
-      raise ValueError(f"model.source_head is 'pretrained', but {name} has no classifier; use --config.model.source_head=fresh")
+      raise ValueError(f"model.source_head is 'pretrained', but {name} has no classifier; use "
+                       "--config.model.source_head=fresh")
     if (found := len(heads['source']['bias'])) != classes:
-      raise ValueError(f"model.source_head is 'pretrained', but the classifier of {name} has {found} classes and the source data "
+      raise ValueError(f"model.source_head is 'pretrained', but the classifier of {name} has {found} classes and the "
+                       "source data "
                        f'{classes}; use --config.model.source_head=fresh')
     if class_names is not None:
       _check_same_classes(name, _source_classes(path) if own else None, class_names)
@@ -158,12 +165,15 @@ def _read_run(folder: epath.Path) -> LoadedWeights:
 def _check_same_classes(name: str, known: Sequence[str] | None, wanted: Sequence[str]) -> None:
   """Raises ValueError for a classifier of other classes than the source data, or in another order; warns if unknown."""
   if known is None:
-    log.warning("warning: model.source_head is 'pretrained' and the names of the classes of %s are not known; they must be "
+    log.warning("warning: model.source_head is 'pretrained' and the names of the classes of %s are not known; they "
+                "must be "
                 'those of the source data, in the same order', name)
   elif tuple(known) != tuple(wanted):
     first = next(k for k, pair in enumerate(zip(known, wanted)) if pair[0] != pair[1])
-    raise ValueError(f"model.source_head is 'pretrained', but the classifier of {name} has other classes than the source "
-                     f'data, or another order: class {first} is {known[first]!r} there and {wanted[first]!r} in the source '
+    raise ValueError(f"model.source_head is 'pretrained', but the classifier of {name} has other classes than the "
+                     "source "
+                     f'data, or another order: class {first} is {known[first]!r} there and {wanted[first]!r} in the '
+                     'source '
                      'data; use --config.model.source_head=fresh, or the source data that it was trained on')
 
 
