@@ -15,7 +15,7 @@ from configs import default, miniature
 from ft_jax import selecting
 from ft_jax.data import open_set
 from ft_jax.data.image_set import ImageSet
-from ft_jax.jobs import finetune, pretrain, setup
+from ft_jax.jobs import finetune, pretrain
 from ft_jax.studies import study_data
 from ft_jax.training import initial_weights
 import selection
@@ -171,9 +171,9 @@ def test_projection_features_are_the_mlp_of_the_pooled_ones(photos, tmp_path):
 def test_embeddings_of_random_weights_are_found_again_on_another_machine(photos, tmp_path, monkeypatch):
   """There the last bits of drawn weights differ; another seed draws other weights."""
   source, folder, features = open_set(f'folder:{photos}', 'test'), epath.Path(tmp_path), []
-  drawn = setup.init_variables
+  drawn = initial_weights.init_variables
   for seed, factor in ((0, 1.0), (0, 1 + 2.0 ** -23), (1, 1.0)):
-    monkeypatch.setattr(setup, 'init_variables', lambda *args, f=factor: jax.tree.map(lambda x: x * np.float32(f), drawn(*args)))
+    monkeypatch.setattr(initial_weights, 'init_variables', lambda *args, f=factor: jax.tree.map(lambda x: x * np.float32(f), drawn(*args)))
     settings = finetune.Settings.from_config(config(photos, photos, seed=seed, **{'model.width': 1}))
     features.append(finetune._encoder(settings, None, folder / 'kept', folder / 'unfinished').embed(source, 'source', means=True))
   assert len(list((folder / 'kept').iterdir())) == 2
