@@ -9,7 +9,8 @@ from ft_jax.data.image_set import digest, Image, ImageSet, Labels
 from ft_jax.data.labels import as_class_labels
 
 
-def from_arrays(images: np.ndarray | Sequence[Image], labels: Labels | None = None, class_names: Sequence[str] | None = None,
+def from_arrays(images: np.ndarray | Sequence[Image], labels: Labels | None = None,
+                class_names: Sequence[str] | None = None,
                 name: str = 'arrays') -> ImageSet:
   """Makes an image set of images in memory; see `ImageSet.from_arrays`."""
   if isinstance(images, (str, bytes)):
@@ -23,7 +24,8 @@ def from_arrays(images: np.ndarray | Sequence[Image], labels: Labels | None = No
   if not len(checked):
     raise ValueError('images is empty; expected at least one image')
   numbers, names = as_class_labels(labels, class_names, len(checked))
-  hashes = np.array([contents.of_bytes(image) if isinstance(image, bytes) else contents.of_array(image) for image in checked], contents.HASH)
+  hashes = np.array([contents.of_bytes(image) if isinstance(image, bytes) else contents.of_array(image)
+                     for image in checked], contents.HASH)
   # The position tells the user which image it is; the hash tells the images of two sets apart.
   ids = np.asarray([f'{i}-{content[:8].decode()}' for i, content in enumerate(hashes.tolist())])
   return ImageSet(
@@ -37,7 +39,8 @@ def _check_batch(array: np.ndarray) -> np.ndarray:
   """uint8 `[n, h, w, 3]` or `[n, h, w]` of an array of images."""
   expected = 'expected uint8 [n, h, w, 3], or grey [n, h, w]'
   if array.ndim == 3 and array.shape[-1] == 3:
-    raise ValueError(f'images has shape {array.shape}, which is one image [h, w, 3]; {expected}. For a set of one image give images[None]')
+    raise ValueError(f'images has shape {array.shape}, which is one image [h, w, 3]; {expected}. For a set of one '
+                     f'image give images[None]')
   if array.ndim not in (3, 4):
     raise ValueError(f'images has shape {array.shape}; {expected}')
   if 0 in array.shape[1:]:
@@ -57,7 +60,8 @@ def _check_image(image: object, i: int) -> Image:
       raise ValueError(f'{what} has no bytes; {expected}')
     return bytes(image)
   if not hasattr(image, 'shape'):
-    hint = '; paths of files are for ImageSet.from_files' if isinstance(image, str) or hasattr(image, '__fspath__') else ''
+    hint = '; paths of files are for ImageSet.from_files' if isinstance(image, str) or hasattr(image,
+                                                                                               '__fspath__') else ''
     hint = "; give np.asarray(image.convert('RGB')) of a Pillow image" if hasattr(image, 'convert') else hint
     raise ValueError(f'{what} is of type {type(image).__name__}; {expected}{hint}')
   array = np.asarray(image)

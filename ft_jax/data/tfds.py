@@ -27,14 +27,16 @@ def open_tfds(name: str, split: str, data_dir: str) -> ImageSet:
   """Opens a split of a prepared set; arguments as of `ft_jax.data.open_set`.
 
   Raises:
-    ValueError: the set is not known, not prepared or not stored as ArrayRecord, has no image and label, or has no such split.
+    ValueError: the set is not known, not prepared or not stored as ArrayRecord, has no image and label, or has no such
+      split.
   """
   builder = tfds_builder(name, data_dir)
   command = prepare_command(name, data_dir)
   if not builder.is_prepared():
     raise ValueError(f'tfds:{name} is not prepared in {builder.data_dir}; prepare it with: {command}')
   if builder.info.file_format not in (tfds.core.FileFormat.ARRAY_RECORD, None):
-    raise ValueError(f'tfds:{name} is stored as {builder.info.file_format.value} in {builder.data_dir}, which has no random access; '
+    raise ValueError(f'tfds:{name} is stored as {builder.info.file_format.value} in {builder.data_dir}, which has no '
+                     f'random access; '
                      f'write it as ArrayRecord (to another data_dir, or after moving that folder away) with: {command}')
   features = builder.info.features
   if not {'image', 'label'} <= set(features):
@@ -67,7 +69,8 @@ def prepare_command(name: str, data_dir: str) -> str:
 
 
 def tfds_builder(name: str, data_dir: str) -> Any:
-  """TFDS's builder of `name[/config][:version]`. It writes ArrayRecord, unless the set is already there in another format.
+  """TFDS's builder of `name[/config][:version]`. It writes ArrayRecord, unless the set is already there in another
+  format.
 
   Raises:
     ValueError: no set of that name, a package that its builder needs is missing, or `data_dir` cannot be used.
@@ -84,7 +87,8 @@ def tfds_builder(name: str, data_dir: str) -> Any:
     package = missing_package(error)
     raise ValueError(f'TFDS needs {package} for tfds:{name}: pip install {package}') from error
   except (tfds.core.registered.DatasetNotFoundError, AssertionError, ValueError) as error:
-    raise ValueError(f'tfds:{name}: {_reason(name, error)} The sets are listed at https://www.tensorflow.org/datasets/catalog; '
+    raise ValueError(f'tfds:{name}: {_reason(name, error)} The sets are listed at '
+                     f'https://www.tensorflow.org/datasets/catalog; '
                      f'a set of your own must be prepared in data_dir (now {data_dir or "~/tensorflow_datasets"})') from None
 
 
@@ -96,7 +100,8 @@ def _tfds_folder(data_dir: str) -> epath.Path | None:
   """
   if not data_dir:
     if home_directory() is None and not os.environ.get('TFDS_DATA_DIR'):
-      raise ValueError('there is no home directory for ~/tensorflow_datasets; give the folder of TFDS sets: --config.data_dir=... '
+      raise ValueError('there is no home directory for ~/tensorflow_datasets; give the folder of TFDS sets: '
+                       '--config.data_dir=... '
                        '(for ft_jax.data.prepare: --data_dir=...)')
     return None
   folder = located(data_dir)
@@ -138,7 +143,8 @@ def _import_fgvc_aircraft() -> None:
 
 def _undecoded(features: Any) -> dict[str, Any]:
   """TFDS decoders that leave every image as it is, masks and the like too: only `image` is decoded, later."""
-  return {key: tfds.decode.SkipDecoding() for key, feature in features.items() if isinstance(feature, tfds.features.Image)}
+  return {key: tfds.decode.SkipDecoding() for key, feature in features.items()
+          if isinstance(feature, tfds.features.Image)}
 
 
 def _class_names(builder: Any) -> list[str]:
@@ -209,8 +215,10 @@ def _places(instructions: Sequence[Any]) -> Iterator[tuple[str, str]]:
       yield file.split, f'{file.split}/{file.shard_index:05d}/{row}'
 
 
-# Where TFDS's builders put the file name of an image, and whether it needs the class in front (Caltech-101: image_0001.jpg).
-FILE_NAME_FEATURES: dict[str, bool] = {'file_name': False, 'image/filename': False, 'image/file_name': True, 'id': False}
+# Where TFDS's builders put the file name of an image, and whether it needs the class in front (Caltech-101:
+# image_0001.jpg).
+FILE_NAME_FEATURES: dict[str, bool] = {'file_name': False, 'image/filename': False, 'image/file_name': True,
+                                       'id': False}
 
 # Our own builders, for sets that TFDS does not have.
 BUILDERS: dict[str, Callable[[], None]] = {

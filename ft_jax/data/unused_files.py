@@ -1,4 +1,5 @@
-"""What is in the folder of an image set and is not used: files that are not images, images in the wrong place, and what to do about them."""
+"""What is in the folder of an image set and is not used: files that are not images, images in the wrong place, and what
+to do about them."""
 
 from collections.abc import Iterable
 import dataclasses
@@ -12,7 +13,8 @@ from ft_jax.progress import log
 
 # Endings of images in formats that are not read.
 OTHER_IMAGES = (
-    '.heic', '.heif', '.avif', '.avifs', '.jxl', '.jp2', '.j2k', '.jpf', '.jpx', '.svg', '.psd', '.tga', '.ico', '.icns',
+    '.heic', '.heif', '.avif', '.avifs', '.jxl', '.jp2', '.j2k', '.jpf', '.jpx', '.svg', '.psd', '.tga', '.ico',
+    '.icns',
     '.qoi', '.pfm', '.hdr', '.exr', '.dng', '.cr2', '.cr3', '.nef', '.arw', '.orf', '.rw2', '.raf', '.dcm')
 ARCHIVES = ('.zip', '.tar', '.tgz', '.gz', '.bz2', '.tbz2', '.xz', '.txz', '.zst', '.7z', '.rar')
 TABLES = ('.csv', '.tsv', '.xls', '.xlsx', '.parquet')
@@ -49,7 +51,8 @@ class Unused:
     return Unused(self.root, {**self.found, **other.found})
 
   def __str__(self) -> str:
-    """One clause per kind, images first, then the most frequent: `12 .heic, such as a/1.heic (save as .jpg or .png)`."""
+    """One clause per kind, images first, then the most frequent: `12 .heic, such as a/1.heic (save as .jpg or
+    .png)`."""
     kinds: dict[str, Found] = {}
     for (_, kind), found in self.found.items():
       known = kinds.get(kind, Found(0, found.first))

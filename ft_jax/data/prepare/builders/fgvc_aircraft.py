@@ -42,10 +42,12 @@ class FgvcAircraft(tfds.core.GeneratorBasedBuilder):
             'file_name': tfds.features.Text(),  # such as 0034309.jpg
         }))
 
-  def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator[tuple[str, dict[str, Any]]]]:
+  def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str,
+                                                                                 Iterator[tuple[str, dict[str, Any]]]]:
     data = dl_manager.download_and_extract(URL) / 'fgvc-aircraft-2013b' / 'data'
     # The names come with the archive, in the order of their labels; TFDS stores them with the set.
-    self.info.features['label'].names = [line.strip() for line in (data / 'variants.txt').read_text().strip().splitlines()]
+    self.info.features['label'].names = [line.strip()
+                                         for line in (data / 'variants.txt').read_text().strip().splitlines()]
     return {split: self._generate_examples(data, f'images_variant_{part}.txt')
             for split, part in (('train', 'train'), ('validation', 'val'), ('test', 'test'))}
 
