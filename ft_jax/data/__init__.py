@@ -1,5 +1,4 @@
-"""Image sets, whatever they are stored in: `open_set('folder:photos', 'train')`, `ImageSet.from_arrays(images,
-labels)`.
+"""Image sets of any kind: `open_set('folder:photos', 'train')`, `ImageSet.from_arrays(images, labels)`.
 
 A back-end is one file that makes an ImageSet, and one row of BACKENDS. It is imported when a set of its kind is opened,
 so that importing this package needs neither TFDS nor grain.

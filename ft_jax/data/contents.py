@@ -1,5 +1,4 @@
-"""The contents of image files: reading them, and hashes that identify an image on every machine and under every
-name."""
+"""The contents of image files: reading them, and hashes that identify an image under any name and on any machine."""
 
 from collections.abc import Sequence
 from concurrent import futures
@@ -16,11 +15,9 @@ from ft_jax.data import disk_cache
 
 # The dtype of hashes: 32 hexadecimal digits each. An empty one means that the contents are not known.
 HASH = np.dtype('S32')
-# An uncompressed image of decode.MAX_PIXELS, four channels of 16 bits, and some metadata. No file that is larger is
-# read.
+# No larger file is read. Enough for decode.MAX_PIXELS without compression, four channels of 16 bits, and metadata.
 MAX_FILE_BYTES = 2_000_000_000
-# A file may change again within the resolution of its times, so the hash of one that has just been written is not
-# cached.
+# A file may change again within the resolution of its times: the hash of one just written is not cached.
 _FRESH_NS = 2_000_000_000
 # From this many bytes on the log says what takes so long.
 _LOGGED_BYTES = 2_000_000_000
@@ -28,8 +25,7 @@ _CHUNK = 512
 
 
 class Files(NamedTuple):
-  """Hashes of files, `[n]` of dtype HASH, empty for files that cannot be read, and their sizes in bytes, 0 for missing
-  ones."""
+  """Hashes of files, `[n]` of dtype HASH (empty if they cannot be read), and their sizes in bytes (0 if missing)."""
   hashes: np.ndarray
   sizes: list[int]
 
@@ -42,11 +38,11 @@ def read_file(path: pathlib.Path) -> bytes:
       nothing but holes, may be endless.
   """
   if path.is_symlink() and not path.exists():
-    raise ValueError(f'{path} is a link to {os.readlink(path)}, which does not exist; restore that file, or remove the '
-                     f'link')
+    raise ValueError(f'{path} is a link to {os.readlink(path)}, which does not exist; restore that file, '
+                     'or remove the link')
   if (size := path.stat().st_size) > MAX_FILE_BYTES:
-    raise ValueError(f'{path} has {size:,d} bytes; expected an image of at most {MAX_FILE_BYTES:,d}. Scale it down or '
-                     f'move it')
+    raise ValueError(f'{path} has {size:,d} bytes; expected an image of at most {MAX_FILE_BYTES:,d}. Scale it down '
+                     'or move it')
   return path.read_bytes()
 
 
@@ -60,6 +56,11 @@ def of_array(image: np.ndarray) -> bytes:
   state = hashlib.sha256(repr((image.shape, image.dtype.str)).encode())
   state.update(np.ascontiguousarray(image).data)
   return state.hexdigest()[:32].encode()
+
+
+def of_image(image: bytes | np.ndarray) -> bytes:
+  """The hash of an image: of the bytes of its file, or of its pixels."""
+  return of_bytes(image) if isinstance(image, bytes) else of_array(image)
 
 
 def of_files(paths: Sequence[str | os.PathLike[str]], root: str, what: str) -> Files:
@@ -94,10 +95,9 @@ def of_files(paths: Sequence[str | os.PathLike[str]], root: str, what: str) -> F
 
 
 def stat_key(path: str, stat: os.stat_result) -> bytes:
-  """Changes when a file is written, moved or replaced, even if its name, size and modification time are made to stay
-  the same."""
-  return of_bytes(b'%s %d %d %d %d' % (os.fsencode(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns,
-                                       stat.st_ino))
+  """Changes when a file is written, moved or replaced, even if its size and modification time are set back."""
+  numbers = stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino
+  return of_bytes(b'%s %d %d %d %d' % (os.fsencode(path), *numbers))
 
 
 def _stat(path: str) -> os.stat_result | None:
@@ -108,8 +108,7 @@ def _stat(path: str) -> os.stat_result | None:
 
 
 def _hash_files(paths: Sequence[str], sizes: dict[int, int], what: str) -> dict[int, bytes]:
-  """Hashes by index for the paths that `sizes` has an entry for, read on all cores; empty for files that cannot be
-  read."""
+  """Hashes by index for the paths that `sizes` has, read on all cores; empty for files that cannot be read."""
   def read(i: int) -> bytes:
     if sizes[i] > MAX_FILE_BYTES:  # not an image: only its size counts
       return of_bytes(b'%d bytes' % sizes[i])

@@ -1,5 +1,4 @@
-"""Crops of an image at the size of the network's input: the random one of training, and the one in the middle for
-evaluation."""
+"""Crops of an image at the network's input size: random ones for training, the middle for evaluation."""
 
 import math
 from typing import NamedTuple
@@ -44,14 +43,15 @@ def random_resized_crop(
 
 
 def mirror(image: np.ndarray) -> np.ndarray:
-  """Flips an image left to right in place. Copying numpy's reversed view takes thirty times as long and blocks the
-  other threads."""
+  """Flips an image left to right in place.
+
+  Copying numpy's reversed view takes thirty times as long, and blocks the other threads.
+  """
   return cv2.flip(image, 1, dst=image)
 
 
 def center_crop(image: np.ndarray, size: int, short_side: int) -> np.ndarray:
-  """Resizes the image so that its short side has `short_side` pixels (Pillow's antialiased bilinear) and crops the
-  middle.
+  """Resizes the image to a short side of `short_side` pixels (Pillow's antialiased bilinear) and crops the middle.
 
   With 224 and 256 this is how torchvision evaluates its weights: Resize(256), CenterCrop(224). Only the middle is
   computed.

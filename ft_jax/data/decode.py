@@ -1,5 +1,4 @@
-"""Decoding: from the bytes of an image file to pixels, its dimensions from the head of the file, and thumbnails for
-pages."""
+"""From the bytes of an image file to pixels, to its dimensions (from the head alone), and to a thumbnail."""
 
 from collections.abc import Callable
 import io
@@ -19,8 +18,7 @@ from ft_jax.data.crop import center_crop
 cv2.setNumThreads(0)
 # Pillow warns from 89 megapixels on and refuses from 179; here MAX_PIXELS is the limit, and the error names the file.
 PIL.Image.MAX_IMAGE_PIXELS = None
-# Nobody who trains on ten thousand files wants to hear of odd metadata. (A filter around a single call is not
-# thread-safe.)
+# Odd metadata is not worth a warning for each of ten thousand files. (A filter for one call is not thread-safe.)
 warnings.filterwarnings('ignore', category=UserWarning, module=r'PIL\.')
 
 MAX_PIXELS = 200_000_000
@@ -142,8 +140,8 @@ class TooLargeError(ValueError):
 def _check_size(width: int, height: int, example_id: str) -> None:
   if width * height > MAX_PIXELS:
     raise TooLargeError(
-        f'{example_id} is an image of {width} x {height} pixels; expected at most {MAX_PIXELS:,d}. Scale it down or '
-        f'move it')
+        f'{example_id} is an image of {width} x {height} pixels; expected at most {MAX_PIXELS:,d}. Scale it down '
+        'or move it')
 
 
 def _unreadable(example_id: str, error: Exception) -> ValueError:
@@ -164,8 +162,7 @@ def _open(image: bytes, example_id: str) -> PIL.Image.Image:
     picture = PIL.Image.open(io.BytesIO(image), formats=tuple(FORMATS))
     _check_size(*picture.size, example_id)
     return picture
-  # damaged files make Pillow's parsers raise almost anything: KeyError, struct.error, zlib.error, ...
-  except Exception as error:
+  except Exception as error:  # Pillow's parsers raise almost anything for damaged files: KeyError, struct.error, ...
     raise _unreadable(example_id, error) from error
 
 
@@ -175,8 +172,8 @@ def _to_rgb(picture: PIL.Image.Image) -> np.ndarray:
     # Pillow's own conversion would clip everything above 255.
     return cv2.cvtColor((np.asarray(picture) >> 8).astype(np.uint8), cv2.COLOR_GRAY2RGB)
   if picture.mode in ('I', 'F'):
-    raise ValueError(f'its pixels are of mode {picture.mode}, whose range is not known; save it with 8 or 16 bits per '
-                     f'channel')
+    raise ValueError(f'its pixels are of mode {picture.mode}, whose range is not known; save it with 8 or 16 bits '
+                     'per channel')
   if not picture.has_transparency_data:
     return np.asarray(picture.convert('RGB'))
   layer = picture.convert('RGBA')

@@ -69,8 +69,7 @@ def _digits(writers: range) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[st
 
 
 def _patches() -> tuple[np.ndarray, np.ndarray, list[str], tuple[str, ...]]:
-  """Random squares of each region of scikit-learn's two photographs, averaged down to 8x8 grey pixels of full
-  contrast."""
+  """Random squares of each region of scikit-learn's two photographs, reduced to 8x8 grey pixels of full contrast."""
   from sklearn import datasets
 
   rng = np.random.default_rng(0)

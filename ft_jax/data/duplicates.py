@@ -46,8 +46,7 @@ def _frequencies() -> tuple[np.ndarray, np.ndarray]:
 
 
 def _cosines() -> np.ndarray:
-  """Rows of the cosine transform `[frequencies, _SIDE]` as whole numbers: their float64 sums are equal on every
-  machine."""
+  """Cosine transform `[frequencies, _SIDE]`, rounded to integers: their float64 sums are equal on every machine."""
   frequencies = np.arange(1 + max(_ROWS.max(), _COLUMNS.max()))
   angles = np.pi * np.outer(frequencies, np.arange(_SIDE) + 0.5) / _SIDE
   return np.round(_UNIT * np.cos(angles))
@@ -122,22 +121,18 @@ def _content_hashes(images: ImageSet) -> np.ndarray:
   if images.contents is not None:
     return images.contents
   read = (images.read(int(row)) for row in images.rows)
-  return np.array([contents.of_array(image) if isinstance(image, np.ndarray) else contents.of_bytes(image)
-                   for image in read],
-                  contents.HASH)
+  return np.array([contents.of_image(image) for image in read], contents.HASH)
 
 
-def _hash_all(examples: Sequence[tuple[ImageSet, int]], what: str, chunk: int = 512) -> tuple[dict[str, np.ndarray],
-                                                                                              bool]:
-  """The arrays of Hashes that need decoding, of examples by set and position; and whether all of their bytes could be
-  read.
+def _hash_all(examples: Sequence[tuple[ImageSet, int]], what: str,
+              chunk: int = 512) -> tuple[dict[str, np.ndarray], bool]:
+  """The arrays of Hashes that need decoding, of examples by set and position; and whether all bytes could be read.
 
   The array `distinctive` is called `told` here, as in the caches of earlier versions.
   """
   if len(examples) > 20_000:  # takes a minute or more
-    progress.log.info('hashing the pixels of %s images of %s to find duplicates, once: later runs find the hashes in '
-                      'the cache',
-                      f'{len(examples):,d}', what)
+    progress.log.info('hashing the pixels of %s images of %s to find duplicates, once: later runs find the hashes '
+                      'in the cache', f'{len(examples):,d}', what)
   found: list[tuple[bytes, np.ndarray, bool] | None] = []
   starts = range(0, len(examples), chunk)
   with futures.ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -1,7 +1,6 @@
-"""ImageSet: labels, ids and class names of the examples of a set, and its images, read one by one when they are asked
-for.
+"""ImageSet: the labels, ids and class names of a set, and its images, each read when it is needed.
 
-What a set is stored in (a folder, a TFDS set, arrays, ...) is the matter of the back-ends, one file each; see
+Where the images come from (a folder, a TFDS set, arrays, ...) is the back-ends' matter, one file each: see
 `ft_jax.data.BACKENDS`.
 """
 
@@ -106,8 +105,8 @@ class ImageSet:
     """Images in memory. Arrays are not copied, so they must not change afterwards.
 
     Args:
-      images: uint8 `[n, h, w, 3]` (RGB) or `[n, h, w]` (grey), or a list with one image each: uint8 `[h, w, 3]` or `[h,
-        w]` of any size, or the bytes of an image file.
+      images: uint8 `[n, h, w, 3]` (RGB) or `[n, h, w]` (grey), or a list with one image each: uint8 `[h, w, 3]` or
+        `[h, w]` of any size, or the bytes of an image file.
       labels: the class of each image, by number (0 is the first class) or by name. None makes one class of them, as in
         a folder
         without class folders: such a set can be predicted, or be the pool of methods.fixmatch.
@@ -151,8 +150,10 @@ class ImageSet:
     return self.subset(np.flatnonzero(np.isin(self.labels, classes)))
 
   def without(self, names: Sequence[str | int]) -> 'ImageSet':
-    """The set without some classes; the remaining classes are numbered anew. A number stands for the class of that
-    name.
+    """The set without some classes; the remaining classes are numbered anew.
+
+    Args:
+      names: of the classes to leave out. A number stands for the class of that name.
 
     Raises:
       ValueError: a class that the set does not have, or all of its classes.
@@ -179,14 +180,12 @@ class ImageSet:
   # --- look-ups ---
 
   def at_ids(self, ids: Sequence[str]) -> np.ndarray:
-    """The positions of the examples with these ids, int64 `[len(ids)]`; raises ValueError if any id is not in the
-    set."""
+    """The positions of the examples with these ids, int64 `[len(ids)]`; raises ValueError if one is not in the set."""
     positions = {name: i for i, name in enumerate(self.ids.tolist())}
     missing = [name for name in ids if name not in positions]
     if missing:
-      raise ValueError(f'{len(missing):,d} of {len(ids):,d} ids are not in {self.name}, such as {missing[0]!r}; its '
-                       f'ids look like '
-                       f'{str(self.ids[0])!r}')
+      raise ValueError(f'{len(missing):,d} of {len(ids):,d} ids are not in {self.name}, such as {missing[0]!r}; '
+                       f'its ids look like {str(self.ids[0])!r}')
     return np.array([positions[name] for name in ids], np.int64)
 
   def is_known_as(self, fingerprint: str) -> bool:
@@ -215,8 +214,7 @@ def split_off_val(images: ImageSet, fraction: float, seed: int) -> tuple[ImageSe
 
 
 def sample_per_class(images: ImageSet, per_class: int, seed: int, fraction: float = 1.0) -> tuple[ImageSet, ImageSet]:
-  """Draws `per_class` examples of every class or, if that is 0, a fraction of them, at least one: (the sample, the
-  rest).
+  """Draws `per_class` examples of every class or, if 0, a fraction of them, at least one: (the sample, the rest).
 
   The choice depends only on the seed and on what follows the first slash of the ids. What precedes it is the split that
   an image is stored in (the class, in a folder without splits): whether an image is drawn does not depend on its split.

@@ -7,8 +7,8 @@ import numpy as np
 from ft_jax.data.image_set import Labels, UNLABELLED
 
 
-def as_class_labels(labels: Labels | None, class_names: Sequence[str] | None, count: int) -> tuple[np.ndarray,
-                                                                                                   tuple[str, ...]]:
+def as_class_labels(labels: Labels | None, class_names: Sequence[str] | None,
+                    count: int) -> tuple[np.ndarray, tuple[str, ...]]:
   """The labels of `count` images as int32 `[count]`, and the names of the classes.
 
   Args:
@@ -33,13 +33,13 @@ def as_class_labels(labels: Labels | None, class_names: Sequence[str] | None, co
     raise ValueError(f'labels has shape {values.shape}; expected one class per image, [{count}]. '
                      'If the rows are one-hot, give labels.argmax(1)')
   if values.shape != (count,):
-    raise ValueError(f'labels has shape {values.shape}, but there are {count:,d} images; expected one label per image, '
-                     f'[{count}]')
+    raise ValueError(f'labels has shape {values.shape}, but there are {count:,d} images; expected one label '
+                     f'per image, [{count}]')
   if values.dtype.kind in 'US':
     return _numbers_of_names(values.astype(str), names)
   if values.dtype.kind not in 'iu':
-    raise ValueError(f'labels has dtype {values.dtype}; expected integers, 0 for the first class, or the names of '
-                     f'classes')
+    raise ValueError(f'labels has dtype {values.dtype}; expected integers, 0 for the first class, or the names '
+                     'of classes')
   if values.min() < 0:
     i = int(values.argmin())
     raise ValueError(f'labels[{i}] is {values[i]}; expected numbers from 0 on. Leave images without a label out')
@@ -71,12 +71,12 @@ def _as_array(labels: Labels) -> np.ndarray:
   try:
     values = np.asarray(labels)
   except ValueError as error:  # rows of different lengths
-    raise ValueError('labels has entries of different lengths; expected one number or name of a class per image') from error
+    raise ValueError('labels has entries of different lengths; expected one number or name of a class per '
+                     'image') from error
   if values.dtype.kind == 'O' and values.ndim == 1 and all(isinstance(value, str) for value in values.tolist()):
     return values.astype(str)  # a pandas column of strings
-  mixed = not isinstance(labels, np.ndarray) and values.dtype.kind in 'US' and not all(isinstance(value, str)
-                                                                                       for value in labels)
-  if mixed:  # numpy would make strings of the numbers
+  became_strings = not isinstance(labels, np.ndarray) and values.dtype.kind in 'US'
+  if became_strings and not all(isinstance(value, str) for value in labels):
     raise ValueError('labels mixes strings with other values; expected either the numbers of classes or their names')
   return values
 

@@ -146,8 +146,7 @@ def train_batches(images: ImageSet, transform: Transform, batch_size: int, *, st
 
 
 def place_of(step: int, skip: Sequence[int]) -> int:
-  """The position in the order of the batch of a step (both counted from 0), if the batches at the positions `skip` are
-  left out."""
+  """The position of the batch of a step in the order (both from 0), if the positions `skip` are left out."""
   for place in sorted(skip):
     step += place <= step
   return step
@@ -211,8 +210,10 @@ def _balanced_order(images: ImageSet, key: int) -> Callable[[int], int]:
 
 
 class EvalBatches:
-  """Every example once, in order, in batches of one size; the last ones are padded and masked so that all hosts make
-  equally many."""
+  """Every example once, in order, in batches of one size.
+
+  The last ones are padded and masked, so that all hosts make equally many.
+  """
 
   def __init__(self, images: ImageSet, transform: Transform, batch_size: int, timeout: float = TIMEOUT, start: int = 0):
     """Begins with batch `start`.
@@ -268,15 +269,13 @@ class _Reading:
   def __str__(self) -> str:
     # A copy, because the threads change it meanwhile.
     slowest = sorted(self.since.copy().values(), key=lambda row_and_time: row_and_time[1])[:3]
-    return ', '.join(f'{self.images.ids[row]} for {time.monotonic() - began:.0f} s' for row,
-                     began in slowest) or 'nothing'
+    now = time.monotonic()
+    return ', '.join(f'{self.images.ids[row]} for {now - began:.0f} s' for row, began in slowest) or 'nothing'
 
 
 def _make_batch(reading: _Reading, rows: Sequence[int], fill: Callable[[int, Example, Mapping[str, np.ndarray]], None],
-                size: int,
-                views: Sequence[str]) -> Batch:
-  """The examples of some rows; `fill` gets the position in the batch, the example, and the arrays to write its views
-  to."""
+                size: int, views: Sequence[str]) -> Batch:
+  """A batch of some rows; `fill` gets a position in the batch, the example, and the arrays to write its views to."""
   images, thread = reading.images, threading.get_ident()
   arrays = {view: np.empty((len(rows), size, size, 3), np.uint8) for view in views}
   labels = np.empty(len(rows), np.int32)
@@ -300,8 +299,7 @@ def _prefetched(batches: grain.MapDataset, start: int) -> Iterator[Batch]:
 
 def _with_timeout(batches: Iterator[Batch], reading: _Reading, timeout: float,
                   cancelled: Callable[[], bool] = lambda: False) -> Iterator[Batch]:
-  """The same batches, fetched by a thread, so that a file system that hangs does not hang the program; see
-  `train_batches`."""
+  """The same batches, fetched by a thread: a disk that hangs does not hang the program; see `train_batches`."""
   pool = concurrent.futures.ThreadPoolExecutor(1, 'batches')
   try:
     while True:

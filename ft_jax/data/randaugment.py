@@ -42,8 +42,8 @@ class Operation(NamedTuple):
 def randaugment(image: np.ndarray, count: int, magnitude: int, rng: np.random.Generator) -> np.ndarray:
   """Applies random operations to an image in place, one after the other.
 
-  Each is drawn from OPERATIONS with replacement, and applied with probability 1/2 at a strength from 1 to `magnitude` -
-  1.
+  Each is drawn from OPERATIONS with replacement, and applied with probability 1/2 at a strength from 1 to
+  `magnitude` - 1.
 
   Args:
     image: uint8 `[h, w, 3]`.
@@ -66,8 +66,7 @@ def randaugment(image: np.ndarray, count: int, magnitude: int, rng: np.random.Ge
 def cutout(image: np.ndarray, fraction: float, rng: np.random.Generator) -> np.ndarray:
   """Puts a grey square on an image in place (DeVries and Taylor, 2017), centred anywhere and cut off at the borders.
 
-  The published code differs: its square is one pixel larger, and is moved inside if it crosses the left or upper
-  border.
+  The published code differs: its square is one pixel larger, and moved inside if it crosses the left or upper border.
 
   Args:
     image: uint8 `[h, w, 3]`.

@@ -36,8 +36,8 @@ def open_tfds(name: str, split: str, data_dir: str) -> ImageSet:
     raise ValueError(f'tfds:{name} is not prepared in {builder.data_dir}; prepare it with: {command}')
   if builder.info.file_format not in (tfds.core.FileFormat.ARRAY_RECORD, None):
     raise ValueError(f'tfds:{name} is stored as {builder.info.file_format.value} in {builder.data_dir}, which has no '
-                     f'random access; '
-                     f'write it as ArrayRecord (to another data_dir, or after moving that folder away) with: {command}')
+                     'random access; write it as ArrayRecord (to another data_dir, or after moving that folder away) '
+                     f'with: {command}')
   features = builder.info.features
   if not {'image', 'label'} <= set(features):
     raise ValueError(f'tfds:{name} has the features {", ".join(features)}; expected image and label')
@@ -69,8 +69,7 @@ def prepare_command(name: str, data_dir: str) -> str:
 
 
 def tfds_builder(name: str, data_dir: str) -> Any:
-  """TFDS's builder of `name[/config][:version]`. It writes ArrayRecord, unless the set is already there in another
-  format.
+  """TFDS's builder of `name[/config][:version]`. It writes ArrayRecord, unless the set exists in another format.
 
   Raises:
     ValueError: no set of that name, a package that its builder needs is missing, or `data_dir` cannot be used.
@@ -88,8 +87,8 @@ def tfds_builder(name: str, data_dir: str) -> Any:
     raise ValueError(f'TFDS needs {package} for tfds:{name}: pip install {package}') from error
   except (tfds.core.registered.DatasetNotFoundError, AssertionError, ValueError) as error:
     raise ValueError(f'tfds:{name}: {_reason(name, error)} The sets are listed at '
-                     f'https://www.tensorflow.org/datasets/catalog; '
-                     f'a set of your own must be prepared in data_dir (now {data_dir or "~/tensorflow_datasets"})') from None
+                     'https://www.tensorflow.org/datasets/catalog; a set of your own must be prepared in data_dir '
+                     f'(now {data_dir or "~/tensorflow_datasets"})') from None
 
 
 def _tfds_folder(data_dir: str) -> epath.Path | None:
@@ -101,8 +100,7 @@ def _tfds_folder(data_dir: str) -> epath.Path | None:
   if not data_dir:
     if home_directory() is None and not os.environ.get('TFDS_DATA_DIR'):
       raise ValueError('there is no home directory for ~/tensorflow_datasets; give the folder of TFDS sets: '
-                       '--config.data_dir=... '
-                       '(for ft_jax.data.prepare: --data_dir=...)')
+                       '--config.data_dir=... (for ft_jax.data.prepare: --data_dir=...)')
     return None
   folder = located(data_dir)
   name = os.fspath(folder)
@@ -119,7 +117,8 @@ def _reason(name: str, error: Exception) -> str:
   """Why TFDS refuses a name, in one sentence; its own message lists several hundred names, is cut off, or is empty."""
   reason = (str(error).strip() or 'there is no such set, config or version.').splitlines()[0]
   if reason.startswith('Parsing builder name string'):
-    return 'expected tfds:<name>[/config][:version], such as tfds:oxford_iiit_pet or tfds:sun397/standard-part1-120k:4.0.0.'
+    return ('expected tfds:<name>[/config][:version], such as tfds:oxford_iiit_pet or '
+            'tfds:sun397/standard-part1-120k:4.0.0.')
   if re.search(r'BuilderConfig .* not found', reason):
     set_name, config = re.split('[/:]', name)[:2]
     known = [known.name for known in tfds.builder_cls(set_name).BUILDER_CONFIGS]
@@ -215,10 +214,14 @@ def _places(instructions: Sequence[Any]) -> Iterator[tuple[str, str]]:
       yield file.split, f'{file.split}/{file.shard_index:05d}/{row}'
 
 
-# Where TFDS's builders put the file name of an image, and whether it needs the class in front (Caltech-101:
-# image_0001.jpg).
-FILE_NAME_FEATURES: dict[str, bool] = {'file_name': False, 'image/filename': False, 'image/file_name': True,
-                                       'id': False}
+# Where TFDS's builders put the file name of an image, and whether it needs the class in front (as image_0001.jpg of
+# Caltech-101).
+FILE_NAME_FEATURES: dict[str, bool] = {
+    'file_name': False,
+    'image/filename': False,
+    'image/file_name': True,
+    'id': False,
+}
 
 # Our own builders, for sets that TFDS does not have.
 BUILDERS: dict[str, Callable[[], None]] = {

@@ -130,8 +130,7 @@ class Originals(tfds.download.DownloadManager):
                      f'{name} is published at {url}')
 
   def _link(self, name: str, paths: Mapping[str, pathlib.Path]) -> pathlib.Path:
-    """A folder that looks like the unpacked archive and has nothing else in it: builders use everything that they
-    find."""
+    """A folder that looks like the unpacked archive, with nothing else in it: builders use all files that they find."""
     root = self._links / name
     for place, path in paths.items():
       (root / place).parent.mkdir(parents=True, exist_ok=True)

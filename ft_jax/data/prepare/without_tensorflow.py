@@ -61,8 +61,7 @@ def _encode(image: np.ndarray, kind: str, **options: Any) -> _Bytes:
   return _Bytes(stream.getvalue())
 
 
-def _encode_jpeg(image: np.ndarray, format: str = '',
-                 quality: int = 95) -> _Bytes:  # noqa: A002, the name of TensorFlow
+def _encode_jpeg(image: np.ndarray, format: str = '', quality: int = 95) -> _Bytes:  # TensorFlow's names
   del format
   return _encode(image, 'JPEG', quality=quality, subsampling=2)  # TensorFlow halves the colours too
 

@@ -50,14 +50,14 @@ def prepare(name: str, data_dir: str = '', originals_dir: str = '') -> str:
   if builder.is_prepared():
     file_format = builder.info.file_format.value
     if file_format != 'array_record':
-      raise ValueError(f'{builder.data_dir} has tfds:{name} as {file_format}; move that folder away, or give another '
-                       f'--data_dir')
+      raise ValueError(f'{builder.data_dir} has tfds:{name} as {file_format}; move that folder away, or give '
+                       'another --data_dir')
     progress.log.info('tfds:%s exists already: %s', name, _counts(builder))
     return str(builder.data_dir)
   root = pathlib.Path(os.path.expanduser(builder.data_dir_root))
   if pathlib.Path(builder.data_dir).exists():
-    raise ValueError(f'{builder.data_dir} exists, but the set in it is not complete; move that folder away and start '
-                     f'again')
+    raise ValueError(f'{builder.data_dir} exists, but the set in it is not complete; move that folder away '
+                     'and start again')
   folder = pathlib.Path(os.path.expanduser(originals_dir)) if originals_dir else None
   if folder and not folder.is_dir():
     raise ValueError(f'--from: there is no folder {folder}; expected one with the files of tfds:{name}: '
