@@ -74,6 +74,20 @@ def decode(image: bytes | np.ndarray, example_id: str, scratch: bool = False) ->
       raise _unreadable(example_id, error) from error
 
 
+def from_pillow(picture: PIL.Image.Image, example_id: str) -> np.ndarray:
+  """A Pillow image of any mode to uint8 `[h, w, 3]`, as `decode` does with its file.
+
+  Raises:
+    ValueError: a damaged file, unknown range of pixels, or more than 200 megapixels; the message names the example.
+  """
+  try:
+    picture.load()
+    _check_size(*picture.size, example_id)
+    return _upright(_to_rgb(picture), _orientation(picture))
+  except Exception as error:
+    raise _unreadable(example_id, error) from error
+
+
 def dimensions(image: bytes | np.ndarray, example_id: str) -> tuple[int, int]:
   """Height and width of what `decode` returns, from the head of the file alone.
 
