@@ -22,7 +22,7 @@ import optax
 from ft_jax import methods, parallel
 from ft_jax.methods import METHODS
 from ft_jax.methods.base import SetupContext
-from ft_jax.models import resnet
+from ft_jax.models import build, NETWORKS
 from ft_jax.training.step import create_state, make_train_step
 
 TARGETS, SOURCES = 100, 1000
@@ -34,10 +34,10 @@ class Step:
   def __init__(self, args: argparse.Namespace, names: list[str], parts: int = 1):
     active = methods.active({name: dict(METHODS[name].published) for name in names})
     unlabelled = any(method.unlabelled_source for method in active.values())
-    needs = methods.all_needs(active, resnet.build(args.name, {}, width=args.width))
+    needs = methods.all_needs(active, build(args.name, {}, width=args.width))
     joint = args.source and not unlabelled
     heads = {'target': TARGETS} | ({'source': SOURCES} if joint else {}) | ({'pretrained': SOURCES} if needs.trained_classifier else {})
-    model = resnet.build(args.name, heads, width=args.width)
+    model = build(args.name, heads, width=args.width)
     data = batch_of(args, ['target', *(['source'] if args.source or unlabelled else [])])
     start = jax.device_get(jax.jit(model.clone(heads={'pretrained': SOURCES}).init)(jax.random.key(1), data['target']['input'][:1]))
     variables = jax.device_get(jax.jit(model.init)(jax.random.key(0), data['target']['input'][:1]))
@@ -81,7 +81,7 @@ def batch_of(args: argparse.Namespace, streams: list[str]) -> dict[str, dict[str
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument('--name', default='resnet18', choices=resnet.NETWORKS)
+  parser.add_argument('--name', default='resnet18', choices=NETWORKS)
   parser.add_argument('--width', type=int, default=64)
   parser.add_argument('--size', type=int, default=64)
   parser.add_argument('--batch', type=int, default=32)
@@ -89,7 +89,7 @@ def main() -> None:
   parser.add_argument('--source', action='store_true', help='joint fine-tuning: as many source images a step')
   parser.add_argument('--only', nargs='*', default=list(METHODS), choices=METHODS)
   args = parser.parse_args()
-  model = resnet.build(args.name, {})
+  model = build(args.name, {})
   teachers = [name for name in args.only if METHODS[name](**METHODS[name].published).needs(model).teacher]
   cases = {name: ([name], 1) for name in args.only} | {'plain, accumulate_steps=4': ([], 4)}
   if len(teachers) > 1:

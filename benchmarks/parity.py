@@ -32,7 +32,8 @@ import numpy as np
 import optax
 from safetensors.numpy import load_file, save_file
 
-from ft_jax.models import export, resnet, weights
+from ft_jax.models import build, export, resnet, weights
+from ft_jax.models.network import Outputs
 from ft_jax.training import optimizer, step
 
 CLASSES = 1000
@@ -60,14 +61,14 @@ def in_torch(state: dict[str, np.ndarray], name: str, images: np.ndarray, labels
 
 def ours(state: dict[str, np.ndarray], name: str, images: np.ndarray, labels: np.ndarray) -> tuple[Arrays, dict[str, np.ndarray]]:
   """The same by this project, and the state dict that it exports."""
+  model = build(name, {'source': CLASSES})
   with tempfile.TemporaryDirectory() as folder:
     save_file(state, f'{folder}/weights.safetensors')
-    variables = weights.load_torch(f'{folder}/weights.safetensors')
-    save_file(export.state_dict(variables, 'source'), f'{folder}/exported.safetensors')
+    variables = weights.read(f'{folder}/weights.safetensors', model).variables
+    save_file(export.state_dict(model, variables, 'source'), f'{folder}/exported.safetensors')
     exported = load_file(f'{folder}/exported.safetensors')
-  model = resnet.build(name, {'source': CLASSES})
 
-  def loss_fn(params: Any) -> tuple[jax.Array, tuple[resnet.Outputs, Any]]:
+  def loss_fn(params: Any) -> tuple[jax.Array, tuple[Outputs, Any]]:
     outputs, updates = model.apply({**variables, 'params': params}, images, train=True, mutable=['batch_stats'])
     return optax.softmax_cross_entropy_with_integer_labels(outputs.logits['source'], labels).mean(), (outputs, updates)
 
@@ -80,9 +81,9 @@ def ours(state: dict[str, np.ndarray], name: str, images: np.ndarray, labels: np
   state = step.create_state(variables, tx)
   after = optax.apply_updates(state.params, tx.update(gradients, state.opt_state, state.params)[0])
   named = lambda outputs: {'features': outputs.features, 'logits': outputs.logits['source'], **outputs.taps}
-  return {'eval': named(evaluated), 'train': named(trained), 'statistics': export.state_dict(updates, None),
-          'gradients': export.state_dict({'params': gradients}, 'source'),
-          'after a step': export.state_dict({'params': after}, 'source')}, exported
+  return {'eval': named(evaluated), 'train': named(trained), 'statistics': export.state_dict(model, updates, None),
+          'gradients': export.state_dict(model, {'params': gradients}, 'source'),
+          'after a step': export.state_dict(model, {'params': after}, 'source')}, exported
 
 
 @contextlib.contextmanager

@@ -21,13 +21,13 @@ import numpy as np
 import optax
 
 from ft_jax import parallel
-from ft_jax.models import conv, resnet
+from ft_jax.models import build, conv, resnet
 from ft_jax.training.step import create_state, make_train_step
 
 
 def make_step(name: str, width: int, size: int, batch: int) -> Callable[[], None]:
   """A function of no arguments that runs one step and waits for it."""
-  model = resnet.build(name, {'source': 200}, width=width)
+  model = build(name, {'source': 200}, width=width)
   images = np.random.default_rng(0).integers(0, 255, (batch, size, size, 3)).astype(np.uint8)
   variables = jax.device_get(jax.jit(model.init)(jax.random.key(0), images[:1]))
   optimizer = optax.sgd(0.01, 0.9, nesterov=True)

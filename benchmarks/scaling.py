@@ -30,7 +30,7 @@ import optax
 from ft_jax import methods, parallel
 from ft_jax.methods import METHODS
 from ft_jax.methods.base import SetupContext
-from ft_jax.models import resnet
+from ft_jax.models import build, NETWORKS
 from ft_jax.training.step import create_state, make_train_step
 
 TARGETS, SOURCES, DEVICES = 37, 1000, 4
@@ -66,7 +66,7 @@ def make(args: argparse.Namespace, names: tuple[str, ...], fields: dict[str, Any
   active = methods.active({name: dict(METHODS[name].published) for name in names})
   labelled = not any(method.unlabelled_source for method in active.values())
   heads = {'target': TARGETS, **({'source': SOURCES} if labelled else {})}
-  model = resnet.build(args.name, heads, width=args.width, **fields)
+  model = build(args.name, heads, width=args.width, **fields)
   rng = np.random.default_rng(0)
   data = {}
   for stream in ('target', 'source'):
@@ -181,7 +181,7 @@ def show_times(args: argparse.Namespace) -> None:
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument('--name', default='resnet18', choices=resnet.NETWORKS)
+  parser.add_argument('--name', default='resnet18', choices=NETWORKS)
   parser.add_argument('--width', type=int, default=64)
   parser.add_argument('--size', type=int, default=32)
   parser.add_argument('--batch', type=int, default=32, help='target images, and as many source images, over all devices')

@@ -146,7 +146,7 @@ def exit_codes(show_traceback: bool) -> Iterator[None]:
       raise
     if not one_line:
       traceback.print_exc()
-    progress.log.error('error: %s', cluster.described(error))
+    progress.log.error('error: %s', cluster.error_message(error))
     cluster.leave(1)
 
 

@@ -1,4 +1,4 @@
-"""Compiling once what many starts, or many short trainings, share: jax's persistent compilation cache."""
+"""jax's persistent compilation cache: programs that many starts or short trainings share are compiled once."""
 
 from collections.abc import Iterator
 import contextlib
@@ -17,44 +17,45 @@ from ft_jax.progress import log
 from ft_jax.user_cache import user_cache
 from selection import storage
 
-# Programs that compile faster than this are compiled again: reading a file is no faster.
+# Programs that compile in fewer seconds than this are not cached: reading a file is no faster.
 SECONDS = 0.5
-# Beyond that, the programs that were not used for the longest time are removed.
+# Above this size, the least recently used programs are removed.
 MOST_BYTES = 2 << 30
-# A lock that is not given within this time, in seconds, is one that the file system does not have.
+# If a lock cannot be acquired within this many seconds, the file system is taken to have no locks.
 PATIENCE = 10.0
 
 
 def keep(folder: str) -> None:
-  """Keeps compiled programs in a folder, where the next start of the same shapes finds them.
+  """Caches compiled programs in a folder, where later starts with the same shapes find them.
 
-  jax tells programs apart by everything that they depend on, the processor and the versions of jax and XLA among them, so
-  machines may share the folder. It locks the folder, so that processes may, too. A folder that jax was told to use
-  (JAX_COMPILATION_CACHE_DIR) is left as it is.
+  jax identifies a program by all that it depends on, including the processor and the versions of jax and XLA, so
+  machines may share the folder. It locks the folder, so processes may share it too. A folder that is set for jax itself
+  (JAX_COMPILATION_CACHE_DIR) takes precedence.
 
   Args:
-    folder: 'auto' is `ft_jax/compiled` in the user's cache folder where one process runs alone (several hosts need a folder that
-      they share); '' keeps nothing.
+    folder: 'auto' is `ft_jax/compiled` in the user's cache folder if there is a single process (several hosts need a
+      folder that they share); '' disables the cache.
 
   Raises:
-    ValueError: a folder on object storage, where nothing can be locked; or `~` where there is no home directory.
+    ValueError: a folder on object storage, where nothing can be locked; or `~` if there is no home directory.
   """
-  # A program that cannot be read or written is compiled, which costs time and nothing else.
+  # A program that cannot be read or written is compiled again, which only costs time.
   warnings.filterwarnings('ignore', 'Error (reading|writing) persistent compilation cache')
-  if not folder or jax.config.jax_compilation_cache_dir:
+  if not folder or jax.config.values['jax_compilation_cache_dir']:
     return
   if '://' in folder:
     raise ValueError(f"config.compile_cache is {folder!r}; expected a folder on a disk, 'auto', or '' for none")
-  if folder == 'auto' and (jax.process_count() > 1 or user_cache() is None):
+  path = _automatic() if folder == 'auto' else pathlib.Path(storage.absolute(folder))
+  if path is None:
     return
-  path = user_cache() / 'compiled' if folder == 'auto' else pathlib.Path(storage.absolute(folder))
   new = not path.exists()
   try:
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     _check_trusted(path)
     remove_incomplete(path)
-  except (OSError, NotImplementedError) as error:  # filelock's word for a file system without locks
-    log.warning("warning: compiled programs cannot be kept in %s (%s); --config.compile_cache='' goes without", path, error)
+  except (OSError, NotImplementedError) as error:  # the latter if the file system has no locks
+    log.warning("warning: compiled programs cannot be kept in %s (%s); --config.compile_cache='' goes without", path,
+                error)
     return
   if new:
     log.info("compiled programs are kept in %s, for the next start (--config.compile_cache='' keeps none)", path)
@@ -62,15 +63,24 @@ def keep(folder: str) -> None:
   _use(str(path), SECONDS)
 
 
+def _automatic() -> pathlib.Path | None:
+  """The folder in the user's cache; None for several processes, and if there is no home directory."""
+  cache = user_cache() if jax.process_count() == 1 else None
+  return cache / 'compiled' if cache else None
+
+
 def _check_trusted(path: pathlib.Path) -> None:
-  """Raises OSError where somebody else may write: what lies there is run."""
+  """Raises OSError if others may write there, because programs from this folder are executed."""
   status = path.stat()
   if status.st_uid not in (os.getuid(), 0) or status.st_mode & stat.S_IWOTH:
     raise PermissionError('others may write to it, and what lies there is run as a program')
 
 
 def remove_incomplete(path: pathlib.Path) -> None:
-  """Removes what a process was writing when it was killed: jax writes the time of use behind the program, and never writes one again."""
+  """Removes programs that a killed process has left incomplete.
+
+  jax writes the time of use after the program itself, and never writes a program that exists again.
+  """
   with filelock.FileLock(path / '.lockfile', timeout=PATIENCE):
     for program in path.glob('*-cache'):
       if not program.with_name(program.name.removesuffix('-cache') + '-atime').exists():
@@ -79,15 +89,15 @@ def remove_incomplete(path: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def once() -> Iterator[None]:
-  """Within, a program that was compiled is not compiled again where another training comes to the same one.
+  """Within this context, trainings share compiled programs.
 
-  It is kept in a folder that goes away at the end, unless a folder is in use already.
+  They are cached in a temporary folder, unless a folder is in use already.
   """
-  if jax.config.jax_compilation_cache_dir:
+  if jax.config.values['jax_compilation_cache_dir']:
     yield
     return
   with tempfile.TemporaryDirectory(prefix='compiled-') as folder:
-    before = jax.config.jax_persistent_cache_min_compile_time_secs
+    before = jax.config.values['jax_persistent_cache_min_compile_time_secs']
     _use(folder, SECONDS)
     try:
       yield
@@ -96,10 +106,10 @@ def once() -> Iterator[None]:
 
 
 def clear_compiled() -> None:
-  """Gives back what the programs of a finished training hold.
+  """Frees the compiled programs of a finished training.
 
-  On the CPU each of them is hundreds of mappings of memory, of which a process may have so many (Linux: vm.max_map_count, 65,530 by
-  default): after some seventy trainings the next program would find no memory.
+  On the CPU each program takes hundreds of memory mappings, whose number is limited (vm.max_map_count on Linux, 65,530
+  by default): after about seventy trainings, the next program could not be loaded.
   """
   jax.clear_caches()
   gc.collect()
@@ -108,4 +118,4 @@ def clear_compiled() -> None:
 def _use(folder: str | None, seconds: float) -> None:
   jax.config.update('jax_compilation_cache_dir', folder)
   jax.config.update('jax_persistent_cache_min_compile_time_secs', seconds)
-  compilation_cache.reset_cache()  # the folder is looked at once
+  compilation_cache.reset_cache()  # jax reads the setting only once

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from ft_jax import parallel, progress
 from ft_jax.data.image_set import digest, ImageSet
 from ft_jax.data.pipeline import Batch, EvalBatches, TIMEOUT, Transform
-from ft_jax.models.resnet import ResNet
+from ft_jax.models.network import Network
 from ft_jax.models.weights import project
 from ft_jax.progress import log
 from ft_jax.training import initial_weights
@@ -38,7 +38,7 @@ class Encoder:
     weights: identifies `variables`; '' takes a fingerprint of their values, which random ones do not have on every machine.
   """
   name: str
-  network: ResNet
+  network: Network
   variables: Mapping[str, Any]
   transform: Transform
   batch_size: int

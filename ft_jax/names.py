@@ -1,4 +1,4 @@
-"""Names of files and classes may be anything that a file system has; here they are made harmless for terminals and spreadsheets."""
+"""Makes names of files and classes, which may be any text, safe for terminals and spreadsheets."""
 
 from collections.abc import Iterable
 import csv
@@ -6,36 +6,43 @@ import io
 import re
 from typing import Any
 
-# Escape sequences clear the screen or write lines that were never logged; marks of direction show a name in another order than it has.
-_OBEYED = re.compile(r'[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]')
-# What makes a cell a formula, behind blanks and the mark that takes that away.
+# Escape sequences can clear the screen or forge log lines; marks of direction change the order in which a name is
+# shown.
+_CONTROL = re.compile(r'[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]')
+# What makes a cell a formula, after blanks and apostrophes.
 _FORMULA = re.compile(r"[\s']*[=+\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")
 
 
 def visible(text: str) -> str:
-  """A text for the terminal: what a terminal would obey is spelt out, as `\\x1b[2J`; line breaks and tabs stay."""
-  return _OBEYED.sub(lambda found: repr(found[0])[1:-1], text)
+  """A text for the terminal: control characters are written as escapes (`\\x1b[2J`), except line breaks and tabs."""
+  return _CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
 
 
 def short(error: BaseException) -> str:
-  """What an error says, in one line of 300 letters at most."""
+  """The message of an error, in one line of at most 300 characters."""
   return ' '.join(str(error).split())[:300]
 
 
 def cell(text: str) -> str:
-  """A text for a CSV file that no spreadsheet takes for a formula: such a one begins with an apostrophe. `from_cell` takes it away."""
+  """A cell of a CSV file: an apostrophe is put before what a spreadsheet would take for a formula.
+
+  `from_cell` removes it again.
+  """
   return f"'{text}" if _FORMULA.match(text) else text
 
 
 def csv_line(values: Iterable[Any]) -> str:
-  """A line of a CSV file; Python 3.11 leaves a bare carriage return unquoted where lines end otherwise, and cannot read that again."""
+  """A line of a CSV file.
+
+  Python 3.11 does not quote a bare carriage return if lines end with anything else, and cannot read that back.
+  """
   text = io.StringIO()
   csv.writer(text, lineterminator='\r\n').writerow(values)
   return text.getvalue()[:-2] + '\n'
 
 
 def from_cell(text: str) -> str:
-  """What `cell` was given."""
+  """The text that `cell` was made from."""
   return text[1:] if text.startswith("'") and _FORMULA.match(text) else text
 
 

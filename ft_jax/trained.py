@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 from etils import epath
 from ml_collections import ConfigDict
 
+from ft_jax import models
 from ft_jax.data.pipeline import short_side, Transform
 from ft_jax.jobs import setup
-from ft_jax.models import resnet
+from ft_jax.models.network import Network, OPTIONS
 from ft_jax.training.finished_runs import load_variables
 from ft_jax.workdir import read_config
 from selection import storage
@@ -33,7 +34,7 @@ class Trained(NamedTuple):
   results: dict[str, Any]
   head: str
   class_names: tuple[str, ...]
-  model: resnet.ResNet
+  model: Network
   variables: dict[str, Any]
   transform: Transform
 
@@ -66,8 +67,9 @@ def load(workdir: str, field: str = 'config.workdir') -> Trained:
     config, results = ConfigDict(stored), json.loads((path / 'results.json').read_text())
     head = HEADS[config.job]
     class_names = tuple(str(row['name']) for row in results['val']['per_class'])
-    model = resnet.build(config.model.name, {head: len(class_names)}, width=config.model.width, stem=config.model.stem,
-                         dtype=setup.DTYPES[config.model.dtype], precision=config.model.get('precision', 'default'))
+    options = {name: config.model.get(name, default) for name, default in OPTIONS.items()}
+    model = models.build(config.model.name, {head: len(class_names)}, size=config.image_size, dtype=setup.DTYPES[config.model.dtype],
+                         precision=config.model.get('precision', 'default'), **options)
     run = Trained(path, config, results, head, class_names, model, {}, Transform(config.image_size, short_side=short_side(config.image_size, config.augment)))
     run.described()
   except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:  # of another program, or changed by hand

@@ -1,4 +1,4 @@
-"""The user's home directory and the folder in it for what is kept between runs to save time."""
+"""The user's home directory, and the folder for caches that are shared by all runs."""
 
 import functools
 import os
@@ -8,18 +8,22 @@ from ft_jax.progress import log
 
 
 def user_cache() -> pathlib.Path | None:
-  """The folder of this program among the user's caches, which need not exist yet.
+  """The folder for this program's caches, which need not exist yet.
 
-  None, with one line in the log, where there is none: an unknown user in a container has no home directory.
+  None, with a warning in the log, if there is no home directory, as for an unknown user in a container.
   """
-  caches, home = os.environ.get('XDG_CACHE_HOME', ''), home_directory()
-  if os.path.isabs(caches):  # a relative one is to be ignored, says its specification
+  caches = os.environ.get('XDG_CACHE_HOME', '')
+  if os.path.isabs(caches):  # its specification says to ignore a relative path
     return pathlib.Path(caches) / 'ft_jax'
-  return home / '.cache' / 'ft_jax' if home else _without()
+  home = home_directory()
+  if home is None:
+    _warn_once()
+    return None
+  return home / '.cache' / 'ft_jax'
 
 
 def home_directory() -> pathlib.Path | None:
-  """The user's home directory; None where neither HOME nor the system's list of users has one."""
+  """The user's home directory; None if neither HOME nor the system's list of users has one."""
   try:
     return pathlib.Path.home()
   except RuntimeError:
@@ -27,7 +31,6 @@ def home_directory() -> pathlib.Path | None:
 
 
 @functools.cache
-def _without() -> None:
-  """Says it once."""
-  log.warning('warning: there is no home directory, so nothing is cached between runs; set XDG_CACHE_HOME to a folder that can be written '
-              'to')
+def _warn_once() -> None:
+  log.warning('warning: there is no home directory, so nothing is cached between runs; set XDG_CACHE_HOME to a folder '
+              'that can be written to')

@@ -28,7 +28,7 @@ SIZE, TARGETS, SOURCES, BATCH = 16, 4, 6, 16
 def network(heads: Mapping[str, int] | None = None, **kwargs: Any) -> resnet.ResNet:
   """One block a stage, four channels in the first one: compiled in a few seconds."""
   heads = {'target': TARGETS, 'source': SOURCES} if heads is None else heads
-  return resnet.ResNet((1, 1, 1, 1), resnet.BasicBlock, dict(heads), width=4, **kwargs)
+  return resnet.ResNet((1, 1, 1, 1), resnet.BasicBlock, heads=dict(heads), width=4, **kwargs)
 
 
 def variables(model: resnet.ResNet, seed: int = 0) -> dict[str, Any]:
@@ -79,7 +79,7 @@ def context(model: resnet.ResNet, start: Mapping[str, Any] = types.MappingProxyT
     padded = {key: np.resize(value, (-(-len(value) // devices) * devices, *value.shape[1:])) for key, value in chosen.items()}
     return [padded | {'mask': np.arange(len(padded['mask'])) < len(chosen['label'])}]
 
-  known = dict(image_size=SIZE, classes=TARGETS, labels=examples['label'], true_labels=examples['label'], batch_size=BATCH, seed=0,
+  known = dict(classes=TARGETS, labels=examples['label'], true_labels=examples['label'], batch_size=BATCH, seed=0,
                pretrained=True, has_source=True)
   return SetupContext(model=model, start=start, batches=batches, **{**known, **kwargs})
 

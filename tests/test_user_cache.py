@@ -26,11 +26,11 @@ def no_home(monkeypatch):
   monkeypatch.delenv('XDG_CACHE_HOME', raising=False)
   monkeypatch.delenv('TFDS_DATA_DIR', raising=False)
   monkeypatch.setattr(pwd, 'getpwuid', nobody)
-  user_cache_module._without.cache_clear()
+  user_cache_module._warn_once.cache_clear()
   with pytest.raises(RuntimeError, match='Could not determine home directory'):
     pathlib.Path.home()
   yield
-  user_cache_module._without.cache_clear()
+  user_cache_module._warn_once.cache_clear()
 
 
 def test_without_a_home_nothing_is_kept_and_it_is_said_once(no_home, caplog):

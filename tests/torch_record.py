@@ -6,8 +6,9 @@ import re
 import jax
 import numpy as np
 from safetensors.numpy import save_file
+from torch_weights import load_torch, RESNET
 
-from ft_jax.models import export, resnet, weights
+from ft_jax.models import build, export
 
 CLASSES, WIDTH = 7, 2
 
@@ -19,10 +20,10 @@ class Record:
     with np.load(pathlib.Path(__file__).parent / 'fixtures' / 'resnet_training.npz') as arrays:
       self.images, self.labels = arrays['images'], arrays['labels']
       self._arrays = {key.removeprefix(f'{name}/'): arrays[key] for key in arrays if key.startswith(f'{name}/')}
-    model = resnet.build(name, {'source': CLASSES}, width=WIDTH)
+    model = build(name, {'source': CLASSES}, width=WIDTH)
     shapes = jax.eval_shape(model.init, jax.random.key(0), self.images[:1])
     # Nothing but names and shapes is taken from here.
-    self._zeros = export.state_dict(jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes), 'source')
+    self._zeros = export.state_dict(RESNET, jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes), 'source')
 
   def outputs(self, mode: str) -> dict[str, np.ndarray]:
     """Of 'eval' (two images) or 'train'."""
@@ -41,7 +42,7 @@ class Record:
   def variables(self, folder: pathlib.Path) -> dict:
     """The weights as variables of the network with a head 'source', by way of a file."""
     save_file(self.tensors('weights'), folder / 'weights.safetensors')
-    return weights.load_torch(folder / 'weights.safetensors')
+    return load_torch(folder / 'weights.safetensors')
 
 
 def error(value, expected) -> float:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from ft_jax import trained
-from ft_jax.models import export, resnet
+from ft_jax.models import export
 from ft_jax.progress import log
 from ft_jax.settings import check_fields
 from ft_jax.training import initial_weights
@@ -59,11 +59,11 @@ def describe(run: trained.Trained, today: datetime.date) -> dict[str, Any]:
   """What a user of the files has to know, as JSON."""
   model, transform = run.config.model, run.transform
   return {
-      'architecture': {'name': model.name, 'width': model.width, 'stem': model.stem},
+      'architecture': {'name': model.name, **run.model.options},
       'classes': list(run.class_names),
       'preprocessing': {
-          'image_size': transform.size, 'short_side': transform.short_side, 'mean': list(resnet.IMAGENET_MEAN),
-          'std': list(resnet.IMAGENET_STD),
+          'image_size': transform.size, 'short_side': transform.short_side, 'mean': list(run.model.input.mean),
+          'std': list(run.model.input.std),
           'steps': [f'decode to RGB, turned as its EXIF tag says, and scale to a short side of {transform.short_side} pixels (antialiased '
                     'bilinear)', f'cut out the middle, {transform.size} x {transform.size}',
                     'model.stablehlo takes these uint8 pixels [b, h, w, 3] as they are',
@@ -88,7 +88,7 @@ def safetensors_file(run: trained.Trained, about: dict[str, Any]) -> bytes:
   metadata = {'format': 'pt', **{
       key: json.dumps(about[key], ensure_ascii=False).encode(errors='backslashreplace').decode()  # a name may be of any bytes
       for key in ('architecture', 'classes', 'preprocessing')}}
-  return safetensors.save(export.state_dict(run.variables, run.head), metadata)
+  return safetensors.save(export.state_dict(run.model, run.variables, run.head), metadata)
 
 
 def stablehlo_file(run: trained.Trained) -> bytes:

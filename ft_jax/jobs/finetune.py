@@ -28,7 +28,7 @@ from ft_jax.data.splits import (
 )
 from ft_jax.jobs import pretrain, setup
 from ft_jax.methods import Method
-from ft_jax.models.resnet import ResNet
+from ft_jax.models.network import Network, network_variables
 from ft_jax.pages import report
 from ft_jax.pages.selection_section import duplicate_pairs, selection_section
 from ft_jax.progress import log
@@ -85,7 +85,7 @@ class Settings:
   reading: Reading
   transform: Transform
   methods: Mapping[str, Method]
-  model: ResNet
+  model: Network
   weights: str
   source_head: str
   training: Training
@@ -233,9 +233,9 @@ def _source_batch(ratio: float, training: Training) -> int:
 
 
 def _model(config: ConfigDict, active: Mapping[str, Method], training: Training,
-           source_batch: int) -> tuple[ResNet, Trainable]:
+           source_batch: int) -> tuple[Network, Trainable]:
   """The network with all of its heads, and what training does to it; raises ValueError where they or methods do not fit."""
-  network = setup.build_model(config.model, {}, config.train.freeze)
+  network = setup.build_model(config.model, {}, config.image_size, config.train.freeze)
   needs = methods.all_needs(active, network)
   unlabelled = _unlabelled(active)
   if unlabelled and config.model.source_head == 'pretrained':
@@ -247,13 +247,13 @@ def _model(config: ConfigDict, active: Mapping[str, Method], training: Training,
   heads += ['pretrained'] if needs.trained_classifier else []
   model = network.clone(heads=dict.fromkeys(heads, UNKNOWN))
   context = methods.SetupContext(
-      model=model, image_size=config.image_size, classes=UNKNOWN, labels=NO_LABELS, true_labels=NO_LABELS,
+      model=model, classes=UNKNOWN, labels=NO_LABELS, true_labels=NO_LABELS,
       batch_size=training.batch_size, seed=config.seed, pretrained=bool(config.model.weights), has_source=source_batch > 0,
       start={}, batches=lambda split, rows=None: [])
   methods.check(active, context)
   sizes = {'target': training.batch_size, 'source': source_batch}
   images = sum(sizes.values()) + sum(sizes[view.stream] for view in needs.forwarded_views)
-  trainable = Trainable.of(training, model, config.image_size, images, fresh=fresh if config.model.weights else (),
+  trainable = Trainable.of(training, model, images, fresh=fresh if config.model.weights else (),
                            own=own_params(active, context))
   return model, trainable
 
@@ -347,12 +347,12 @@ def _weights(settings: Settings, work: Workdir, sets: Sets) -> Weights | None:
     class_names = sets.pool.class_names
   classes = len(class_names) if class_names else None
   if settings.pretraining is None:
-    return initial_weights.load_weights(settings.weights, classes=classes, class_names=class_names,
+    return initial_weights.load_weights(settings.weights, settings.model, classes=classes, class_names=class_names,
                                         classifier=classifier, projection=settings.selection.projects)
   # A run of its own, with its own checkpoints and report.
   folder = work.path / 'pretrain'
   pretrain.pretrain(settings.pretraining.without(sets.copies.classes), folder, sets.copies.dropped)
-  return initial_weights.load_weights(str(folder), classes=classes, classifier=classifier)
+  return initial_weights.load_weights(str(folder), settings.model, classes=classes, classifier=classifier)
 
 
 def _select(settings: Settings, work: Workdir, sets: Sets, weights: Weights | None,
@@ -369,12 +369,12 @@ def _encoder(settings: Settings, weights: Weights | None, folder: epath.Path,
              unfinished: epath.Path) -> embedding.Encoder:
   """Makes the features that are compared: by the network of the weights."""
   network = settings.model.clone(heads={})
-  variables = setup.init_variables(network, settings.transform.size, settings.seed, weights.variables if weights else None)
+  variables = setup.init_variables(network, settings.seed, weights.variables if weights else None)
   if settings.selection.projects and weights:
     variables['projection'] = weights.variables['projection']
   random = ''
   if not weights:  # another jax may draw other numbers by the same seed
-    random = f'{initial_weights.drawn(settings.seed)} by jax {jax.__version__}, {network.width} {network.stem}'
+    random = f'{initial_weights.drawn(settings.seed)} by jax {jax.__version__}, {" ".join(map(str, network.options.values()))}'
   return embedding.Encoder(settings.fields['model']['name'], network, variables, settings.transform,
                            settings.training.batch_size, settings.reading.timeout, folder, unfinished, random)
 
@@ -404,11 +404,11 @@ def _network(settings: Settings, sets: Sets, weights: Weights | None) -> fit.Ini
   sizes: dict[str, Collection[Any]] = {'target': sets.splits.train.class_names}
   if sets.pool is not None:
     sizes['source'] = sets.pool.class_names  # all of them, as in the paper; only the selected ones ever come
-  start = {key: weights.variables[key] for key in ('params', 'batch_stats')} if weights else {}
+  start = network_variables(weights.variables) if weights else {}
   if 'pretrained' in settings.model.heads and start:
     sizes['pretrained'] = start['params']['heads']['pretrained']['bias']
   model = settings.model.clone(heads={head: len(sizes[head]) for head in settings.model.heads})
-  variables = setup.init_variables(model, settings.transform.size, settings.seed, start or None)
+  variables = setup.init_variables(model, settings.seed, start or None)
   return fit.InitialNetwork(model, variables, start, settings.trainable.factors)
 
 

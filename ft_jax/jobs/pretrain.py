@@ -24,7 +24,7 @@ from ft_jax.data.splits import (
   SplitSettings,
 )
 from ft_jax.jobs import setup
-from ft_jax.models.resnet import ResNet
+from ft_jax.models.network import Network
 from ft_jax.pages import report
 from ft_jax.progress import log
 from ft_jax.settings import check_fields
@@ -60,7 +60,7 @@ class Settings:
   source: SplitSettings
   reading: Reading
   transform: Transform
-  model: ResNet
+  model: Network
   weights: str
   source_head: str
   training: Training
@@ -83,9 +83,9 @@ class Settings:
                        'job pretrain')
     initial_weights.check_weights(config.model)
     training = Training.from_config(config.train)
-    model = setup.build_model(config.model, {'source': UNKNOWN}, config.train.freeze)
+    model = setup.build_model(config.model, {'source': UNKNOWN}, config.image_size, config.train.freeze)
     fresh = ('source',) if config.model.weights and config.model.source_head == 'fresh' else ()
-    trainable = Trainable.of(training, model, config.image_size, training.batch_size, fresh=fresh)
+    trainable = Trainable.of(training, model, training.batch_size, fresh=fresh)
     return cls(
         fields=config.to_dict(), seed=config.seed, data_dir=config.data_dir, source=SplitSettings.from_config(config.source),
         reading=Reading.from_config(config.data), transform=make_transform(config.image_size, config.augment), model=model,
@@ -126,7 +126,7 @@ def pretrain(settings: Settings, workdir: epath.PathLike, left_out: Sequence[str
     classes = len(splits.train.class_names)
     model = settings.model.clone(heads={'source': classes})
     start = weights.variables if weights else None
-    variables = setup.init_variables(model, settings.transform.size, settings.seed, start)
+    variables = setup.init_variables(model, settings.seed, start)
     streams = {'source': fit.Stream(splits.train, settings.training.batch_size, 1.0)}
     data = fit.TrainingData(streams, splits, settings.transform, settings.seed, settings.reading.timeout)
     results = fit.fit(settings.training, work, data,
@@ -167,7 +167,7 @@ def _weights(settings: Settings, splits: Splits) -> Weights | None:
   if not settings.weights:
     return None
   class_names = splits.train.class_names if settings.source_head == 'pretrained' else None
-  return initial_weights.load_weights(settings.weights, classes=len(class_names) if class_names else None,
+  return initial_weights.load_weights(settings.weights, settings.model, classes=len(class_names) if class_names else None,
                                       class_names=class_names)
 
 

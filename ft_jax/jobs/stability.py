@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 import csv
+import functools
 import io
 import json
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ from ft_jax.data.memory_cache import free_memory
 from ft_jax.data.pipeline import Batch, EvalBatches, TIMEOUT
 from ft_jax.data.splits import drop_unreadable, open_splits, Reading, SplitSettings
 from ft_jax.methods.base import flat
-from ft_jax.models.resnet import ResNet
+from ft_jax.models.network import Network
 from ft_jax.pages import stability as stability_page
 from ft_jax.pages.page import format_with_error
 from ft_jax.progress import log
@@ -94,7 +95,7 @@ def _start(run: trained.Trained) -> Start:
     return Start(None, 'the run began with random weights (its config.model.weights is empty)')
   name = str(run.path / 'pretrain') if name == 'pretrain' else name
   try:
-    weights = initial_weights.load_weights(name)
+    weights = initial_weights.load_weights(name, run.model)
   except (ValueError, OSError, RuntimeError) as error:
     return Start(None, f'the weights that the run began with are not at hand: {error}')
   expected = (run.results.get('weights') or {}).get('fingerprint')
@@ -143,7 +144,7 @@ class Estimates:
                                        'probes': [[probe[name] for name in names] for probe in self.probes]}) + '\n')
 
 
-def _estimated(settings: ConfigDict, seed: int, model: ResNet, run: trained.Trained, source: ImageSet, batches: Sequence[Batch],
+def _estimated(settings: ConfigDict, seed: int, model: Network, run: trained.Trained, source: ImageSet, batches: Sequence[Batch],
                folder: epath.Path) -> Estimates:
   """All draws and random vectors that are asked for; those that are there are taken as they are."""
   transform = f'{run.transform.size}/{run.transform.short_side}'
@@ -168,7 +169,7 @@ def _estimated(settings: ConfigDict, seed: int, model: ResNet, run: trained.Trai
   return estimates
 
 
-def _probe(settings: ConfigDict, seed: int, model: ResNet, head: str, variables: Any, batches: Sequence[Batch],
+def _probe(settings: ConfigDict, seed: int, model: Network, head: str, variables: Any, batches: Sequence[Batch],
            estimates: Estimates) -> None:
   """Adds random vectors until the trace is settled, or there are as many as are asked for."""
   totals = [sum(probe.values()) for probe in estimates.probes]
@@ -195,7 +196,7 @@ def _used(totals: Sequence[float], settings: ConfigDict) -> int:
 def summary(settings: ConfigDict, run: trained.Trained, split: str, images: int, start: Start, estimates: Estimates) -> dict[str, Any]:
   """What stability.json holds."""
   values = {path: np.asarray(value) for path, value in flat(run.variables['params']).items()}
-  names = sorted(values, key=stability.order)
+  names = sorted(values, key=functools.partial(stability.order, run.model))
   distances = stability.distances(run.variables['params'], start.params) if start.params is not None else None
   totals = [sum(probe.values()) for probe in estimates.probes]
   probes = estimates.probes[:_used(totals, settings)]
@@ -211,9 +212,8 @@ def summary(settings: ConfigDict, run: trained.Trained, split: str, images: int,
 
   stages: dict[str, list[str]] = {}
   for name in names:
-    first = name.partition('/')[0]
-    stages.setdefault(first if first.startswith('layer') else 'heads' if first == 'heads' else 'stem', []).append(name)
-  perturbed = trace([name for name in names if stability.is_perturbed(name)])
+    stages.setdefault(stability.stage_of(run.model, name), []).append(name)
+  perturbed = trace([name for name in names if stability.is_perturbed(run.model, name)])
   draws = [loss - estimates.loss for loss in estimates.draws[:settings.draws]]
   return {
       'job': 'stability', 'run': str(run.path), 'step': run.results['best_step'], 'split': split, 'images': images, 'loss': estimates.loss,
@@ -224,7 +224,7 @@ def summary(settings: ConfigDict, run: trained.Trained, split: str, images: int,
                 'tolerance': settings.tolerance, 'all': trace(names), 'perturbed': perturbed,
                 'by_vector': totals[:len(probes)]} if probes else None,
       'stages': [{'name': stage, **about(wanted)} for stage, wanted in stages.items()],
-      'parameters': [{'name': name, 'perturbed': stability.is_perturbed(name), **about([name])} for name in names],
+      'parameters': [{'name': name, 'perturbed': stability.is_perturbed(run.model, name), **about([name])} for name in names],
       'devices': f'{jax.device_count()} x {jax.devices()[0].device_kind}'}
 
 

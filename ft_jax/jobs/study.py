@@ -22,6 +22,7 @@ from ft_jax.data.image_set import digest
 from ft_jax.data.pipeline import make_transform
 from ft_jax.embedding import Encoder, PRECISION, remove_partial
 from ft_jax.jobs import finetune, setup
+from ft_jax.models.network import OPTIONS
 from ft_jax.pages import study as study_page
 from ft_jax.pages import study_csv
 from ft_jax.pages.page import format_percent
@@ -46,7 +47,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
   check_fields(config)
   kept = history.read(config.checkpoints, config.model, config.study.epochs)
   config = ConfigDict(config.to_dict())
-  config.model.update({name: kept.network[name] for name in ('name', 'width', 'stem')})
+  config.model.update({name: kept.network[name] for name in ('name', *OPTIONS) if name in kept.network})
   check(config, kept)
   if config.study.fine_tune:
     check_name(storage.absolute(workdir))
@@ -125,6 +126,7 @@ class _Study:
     self._config, self._history, self._targets, self._folder = config, kept, targets, folder
     self._owned = own(folder) if parallel.is_main() else None
     self._transform, self._parts = make_transform(config.image_size, config.augment), Parts(folder / 'parts')
+    self._network = setup.build_model(config.model, {}, config.image_size)
     self._which = 'centred' if config.study.centred else 'plain'
     self._pool, self._legacy_pool = _pool(config)
     self._prints = history.fingerprints(kept, config.image_size)
@@ -171,7 +173,7 @@ class _Study:
   def _embedded(self, folder: epath.Path | None, target: Target, variables: Mapping[str, Any], network: str) -> np.ndarray:
     unfinished = self._folder / 'unfinished'
     try:
-      encoder = Encoder(self._config.model.name, setup.build_model(self._config.model, {}), variables, self._transform,
+      encoder = Encoder(self._config.model.name, self._network, variables, self._transform,
                         self._config.train.batch_size, self._config.data.timeout, folder, unfinished)
       features = np.concatenate([encoder.embed(source, f'{source.name} by {network}').features for source in target.sources])
     except ValueError as error:
@@ -295,8 +297,9 @@ class _Study:
   def write(self, page: bool = True) -> dict[str, Any]:
     """Writes what is known; returns what study.json holds."""
     settings, kept = self._config.study, self._history
+    options = ', '.join(f'{name} {value}' for name, value in self._network.options.items())
     results = {
-        'job': 'study', 'checkpoints': kept.path, 'model': f'{self._config.model.name} (width {self._config.model.width})',
+        'job': 'study', 'checkpoints': kept.path, 'model': f'{self._config.model.name} ({options})',
         'precision': {'training': self._config.model.precision, 'embeddings': PRECISION},
         'source': kept.source, 'metric': self._config.target.metric, 'seeds': list(settings.seeds), 'threshold': settings.threshold,
         'parts_of': self._which, 'devices': f'{jax.device_count()} x {jax.devices()[0].device_kind}',

@@ -22,7 +22,7 @@ from ft_jax.methods.lwf import LwF
 from ft_jax.methods.mixup import Mixup
 from ft_jax.methods.self_label import SelfLabel
 from ft_jax.methods.stoch_norm import StochNorm
-from ft_jax.models.resnet import ResNet
+from ft_jax.models.network import Network
 from ft_jax.settings import check_field, like
 
 __all__ = ['METHODS', 'LossTerm', 'Method', 'Needs', 'SetupContext', 'State', 'StepContext', 'View', 'active',
@@ -93,7 +93,7 @@ def norm(methods: Mapping[str, Method]) -> Callable[..., nn.Module] | None:
   return next(iter(found.values()), None)
 
 
-def all_needs(methods: Mapping[str, Method], model: ResNet) -> Needs:
+def all_needs(methods: Mapping[str, Method], model: Network) -> Needs:
   """What all of them together need.
 
   Raises:

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from ft_jax import parallel
-from ft_jax.models.resnet import Outputs, ResNet
+from ft_jax.models.network import Network, network_variables, Outputs
 
 State = dict[str, Any]  # nested dicts of arrays, the same on every device; saved in every checkpoint
 
@@ -85,7 +85,6 @@ class SetupContext:
 
   Attributes:
     model: the network that is trained.
-    image_size: pixels a side.
     classes: number of classes of the target.
     labels: int32 `[n]`, labels of the training examples as they are trained on, by row.
     true_labels: int32 `[n]`, the labels before noise was added; the same array where none was.
@@ -98,8 +97,7 @@ class SetupContext:
     batches: the evaluation batches of 'train' or 'val', padded and masked, as `data.pipeline.EvalBatches` makes them;
       the optional second argument is the rows that are wanted (int `[n]`).
   """
-  model: ResNet
-  image_size: int
+  model: Network
   classes: int
   labels: np.ndarray
   true_labels: np.ndarray
@@ -111,7 +109,7 @@ class SetupContext:
   batches: Callable[..., Iterable[Mapping[str, np.ndarray]]]
 
   @property
-  def teacher(self) -> ResNet:
+  def teacher(self) -> Network:
     """See `teacher_of`; with exact products, as its outputs before training decide what methods do in all of it."""
     return teacher_of(self.model, self.start).clone(precision='highest')
 
@@ -151,8 +149,9 @@ class StepContext(NamedTuple):
   """One training step on one device: the forward pass and what led to it.
 
   Attributes:
+    model: the network that is trained.
     params: the network's, and `params['methods'][<method>]` of the methods.
-    batch_stats: running statistics before the step.
+    batch_stats: running statistics before the step; {} of a network without.
     start: see `Needs.start`; {} where nothing needs it.
     teacher: see `Needs.teacher`, for the target images; None where nothing needs it.
     outputs: the network's, by stream ('target', 'source') and by the path of each forwarded view ('source/strong').
@@ -164,6 +163,7 @@ class StepContext(NamedTuple):
     forward: (variables, images) -> (outputs, running statistics averaged over devices): a pass of another network in
       training mode.
   """
+  model: Network
   params: Any
   batch_stats: Any
   start: Any
@@ -213,12 +213,12 @@ class Method:
   def check(self, context: SetupContext) -> None:
     """Raises ValueError for settings that cannot be right."""
 
-  def needs(self, model: ResNet) -> Needs:
+  def needs(self, model: Network) -> Needs:
     """What has to be computed for it."""
     return Needs()
 
   def norm(self) -> Callable[..., nn.Module] | None:
-    """The normalisation layer that replaces BatchNorm, with the arguments of `resnet.BatchNorm`."""
+    """The normalisation layer that replaces BatchNorm, with the arguments of `models.batch_norm.BatchNorm`."""
     return None
 
   def params(self, context: SetupContext) -> Any:
@@ -255,12 +255,12 @@ class Method:
     """What it adds to the loss."""
     return LossTerm(None, state)
 
-  def project(self, params: Any, batch_stats: Any, start: Any) -> Any:
+  def project(self, model: Network, params: Any, batch_stats: Any, start: Any) -> Any:
     """The parameters after the update, projected to where they may be."""
     return params
 
 
-def teacher_of(model: ResNet, start: Mapping[str, Any]) -> ResNet:
+def teacher_of(model: Network, start: Mapping[str, Any]) -> Network:
   """The network of the variables `start`, with the head 'pretrained' where they have it."""
   heads = start['params'].get('heads', {})
   return model.clone(heads={name: heads[name]['bias'].shape[0] for name in ('pretrained',) if name in heads})
@@ -272,7 +272,7 @@ def teacher_variables(start: Mapping[str, Any]) -> dict[str, Any]:
   heads = start['params'].get('heads', {})
   if 'pretrained' in heads:
     params['heads'] = {'pretrained': heads['pretrained']}
-  return {'params': params, 'batch_stats': start['batch_stats']}
+  return network_variables({**start, 'params': params})
 
 
 def of_network(params: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from ft_jax.methods.base import (
   StepContext,
   View,
 )
-from ft_jax.models.resnet import ResNet
+from ft_jax.models.network import Network
 
 _MIXED = 'it compares images of the same class, and a mixed image has no class of its own'
 KEY = View('target', 'key')
@@ -40,7 +40,7 @@ class BiTuning(Method):
   As in the published code (tllib, regularization/bi_tuning.py): Z is used before the batch's keys are added and H
     after, the second term
   does not train the head, and the projection has the learning rate of the backbone. Unlike there, the target head
-  starts as `models.resnet.Heads` does (there with N(0, 0.01)). The key encoder gets target images alone, also in joint
+  starts as `models.network.Heads` does (there with N(0, 0.01)). The key encoder gets target images alone, also in joint
   fine-tuning.
 
   Its state is a copy of the backbone and C * K * (d + 1 + `projection`) numbers: 140 MB for 397 classes and 2048
@@ -62,24 +62,23 @@ class BiTuning(Method):
     if not 0 <= self.momentum <= 1:
       raise ValueError(f'methods.bi_tuning.momentum is {self.momentum}; expected a number from 0 to 1')
 
-  def needs(self, model: ResNet) -> Needs:
+  def needs(self, model: Network) -> Needs:
     return Needs(views=(KEY,))
 
   def params(self, context: SetupContext) -> dict[str, np.ndarray]:
     """The projection, initialised like a linear layer of torch."""
-    width, rng = context.model.width_of_features, np.random.default_rng((context.seed, 1))
+    width, rng = context.model.features_dim, np.random.default_rng((context.seed, 1))
     draw = lambda *shape: rng.uniform(-width ** -0.5, width ** -0.5, shape).astype(np.float32)
     return {'kernel': draw(width, self.projection), 'bias': draw(self.projection)}
 
   def setup(self, context: SetupContext) -> State:
     rng = np.random.default_rng((context.seed, 2))
-    image = jax.ShapeDtypeStruct((1, 32, 32, 3), np.uint8)
-    shapes = jax.eval_shape(context.model.init, jax.random.key(0), image)
+    shapes = context.model.shapes()
     network = {'params': _without_heads(shapes['params']), 'batch_stats': shapes['batch_stats']}
     # The first step replaces it by a copy of the network.
     key = {**jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), network), 'projection': self.params(context)}
     draw = lambda width: _directions(rng.normal(size=(context.classes, self.queue, width)).astype(np.float32))
-    return {'key': key, 'h': draw(context.model.width_of_features + 1), 'z': draw(self.projection),
+    return {'key': key, 'h': draw(context.model.features_dim + 1), 'z': draw(self.projection),
             'next': np.zeros(context.classes, np.int32)}
 
   def loss(self, context: StepContext, state: State) -> LossTerm:

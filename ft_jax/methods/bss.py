@@ -25,10 +25,10 @@ class BSS(Method):
   k: int = 1  # how many singular values; published 1
 
   def check(self, context: SetupContext) -> None:
-    most = min(context.batch_size, context.model.width_of_features)
+    most = min(context.batch_size, context.model.features_dim)
     if not 1 <= self.k <= most:
       raise ValueError(f'methods.bss.k is {self.k}; expected 1 to {most}, the number of singular values of a batch of '
-                       f'{context.batch_size} with {context.model.width_of_features} features each')
+                       f'{context.batch_size} with {context.model.features_dim} features each')
 
   def loss(self, context: StepContext, state: State) -> LossTerm:
     value = smallest(parallel.gather(context.outputs['target'].features), self.k)

@@ -12,7 +12,7 @@ import numpy as np
 
 from ft_jax import logistic
 from ft_jax.methods.base import check_above_zero, check_known, LossTerm, Method, Needs, SetupContext, State, StepContext
-from ft_jax.models.resnet import ResNet
+from ft_jax.models.network import Network
 from ft_jax.progress import bar, log
 
 
@@ -33,7 +33,7 @@ class CoTuning(Method):
     check_known('co_tuning', RELATIONS, relation=self.relation)
     check_above_zero('co_tuning', scale=self.scale)
 
-  def needs(self, model: ResNet) -> Needs:
+  def needs(self, model: Network) -> Needs:
     return Needs(classifier=True, trained_classifier=True)
 
   def setup(self, context: SetupContext) -> State:

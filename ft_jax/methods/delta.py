@@ -28,8 +28,7 @@ from ft_jax.methods.base import (
   StepContext,
   teacher_variables,
 )
-from ft_jax.models import resnet
-from ft_jax.models.resnet import ResNet
+from ft_jax.models.network import Network
 from ft_jax.training.forward import forward
 
 
@@ -48,7 +47,7 @@ class Delta(Method):
   weight: float = 0.0  # published 0.01 for the sum over 48 images, which is 0.48 for the mean over any number, taken here
   head_weight: float = 0.01  # of the fresh heads; published
   form: str = 'attention'  # attention (published), or feature_map: all channels alike
-  layers: tuple = ()  # modules by path, such as ('layer4/1/conv2',); () is the last convolution of each stage, as published
+  layers: tuple = ()  # modules by path, such as ('layer4/1/conv2',); () is the last convolution of each stage, as published (`Network.stage_layers`)
   attention_images: int = 320  # training images that attention is measured on; published 10 batches of 32
 
   def check(self, context: SetupContext) -> None:
@@ -58,8 +57,8 @@ class Delta(Method):
       raise ValueError(f'methods.delta.attention_images is {self.attention_images}; expected a number of images from 1')
     _check_layers(self.layers, context)
 
-  def needs(self, model: ResNet) -> Needs:
-    return Needs(start=True, teacher=True, layers=self.layers or last_convolutions(model))
+  def needs(self, model: Network) -> Needs:
+    return Needs(start=True, teacher=True, layers=self.layers or model.stage_layers)
 
   def setup(self, context: SetupContext) -> State:
     if self.form != 'attention':
@@ -80,16 +79,10 @@ class Delta(Method):
       squares = (student[layer].astype(jnp.float32) - teacher[layer].astype(jnp.float32)) ** 2
       if self.form == 'attention':
         weights = state['attention'][_key(layer)]
-        distance += jnp.sum(squares.mean((0, 1, 2)) * weights * len(weights))
+        distance += jnp.sum(squares.mean(tuple(range(squares.ndim - 1))) * weights * len(weights))
       else:
         distance += jnp.sum(squares.mean(0))
     return LossTerm(0.5 * self.weight * distance + 0.5 * self.head_weight * heads, state)
-
-
-def last_convolutions(model: ResNet) -> tuple[str, ...]:
-  """The last convolution of each stage, by path."""
-  name = 'conv3' if model.block is resnet.Bottleneck else 'conv2'
-  return tuple(f'layer{i + 1}/{depth - 1}/{name}' for i, depth in enumerate(model.depths))
 
 
 def attention(rise: np.ndarray) -> np.ndarray:
@@ -103,7 +96,7 @@ def attention(rise: np.ndarray) -> np.ndarray:
   return (weights / weights.sum()).astype(np.float32)
 
 
-def loss_rises(model: ResNet, variables: Mapping[str, Any], classifier: logistic.Classifier, batches: Iterable[Mapping[str, np.ndarray]],
+def loss_rises(model: Network, variables: Mapping[str, Any], classifier: logistic.Classifier, batches: Iterable[Mapping[str, np.ndarray]],
                count: int, layers: Sequence[str]) -> dict[str, np.ndarray]:
   """How much the mean cross-entropy rises when one channel of a layer gives zero, for each channel.
 
@@ -122,7 +115,7 @@ def loss_rises(model: ResNet, variables: Mapping[str, Any], classifier: logistic
   """
   examples = _examples(batches, count)
   replicated = parallel.replicate((variables, classifier.weights, classifier.bias))
-  a_group = jax.ShapeDtypeStruct(examples['input'].shape[2:], np.uint8)
+  a_group = jax.ShapeDtypeStruct(examples['input'].shape[2:], examples['input'].dtype)
   shapes = {layer: tap.shape for layer, tap in jax.eval_shape(
       lambda variables, images: forward(model, variables, {'target': images}, train=False, layers=layers)[0]['target'].taps,
       variables, a_group).items()}
@@ -157,7 +150,7 @@ def _examples(batches: Iterable[Mapping[str, np.ndarray]], count: int) -> dict[s
   return {key: value.reshape(devices, groups, images, *value.shape[1:]) for key, value in padded.items()}
 
 
-def _rises(model: ResNet, layer: str) -> Callable[[Any, Mapping[str, jax.Array], jax.Array], jax.Array]:
+def _rises(model: Network, layer: str) -> Callable[[Any, Mapping[str, jax.Array], jax.Array], jax.Array]:
   """A function to be mapped over devices: (variables, classifier), examples and channels `[c]` to sums over examples,
   `[c]`.
   """
@@ -193,8 +186,7 @@ def _check_layers(layers: Sequence[str], context: SetupContext) -> None:
     return
   if isinstance(layers, str):
     raise ValueError(f"methods.delta.layers is {layers!r}; expected a tuple of paths, such as ('{layers}',)")
-  images = jax.ShapeDtypeStruct((1, context.image_size, context.image_size, 3), np.uint8)
-  params = jax.eval_shape(context.model.clone(heads={}).init, jax.random.key(0), images)['params']
+  params = context.model.clone(heads={}).shapes()['params']
   for layer in layers:
     here: list[str] = []
     inside: Mapping[str, Any] = params

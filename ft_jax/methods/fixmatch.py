@@ -20,7 +20,7 @@ from ft_jax.methods.base import (
   StepContext,
   View,
 )
-from ft_jax.models.resnet import ResNet
+from ft_jax.models.network import Network
 
 LABELS = ('soft', 'hard')
 STRONG = View('source', 'strong', randaugment=2, magnitude=10, cutout=0.5)
@@ -54,7 +54,7 @@ class FixMatch(Method):
                        'to below 1')
     check_above_zero('fixmatch', temperature=self.temperature)
 
-  def needs(self, model: ResNet) -> Needs:
+  def needs(self, model: Network) -> Needs:
     return Needs(forwarded_views=(STRONG,))
 
   def loss(self, context: StepContext, state: State) -> LossTerm:

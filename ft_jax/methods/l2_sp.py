@@ -16,7 +16,7 @@ from ft_jax.methods.base import (
   State,
   StepContext,
 )
-from ft_jax.models.resnet import ResNet
+from ft_jax.models.network import Network
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +33,7 @@ class L2SP(Method):
   def check(self, context: SetupContext) -> None:
     check_not_negative('l2_sp', head_weight=self.head_weight)
 
-  def needs(self, model: ResNet) -> Needs:
+  def needs(self, model: Network) -> Needs:
     return Needs(start=True)
 
   def loss(self, context: StepContext, state: State) -> LossTerm:

@@ -5,7 +5,6 @@
 from collections.abc import Callable, Mapping
 import dataclasses
 import math
-import re
 from typing import Any, ClassVar
 
 import flax
@@ -25,7 +24,7 @@ from ft_jax.methods.base import (
   State,
   StepContext,
 )
-from ft_jax.models.resnet import ResNet
+from ft_jax.models.network import head_of, Network
 
 EPSILON = 1e-6  # added to running variances, as in the published code
 
@@ -33,9 +32,9 @@ EPSILON = 1e-6  # added to running variances, as in the published code
 @dataclasses.dataclass(frozen=True)
 class Layerwise(Method):
   """After each step, every kernel w of a stage goes back to w0 + t * min(1, r / |t|), t = w - w0, with the norm of the
-  whole kernel (frobenius) or the L1 norm of the weights into each output (mars); r is D in layer1 and layer2, D *
-  growth in layer3 and D * growth^2 in layer4. Li and Zhang, "Improved Regularization and Robustness for Fine-tuning in
-  Neural Networks" (NeurIPS 2021); MARS-PGM: Gouk, Hospedales and Pontil (ICLR 2021), with one radius for all stages.
+  whole kernel (frobenius) or the L1 norm of the weights into each output (mars); r is D in the first two stages
+  (`Network.stage`), D * growth in the third and D * growth^2 in the fourth. Li and Zhang, "Improved Regularization and
+  Robustness for Fine-tuning in Neural Networks" (NeurIPS 2021); MARS-PGM: Gouk, Hospedales and Pontil (ICLR 2021), with one radius for all stages.
 
   As in the published code, shortcut convolutions are constrained, the stem and all biases are free, and for BatchNorm s
   = scale / sqrt(running variance + 1e-6) stays within r of its start, with the current variance. Fresh heads stay
@@ -50,9 +49,9 @@ class Layerwise(Method):
   distance: str = ''  # frobenius (of a whole kernel) or mars (L1 of the weights into each output); '' for none
   form: str = 'constraint'  # constraint (projection after each step) or penalty (a term of the loss)
   radius: float = 0.136810  # constraint: D; published for MIT-Indoor with a ResNet-101 (the median of seven sets); see configs/regsl.py
-  growth: float = 2.528838  # gamma: radius or weight of layer3 against layer2, of layer4 against layer3; published likewise
+  growth: float = 2.528838  # gamma: radius or weight of the third stage over the second's, of the fourth over the third's; published likewise
   head_radius: float = 6.407802  # constraint: of the target head; published likewise
-  weight: float = 0.01  # penalty: of layer1 and layer2; ours, published ones were not found
+  weight: float = 0.01  # penalty: of the first two stages; ours, published ones were not found
   head_weight: float = 0.01  # penalty: of the heads; ours
 
   def check(self, context: SetupContext) -> None:
@@ -62,45 +61,52 @@ class Layerwise(Method):
     check_above_zero('layerwise', radius=self.radius, growth=self.growth, head_radius=self.head_radius)
     check_not_negative('layerwise', weight=self.weight, head_weight=self.head_weight)
 
-  def needs(self, model: ResNet) -> Needs:
+  def needs(self, model: Network) -> Needs:
     return Needs(start=True)
 
   def loss(self, context: StepContext, state: State) -> LossTerm:
     if self.form != 'penalty':
       return LossTerm(None, state)
-    start, norm = flat(context.start['params']), NORMS[self.distance]
+    start, norm, variances = flat(context.start['params']), NORMS[self.distance], flat(context.batch_stats)
     total: Any = 0.0
     for path, value in flat(of_network(context.params)).items():
-      if path.endswith(('kernel', 'scale')) and (grown := self._grown(path)):
-        weight = self.head_weight if path.startswith('heads/') else self.weight * grown
+      if (grown := self._grown(context.model, path)) and (path.endswith('kernel') or variance_of(path) in variances):
+        weight = self.head_weight if head_of(path) else self.weight * grown
         total += weight * norm.penalty(value - start.get(path, 0.0))
     return LossTerm(total, state)
 
-  def project(self, params: Any, batch_stats: Any, start: Any) -> Any:
+  def project(self, model: Network, params: Any, batch_stats: Any, start: Any) -> Any:
     if self.form != 'constraint':
       return params
     first, now, then = flat(start['params']), flat(batch_stats), flat(start['batch_stats'])
     classes = params['heads']['target']['kernel'].shape[-1]
 
     def projected(path: tuple[str, ...], value: jax.Array) -> jax.Array:
-      name, grown = '/'.join(path), self._grown('/'.join(path))
-      if not grown or path[-1] == 'bias':
-        return value
-      if path[-1] == 'scale':
-        variance = f'{name.removesuffix("scale")}var'
+      name = '/'.join(path)
+      grown, variance = self._grown(model, name), variance_of(name)
+      if grown and variance in now:
         return into_interval(value, now[variance], first[name], then[variance], self.radius * grown)
-      radius = self.head_radius * NORMS[self.distance].heads(value.shape[-1] / classes) if path[0] == 'heads' else self.radius * grown
+      if not grown or path[-1] != 'kernel':
+        return value
+      radius = self.radius * grown
+      if head_of(name):
+        radius = self.head_radius * NORMS[self.distance].heads(value.shape[-1] / classes)
       return into_ball(value, first.get(name, jnp.zeros_like(value)), radius, NORMS[self.distance].norm)
 
     return flax.traverse_util.path_aware_map(projected, params)
 
-  def _grown(self, path: str) -> float:
+  def _grown(self, model: Network, path: str) -> float:
     """The factor of the radius or weight: powers of growth in the stages, 1 in heads, 0 where nothing is constrained.
     """
-    if path.startswith('heads/'):
+    if head_of(path):
       return 1.0
-    stage = re.match(r'layer(\d+)/', path)
-    return self.growth ** max(int(stage[1]) - 2, 0) if stage else 0.0
+    stage = model.stage(path)
+    return self.growth ** max(stage - 2, 0) if stage else 0.0
+
+
+def variance_of(path: str) -> str:
+  """The running variance of the layer whose scale a path is; '' for other parameters."""
+  return f'{path.removesuffix("scale")}var' if path.endswith('/scale') else ''
 
 
 def into_ball(value: jax.Array, center: jax.Array, radius: float, norm: Callable[[jax.Array], jax.Array]) -> jax.Array:

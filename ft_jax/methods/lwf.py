@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from ft_jax.methods.base import check_above_zero, LossTerm, Method, Needs, SetupContext, State, StepContext
-from ft_jax.models.resnet import ResNet
+from ft_jax.models.network import Network
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +26,7 @@ class LwF(Method):
   def check(self, context: SetupContext) -> None:
     check_above_zero('lwf', temperature=self.temperature)
 
-  def needs(self, model: ResNet) -> Needs:
+  def needs(self, model: Network) -> Needs:
     return Needs(start=True, teacher=True, classifier=True)
 
   def loss(self, context: StepContext, state: State) -> LossTerm:

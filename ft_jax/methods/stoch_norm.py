@@ -8,10 +8,10 @@ from typing import ClassVar
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from ft_jax.methods.base import Method, SetupContext
-from ft_jax.models import resnet
+from ft_jax.models.batch_norm import BatchNorm
+from ft_jax.models.network import frozen_mask
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,9 +33,9 @@ class StochNorm(Method):
   def check(self, context: SetupContext) -> None:
     if not 0 <= self.probability <= 1:
       raise ValueError(f'methods.stoch_norm.probability is {self.probability}; expected a number from 0 to 1')
-    image = jax.ShapeDtypeStruct((1, context.image_size, context.image_size, 3), np.uint8)
-    shapes = jax.eval_shape(context.model.init, jax.random.key(0), image)
-    if all(jax.tree.leaves(resnet.frozen_mask(context.model, shapes['batch_stats']))):
+    if not context.model.has_batch_norm:
+      raise ValueError('methods.stoch_norm replaces BatchNorm, which this network (model.name) does not have; leave the method out')
+    if all(jax.tree.leaves(frozen_mask(context.model, context.model.shapes()['batch_stats']))):
       raise ValueError("methods.stoch_norm has no layer to replace: model.batch_norm = 'frozen' or train.freeze keeps "
                        'running statistics in all of them; unfreeze some, or leave the method out')
 
@@ -43,7 +43,7 @@ class StochNorm(Method):
     return functools.partial(StochNormLayer, probability=self.probability)
 
 
-class StochNormLayer(resnet.BatchNorm):
+class StochNormLayer(BatchNorm):
   """BatchNorm that, in training, uses running statistics for some channels, drawn with the random stream 'norm'.
 
   Attributes:

@@ -1,19 +1,21 @@
-"""Variables of `resnet` as a state dict with torchvision's names: the way back from `pretrained`."""
+"""Variables of a network as a state dict with its names in torch: the way back from `weights.read`."""
 
 from collections.abc import Mapping
-import re
 from typing import Any
 
 import flax
 import numpy as np
 
+from ft_jax.models.network import head_of, Network
 
-def state_dict(variables: Mapping[str, Any], head: str | None) -> dict[str, np.ndarray]:
-  """What torchvision's ResNet of the same shape loads with strict=True.
+
+def state_dict(network: Network, variables: Mapping[str, Any], head: str | None) -> dict[str, np.ndarray]:
+  """What torch's network of the same shape loads with strict=True; where torch has none, names are those here.
 
   Args:
+    network: whose variables they are.
     variables: `{'params', 'batch_stats'}`; gradients and the like are converted as well, and either may be missing.
-    head: the classifier that becomes `fc`; the others are left out. None leaves out all.
+    head: the classifier that is kept (`fc` in torchvision's ResNets); the others are left out. None leaves out all.
 
   Returns:
     Arrays by name, with torch's order of axes (`layer1.0.conv1.weight` `[out, in, h, w]`, `fc.weight` `[K, d]`), contiguous.
@@ -21,23 +23,15 @@ def state_dict(variables: Mapping[str, Any], head: str | None) -> dict[str, np.n
   """
   state = {}
   for path, value in flax.traverse_util.flatten_dict(dict(variables), sep='/').items():
-    if not path.startswith('params/heads/') or path.startswith(f'params/heads/{head}/'):
-      state[name(path)] = np.ascontiguousarray(_axes(np.asarray(value)))
-    if path.startswith('batch_stats/') and path.endswith('/mean'):
-      state[name(path).replace('running_mean', 'num_batches_tracked')] = np.zeros((), np.int64)
+    name = network.torch_name(path)
+    if head_of(path.partition('/')[2]) in (None, head):
+      value = np.asarray(value)
+      state[name] = np.ascontiguousarray(_axes(value) if path.endswith('/kernel') else value)
+    if name.endswith('running_mean'):
+      state[name.replace('running_mean', 'num_batches_tracked')] = np.zeros((), np.int64)
   return state
 
 
-def name(path: str) -> str:
-  """Torchvision's name: `params/layer1/0/conv1/kernel` is `layer1.0.conv1.weight`."""
-  _, _, path = path.partition('/')
-  module, _, leaf = re.sub(r'^heads/[^/]+', 'fc', path).rpartition('/')
-  return f'{module.replace("/", ".")}.{_LEAVES[leaf]}'
-
-
 def _axes(value: np.ndarray) -> np.ndarray:
-  """`[h, w, in, out]` to `[out, in, h, w]`, `[in, out]` to `[out, in]`, vectors as they are."""
-  return value.transpose({4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}[value.ndim])
-
-
-_LEAVES = {'kernel': 'weight', 'scale': 'weight', 'bias': 'bias', 'mean': 'running_mean', 'var': 'running_var'}
+  """Kernels `[h, w, in, out]` to `[out, in, h, w]` and `[in, out]` to `[out, in]`."""
+  return value.transpose({4: (3, 2, 0, 1), 2: (1, 0)}[value.ndim])

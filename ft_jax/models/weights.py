@@ -1,4 +1,4 @@
-"""Pre-trained weights: state dicts with torchvision's or MoCo's names to variables of `resnet`; and a strict merge."""
+"""Pre-trained weights: state dicts of torch to variables of a network, by its own names; and a strict merge."""
 
 from collections.abc import Collection, Mapping, Sequence
 import os
@@ -9,7 +9,8 @@ import flax
 import jax
 import numpy as np
 
-from ft_jax.models import export, resnet, torch_pickle
+from ft_jax.models import build, NETWORKS, torch_pickle
+from ft_jax.models.network import head_of, Network, network_variables
 from ft_jax.names import listed
 from ft_jax.progress import log
 
@@ -20,9 +21,9 @@ _PAIRS = (('encoder_q.', 'encoder_k.'), ('teacher.', 'student.'))
 # Moving averages of a network are not read where the network itself is there too.
 _AVERAGES = re.compile(r'(.*[._])?(ema|swa|momentum|avg|averaged?|target)[._].*')
 _MOCO_REST = re.compile(r'.*encoder_k\..+|(.+\.)?(queue|queue_ptr)')
-_BACKBONE = re.compile(r'(conv1|bn1|layer[1-4]\.\d+\.(conv[123]|bn[123]|downsample\.[01]))\.(weight|bias|running_mean|running_var)')
-_CLASSIFIER = {'fc.weight', 'fc.bias'}
-_PROJECTION = {'fc.0.weight', 'fc.0.bias', 'fc.2.weight', 'fc.2.bias'}
+# MoCo-v2's projection head, in the place of a ResNet's classifier, and where its tensors are kept.
+_PROJECTION = {'fc.0.weight': 'projection/0/kernel', 'fc.0.bias': 'projection/0/bias',
+               'fc.2.weight': 'projection/2/kernel', 'fc.2.bias': 'projection/2/bias'}
 
 
 class Loaded(NamedTuple):
@@ -32,34 +33,31 @@ class Loaded(NamedTuple):
   notes: tuple[str, ...] = ()
 
 
-def load_torch(path: str | os.PathLike[str]) -> dict[str, Any]:
-  """The variables of `read`."""
-  return read(path).variables
-
-
-def read(path: str | os.PathLike[str]) -> Loaded:
-  """Reads a ResNet's state dict from a file of safetensors or torch, whatever its name ends in.
+def read(path: str | os.PathLike[str], network: Network) -> Loaded:
+  """Reads a state dict from a file of safetensors or torch, whatever its name ends in.
 
   Prefixes of the network's names (`module.`, `_orig_mod.`, `model.`, `backbone.`, ..., in any order) are removed.
 
   Args:
-    path: a file with torchvision's names, or MoCo's checkpoint, whose query encoder is taken.
+    path: a file with the network's names in torch, or MoCo's checkpoint, whose query encoder is taken.
+    network: of the family that the weights are of; how large it is, and its heads, do not matter.
 
   Returns:
-    `{'params', 'batch_stats'}` of float32 numpy arrays; a classifier `fc` becomes the head 'source'. MoCo-v2's projection head
+    `{'params', 'batch_stats'}` of float32 numpy arrays; a classifier becomes the head 'source'. MoCo-v2's projection head
     (`fc.0`, `fc.2`) is `{'projection': {'0', '2'}}` beside them; see `project`.
 
   Raises:
-    ValueError: a file that cannot be read (see `torch_files.read`), a tensor that is no ResNet's, by name, several
-      networks that no rule decides between, or no running statistics.
+    ValueError: a file that cannot be read (see `torch_pickle.read`), a tensor that the family does not have, by name,
+      several networks that no rule decides between, or no running statistics of a network that has BatchNorm.
   """
   state = torch_pickle.read(path)
   tensors = _unwrapped(state.tensors)
-  prefix, others = _network(tensors, path)
+  prefix, others = _find_network(tensors, network, path)
   moco = prefix.endswith('encoder_q.')
   flat: dict[str, np.ndarray] = {}
   dropped: dict[str, list[str]] = {}
   unknown = []
+  classifier = {network.torch_name(f'params/heads/source/{leaf}') for leaf in ('kernel', 'bias')}
   inner = tuple(other for other in others if len(other) > len(prefix))
   for name, value in tensors.items():
     bare = name.removeprefix(prefix) if name.startswith(prefix) and not name.startswith(inner) else ''
@@ -69,25 +67,26 @@ def read(path: str | os.PathLike[str]) -> Loaded:
       dropped.setdefault("MoCo's key encoder and queue", []).append(name)
     elif not bare:
       dropped.setdefault(f'beside {prefix.removesuffix(".") or "the network"}', []).append(name)
-    elif moco and bare in _CLASSIFIER:
+    elif moco and bare in classifier:
       dropped.setdefault("MoCo-v1's projection", []).append(name)
-    elif _BACKBONE.fullmatch(bare) or bare in _CLASSIFIER or moco and bare in _PROJECTION:
-      flat.update([_convert(bare, value, path)])
+    elif (place := _PROJECTION.get(bare) if moco and bare in _PROJECTION else network.torch_path(bare)) is not None:
+      flat[place] = _convert(bare, place, value, path)
     else:
       unknown.append(name)
   if unknown:
-    raise ValueError(f'{path} holds none of {", ".join(resnet.NETWORKS)}: they have no {listed(unknown)}')
-  for head in (_CLASSIFIER, _PROJECTION):
-    here = {name for name in head if _key(name) in flat}
-    if here and here != head:
-      raise ValueError(f'{path} holds {listed(sorted(here))} and lacks {listed(sorted(head - here))}')
-  if not any(key.startswith('batch_stats/') for key in flat):
+    raise ValueError(f'{path} holds none of {", ".join(NETWORKS)}: they have no {listed(unknown)}')
+  for head in ({name: network.torch_path(name) for name in classifier}, _PROJECTION):
+    here = {name for name, place in head.items() if place in flat}
+    if here and here != set(head):
+      raise ValueError(f'{path} holds {listed(sorted(here))} and lacks {listed(sorted(set(head) - here))}')
+  if network.has_batch_norm and not any(key.startswith('batch_stats/') for key in flat):
     raise ValueError(f'{path} has no running statistics of BatchNorm (bn1.running_mean, bn1.running_var, ...), only '
                      'parameters; save model.state_dict(), which has them (networks with GroupNorm or others in its place are '
                      'not supported)')
   if state.beside:
     dropped.setdefault('beside the network', []).extend(state.beside)
-  return Loaded(flax.traverse_util.unflatten_dict(flat, sep='/'), dropped,
+  variables = flax.traverse_util.unflatten_dict(flat, sep='/')
+  return Loaded({**variables, **network_variables(variables)}, dropped,
                 (*state.notes, *_notes(state.tensors, tensors, prefix, others)))
 
 
@@ -97,15 +96,15 @@ def _unwrapped(tensors: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
   return short if len(short) == len(tensors) else tensors
 
 
-def _network(names: Collection[str], path: str | os.PathLike[str]) -> tuple[str, list[str]]:
+def _find_network(names: Collection[str], network: Network, path: str | os.PathLike[str]) -> tuple[str, list[str]]:
   """The prefix of the names of the network that is read ('' for none), and those of other networks in the same file.
 
   Raises:
     ValueError: there is no network, or there are several and no rule decides between them.
   """
-  found = [name.removesuffix('conv1.weight') for name in names
-           if re.fullmatch(r'(.+\.)?conv1\.weight', name) and not re.search(r'(^|\.)layer\d+\.', name)]
-  whole = [prefix for prefix in found if f'{prefix}layer1.0.conv1.weight' in names] or found
+  anchor, inner = network.torch_anchors
+  found = [name.removesuffix(anchor) for name in names if _within(name, network) == anchor]
+  whole = [prefix for prefix in found if f'{prefix}{inner}' in names] or found
   taken = whole
   for first, second in _PAIRS:
     if any(first in prefix for prefix in whole) and any(second in prefix for prefix in whole):
@@ -113,13 +112,20 @@ def _network(names: Collection[str], path: str | os.PathLike[str]) -> tuple[str,
   if len(taken) > 1:
     taken = [prefix for prefix in taken if not _AVERAGES.fullmatch(prefix)]
   if not found:
-    strange = sorted(names, key=lambda name: bool(_BACKBONE.fullmatch(name)) or name.endswith('num_batches_tracked'))
-    raise ValueError(f'{path} holds none of {", ".join(resnet.NETWORKS)}: there is no conv1.weight among '
+    strange = sorted(names, key=lambda name: network.torch_path(name) is not None or name.endswith('num_batches_tracked'))
+    raise ValueError(f'{path} holds none of {", ".join(NETWORKS)}: there is no {anchor} among '
                      f'{listed(strange)}')
   if len(taken) != 1:
     raise ValueError(f'{path} holds {len(whole)} networks, with the prefixes {listed(map(repr, whole))}, and no rule says '
                      f'which one is meant; to read one of them {_keep_alone(whole[0])}')
   return taken[0], [prefix for prefix in whole if prefix != taken[0]]
+
+
+def _within(name: str, network: Network) -> str | None:
+  """The longest end of a tensor's name that is one of the network's; None where none is."""
+  parts = name.split('.')
+  ends = ('.'.join(parts[i:]) for i in range(len(parts)))
+  return next((end for end in ends if network.torch_path(end) is not None), None)
 
 
 def _keep_alone(prefix: str) -> str:
@@ -140,10 +146,11 @@ def _notes(before: Mapping[str, np.ndarray], tensors: Mapping[str, np.ndarray], 
   return notes + ([f'{listed(kinds)} converted to float32'] if kinds else [])
 
 
-def check_numbers(variables: Mapping[str, Any], name: str) -> None:
+def check_numbers(network: Network, variables: Mapping[str, Any], name: str) -> None:
   """Raises ValueError for numbers that no trained network has, by tensor; warns where running variances are zero.
 
   Args:
+    network: whose variables they are.
     variables: `{'params', 'batch_stats'}` and whatever else is used.
     name: of the weights, for messages.
   """
@@ -151,33 +158,42 @@ def check_numbers(variables: Mapping[str, Any], name: str) -> None:
   for key, value in flat.items():
     value = np.asarray(value)
     if wrong := int(np.sum(~np.isfinite(value))):
-      raise ValueError(f'{name} has numbers that are not finite in {_both(key)} ({wrong:,d} of {value.size:,d} are NaN or '
+      raise ValueError(f'{name} has numbers that are not finite in {_both(network, key)} ({wrong:,d} of {value.size:,d} are NaN or '
                        'infinity): its training diverged, or it is damaged; use an earlier checkpoint, or download it again')
-    if key.endswith('/var') and (value < 0).any():
-      raise ValueError(f'{name} has negative running variances in {_both(key)}, down to {value.min():g}, which BatchNorm '
+    if _is_variance(key) and (value < 0).any():
+      raise ValueError(f'{name} has negative running variances in {_both(network, key)}, down to {value.min():g}, which BatchNorm '
                        'never computes: it is damaged; use an earlier checkpoint, or download it again')
-  if zero := [key for key, value in flat.items() if key.endswith('/var') and not np.any(value)]:
+  if zero := [key for key, value in flat.items() if _is_variance(key) and not np.any(value)]:
     log.warning('warning: %s: the running variance is zero in every channel of %s', name, listed(zero))
 
 
-def merge(variables: Mapping[str, Any], loaded: Mapping[str, Any]) -> dict[str, Any]:
+def merge(network: Network, variables: Mapping[str, Any], loaded: Mapping[str, Any]) -> dict[str, Any]:
   """Fresh variables with the backbone replaced by the loaded one, and every head that the weights have under the same name.
 
   Raises:
     ValueError: a tensor that is missing, left over or of another shape, by name; and which network the weights are of.
   """
   fresh = flax.traverse_util.flatten_dict(dict(variables), sep='/')
-  given = flax.traverse_util.flatten_dict({key: loaded.get(key, {}) for key in ('params', 'batch_stats')}, sep='/')
-  given = {key: value for key, value in given.items() if key in fresh or not key.startswith('params/heads/')}
-  if problems := _problems({key: value for key, value in fresh.items() if key in given or not key.startswith('params/heads/')}, given):
-    raise ValueError(f'the weights do not fit the model (model.name, model.width, model.stem). {_nearest(given)}. {". ".join(problems)}')
+  given = flax.traverse_util.flatten_dict(network_variables(loaded), sep='/')
+  given = {key: value for key, value in given.items() if key in fresh or not _of_head(key)}
+  if problems := _problems({key: value for key, value in fresh.items() if key in given or not _of_head(key)}, given):
+    fields = ', '.join(f'model.{name}' for name in ('name', *network.options))
+    raise ValueError(f'the weights do not fit the model ({fields}). {_nearest(network, given)}. {". ".join(problems)}')
   merged = {key: np.asarray(given[key], np.float32) if key in given else value for key, value in fresh.items()}
-  return flax.traverse_util.unflatten_dict(merged, sep='/')
+  return network_variables(flax.traverse_util.unflatten_dict(merged, sep='/'))
 
 
-def _both(key: str) -> str:
+def _of_head(key: str) -> bool:
+  return key.startswith('params/') and head_of(key.removeprefix('params/')) is not None
+
+
+def _is_variance(key: str) -> bool:
+  return key.startswith('batch_stats/') and key.endswith('/var')
+
+
+def _both(network: Network, key: str) -> str:
   """A path here and the tensor's name in a file of torch: `params/conv1/kernel (conv1.weight)`."""
-  return f'{key} ({export.name(key)})' if key.startswith(('params/', 'batch_stats/')) else key
+  return f'{key} ({network.torch_name(key)})' if key.startswith(('params/', 'batch_stats/')) else key
 
 
 def project(projection: Mapping[str, Any], features: jax.Array) -> jax.Array:
@@ -196,25 +212,26 @@ def _problems(expected: Mapping[str, Any], given: Mapping[str, Any]) -> list[str
           *([f'Other shapes: {"; ".join(shapes[:3])}' + (f' and {len(shapes) - 3} more' if len(shapes) > 3 else '')] if shapes else [])]
 
 
-def _nearest(given: Mapping[str, Any]) -> str:
-  """The network that loaded variables are of, or are most like."""
-  given = {key: value for key, value in given.items() if not key.startswith('params/heads/')}
-  kernel = given['params/conv1/kernel'] if 'params/conv1/kernel' in given else np.zeros((7, 7, 3, 64))
-  stem, width = f'{kernel.shape[0]}x{kernel.shape[1]}', kernel.shape[-1]
-  known = ', '.join(resnet.NETWORKS)
-  if stem not in resnet.STEMS:
-    return f'They are of none of {known}'
-  fits = {}
-  for name in resnet.NETWORKS:
-    model = resnet.build(name, {}, width=width, stem=stem)
-    shapes = flax.traverse_util.flatten_dict(
-        jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 32, 32, 3), np.uint8)), sep='/')
+def _nearest(network: Network, given: Mapping[str, Any]) -> str:
+  """The network of the table that loaded variables are of, or are most like."""
+  given = {key: value for key, value in given.items() if not _of_head(key)}
+  fits: dict[str, tuple[int, int]] = {}
+  options: dict[str, dict[str, Any]] = {}
+  for name in NETWORKS:
+    options[name] = build(name, {}).options_like(given)
+    shapes = flax.traverse_util.flatten_dict(build(name, {}, size=network.size, **options[name]).shapes(), sep='/')
     alike = sum(key in given and given[key].shape == value.shape for key, value in shapes.items())
-    fits[name] = alike - len(given), alike - len(shapes)  # zeros: nothing is left over, nothing missing
+    if alike:
+      fits[name] = alike - len(given), alike - len(shapes)  # zeros: nothing is left over, nothing missing
+  known = ', '.join(NETWORKS)
+  if not fits:
+    return f'They are of none of {known}'
   best = max(fits, key=lambda name: sum(fits[name]))
   if fits[best] == (0, 0):
-    return f'They are of {best}: set --config.model.name={best} --config.model.width={width} --config.model.stem={stem}'
-  return (f'They are of none of {known}; the nearest is {best} of width {width}, which has {len(given) + fits[best][0]} of their '
+    fields = {'name': best, **options[best]}
+    return f'They are of {best}: set {" ".join(f"--config.model.{name}={value}" for name, value in fields.items())}'
+  of_width = f' of width {options[best]["width"]}' if 'width' in options[best] else ''
+  return (f'They are of none of {known}; the nearest is {best}{of_width}, which has {len(given) + fits[best][0]} of their '
           f'{len(given)} tensors')
 
 
@@ -222,26 +239,12 @@ def _params_first(name: str) -> tuple[bool, str]:
   return not name.startswith('params/'), name
 
 
-def _convert(name: str, value: np.ndarray, path: str | os.PathLike[str]) -> tuple[str, np.ndarray]:
-  """A torch tensor's place and value here."""
+def _convert(name: str, place: str, value: np.ndarray, path: str | os.PathLike[str]) -> np.ndarray:
+  """A torch tensor as it is kept here, in float32: kernels have torch's axes in another order (see `export`)."""
   if value.dtype.kind in 'iub':
     raise ValueError(f'{path}: {name} is {value.dtype}; expected floating-point numbers')
   with np.errstate(over='ignore'):  # what is too large becomes infinite, which `check_numbers` names
     value = np.asarray(value, np.float32)
-  if name.endswith('weight') and value.ndim == 4:
-    value = value.transpose(2, 3, 1, 0)
-  elif name.endswith('weight') and value.ndim == 2:
-    value = value.T
-  return _key(name), value
-
-
-def _key(name: str) -> str:
-  """The path here of a tensor of torchvision or MoCo-v2: `layer1.0.conv1.weight` is params/layer1/0/conv1/kernel."""
-  module, _, leaf = name.replace('.', '/').rpartition('/')
-  if name in _PROJECTION:
-    return f'projection/{module.removeprefix("fc/")}/{"kernel" if leaf == "weight" else leaf}'
-  if leaf in ('running_mean', 'running_var'):
-    return f'batch_stats/{module}/{leaf.removeprefix("running_")}'
-  module = 'heads/source' if module == 'fc' else module
-  normalisation = re.fullmatch(r'(.*/)?(bn\d|downsample/1)', module)
-  return f'params/{module}/{leaf if leaf == "bias" else "scale" if normalisation else "kernel"}'
+  if place.endswith('/kernel') and value.ndim == 4:
+    return value.transpose(2, 3, 1, 0)
+  return value.T if place.endswith('/kernel') and value.ndim == 2 else value

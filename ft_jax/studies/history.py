@@ -92,15 +92,16 @@ def load(kept: Kept, network: ConfigDict, image_size: int) -> Loaded:
   Raises:
     ValueError: one that cannot be read, or is of another network; names it.
   """
+  model = setup.build_model(network, {}, image_size)
   try:
     path = storage.located(kept.weights)
-    variables = (finished_runs.load_variables(path.parent.parent, int(path.name)) if path.is_dir() else initial_weights.read_file(path).variables)
+    variables = (finished_runs.load_variables(path.parent.parent, int(path.name)) if path.is_dir() else initial_weights.read_file(path, model).variables)
     heads = variables['params'].pop('heads', {})
-    merged = setup.init_variables(setup.build_model(network, {}), image_size, 0, variables)
+    merged = setup.init_variables(model, 0, variables)
   except (ValueError, OSError) as error:
     raise ValueError(f'{kept.name} ({kept.weights}): {error}') from error
   try:
-    check_numbers(merged, f'{kept.name} ({kept.weights})')
+    check_numbers(model, merged, f'{kept.name} ({kept.weights})')
   except ValueError as error:
     raise ValueError(f'{error}; or leave it out by config.study.epochs') from error
   classifier = heads.get('source')

@@ -18,7 +18,7 @@ import optax
 
 from ft_jax import parallel
 from ft_jax.methods.base import flat
-from ft_jax.models.resnet import ResNet
+from ft_jax.models.network import head_of, Network
 from ft_jax.training.evaluate import evaluate, make_predict
 
 # A few random vectors can agree by chance: no decision before so many.
@@ -37,24 +37,30 @@ def estimate(draws: Sequence[float]) -> Estimate:
   return Estimate(float(np.mean(draws)), error)
 
 
-def order(path: str) -> tuple[Any, ...]:
-  """Sorts parameters from the images to the classes: a block's convolutions, each with its normalisation, then its shortcut."""
+def order(model: Network, path: str) -> tuple[Any, ...]:
+  """A key that sorts parameters from the input to the classes: a block's layers, each with its normalisation, then its shortcut."""
   *modules, leaf = path.split('/')
-  at = {'heads': 2}.get(modules[0], int(modules[0].startswith('layer')))
-  numbers = [int(digits) if (digits := ''.join(c for c in name if c.isdigit())) else 0 for name in modules]
-  return at, numbers[:2] if at == 1 else [], 'downsample' in modules, numbers[-1], modules[-1].startswith('bn'), leaf != 'kernel', path
+  digits = ''.join(c for c in modules[-1] if c.isdigit())
+  return -model.depth(path), model.is_shortcut(path), int(digits or 0), model.is_norm(path), leaf != 'kernel', path
 
 
-def is_perturbed(path: str) -> bool:
-  """Whether noise is laid on a parameter, as published: convolutions called conv, and the head's weight.
+def stage_of(model: Network, path: str) -> str:
+  """The stage of a parameter by name; 'heads', or 'stem' for what comes before the first stage."""
+  if head_of(path):
+    return 'heads'
+  stage = model.stage(path)
+  return model.stages[stage - 1] if stage else 'stem'
 
-  Normalisation, biases, and the convolutions of shortcuts ('downsample.0' by their name) are left as they are.
+
+def is_perturbed(model: Network, path: str) -> bool:
+  """Whether noise is added to a parameter, as published: the weights of layers and of the head.
+
+  Normalisation, biases, and the weights of shortcuts are left as they are.
   """
-  *modules, leaf = path.split('/')
-  return leaf == 'kernel' and (modules[0] == 'heads' or modules[-1].startswith('conv'))
+  return path.endswith('/kernel') and not model.is_shortcut(path)
 
 
-def losses_under_noise(model: ResNet, head: str, variables: Any, batches: Iterable[Mapping[str, np.ndarray]], *, classes: int, sigma: float,
+def losses_under_noise(model: Network, head: str, variables: Any, batches: Iterable[Mapping[str, np.ndarray]], *, classes: int, sigma: float,
                        seed: int, numbers: Iterable[int]) -> Iterator[float]:
   """The mean loss of each perturbed network: every weight of `is_perturbed` plus sigma times a normal number of its own.
 
@@ -71,7 +77,7 @@ def losses_under_noise(model: ResNet, head: str, variables: Any, batches: Iterab
   def perturb(variables: Any, number: jax.Array) -> Any:
     noise = flat(_drawn(jax.random.normal, variables['params'], jax.random.fold_in(jax.random.key(seed), number)))
     return {**variables, 'params': flax.traverse_util.path_aware_map(
-        lambda path, w: w + sigma * noise['/'.join(path)] if is_perturbed('/'.join(path)) else w, variables['params'])}
+        lambda path, w: w + sigma * noise['/'.join(path)] if is_perturbed(model, '/'.join(path)) else w, variables['params'])}
 
   perturbed, predict = parallel.pmap(perturb, in_axes=(0, None)), make_predict(model, head)
   for number in numbers:
@@ -83,7 +89,7 @@ def distances(params: Mapping[str, Any], start: Mapping[str, Any]) -> dict[str, 
   began = flat(start)
   norms = {}
   for path, value in flat(params).items():
-    w, w0 = np.asarray(value, np.float64), 0.0 if path.startswith('heads/') else np.asarray(began[path], np.float64)
+    w, w0 = np.asarray(value, np.float64), 0.0 if head_of(path) else np.asarray(began[path], np.float64)
     norms[path] = (float(np.linalg.norm(w - w0)), float(np.linalg.norm(w0)))
   return norms
 
@@ -103,7 +109,7 @@ def signs(params: Any, key: jax.Array) -> Any:
   return _drawn(jax.random.rademacher, params, key)
 
 
-def curvatures(model: ResNet, head: str, variables: Any, batches: Iterable[Mapping[str, np.ndarray]], *, seed: int,
+def curvatures(model: Network, head: str, variables: Any, batches: Iterable[Mapping[str, np.ndarray]], *, seed: int,
                numbers: Iterable[int], tell: Callable[[], None] = lambda: None) -> Iterator[dict[str, float]]:
   """`curvature` of the mean loss over all examples, for each random vector; batches are added up, so that one at a time is in memory.
 

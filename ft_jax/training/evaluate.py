@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from ft_jax import parallel
-from ft_jax.models.resnet import ResNet
+from ft_jax.models.network import Network
 
 PredictFn = Callable[[Any, Mapping[str, np.ndarray]], dict[str, jax.Array]]
 
@@ -47,7 +47,7 @@ class Evaluation:
     return {'top1': self.top1, 'mean_per_class': self.mean_per_class, 'loss': self.loss}
 
 
-def make_predict(model: ResNet, head: str) -> PredictFn:
+def make_predict(model: Network, head: str) -> PredictFn:
   """The pmapped forward pass in evaluation mode; every host gets the predictions of all."""
 
   def predict(variables: Any, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
@@ -59,7 +59,7 @@ def make_predict(model: ResNet, head: str) -> PredictFn:
   return parallel.pmap(predict)
 
 
-def make_rank(model: ResNet, head: str, most: int) -> PredictFn:
+def make_rank(model: Network, head: str, most: int) -> PredictFn:
   """The pmapped forward pass to the likeliest classes of each image, on every host for all.
 
   Returns:

@@ -47,7 +47,7 @@ def load_variables(workdir: epath.PathLike, step: int | None = None) -> dict[str
   state = _load_state(workdir, step)
   variables: Mapping[str, Any] = state.get('average') or state
   network = {name: value for name, value in variables['params'].items() if name != 'methods'}
-  return jax.device_get({'params': network, 'batch_stats': variables['batch_stats']})
+  return jax.device_get({'params': network, 'batch_stats': variables.get('batch_stats', {})})
 
 
 def load_start(workdir: epath.PathLike, step: int | None = None) -> dict[str, Any] | None:

@@ -14,7 +14,7 @@ from ft_jax import parallel, progress
 from ft_jax.data.pipeline import EvalBatches
 from ft_jax.environment import environment
 from ft_jax.methods import all_needs, Method, SetupContext
-from ft_jax.models.resnet import ResNet
+from ft_jax.models.network import Network
 from ft_jax.progress import log
 from ft_jax.training.checkpoint_files import Damaged
 from ft_jax.training.checkpoints import Checkpoints
@@ -40,7 +40,7 @@ class InitialNetwork:
     pretrained: the pre-trained part of `variables`: heads that are not in it start fresh; {} for random weights.
     factors: of the learning rate and the weight decay of each parameter, those of methods included.
   """
-  model: ResNet
+  model: Network
   variables: Mapping[str, Any]
   pretrained: Mapping[str, Any]
   factors: Factors
@@ -117,7 +117,7 @@ def setup_context(data: TrainingData, network: InitialNetwork) -> SetupContext:
     return progress.bar(each, f'pre-trained network on {split}', len(each))
 
   return SetupContext(
-      model=network.model, image_size=data.transform.size, classes=len(train.class_names), labels=train.labels,
+      model=network.model, classes=len(train.class_names), labels=train.labels,
       true_labels=train.labels if data.true_labels is None else data.true_labels, batch_size=first.batch_size,
       seed=data.seed, pretrained=bool(network.pretrained), has_source=len(data.streams) > 1, start=network.pretrained,
       batches=batches)
@@ -203,14 +203,14 @@ def _closed_on_error(checkpoints: Checkpoints) -> Iterator[None]:
     raise
 
 
-def log_changed_devices(devices: Sequence[Sequence[int]], start: int, model: ResNet, batch_size: int) -> None:
+def log_changed_devices(devices: Sequence[Sequence[int]], start: int, model: Network, batch_size: int) -> None:
   """Logs what it means that a run resumes at step `start` on another number of devices; `devices` are (from step,
   number).
   """
   if len(devices) < 2 or devices[-1][0] != start:
     return
   before, now = devices[-2][1], devices[-1][1]
-  if model.axis_name or model.batch_norm == 'frozen':
+  if model.axis_name or model.batch_norm == 'frozen' or not model.has_batch_norm:
     log.info('on %d devices now, %d before: the same batches and, but for rounding, the same result', now, before)
   else:
     log.warning('warning: on %d devices now, %d before: BatchNorm takes its statistics from the %d images of each '
@@ -218,8 +218,10 @@ def log_changed_devices(devices: Sequence[Sequence[int]], start: int, model: Res
                 'model.sync_batch_norm=true it does not)', now, before, batch_size // now, batch_size // before)
 
 
-def _batch_norm(model: ResNet) -> str:
+def _batch_norm(model: Network) -> str:
   """What results.json says of the statistics of BatchNorm."""
+  if not model.has_batch_norm:
+    return 'none in this network'
   if model.batch_norm == 'frozen':
     return 'frozen: statistics, scales and biases of the weights'
   return 'statistics of the whole batch' if model.axis_name else f'statistics of each of {jax.device_count()} devices'

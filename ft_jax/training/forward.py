@@ -8,11 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ft_jax.models import resnet
-from ft_jax.models.resnet import Outputs, ResNet
+from ft_jax.models.network import Network, Outputs
 
 
-def forward(model: ResNet, variables: Mapping[str, Any], images: Mapping[str, jax.Array], *, train: bool = True, layers: Sequence[str] = (),
+def forward(model: Network, variables: Mapping[str, Any], images: Mapping[str, jax.Array], *, train: bool = True, layers: Sequence[str] = (),
             key: jax.Array | None = None, parts: int = 1) -> tuple[dict[str, Outputs], Any]:
   """All streams in one pass, so BatchNorm sees their mixture (Liu et al., NeurIPS 2022).
 
@@ -30,7 +29,7 @@ def forward(model: ResNet, variables: Mapping[str, Any], images: Mapping[str, ja
     The outputs by stream, and the running statistics after the pass.
   """
   if len({image.dtype for image in images.values()}) > 1:  # where some were mixed, the others are still bytes
-    images = {stream: resnet.normalize(image) if image.dtype == jnp.uint8 else image for stream, image in images.items()}
+    images = {stream: model.input.normalize(image) for stream, image in images.items()}
 
   def run(batch_stats: Any, images: Mapping[str, jax.Array]) -> tuple[Any, dict[str, Outputs]]:
     (outputs, updates) = model.apply(

@@ -10,7 +10,8 @@ import jax
 from ml_collections import ConfigDict
 import numpy as np
 
-from ft_jax.models import hub, resnet, torch_pickle
+from ft_jax.models import build, hub, NETWORKS, torch_pickle
+from ft_jax.models.network import head_of, Network, network_variables, OPTIONS
 from ft_jax.models.weights import check_numbers, Loaded, read
 from ft_jax.names import listed
 from ft_jax.progress import log
@@ -73,22 +74,24 @@ def _weights_file(path: epath.Path) -> epath.Path:
 
 def _check_timm(network: str, tag: str = '', *, config: ConfigDict) -> None:
   """Many networks of timm differ from torchvision's in stem, pooling or blocks, which their names say."""
-  if network not in resnet.NETWORKS:
-    raise ValueError(f'model.weights is {config.weights!r}, a {network}, which is another network than {", ".join(resnet.NETWORKS)}')
+  if network not in NETWORKS:
+    raise ValueError(f'model.weights is {config.weights!r}, a {network}, which is another network than {", ".join(NETWORKS)}')
   if tag.startswith('ra4_'):  # as timm 1.0 has it; all others of these networks have ImageNet's mean
     raise ValueError(f'model.weights is {config.weights!r}, which was trained on images with a mean of 0.5; the networks here take out the '
                      'mean of ImageNet')
-  if (network, 64, '7x7') != (config.name, config.width, config.stem):
-    raise ValueError(f'model.weights is {config.weights!r}; set --config.model.name={network} --config.model.width=64 '
-                     '--config.model.stem=7x7')
+  published = {'name': network, **build(network, {}).options}
+  if published != {name: config.get(name, OPTIONS.get(name)) for name in published}:
+    flags = ' '.join(f'--config.model.{name}={value}' for name, value in published.items())
+    raise ValueError(f'model.weights is {config.weights!r}; set {flags}')
 
 
-def load_weights(name: str, *, classes: int | None = None, class_names: Sequence[str] | None = None,
+def load_weights(name: str, network: Network, *, classes: int | None = None, class_names: Sequence[str] | None = None,
                  classifier: bool = False, projection: bool = False) -> Weights:
   """Reads pre-trained variables; says what was used and what was dropped.
 
   Args:
     name: as `config.model.weights`: a name of the Hugging Face Hub, a file, a workdir or a checkpoint in one.
+    network: whose weights they are; its heads do not matter.
     classes: how many the classifier must have, which then is head 'source'; None drops every head.
     class_names: their names, in order; compared with those of the run that the weights come from.
     classifier: whether the classifier is wanted as head 'pretrained', whatever its classes.
@@ -102,7 +105,7 @@ def load_weights(name: str, *, classes: int | None = None, class_names: Sequence
     _check_path(name)
   path, commit = hub.fetch(repo) if repo else (storage.located(name), None)
   own = _is_run(path)
-  variables, dropped, notes = _read_run(path) if own else read_file(_weights_file(path))
+  variables, dropped, notes = _read_run(path) if own else read_file(_weights_file(path), network)
   heads = variables['params'].pop('heads', {})
   kept = {}
   if classifier:
@@ -127,22 +130,22 @@ def load_weights(name: str, *, classes: int | None = None, class_names: Sequence
     variables['params']['heads'] = kept
     heads = {head: value for head, value in heads.items() if head != 'source'}
   if heads:
-    dropped['old classifier'] = [f'heads/{head}' for head in sorted(heads)] if own else ['fc.weight', 'fc.bias']
+    dropped['old classifier'] = [f'heads/{head}' for head in sorted(heads)] if own else \
+        [network.torch_name(f'params/heads/source/{leaf}') for leaf in ('kernel', 'bias')]
   if not projection and variables.pop('projection', None):
     dropped['projection head'] = ['fc.0', 'fc.2']
-  check_numbers(variables, name)
+  check_numbers(network, variables, name)
   says = '; '.join(f'{listed(names)} ({why})' for why, names in dropped.items())
   says = (f'; dropped: {says}' if says else '') + ''.join(f'; {note}' for note in notes)
   log.info('weights: %s%s: %d tensors used%s', name, f' at {commit}' if commit else '', len(jax.tree.leaves(variables)),
            says)
-  return Weights(variables, {'name': name, 'revision': commit, 'fingerprint': weights_fingerprint(
-      {key: variables[key] for key in ('params', 'batch_stats')})})
+  return Weights(variables, {'name': name, 'revision': commit, 'fingerprint': weights_fingerprint(network_variables(variables))})
 
 
-def read_file(path: epath.PathLike) -> Loaded:
-  """Weights in a file, or in an object on object storage; raises ValueError as of `pretrained.read`."""
+def read_file(path: epath.PathLike, network: Network) -> Loaded:
+  """Weights in a file, or in an object on object storage; raises ValueError as of `models.weights.read`."""
   with storage.on_disk(path) as file:
-    return read(file)
+    return read(file, network)
 
 
 def _read_run(folder: epath.Path) -> Loaded:
@@ -185,7 +188,7 @@ def weights_fingerprint(variables: Mapping[str, Any]) -> str:
   """Sixteen hexadecimal digits that depend on every number of the backbone."""
   state = hashlib.sha256()
   for path, value in sorted(flax.traverse_util.flatten_dict(dict(variables), sep='/').items()):
-    if not path.startswith('params/heads/'):
+    if not head_of(path.removeprefix('params/')):
       state.update(path.encode() + np.ascontiguousarray(value).tobytes())
   return state.hexdigest()[:16]
 

@@ -25,21 +25,24 @@ class Factors(NamedTuple):
 
 
 def parameter_factors(params: Any, learning_rate_groups: Groups = (('.*', 1.0),),
-                      weight_decay_groups: Groups = (('.*', 1.0),), layer_decay: float = 1.0) -> Factors:
+                      weight_decay_groups: Groups = (('.*', 1.0),),
+                      depth: Callable[[str], int] = lambda path: 0, layer_decay: float = 1.0) -> Factors:
   """The factors of each parameter.
 
   Args:
     params: the parameters (or their shapes), for their paths.
     learning_rate_groups: (pattern, factor) pairs; see `by_pattern`.
     weight_decay_groups: likewise for the weight decay.
-    layer_decay: the rate is multiplied by it once for each block between a parameter and the heads; see `depths`.
+    depth: how far from the heads the parameter of a path is: `Network.depth`.
+    layer_decay: the rate is multiplied by layer_decay ** depth (Howard and Ruder, ACL 2018; Clark et al., ICLR 2020).
 
   Raises:
     ValueError: groups that do not fit the parameters.
   """
   groups = by_pattern(params, learning_rate_groups, 'train.learning_rate_groups')
   decays = by_pattern(params, weight_decay_groups, 'train.weight_decay_groups')
-  return Factors(jax.tree.map(lambda factor, depth: factor * layer_decay**depth, groups, depths(params)), decays)
+  decayed = lambda path, factor: factor * layer_decay ** depth('/'.join(path))
+  return Factors(flax.traverse_util.path_aware_map(decayed, groups), decays)
 
 
 def make_schedule(kind: str, learning_rate: float, steps: int, *, milestones: Sequence[float], decay: float,
@@ -110,19 +113,6 @@ def scale_by_amsgrad(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> o
     return scaled, optax.ScaleByAmsgradState(count=count, mu=mu, nu=nu, nu_max=most)
 
   return optax.GradientTransformation(optax.scale_by_amsgrad(b1, b2, eps).init, update)
-
-
-def depths(params: Any) -> Any:
-  """How many blocks each parameter is away from the heads, as a tree of numbers: heads 0, the last block 1, ... the stem most.
-
-  Layer-wise decay after Howard and Ruder (ACL 2018) and Clark et al. (ICLR 2020), with a residual block as a layer.
-  """
-  flat = flax.traverse_util.flatten_dict(params, sep='/')
-  blocks = {path: re.match(r'layer(\d+)/(\d+)/', path) for path in flat}
-  order = sorted({(int(match[1]), int(match[2])) for match in blocks.values() if match})
-  numbers = {path: len(order) - order.index((int(match[1]), int(match[2]))) if match else
-             0 if path.startswith(('heads/', 'methods/')) else len(order) + 1 for path, match in blocks.items()}
-  return flax.traverse_util.unflatten_dict(numbers, sep='/')
 
 
 def by_pattern(params: Any, groups: Groups, what: str) -> Any:

@@ -8,13 +8,12 @@ from typing import Any, NamedTuple
 import flax
 import jax
 from ml_collections import ConfigDict
-import numpy as np
 import optax
 
 from ft_jax import parallel
 from ft_jax.methods import Method, SetupContext
-from ft_jax.models import resnet
-from ft_jax.models.resnet import ResNet
+from ft_jax.models.batch_norm import BatchNorm
+from ft_jax.models.network import frozen_mask, head_of, head_pattern, Network
 from ft_jax.progress import log
 from ft_jax.training import optimizer
 
@@ -110,18 +109,19 @@ class Training:
     return Plan(steps, self.eval_every or math.ceil(steps / 10), self.log_every or math.ceil(steps / 100),
                 tuple(sorted(step for step in keep if step <= steps)))
 
-  def factors(self, params: Any, fresh: Collection[str] = ()) -> optimizer.Factors:
+  def factors(self, model: Network, params: Any, fresh: Collection[str] = ()) -> optimizer.Factors:
     """The factors of each parameter's learning rate and weight decay.
 
     Args:
+      model: the network.
       params: the parameters, or their shapes; how many classes a head has does not matter.
       fresh: the heads that start fresh on weights that do not: they learn ten times as fast where nothing else is set.
 
     Raises:
       ValueError: groups that do not fit the parameters.
     """
-    groups = self.learning_rate_groups or (*((f'heads/{head}/.*', 10.0) for head in sorted(fresh)), ('.*', 1.0))
-    return optimizer.parameter_factors(params, groups, self.weight_decay_groups, self.layer_decay)
+    groups = self.learning_rate_groups or (*((head_pattern(head), 10.0) for head in sorted(fresh)), ('.*', 1.0))
+    return optimizer.parameter_factors(params, groups, self.weight_decay_groups, model.depth, self.layer_decay)
 
   def make_schedule(self, steps: int) -> optax.Schedule:
     """The learning rate of each of so many steps."""
@@ -146,14 +146,13 @@ class Trainable:
   fixed: Any
 
   @classmethod
-  def of(cls, training: Training, model: ResNet, image_size: int, images: int, *, fresh: Collection[str] = (),
+  def of(cls, training: Training, model: Network, images: int, *, fresh: Collection[str] = (),
          own: Mapping[str, Any] | None = None) -> 'Trainable':
     """What a training means for a network.
 
     Args:
       training: its settings.
       model: with all of its heads, of any number of classes.
-      image_size: pixels a side.
       images: how many go through the network in a step together, over all devices.
       fresh: the heads that start fresh on weights that do not.
       own: parameters of methods, as of `own_params`.
@@ -161,44 +160,41 @@ class Trainable:
     Raises:
       ValueError: groups or a pattern of frozen parameters that do not fit the network, or BatchNorm over single values.
     """
-    image = jax.ShapeDtypeStruct((1, image_size, image_size, 3), np.uint8)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), image)
-    factors = training.factors({**shapes['params'], **(own or {})}, fresh)
-    fixed = resnet.frozen_mask(model, shapes['params'])
-    if model.frozen and not any(jax.tree.leaves(resnet.frozen_mask(model.clone(batch_norm='train'), shapes['params']))):
+    shapes = model.shapes()
+    factors = training.factors(model, {**shapes['params'], **(own or {})}, fresh)
+    fixed = frozen_mask(model, shapes['params'])
+    if model.frozen and not any(jax.tree.leaves(frozen_mask(model.clone(batch_norm='train'), shapes['params']))):
       raise ValueError(f'train.freeze is {training.freeze!r}, which no parameter matches; paths look like '
                        f'{next(iter(flax.traverse_util.flatten_dict(shapes["params"], sep="/")))!r}')
     if all(jax.tree.leaves(fixed)):
       raise ValueError(f'train.freeze is {training.freeze!r}, which leaves no parameter to train')
-    check_batch_norm(training, model, image_size, images)
+    check_batch_norm(training, model, images)
     return cls(factors, fixed)
 
   @property
   def only_heads(self) -> bool:
     """Whether nothing but heads is trained."""
     paths = flax.traverse_util.flatten_dict(self.fixed, sep='/')
-    return all(fixed for path, fixed in paths.items() if not path.startswith('heads/'))
+    return all(fixed for path, fixed in paths.items() if not head_of(path))
 
 
-def check_batch_norm(training: Training, model: ResNet, image_size: int, images: int) -> None:
+def check_batch_norm(training: Training, model: Network, images: int) -> None:
   """Raises ValueError where BatchNorm takes its statistics of one value per channel: its output is then constant.
 
   Args:
     training: its settings.
     model: as it is trained.
-    image_size: pixels a side.
     images: how many go through the network in a step together, over all devices.
   """
-  devices = jax.device_count()
+  devices, options = jax.device_count(), ', '.join(f'model.{name} {value}' for name, value in model.options.items())
   each, shared = images // devices // training.accumulate_steps, devices if model.axis_name else 1
-  if each * shared != 1:
+  if each * shared != 1 or not model.has_batch_norm:
     return
-  image = jax.ShapeDtypeStruct((each, image_size, image_size, 3), np.uint8)
-  variables = jax.eval_shape(model.init, jax.random.key(0), image)
-  is_norm = lambda module, _: isinstance(module, resnet.BatchNorm)
+  variables = model.shapes()
+  is_norm = lambda module, _: isinstance(module, BatchNorm)
   _, captured = jax.eval_shape(
-      lambda *args: model.apply(*args, mutable=['intermediates'], capture_intermediates=is_norm), variables, image)
-  stays = flax.traverse_util.flatten_dict(resnet.frozen_mask(model, variables['batch_stats']), sep='/')
+      lambda *args: model.apply(*args, mutable=['intermediates'], capture_intermediates=is_norm), variables, model.example(each))
+  stays = flax.traverse_util.flatten_dict(frozen_mask(model, variables['batch_stats']), sep='/')
   for path, (output, *_) in flax.traverse_util.flatten_dict(captured['intermediates'], sep='/').items():
     layer = path.removesuffix('/__call__')
     if not stays[f'{layer}/mean'] and math.prod(output.shape[:-1]) == 1:
@@ -206,7 +202,7 @@ def check_batch_norm(training: Training, model: ResNet, image_size: int, images:
           f'BatchNorm {layer} would see one value per channel, so its output would not depend on the image: {each} '
           f'image of {output.shape[1]}x{output.shape[2]} pixels there (images per step {images}, train.batch_size '
           f'{training.batch_size}, devices {devices}, train.accumulate_steps {training.accumulate_steps}, image_size '
-          f'{image_size}, model.stem {model.stem}); use larger batches or images, a smaller train.accumulate_steps, '
+          f'{model.size}, {options}); use larger batches or images, a smaller train.accumulate_steps, '
           f'model.stem=3x3, {"model.sync_batch_norm=true " if devices > shared else ""}or model.batch_norm=frozen')
 
 

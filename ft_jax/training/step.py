@@ -19,8 +19,8 @@ import optax
 from ft_jax import parallel
 from ft_jax.methods import all_needs, Method, norm, State, StepContext
 from ft_jax.methods.base import of_network, teacher_of, teacher_variables
-from ft_jax.models import precision, resnet
-from ft_jax.models.resnet import Outputs, ResNet
+from ft_jax.models import precision
+from ft_jax.models.network import frozen_mask, Network, Outputs
 from ft_jax.training.forward import forward
 
 Metrics = dict[str, jax.Array]
@@ -34,7 +34,7 @@ class TrainState(flax.struct.PyTreeNode):
   Attributes:
     step: number of updates so far.
     params: the network's; those of methods are under 'methods'.
-    batch_stats: running statistics.
+    batch_stats: running statistics; {} of a network without.
     opt_state: the optimizer's.
     start: the variables that training began with, without fresh heads, for methods that need them; else {}.
     methods: the state of each method, by name.
@@ -57,13 +57,13 @@ class TrainState(flax.struct.PyTreeNode):
 def create_state(variables: Mapping[str, Any], optimizer: optax.GradientTransformation, *, start: Any = None,
                  methods: Mapping[str, State] | None = None, averaged: bool = False) -> TrainState:
   """The state before the first step, from the variables of a model; see `TrainState`."""
-  params, batch_stats = variables['params'], variables['batch_stats']
+  params, batch_stats = variables['params'], variables.get('batch_stats', {})
   return TrainState(step=jnp.zeros((), jnp.int32), params=params, batch_stats=batch_stats,
                     opt_state=optimizer.init(params), start=start or {}, methods=dict(methods or {}),
                     average=_network_variables(params, batch_stats) if averaged else {})
 
 
-def make_train_step(model: ResNet, optimizer: optax.GradientTransformation, loss_weights: Mapping[str, float],
+def make_train_step(model: Network, optimizer: optax.GradientTransformation, loss_weights: Mapping[str, float],
                     **kwargs: Any) -> StepFn:
   """The step on all devices (pmapped), of a replicated state, which is donated, and sharded batches.
 
@@ -72,7 +72,7 @@ def make_train_step(model: ResNet, optimizer: optax.GradientTransformation, loss
   return parallel.pmap(make_step(model, optimizer, loss_weights, **kwargs), donate=True)
 
 
-def make_step(model: ResNet, optimizer: optax.GradientTransformation, loss_weights: Mapping[str, float], *,
+def make_step(model: Network, optimizer: optax.GradientTransformation, loss_weights: Mapping[str, float], *,
               methods: Mapping[str, Method] | None = None, seed: int = 0, microbatches: int = 1,
               ema_decay: float = 0.0) -> StepFn:
   """The step of one device: (state, {stream: batch}) -> (state, metrics).
@@ -105,13 +105,13 @@ def make_step(model: ResNet, optimizer: optax.GradientTransformation, loss_weigh
     keys = {name: _fold_in_name(key, name) for name in methods}
     images = {stream: batch[stream]['input'] for stream in (*loss_weights, *sorted(batch.keys() - loss_weights.keys()))}
     labels = {stream: batch[stream]['label'] for stream in loss_weights}
-    images, labels = mix_target(methods, keys, _fold_in_name(key, 'mix'), images, labels, model.heads)
+    images, labels = mix_target(methods, keys, _fold_in_name(key, 'mix'), images, labels, model)
     teacher = None
     if needs.teacher:
       teacher = forward(teacher_of(model, state.start), teacher_variables(state.start), {'target': images['target']},
                         train=False, layers=needs.layers, parts=microbatches)[0]['target']
     images |= {view.path: batch[view.stream][view.name] for view in needs.forwarded_views}
-    fixed = resnet.frozen_mask(model, state.params)
+    fixed = frozen_mask(model, state.params)
 
     def loss_fn(params: Any) -> tuple[jax.Array, tuple[Any, dict[str, State], Metrics]]:
       params = stop_fixed_gradients(fixed, params)
@@ -119,7 +119,7 @@ def make_step(model: ResNet, optimizer: optax.GradientTransformation, loss_weigh
       context = None
       if methods:
         views = {view.path: batch[view.stream][view.name] for view in needs.views}
-        context = StepContext(params, state.batch_stats, state.start, teacher, outputs, views, labels['target'],
+        context = StepContext(model, params, state.batch_stats, state.start, teacher, outputs, views, labels['target'],
                               batch['target']['row'], state.step, key,
                               functools.partial(forward_other, model, functools.partial(run, key=key)))
       loss, states, metrics = total_loss(methods, keys, loss_weights, outputs, labels, context, state.methods)
@@ -137,19 +137,17 @@ def make_step(model: ResNet, optimizer: optax.GradientTransformation, loss_weigh
 
 def mix_target(methods: Mapping[str, Method], keys: Mapping[str, jax.Array], key: jax.Array,
                images: dict[str, jax.Array], labels: dict[str, jax.Array],
-               classes: Mapping[str, int]) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+               model: Network) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
   """Images and labels by stream, where the target's are mixed by one of the methods that mix, drawn with `key`.
 
-  Without such a method they are returned as they are. `classes` is the number of classes of each head.
+  Without such a method they are returned as they are.
   """
   mixing = [functools.partial(method.mix, key=keys[name]) for name, method in methods.items() if method.mixes]
   if not mixing:
     return images, labels
-  target = images['target']
-  if target.dtype == jnp.uint8:
-    target = resnet.normalize(target)
+  target = model.input.normalize(images['target'])
   chosen = jax.random.randint(key, (), 0, len(mixing))
-  mixed, soft = jax.lax.switch(chosen, mixing, target, _distribution(labels['target'], classes['target']))
+  mixed, soft = jax.lax.switch(chosen, mixing, target, _distribution(labels['target'], model.heads['target']))
   return images | {'target': mixed}, labels | {'target': soft}
 
 
@@ -229,15 +227,15 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, methods: Mapping[str, Me
   return optax.softmax_cross_entropy(logits, soft)
 
 
-def update(state: TrainState, gradients: Any, batch_stats: Any, model: ResNet, optimizer: optax.GradientTransformation,
+def update(state: TrainState, gradients: Any, batch_stats: Any, model: Network, optimizer: optax.GradientTransformation,
            methods: Mapping[str, Method]) -> TrainState:
   """The state after the optimizer's update and the methods' projections; frozen parameters and statistics stay."""
   updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
   for method in methods.values():
-    params = method.project(params, batch_stats, state.start)
-  params = keep_fixed(resnet.frozen_mask(model, state.params), state.params, params)
-  batch_stats = keep_fixed(resnet.frozen_mask(model, state.batch_stats), state.batch_stats, batch_stats)
+    params = method.project(model, params, batch_stats, state.start)
+  params = keep_fixed(frozen_mask(model, state.params), state.params, params)
+  batch_stats = keep_fixed(frozen_mask(model, state.batch_stats), state.batch_stats, batch_stats)
   return state.replace(step=state.step + 1, params=params, batch_stats=batch_stats, opt_state=opt_state)
 
 
@@ -252,12 +250,12 @@ def update_averages(state: TrainState, ema_decay: float) -> TrainState:
                                             _network_variables(state.params, state.batch_stats)))
 
 
-def forward_other(model: ResNet, run: Callable[..., tuple[dict[str, Outputs], Any]], variables: Any,
+def forward_other(model: Network, run: Callable[..., tuple[dict[str, Outputs], Any]], variables: Any,
                   images: jax.Array) -> tuple[Outputs, Any]:
   """A pass of other variables of the network in training mode: `StepContext.forward`."""
   before = variables['batch_stats']
   outputs, batch_stats = run(variables, {'images': images})
-  fixed = resnet.frozen_mask(model, before)
+  fixed = frozen_mask(model, before)
   return outputs['images'], keep_fixed(fixed, before, jax.lax.pmean(batch_stats, parallel.AXIS))
 
 

@@ -17,12 +17,13 @@ import PIL.Image
 import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
+from torch_weights import load_torch, RESNET
 
 from configs import export as export_config
 from ft_jax import trained
 from ft_jax.data.image_set import Example
 from ft_jax.jobs import export
-from ft_jax.models import resnet, weights
+from ft_jax.models import build
 from ft_jax.models.export import state_dict
 from ft_jax.training.checkpoints import Checkpoints
 from ft_jax.training.finished_runs import load_variables
@@ -34,14 +35,14 @@ CONVENTION = jax_export.export(jax.jit(abs))(1.0).calling_convention_version
 def test_state_dict_is_torchs_bit_for_bit(tmp_path):
   """Torch's own file, read and written again, has the same tensors under the same names and no others."""
   recorded = load_file(DATA / 'resnet50.safetensors')
-  state = state_dict(weights.load_torch(DATA / 'resnet50.safetensors'), 'source')
+  state = state_dict(RESNET, load_torch(DATA / 'resnet50.safetensors'), 'source')
   assert state.keys() == recorded.keys() and len(state) == 320
   for name, value in recorded.items():
     assert state[name].dtype == value.dtype and state[name].flags.c_contiguous
     np.testing.assert_array_equal(state[name], value)
-  before = weights.load_torch(DATA / 'resnet18.pth')
-  save_file(state_dict(before, 'source'), tmp_path / 'again.safetensors')
-  jax.tree.map(np.testing.assert_array_equal, weights.load_torch(tmp_path / 'again.safetensors'), before)
+  before = load_torch(DATA / 'resnet18.pth')
+  save_file(state_dict(RESNET, before, 'source'), tmp_path / 'again.safetensors')
+  jax.tree.map(np.testing.assert_array_equal, load_torch(tmp_path / 'again.safetensors'), before)
 
 
 @pytest.fixture(scope='module')
@@ -55,7 +56,7 @@ def exported(trained_run) -> tuple[pathlib.Path, str]:
 def test_safetensors_is_the_best_checkpoint(exported, trained_run):
   folder, printed = exported
   variables = load_variables(trained_run)
-  loaded = weights.load_torch(folder / 'model.safetensors')
+  loaded = load_torch(folder / 'model.safetensors')
   loaded['params']['heads']['target'] = loaded['params']['heads'].pop('source')
   jax.tree.map(np.testing.assert_array_equal, dict(loaded), variables)
   assert sum(name.endswith('num_batches_tracked') for name in load_file(folder / 'model.safetensors')) == 20
@@ -126,7 +127,7 @@ def make_workdir(path: pathlib.Path, **fields) -> dict:
   config = export_config.get_config()
   config.job, config.model.name, config.model.width, config.image_size = 'pretrain', 'resnet18', 2, 32
   config.update(fields)
-  model = resnet.build('resnet18', {'source': 3}, width=2)
+  model = build('resnet18', {'source': 3}, width=2)
   shapes = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 32, 32, 3), np.uint8))
   rng = np.random.default_rng(0)
   variables = jax.tree.map(lambda s: rng.uniform(0.5, 1.5, s.shape).astype(np.float32), shapes)

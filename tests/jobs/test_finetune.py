@@ -9,6 +9,7 @@ from etils import epath
 import jax
 import numpy as np
 import pytest
+from torch_weights import RESNET
 
 from configs import default, miniature
 from ft_jax import selecting
@@ -151,7 +152,7 @@ def test_what_is_checked_first(photos, pool, fields, words):
 
 def test_projection_features_are_the_mlp_of_the_pooled_ones(photos, tmp_path):
   """The output of MoCo-v2's projection head, per image and not normalised, in a file of its own."""
-  weights = initial_weights.load_weights(str(MOCO), projection=True)
+  weights = initial_weights.load_weights(str(MOCO), RESNET, projection=True)
   source, folder, features = open_set(f'folder:{photos}', 'train'), epath.Path(tmp_path), {}
   for name in selecting.FEATURES:
     settings = finetune.Settings.from_config(config(photos, photos, **{

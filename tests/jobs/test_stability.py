@@ -1,6 +1,7 @@
 """The measures of a minimum: products with the Hessian are exact, the trace and its error follow, a run's own start is found."""
 
 import csv
+import functools
 import json
 
 from conftest import quick_main
@@ -17,7 +18,7 @@ from configs import stability as stability_config
 from ft_jax import parallel, trained
 from ft_jax.jobs import stability as job
 from ft_jax.methods.base import flat
-from ft_jax.models import resnet
+from ft_jax.models import build, resnet
 from ft_jax.pages import page, stability as stability_page
 from ft_jax.studies import stability
 from ft_jax.training import initial_weights
@@ -28,7 +29,7 @@ from ft_jax.training.finished_runs import load_start
 def test_noise_and_trace_are_those_of_the_hessian():
   """A small network in float64, six images over four devices in padded batches: against the whole Hessian, by another convolution."""
   with jax.enable_x64(True):
-    model = resnet.ResNet((1, 1), resnet.BasicBlock, {'target': 3}, width=2, stem='3x3', dtype=jnp.float64)
+    model = resnet.ResNet((1, 1), resnet.BasicBlock, heads={'target': 3}, width=2, stem='3x3', dtype=jnp.float64)
     variables = jax.tree.map(lambda x: np.asarray(x, np.float64), method_case.variables(model))
     examples = method_case.images(6, 3)
     images, labels = examples['input'][:, :8, :8] / 64.0 - 2.0, examples['label']  # float64, taken as normalised
@@ -50,7 +51,7 @@ def test_noise_and_trace_are_those_of_the_hessian():
     weights = np.concatenate([leaf.ravel() for leaf in leaves.values()])
     whole = jax.jit(lambda w: (loss(w), jax.grad(loss)(w), jax.hessian(loss)(w)), compiler_options=method_case.QUICK)
     value, gradient, hessian = map(np.asarray, whole(weights))
-    sigma, noisy = 1e-3, np.concatenate([np.full(leaf.size, stability.is_perturbed(path)) for path, leaf in leaves.items()])
+    sigma, noisy = 1e-3, np.concatenate([np.full(leaf.size, stability.is_perturbed(model, path)) for path, leaf in leaves.items()])
     under = lambda sigma, numbers: np.array(list(stability.losses_under_noise(
         model, 'target', parallel.replicate(variables), batches, classes=3, sigma=sigma, seed=0, numbers=numbers)))
     rises = under(sigma, range(100)) - value
@@ -92,10 +93,10 @@ def test_when_the_trace_is_settled():
 
 def test_which_weights_have_noise():
   """As published: convolutions by their name and the head's weight; in the order in which images pass them."""
-  model = resnet.build('resnet50', {'target': 2})
+  model = build('resnet50', {'target': 2})
   shapes = flat(jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 32, 32, 3), np.uint8))['params'])
-  names = sorted(shapes, key=stability.order)
-  noisy = [name for name in names if stability.is_perturbed(name)]
+  names = sorted(shapes, key=functools.partial(stability.order, model))
+  noisy = [name for name in names if stability.is_perturbed(model, name)]
   assert len(noisy) == 1 + 3 * 16 + 1 and not any('downsample' in name or 'bn' in name for name in noisy)
   assert names[:4] == ['conv1/kernel', 'bn1/bias', 'bn1/scale', 'layer1/0/conv1/kernel'] and noisy[-1] == 'heads/target/kernel'
   assert [name for name in names if name.startswith('layer1/0/') and name.endswith('kernel')] == [

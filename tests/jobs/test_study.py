@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+from torch_weights import RESNET
 
 from configs import default
 from configs import study as study_config
@@ -186,7 +187,7 @@ def test_a_folder_of_files(run, photos, tmp_path):
   def study_files(head):
     for entry in results(run)['history'][::2]:
       variables = load_variables(run[0], entry['step'])
-      save_file(export.state_dict(variables, head), tmp_path / 'files' / f'checkpoint_{entry["epoch"]:03.0f}.safetensors')
+      save_file(export.state_dict(RESNET, variables, head), tmp_path / 'files' / f'checkpoint_{entry["epoch"]:03.0f}.safetensors')
     return study.run(config, tmp_path / 'out')
 
   found = study_files(None)

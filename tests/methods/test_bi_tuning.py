@@ -20,7 +20,7 @@ METHOD = BiTuning(weight=0.7, queue=QUEUE, temperature=0.3, momentum=0.8, projec
 STEP = {'bi_tuning': BiTuning(1.0, queue=3, momentum=0.5), 'bss': BSS(0.05, 4)}
 
 # One stage of one block: enough of a network for what is tested here.
-NETWORK = resnet.ResNet((1,), resnet.BasicBlock, {}, width=8, stem='3x3', batch_norm='frozen')
+NETWORK = resnet.ResNet((1,), resnet.BasicBlock, heads={}, width=8, stem='3x3', batch_norm='frozen')
 
 
 def unit(x: np.ndarray) -> np.ndarray:
@@ -67,7 +67,7 @@ def term(network, projection, heads, features, state, view, labels, step):
   """The method's term; the network is one matrix."""
   params = {'layer': network, 'heads': {'target': heads}, 'methods': {'bi_tuning': projection}}
   forward = lambda variables, images: (Outputs(images @ variables['params']['layer'], {}, {}), variables['batch_stats'])
-  seen = StepContext(params, {'mean': np.zeros(1)}, {}, None, {'target': Outputs(features, {}, {})}, {'target/key': view}, labels, labels, step,
+  seen = StepContext(NETWORK, params, {'mean': np.zeros(1)}, {}, None, {'target': Outputs(features, {}, {})}, {'target/key': view}, labels, labels, step,
               jax.random.key(0), forward)
   loss = lambda state: METHOD.loss(seen, state)[:2]
   return jax.tree.map(lambda x: x[0], jax.vmap(loss, in_axes=None, axis_size=1, axis_name=AXIS)(state))

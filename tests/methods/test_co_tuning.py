@@ -21,7 +21,7 @@ K, S = 5, 8
 
 
 def seen(logits: np.ndarray, labels: np.ndarray) -> StepContext:
-  return StepContext({}, {}, {}, None, {'target': Outputs(None, {'pretrained': logits}, {})}, {}, labels, None, None, None, None)
+  return StepContext(None, {}, {}, {}, None, {'target': Outputs(None, {'pretrained': logits}, {})}, {}, labels, None, None, None, None)
 
 
 @settings(max_examples=10, deadline=None, derandomize=True)

@@ -15,7 +15,7 @@ from ft_jax.methods.base import StepContext, teacher_variables
 from ft_jax.methods.co_tuning import CoTuning
 from ft_jax.methods.delta import Delta
 from ft_jax.methods.lwf import LwF
-from ft_jax.models import resnet
+from ft_jax.models import build
 from ft_jax.models.resnet import Outputs
 from ft_jax.training import forward
 from ft_jax.training import step as step_module
@@ -50,7 +50,7 @@ def test_term_and_gradient(form, seed, weight, head_weight):
   state = {'attention': {layer.replace('/', '.'): value for layer, value in weights.items()}} if form == 'attention' else {}
 
   def loss(taps, params):
-    seen = StepContext(params, {}, start, Outputs(None, {}, teacher), {'target': Outputs(None, {}, taps)}, {}, None, None, None, None, None)
+    seen = StepContext(None, params, {}, start, Outputs(None, {}, teacher), {'target': Outputs(None, {}, taps)}, {}, *[None] * 5)
     return method.loss(seen, state).loss
 
   with jax.enable_x64(True):
@@ -131,9 +131,9 @@ def test_together_with_one_teacher(monkeypatch):
 
 
 def test_layers_of_each_network():
-  assert delta.last_convolutions(resnet.build('resnet50', {})) == (
+  assert build('resnet50', {}).stage_layers == (
       'layer1/2/conv3', 'layer2/3/conv3', 'layer3/5/conv3', 'layer4/2/conv3')  # as in the published code
-  assert delta.last_convolutions(resnet.build('resnet18', {}))[3] == 'layer4/1/conv2'
+  assert build('resnet18', {}).stage_layers[3] == 'layer4/1/conv2'
 
 
 @pytest.mark.parametrize('fields,message', [

@@ -39,7 +39,7 @@ def term(method: FixMatch, weak: np.ndarray, strong: np.ndarray, devices: int) -
 
   def of_device(weak, strong):
     outputs = {name: Outputs(None, {'target': logits}, {}) for name, logits in (('source', weak), ('source/strong', strong))}
-    made = method.loss(StepContext(*[None] * 4, outputs, *[None] * 6), {})
+    made = method.loss(StepContext(*[None] * 5, outputs, *[None] * 6), {})
     return made.loss, made.metrics
 
   split = lambda x: x.reshape(devices, -1, x.shape[-1])

@@ -15,6 +15,7 @@ from ft_jax import methods
 from ft_jax.methods.base import flat
 from ft_jax.methods.layerwise import frobenius, into_ball, into_interval, Layerwise, outputs_l1
 from ft_jax.models import resnet
+from ft_jax.models.network import frozen_mask
 from ft_jax.parallel import AXIS
 from ft_jax.training.optimizer import make_optimizer, parameter_factors
 from ft_jax.training.step import create_state, make_step
@@ -86,7 +87,7 @@ def test_interval(seed, radius):
 
 def one_stage(**kwargs):
   """What is compiled in a second."""
-  return resnet.ResNet((1,), resnet.BasicBlock, {'target': 4, 'source': 6}, width=4, stem='3x3', **kwargs)
+  return resnet.ResNet((1,), resnet.BasicBlock, heads={'target': 4, 'source': 6}, width=4, stem='3x3', **kwargs)
 
 
 @functools.cache
@@ -118,7 +119,7 @@ def test_which_tensors_and_how_far(norm):
   """Kernels and scales of the four stages with shortcuts, heads around their own start or zero; stem, biases and methods are free."""
   method = Layerwise(norm, radius=0.3, growth=1.7, head_radius=0.8)
   start, params, stats = far_away()
-  project = jax.jit(method.project, compiler_options=method_case.QUICK)
+  project = jax.jit(functools.partial(method.project, method_case.network()), compiler_options=method_case.QUICK)
   result, before, first = jax.device_get(flat(project(params, stats, start))), flat(params), flat(start['params'])
   now, then = flat(stats), flat(start['batch_stats'])
   assert result.keys() == before.keys()
@@ -180,7 +181,7 @@ def test_what_is_frozen_keeps_every_bit():
   active = {'layerwise': Layerwise('frobenius', radius=0.01)}
   before = method_case.run(active, steps=0, model=model)[0].replace(start=method_case.start_of(model, seed=9))
   state, _ = method_case.run(active, model=model, state=before)
-  stays = flat(resnet.frozen_mask(model, state.params))
+  stays = flat(frozen_mask(model, state.params))
   for path, value in flat(state.params).items():
     assert (value.tobytes() == np.asarray(flat(before.params)[path]).tobytes()) == stays[path], path
 
@@ -195,8 +196,8 @@ def test_penalty(norm):
   weights = {'layer1': 0.3, 'layer2': 0.3, 'layer3': 0.3 * 1.7, 'layer4': 0.3 * 1.7**2, 'heads': 0.2}
   expected = sum(weights[path.split('/')[0]] * size(value.astype(np.float64) - first.get(path, 0.0)) for path, value in flat(params).items()
                  if path.split('/')[0] in weights and not path.endswith('bias'))
-  pass_of = lambda params: methods.StepContext(params, stats, start, None, {}, {}, None, None, None, None, None)
-  assert method.project(params, stats, start) is params
+  pass_of = lambda params: methods.StepContext(method_case.network(), params, stats, start, None, {}, {}, None, None, None, None, None)
+  assert method.project(method_case.network(), params, stats, start) is params
   with jax.enable_x64():
     wide = jax.tree.map(lambda x: x.astype(np.float64), params)
     loss = lambda params: method.loss(pass_of(params), {}).loss

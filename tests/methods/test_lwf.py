@@ -23,7 +23,7 @@ def term(features: np.ndarray, head: dict[str, np.ndarray], teacher: np.ndarray,
 
 
 def seen(features, head, teacher) -> StepContext:
-  return StepContext({}, {}, {'params': {'heads': {'pretrained': head}}}, Outputs(None, {'pretrained': teacher}, {}),
+  return StepContext(None, {}, {}, {'params': {'heads': {'pretrained': head}}}, Outputs(None, {'pretrained': teacher}, {}),
               {'target': Outputs(features, {}, {})}, {}, None, None, None, None, None)
 
 

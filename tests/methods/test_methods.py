@@ -14,6 +14,7 @@ import pytest
 from ft_jax import methods
 from ft_jax.methods import METHODS
 from ft_jax.models import resnet
+from ft_jax.models.batch_norm import BatchNorm
 from ft_jax.training import step
 from ft_jax.training.checkpoints import Checkpoints
 
@@ -33,7 +34,7 @@ SHORT: dict[str, dict[str, Any]] = {
 
 def tiny() -> resnet.ResNet:
   """One stage of one block: what is compiled a hundred times."""
-  return resnet.ResNet((1,), resnet.BasicBlock, {}, width=4, stem='3x3')
+  return resnet.ResNet((1,), resnet.BasicBlock, heads={}, width=4, stem='3x3')
 
 
 @pytest.mark.parametrize('names', PAIRS, ids='+'.join)
@@ -120,7 +121,7 @@ class OtherNorm(methods.Method):
   enabled: bool = True
 
   def norm(self):
-    return resnet.BatchNorm
+    return BatchNorm
 
 
 def test_two_normalisation_layers_are_refused():

@@ -24,7 +24,7 @@ def context(labels, true_labels=None, batch_size=8):
 
 def pass_of(logits, index, labels, step):
   outputs = {'target': Outputs(jnp.zeros((len(logits), 1)), {'target': logits}, {})}
-  return methods.StepContext({}, {}, {}, None, outputs, {}, labels, index, step, None, None)
+  return methods.StepContext(None, {}, {}, {}, None, outputs, {}, labels, index, step, None, None)
 
 
 def on_devices(function, devices):
@@ -158,7 +158,7 @@ def test_same_whatever_the_split():
     return batch
 
   case = dict(batches=batches, examples=wrong,
-              model=resnet.ResNet((1,), resnet.BasicBlock, {}, width=4, stem='3x3', batch_norm='frozen'))
+              model=resnet.ResNet((1,), resnet.BasicBlock, heads={}, width=4, stem='3x3', batch_norm='frozen'))
   active = {'self_label': SelfLabel(True, 1, 1, 0.3, 1.5)}
   assert method_case.run(active, **case)[1][0]['self_label/corrected'] > 3, 'nothing to compare'
   method_case.assert_same_whatever_the_split(active, **case)

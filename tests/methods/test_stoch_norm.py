@@ -12,6 +12,8 @@ import pytest
 from ft_jax import methods
 from ft_jax.methods.stoch_norm import StochNorm, StochNormLayer
 from ft_jax.models import resnet
+from ft_jax.models.batch_norm import BatchNorm
+from ft_jax.models.network import FROZEN
 from ft_jax.parallel import AXIS
 from ft_jax.training.forward import forward
 
@@ -26,13 +28,13 @@ def case(seed: int = 0) -> tuple[np.ndarray, dict[str, dict[str, np.ndarray]]]:
   return x, {'params': {'scale': scale, 'bias': bias}, 'batch_stats': {'mean': mean, 'var': var}}
 
 
-def apply(layer: resnet.BatchNorm, variables: dict, x: np.ndarray, seed: int = 0) -> tuple[np.ndarray, dict]:
+def apply(layer: BatchNorm, variables: dict, x: np.ndarray, seed: int = 0) -> tuple[np.ndarray, dict]:
   y, updated = layer.apply(variables, x, rngs={'norm': jax.random.key(seed)}, mutable=['batch_stats'])
   return y, updated['batch_stats']
 
 
 make = functools.partial(StochNormLayer, train=True, momentum=0.9, epsilon=1e-5)
-plain = functools.partial(resnet.BatchNorm, train=True, momentum=0.9, epsilon=1e-5)
+plain = functools.partial(BatchNorm, train=True, momentum=0.9, epsilon=1e-5)
 
 
 def reference(x: np.ndarray, variables: dict) -> np.ndarray:
@@ -107,7 +109,7 @@ def test_devices_draw_alike():
 
 def test_parts_of_a_batch_draw_alike():
   """A pass in two parts is two passes with the same draw, the second one with the statistics that the first one left."""
-  model = resnet.ResNet((1,), resnet.BasicBlock, {}, width=4, stem='3x3', norm=StochNorm(True).norm())
+  model = resnet.ResNet((1,), resnet.BasicBlock, heads={}, width=4, stem='3x3', norm=StochNorm(True).norm())
   variables, images = method_case.variables(model), method_case.images(8, 4)['input']
   run = jax.jit(lambda variables, images, parts: forward(model, variables, {'target': images}, key=jax.random.key(3), parts=parts),
                 static_argnums=2, compiler_options=method_case.QUICK)
@@ -118,7 +120,7 @@ def test_parts_of_a_batch_draw_alike():
   jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), whole_stats, stats)
 
 
-class Shifted(resnet.BatchNorm):
+class Shifted(BatchNorm):
   """Uses the layer of its parent class twice."""
 
   @nn.compact
@@ -127,11 +129,11 @@ class Shifted(resnet.BatchNorm):
     return super().__call__(x) - super().__call__(x) / 2 + 1
 
 
-@pytest.mark.parametrize('norm', [StochNorm(True).norm(), Shifted, resnet.BatchNorm])
+@pytest.mark.parametrize('norm', [StochNorm(True).norm(), Shifted, BatchNorm])
 @pytest.mark.parametrize('parts', [1, 2])
 def test_taps_of_a_layer_are_what_the_network_goes_on_with(norm, parts):
   """A block is relu(input + bn2): so the tap of bn2 is not the output of one of the calls that it is made of."""
-  model = resnet.ResNet((2,), resnet.BasicBlock, {}, width=4, stem='3x3', norm=norm)
+  model = resnet.ResNet((2,), resnet.BasicBlock, heads={}, width=4, stem='3x3', norm=norm)
   variables, images = method_case.variables(model), method_case.images(8, 4)['input']
   layers = ('layer1/0', 'layer1/1/bn2', 'layer1/1')
   run = jax.jit(lambda variables, images: forward(model, variables, {'target': images}, key=jax.random.key(3), layers=layers, parts=parts),
@@ -146,7 +148,7 @@ def test_bad_settings():
   on = methods.active({'stoch_norm': {'enabled': True}})
   methods.check(on, context)
   methods.check(on, dataclasses.replace(context, model=method_case.network(frozen='layer1/.*')))
-  for frozen in (dict(batch_norm='frozen'), dict(frozen=resnet.FROZEN['backbone'])):
+  for frozen in (dict(batch_norm='frozen'), dict(frozen=FROZEN['backbone'])):
     with pytest.raises(ValueError, match='stoch_norm has no layer to replace: model.batch_norm .* train.freeze'):
       methods.check(on, dataclasses.replace(context, model=method_case.network(**frozen)))
   with pytest.raises(ValueError, match='stoch_norm.probability is 1.5; expected a number from 0 to 1'):

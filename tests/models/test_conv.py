@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ft_jax.models import conv, resnet
+from ft_jax.models import build, conv, resnet
 
 
 def resnet_shapes() -> list[tuple[int, int, int, int, int]]:
@@ -21,7 +21,7 @@ def resnet_shapes() -> list[tuple[int, int, int, int, int]]:
   try:
     for name in ('resnet18', 'resnet50'):
       for size in (32, 64, 112):
-        model = resnet.build(name, {}, width=8)
+        model = build(name, {}, width=8)
         jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, size, size, 3), jnp.uint8))
   finally:
     resnet.conv2d = original

@@ -16,9 +16,10 @@ import jax
 import numpy as np
 import pytest
 from safetensors import numpy as safetensors
+from torch_weights import load_torch, RESNET
 
 from ft_jax.models import hub, torch_pickle
-from ft_jax.models.weights import load_torch, read
+from ft_jax.models.weights import read
 from ft_jax.training import initial_weights
 from ft_jax.training.finished_runs import load_variables
 
@@ -120,7 +121,7 @@ def test_a_file_is_downloaded_once_and_its_commit_known(tmp_path, name, file_nam
     assert sum(line.startswith('GET') and 'resolve' in line for line in asked) == 1
     assert fetch(name, endpoint, tmp_path) == (path, commit) and len(asked) == count, 'asked again'
   assert fetch(name, endpoint, tmp_path) == (path, commit)
-  loaded, expected = read(path).variables, load_torch(DATA / 'resnet18.pth')
+  loaded, expected = read(path, RESNET).variables, load_torch(DATA / 'resnet18.pth')
   np.testing.assert_array_equal(loaded['params']['layer4']['1']['conv2']['kernel'], expected['params']['layer4']['1']['conv2']['kernel'])
 
 
@@ -178,7 +179,7 @@ def test_a_fine_tuning_by_name(photos, tmp_path):
   assert run.returncode == 0, run.stderr
   assert f'weights: hf:owner/one@v1 at {COMMIT}: 100 tensors used; dropped: bn1.num_batches_tracked' in run.stderr
   results = json.loads((tmp_path / 'run' / 'results.json').read_text())
-  before = initial_weights.load_weights(str(DATA / 'resnet18.pth'))
+  before = initial_weights.load_weights(str(DATA / 'resnet18.pth'), RESNET)
   assert results['weights'] == {'name': 'hf:owner/one@v1', 'revision': COMMIT, 'fingerprint': before.about['fingerprint']}
   assert results['batch_norm'] == 'frozen: statistics, scales and biases of the weights'
   after = load_variables(tmp_path / 'run', 3)

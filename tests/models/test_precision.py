@@ -24,7 +24,7 @@ from ft_jax.methods.bi_tuning import BiTuning
 from ft_jax.methods.co_tuning import CoTuning
 from ft_jax.methods.delta import Delta
 from ft_jax.methods.lwf import LwF
-from ft_jax.models import precision, resnet
+from ft_jax.models import build, precision, resnet
 from ft_jax.studies import probe, stability
 from ft_jax.training.step import create_state, make_step, parallel
 import selection
@@ -77,7 +77,7 @@ def test_on_the_cpu_it_changes_no_bit():
   images, labels = (method_case.images(8, 4)[key] for key in ('input', 'label'))
 
   def all_of(asked):
-    model = resnet.ResNet((1, 1), resnet.BasicBlock, {'target': 4}, width=4, stem='3x3', precision=asked)
+    model = resnet.ResNet((1, 1), resnet.BasicBlock, heads={'target': 4}, width=4, stem='3x3', precision=asked)
     variables = method_case.variables(model)
 
     def loss(params):
@@ -95,7 +95,7 @@ def test_embeddings_have_the_highest(asked, projection, photos, monkeypatch):
   """The whole program that makes features, whatever the config says of training; with MoCo-v2's projection too."""
   network = default.get_config().model
   network.name, network.width, network.precision = 'resnet18', 4, asked
-  variables = setup.init_variables(setup.build_model(network, {}), 32, 0, None)
+  variables = setup.init_variables(setup.build_model(network, {}, 32), 0, None)
   if projection:
     variables['projection'] = {layer: {'kernel': np.eye(32, dtype=np.float32), 'bias': np.zeros(32, np.float32)} for layer in '02'}
   found, jit = [], jax.jit
@@ -111,7 +111,7 @@ def test_embeddings_have_the_highest(asked, projection, photos, monkeypatch):
 
   monkeypatch.setattr(embeddings.jax, 'jit', recorded)
   source = open_set(f'folder:{photos}', 'test').subset(range(8))
-  encoder = lambda: Encoder(network.name, setup.build_model(network, {}), variables, Transform(32, short_side=32), 8)
+  encoder = lambda: Encoder(network.name, setup.build_model(network, {}, 32), variables, Transform(32, short_side=32), 8)
   made = encoder().embed(source, 'test')
   assert len(found) >= 2 * (20 + 2 * projection) and set(found) == {'HIGHEST'}
   monkeypatch.undo()
@@ -179,5 +179,5 @@ def test_studies_and_methods_state_it():
 
 def test_an_unknown_precision_is_refused():
   with pytest.raises(ValueError, match="model.precision is 'tf32'; known: default, high, highest"):
-    resnet.build('resnet18', {}, precision='tf32')
+    build('resnet18', {}, precision='tf32')
   assert list(precision.PRECISIONS) == ['default', 'high', 'highest']

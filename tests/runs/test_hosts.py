@@ -90,8 +90,8 @@ import sys
 from ft_jax import cluster
 cluster.start(sys.argv[1], 2, int(sys.argv[2]))
 from ft_jax.jobs import setup
-from ft_jax.models import resnet
-variables = setup.init_variables(resnet.build('resnet18', {'target': 3}, width=4, stem='3x3'), 16, 0, None)
+from ft_jax.models import build
+variables = setup.init_variables(build('resnet18', {'target': 3}, width=4, stem='3x3', size=16), 0, None)
 print('drawn', setup.weights_fingerprint(variables), file=sys.stderr)
 """
 

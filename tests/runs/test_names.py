@@ -22,6 +22,7 @@ from ft_jax.training.finished_runs import history, load_variables
 from ft_jax.training.step import create_state
 from ft_jax.workdir import Workdir
 from selection import storage
+from torch_weights import RESNET
 
 # What URLs, patterns, formats and shells read in another way, and letters in two forms.
 ALLOWED = ['C#', 'a?b', '100%', 'a%20b', '%', '#', '?', '[1]', '[', 'run*', '*', '{x}', '{', 'a|b', 'a|ocdbt:', 'blank ', ' blank',
@@ -107,7 +108,7 @@ def test_a_folder_that_is_mistaken_for_object_storage_is_refused(tmp_path):
 
 def test_a_run_that_is_named_as_a_checkpoint_is_one(tmp_path):
   saved(tmp_path / 'checkpoints' / '5', 1, 2)
-  weights = initial_weights.load_weights(str(tmp_path / 'checkpoints' / '5'))
+  weights = initial_weights.load_weights(str(tmp_path / 'checkpoints' / '5'), RESNET)
   np.testing.assert_array_equal(weights.variables['params']['a']['kernel'], np.ones((2, 3)))  # the best one
 
 
@@ -172,7 +173,7 @@ def test_a_whole_run_in_the_worst_of_folders(tmp_path, photos):
   config = ConfigDict(json.loads((workdir / 'config.json').read_text()))
   assert finetune.run(config, workdir)['test'].keys() == results['test'].keys()
   kernel = lambda variables: variables['params']['conv1']['kernel']
-  np.testing.assert_array_equal(kernel(initial_weights.load_weights(str(workdir)).variables), kernel(load_variables(workdir)))
+  np.testing.assert_array_equal(kernel(initial_weights.load_weights(str(workdir), RESNET).variables), kernel(load_variables(workdir)))
 
   predicting = predict_config.get_config()
   predicting.workdir, predicting.predict.images = str(workdir), str(data / 'photos*' / 'test')

@@ -15,6 +15,7 @@ from ft_jax.jobs import export, finetune, predict, pretrain
 from ft_jax.studies import history
 from ft_jax.training import fit, initial_weights
 import selection
+from torch_weights import RESNET
 
 JOBS = {'pretrained': pretrain, 'finished': finetune, 'interrupted': finetune, 'interrupted_random': finetune}
 
@@ -53,7 +54,7 @@ def test_an_interrupted_run_resumes_to_its_end(old, name, caplog):
 def test_an_old_run_is_used_by_every_job_that_takes_one(old, name):
   run = trained.load(name)
   assert run.config.augment.short_side == run.transform.size == 32 and run.class_names == tuple('abc' if name == 'pretrained' else 'xyz')
-  assert initial_weights.load_weights(name).about['fingerprint']
+  assert initial_weights.load_weights(name, RESNET).about['fingerprint']
   job = ConfigDict(default.get_config().to_dict())
   job.workdir, job.predict.images = name, 'images/target/test'
   assert predict.run(job, f'{name}/predict')['images'] == 6

@@ -31,6 +31,7 @@ from ft_jax.training.step import create_state
 from ft_jax.workdir import MetricsWriter, saved_steps, Workdir, write_results
 from selection import Embeddings, Selection, storage
 from selection.journal import Journal
+from torch_weights import RESNET
 
 FLAGS = ['--config=configs/digits.py', '--config.model.width=4', '--config.image_size=16', '--config.augment.short_side=16',
          '--config.model.weights=', "--config.train.learning_rate_groups=(('.*',1.0),)", '--config.selection.size=5',
@@ -195,7 +196,7 @@ def test_a_run_of_another_config_and_a_folder_of_something_else(bucket):
 def test_weights_in_an_object(bucket, tmp_path):
   path = ROOT / 'tests' / 'fixtures' / 'resnet18.pth'
   storage.write_whole('gs://bucket/weights/resnet18.pth', path.read_bytes())
-  there, here = (initial_weights.load_weights(str(name)) for name in ('gs://bucket/weights/resnet18.pth', path))
+  there, here = (initial_weights.load_weights(str(name), RESNET) for name in ('gs://bucket/weights/resnet18.pth', path))
   assert there.about['fingerprint'] == here.about['fingerprint']
 
 

@@ -524,7 +524,7 @@ def test_names_lead_to_no_other_folder(tmp_path, monkeypatch):
   config = ConfigDict({'job': 'finetune', 'seed': 0, 'image_size': 16, 'train': {'batch_size': 4}, 'target': {'name': HOSTILE[0]},
                        'model': {'name': 'resnet18', 'width': 4, 'stem': '3x3', 'dtype': 'float32', 'precision': 'default',
                                  'sync_batch_norm': False, 'batch_norm': 'train'}})
-  model = setup.build_model(config.model, {'target': len(classes)})
+  model = setup.build_model(config.model, {'target': len(classes)}, config.image_size)
   shapes = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 16, 16, 3), np.uint8))
   results = {'best_step': 1, 'val': evaluation(list(classes)), 'test': None}
   variables = jax.tree.map(lambda x: np.ones(x.shape, np.float32), shapes)

@@ -5,6 +5,7 @@ import jax
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+from torch_weights import RESNET
 
 from configs import study as study_config
 from ft_jax.jobs import setup
@@ -20,12 +21,12 @@ def network(**fields):
 
 def write(path, classes=3, **fields):
   """A file of random weights, with a classifier."""
-  model = setup.build_model(network(**fields), {'source': classes})
+  model = setup.build_model(network(**fields), {'source': classes}, 32)
   shapes = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 32, 32, 3), np.uint8))
   rng = np.random.default_rng(0)
   variables = jax.tree.map(lambda x: rng.uniform(0.1, 1.0, x.shape).astype(np.float32), shapes)
   path.parent.mkdir(exist_ok=True)
-  save_file(export.state_dict(variables, 'source'), path)
+  save_file(export.state_dict(RESNET, variables, 'source'), path)
   return variables
 
 
@@ -77,7 +78,7 @@ def test_another_network_and_damage_are_named(tmp_path):
   write(tmp_path / 'epoch_1.safetensors', width=8)
   broken = write(tmp_path / 'epoch_2.safetensors')
   broken['params']['layer1']['0']['bn1']['scale'][0] = np.nan
-  save_file(export.state_dict(flax.core.unfreeze(broken), 'source'), tmp_path / 'epoch_2.safetensors')
+  save_file(export.state_dict(RESNET, flax.core.unfreeze(broken), 'source'), tmp_path / 'epoch_2.safetensors')
   (tmp_path / 'epoch_3.safetensors').write_bytes(b'no weights')
   first, second, third = history.read(str(tmp_path), network()).kept
   with pytest.raises(ValueError, match='epoch 1 .*epoch_1.safetensors.*do not fit the model'):

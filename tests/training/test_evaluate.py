@@ -13,7 +13,7 @@ from ft_jax.data import open_set
 from ft_jax.data.pipeline import EvalBatches, Transform
 from ft_jax.jobs import predict
 from ft_jax.methods import SetupContext
-from ft_jax.models import resnet
+from ft_jax.models import build
 from ft_jax.studies.stability import curvatures
 from ft_jax.training.evaluate import evaluate, Evaluation, make_predict
 
@@ -22,7 +22,7 @@ def test_equals_one_pass_over_everything(photos):
   """Uneven last batches on four devices against all images in one batch on one."""
   source = open_set(f'folder:{photos}', 'test')
   transform = Transform(16, short_side=16)
-  model = resnet.build('resnet18', {'target': 4}, width=4)
+  model = build('resnet18', {'target': 4}, width=4)
   images = np.stack([transform.evaluate(source[i]) for i in range(len(source))])
   variables = jax.device_get(jax.jit(model.init)(jax.random.key(1), images))
   logits = np.asarray(jax.jit(model.apply)(variables, images).logits['target'])

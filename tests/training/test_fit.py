@@ -8,7 +8,8 @@ import pytest
 
 from configs import default
 from ft_jax.jobs import finetune, pretrain, setup
-from ft_jax.models import resnet
+from ft_jax.models import build
+from ft_jax.models.batch_norm import BatchNorm
 from ft_jax.training import fit, initial_weights
 from ft_jax.training.settings import Trainable, Training
 
@@ -23,12 +24,12 @@ def config(**fields) -> ConfigDict:
 
 def test_fresh_heads_learn_ten_times_as_fast():
   """Those that the weights have learn like the rest; where nothing is pre-trained all learn alike."""
-  model = resnet.build('resnet18', {'target': 3, 'source': 5}, width=2)
+  model = build('resnet18', {'target': 3, 'source': 5}, width=2)
   params = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 32, 32, 3), np.uint8))['params']
   params = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), params)
   for fresh, expected in ((('target', 'source'), (10, 10, 1)), (('target',), (10, 1, 1)), ((), (1, 1, 1))):
     training = Training.from_config(config(train__momentum=0.0, train__nesterov=False, train__weight_decay=0.0).train)
-    tx = training.make_optimizer(optax.constant_schedule(1.0), training.factors(params, fresh))
+    tx = training.make_optimizer(optax.constant_schedule(1.0), training.factors(model, params, fresh))
     steps, _ = tx.update(jax.tree.map(np.ones_like, params), tx.init(params), params)
     assert (-steps['heads']['target']['bias'][0], -steps['heads']['source']['bias'][0], -steps['conv1']['kernel'][0, 0, 0, 0]) == expected
 
@@ -83,7 +84,7 @@ def test_batch_norm_over_one_value_is_refused(fields, refused, monkeypatch):
 @pytest.mark.parametrize('axis_name', [None, 'batch'])
 def test_batch_norm_of_one_value_gives_its_bias(axis_name):
   """Why: one image of one pixel a device comes out alike, whatever is in it, unless devices share statistics."""
-  layer = resnet.BatchNorm(train=True, axis_name=axis_name)
+  layer = BatchNorm(train=True, axis_name=axis_name)
   variables = {'params': {'scale': np.ones(4), 'bias': np.arange(4.0)}, 'batch_stats': {'mean': np.zeros(4), 'var': np.ones(4)}}
   images = np.random.default_rng(0).normal(size=(2, 1, 1, 1, 4)).astype(np.float32)
   normalised = jax.vmap(lambda x: layer.apply(variables, x, mutable=['batch_stats'])[0], axis_name=axis_name)(images)
@@ -94,13 +95,13 @@ def test_batch_norm_of_one_value_gives_its_bias(axis_name):
 def test_batch_norm_on_several_devices(sync, devices, batch, refused, monkeypatch):
   """Each device has its own statistics, or all of them share one."""
   monkeypatch.setattr(jax, 'device_count', lambda: devices)
-  model = resnet.build('resnet18', {'target': 2}, width=4, axis_name='batch' if sync else None)
+  model = build('resnet18', {'target': 2}, width=4, size=32, axis_name='batch' if sync else None)
   if not refused:
-    Trainable.of(Training.from_config(config(train__batch_size=batch).train), model, 32, batch)
+    Trainable.of(Training.from_config(config(train__batch_size=batch).train), model, batch)
     return
   with pytest.raises(ValueError, match=f'images per step {batch}, .* devices {devices}, '
                                        + ('.*, model.sync_batch_norm=true or ' if devices > 1 else '.*3x3, or model.batch_norm=frozen$')):
-    Trainable.of(Training.from_config(config(train__batch_size=batch).train), model, 32, batch)
+    Trainable.of(Training.from_config(config(train__batch_size=batch).train), model, batch)
 
 
 @pytest.mark.parametrize('fields,words', [
@@ -124,8 +125,8 @@ def test_pre_training_refuses_what_is_for_fine_tuning(tmp_path):
 
 def test_random_weights_are_recorded_by_how_they_were_drawn():
   """On another kind of machine the last bits of drawn numbers differ; of pre-trained weights every bit counts."""
-  model = resnet.build('resnet18', {'target': 3}, width=1)
-  here = setup.init_variables(model, 32, 0, None)
+  model = build('resnet18', {'target': 3}, width=1)
+  here = setup.init_variables(model, 0, None)
   there = jax.tree.map(lambda x: np.nextafter(x, np.float32(np.inf)), here)
   assert initial_weights.weights_fingerprint(here) != initial_weights.weights_fingerprint(there)
   record = lambda variables, pretrained, seed=0: fit.weights_record(fit.InitialNetwork(model, variables, pretrained, None), seed)

@@ -14,11 +14,11 @@ from conftest import write_images
 import jax
 import numpy as np
 import pytest
+from torch_weights import load_torch, RESNET
 
 from configs import default
 from ft_jax.data.image_set import ImageSet
 from ft_jax.data.splits import check_classes, log_classes_not_evaluated, open_splits, SplitSettings
-from ft_jax.models.weights import load_torch
 from ft_jax.training import initial_weights
 from ft_jax.training.checkpoints import Checkpoints
 import selection
@@ -160,30 +160,30 @@ def workdir(tmp_path_factory):
 def test_weights_of_a_file(caplog):
   """What is used, what is dropped and why is said in one line, and what results.json holds."""
   caplog.set_level(logging.INFO, 'ft_jax')
-  weights = initial_weights.load_weights(str(DATA / 'resnet18.pth'))
+  weights = initial_weights.load_weights(str(DATA / 'resnet18.pth'), RESNET)
   assert weights.variables.keys() == {'params', 'batch_stats'} and 'heads' not in weights.variables['params']
   assert weights.about == {
       'name': str(DATA / 'resnet18.pth'), 'revision': None, 'fingerprint': initial_weights.weights_fingerprint(weights.variables)}
   assert ("resnet18.pth: 100 tensors used; dropped: bn1.num_batches_tracked, layer1.0.bn1.num_batches_tracked, "
           "layer1.0.bn2.num_batches_tracked, layer1.1.bn1.num_batches_tracked and 16 more (BatchNorm's counters); "
           'fc.weight, fc.bias (old classifier)') in caplog.text
-  kept = initial_weights.load_weights(str(DATA / 'resnet18.pth'), classes=7)
+  kept = initial_weights.load_weights(str(DATA / 'resnet18.pth'), RESNET, classes=7)
   assert kept.variables['params']['heads'].keys() == {'source'} and kept.about == weights.about
   assert '102 tensors used' in caplog.text
-  moco = initial_weights.load_weights(str(DATA / 'moco.pth.tar'), projection=True)
+  moco = initial_weights.load_weights(str(DATA / 'moco.pth.tar'), RESNET, projection=True)
   assert moco.variables.keys() == {'params', 'batch_stats', 'projection'}
-  assert 'projection' not in initial_weights.load_weights(str(DATA / 'moco.pth.tar')).variables
+  assert 'projection' not in initial_weights.load_weights(str(DATA / 'moco.pth.tar'), RESNET).variables
   assert 'fc.0, fc.2 (projection head)' in caplog.text and 'epoch, arch, optimizer (beside the network)' in caplog.text
 
 
 def test_weights_of_a_run(workdir):
   """A workdir gives its best checkpoint, a checkpoint itself; the head of the source classes comes where it is wanted."""
-  best = initial_weights.load_weights(str(workdir), classes=7).variables
+  best = initial_weights.load_weights(str(workdir), RESNET, classes=7).variables
   jax.tree.map(np.testing.assert_array_equal, best, load_torch(DATA / 'resnet18.pth'))
-  newest = initial_weights.load_weights(str(workdir / 'checkpoints' / '2')).variables
+  newest = initial_weights.load_weights(str(workdir / 'checkpoints' / '2'), RESNET).variables
   assert 'heads' not in newest['params'] and all((x == 1).all() for x in jax.tree.leaves(newest))
   with pytest.raises(ValueError, match='no file or folder .*checkpoints/7'):
-    initial_weights.load_weights(str(workdir / 'checkpoints' / '7'))
+    initial_weights.load_weights(str(workdir / 'checkpoints' / '7'), RESNET)
 
 
 def test_a_checkpoint_cut_short_is_named(workdir, tmp_path):
@@ -191,8 +191,8 @@ def test_a_checkpoint_cut_short_is_named(workdir, tmp_path):
   shutil.copytree(workdir, tmp_path / 'run')
   for path in (tmp_path / 'run' / 'checkpoints' / '1' / 'state' / 'd').iterdir():
     path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
-  code = ('import sys; from ft_jax.training import initial_weights\n'
-          'try: initial_weights.load_weights(sys.argv[1])\n'
+  code = ('import sys; from ft_jax.models import build; from ft_jax.training import initial_weights\n'
+          'try: initial_weights.load_weights(sys.argv[1], build("resnet18", {}))\n'
           'except ValueError as error: print(error)')
   run = subprocess.run([sys.executable, '-c', code, str(tmp_path / 'run')], capture_output=True, text=True, check=False,
                        env={**os.environ, 'JAX_PLATFORMS': 'cpu'}, cwd=DATA.parents[1])
@@ -210,13 +210,13 @@ def test_a_source_head_is_of_the_classes_of_the_source(workdir, tmp_path, caplog
   """By name and in order, where the run says what it was trained on; else that it is not known is said."""
   run = pretrained_on(tmp_path / 'run', workdir, 'abcdefg')
   for name in (run, f'{run}/checkpoints/1'):
-    assert 'source' in initial_weights.load_weights(name, classes=7, class_names='abcdefg').variables['params']['heads']
+    assert 'source' in initial_weights.load_weights(name, RESNET, classes=7, class_names='abcdefg').variables['params']['heads']
     with pytest.raises(ValueError, match="has other classes than the source data, or another order: class 2 is 'c' there and 'd' in"):
-      initial_weights.load_weights(name, classes=7, class_names='abdcefg')
-  initial_weights.load_weights(name, classes=None)  # no head is asked for
+      initial_weights.load_weights(name, RESNET, classes=7, class_names='abdcefg')
+  initial_weights.load_weights(name, RESNET, classes=None)  # no head is asked for
   assert 'not known' not in caplog.text
   for name in (str(workdir), str(DATA / 'resnet18.pth')):
-    initial_weights.load_weights(name, classes=7, class_names='abcdefg')
+    initial_weights.load_weights(name, RESNET, classes=7, class_names='abcdefg')
     assert f'the names of the classes of {name} are not known' in caplog.text
 
 
@@ -227,9 +227,9 @@ def test_a_source_head_of_a_fine_tuning(workdir, tmp_path):
   rng = np.random.default_rng(0)
   pool = selection.Embeddings(rng.normal(size=(14, 8)).astype(np.float32), np.arange(14) % 7, list('abcdefg'))
   selection.select(pool, (rng.normal(size=(6, 8)), np.arange(6) % 2), 2).save(tmp_path / 'run' / 'selection.json')
-  initial_weights.load_weights(str(tmp_path / 'run'), classes=7, class_names='abcdefg')
+  initial_weights.load_weights(str(tmp_path / 'run'), RESNET, classes=7, class_names='abcdefg')
   with pytest.raises(ValueError, match="class 0 is 'a' there and 'g' in the source data"):
-    initial_weights.load_weights(str(tmp_path / 'run'), classes=7, class_names='gbcdefa')
+    initial_weights.load_weights(str(tmp_path / 'run'), RESNET, classes=7, class_names='gbcdefa')
 
 
 @pytest.mark.parametrize('name,wanted,words', [
@@ -239,7 +239,7 @@ def test_a_source_head_of_a_fine_tuning(workdir, tmp_path):
     ('resnet18.pth', {'projection': True}, "has no projection head .* use --config.selection.features=pooled")])
 def test_weights_without_what_is_asked_for(name, wanted, words):
   with pytest.raises(ValueError, match=words):
-    initial_weights.load_weights(str(DATA / name), **wanted)
+    initial_weights.load_weights(str(DATA / name), RESNET, **wanted)
 
 
 @pytest.mark.parametrize('fields,words', [
@@ -266,13 +266,13 @@ def test_a_folder_as_on_the_hub(tmp_path):
   """A cloned repository: its weights are found; where they are called otherwise, they are named."""
   (tmp_path / 'config.json').write_text('{"architecture": "resnet18"}')
   with pytest.raises(ValueError, match='is no workdir of a run.* and has no model.safetensors or pytorch_model.bin; give such a folder'):
-    initial_weights.load_weights(str(tmp_path))
+    initial_weights.load_weights(str(tmp_path), RESNET)
   shutil.copy(DATA / 'resnet18.pth', tmp_path / 'net.PTH')
   with pytest.raises(ValueError, match='give one of its files: net.PTH'):
-    initial_weights.load_weights(str(tmp_path))
+    initial_weights.load_weights(str(tmp_path), RESNET)
   (tmp_path / 'net.PTH').rename(tmp_path / 'pytorch_model.bin')
-  expected = initial_weights.load_weights(str(DATA / 'resnet18.pth')).about['fingerprint']
-  assert initial_weights.load_weights(str(tmp_path)).about['fingerprint'] == expected
+  expected = initial_weights.load_weights(str(DATA / 'resnet18.pth'), RESNET).about['fingerprint']
+  assert initial_weights.load_weights(str(tmp_path), RESNET).about['fingerprint'] == expected
   (tmp_path / 'model.safetensors').write_bytes(b'version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 46807446\n')
   config = default.get_config().model
   config.weights = str(tmp_path)
@@ -288,7 +288,7 @@ def test_numbers_of_a_run_are_looked_at(tmp_path):
   checkpoints.save(1, {**state, 'opt_state': np.zeros(3)}, {'score': 0.9, 'loss': 1.0})
   checkpoints.close()
   with pytest.raises(ValueError, match='run has negative running variances in batch_stats/bn1/var'):
-    initial_weights.load_weights(str(tmp_path / 'run'))
+    initial_weights.load_weights(str(tmp_path / 'run'), RESNET)
 
 
 def test_names_of_timm_that_are_torchvisions_networks():

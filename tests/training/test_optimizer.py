@@ -7,6 +7,7 @@ import numpy as np
 import optax
 import pytest
 
+from ft_jax.models.resnet import BasicBlock, ResNet
 from ft_jax.training import optimizer
 
 PARAMS = {'conv1': {'kernel': np.full((2, 2), 0.5, np.float32)}, 'heads': {'target': {'bias': np.full(3, -1.0, np.float32)}}}
@@ -87,10 +88,11 @@ def test_every_warmup_and_length_makes_a_schedule(kind):
 
 def test_layers_decay_with_their_distance_from_the_heads():
   """Heads at the full rate, the last block once, each block before it once more, the stem most."""
+  model = ResNet((2, 1), BasicBlock, heads={})
   paths = ('conv1/kernel', 'layer1/0/conv1/kernel', 'layer1/1/bn2/scale', 'layer2/0/downsample/0/kernel', 'heads/target/bias',
            'methods/own/kernel')
   params = flax.traverse_util.unflatten_dict({path: jnp.zeros(2) for path in paths}, sep='/')
-  factors = optimizer.parameter_factors(params, (('heads/.*', 10.0), ('.*', 1.0)), layer_decay=0.5)
+  factors = optimizer.parameter_factors(params, (('heads/.*', 10.0), ('.*', 1.0)), depth=model.depth, layer_decay=0.5)
   tx = optimizer.make_optimizer('sgd', optax.constant_schedule(1.0), factors, momentum=0.0, nesterov=False)
   updates, _ = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
   steps = {path: -float(value[0]) for path, value in flax.traverse_util.flatten_dict(updates, sep='/').items()}

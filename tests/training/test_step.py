@@ -8,9 +8,10 @@ import numpy as np
 import optax
 import pytest
 from torch_record import error, Record
+from torch_weights import RESNET
 
 from ft_jax import parallel
-from ft_jax.models import export, resnet
+from ft_jax.models import build, export
 from ft_jax.training.optimizer import make_optimizer, parameter_factors
 from ft_jax.training.step import create_state, make_step, make_train_step
 
@@ -25,7 +26,7 @@ def batch_of(rng, size, classes):
 def setting():
   rng = np.random.default_rng(0)
   batch = {'target': batch_of(rng, 8, 3), 'source': batch_of(rng, 16, 5)}
-  model = resnet.build('resnet18', {'target': 3, 'source': 5}, width=4, axis_name=parallel.AXIS)
+  model = build('resnet18', {'target': 3, 'source': 5}, width=4, axis_name=parallel.AXIS)
   return model, method_case.variables(model), batch
 
 
@@ -41,7 +42,7 @@ def test_step_on_four_devices_is_the_formula_on_the_whole_batch(setting):
   """Loss, accuracy, running statistics and updated parameters, with BatchNorm over all devices."""
   model, variables, batch = setting
   state, metrics = step_once(model, variables, batch)
-  alone = resnet.build('resnet18', {'target': 3, 'source': 5}, width=4)
+  alone = build('resnet18', {'target': 3, 'source': 5}, width=4)
 
   def loss_fn(params):
     images = np.concatenate([batch['target']['input'], batch['source']['input']])
@@ -66,7 +67,7 @@ def test_step_on_four_devices_is_the_formula_on_the_whole_batch(setting):
 def test_batch_norm_of_each_device_is_the_mean_over_devices(setting):
   """Without an axis name each device normalises with its own part of both streams; statistics are averaged."""
   _, variables, batch = setting
-  model = resnet.build('resnet18', {'target': 3, 'source': 5}, width=4)
+  model = build('resnet18', {'target': 3, 'source': 5}, width=4)
   state, _ = step_once(model, variables, batch)
   parts = [np.concatenate([batch['target']['input'][2 * d:2 * d + 2], batch['source']['input'][4 * d:4 * d + 4]]) for d in range(4)]
   apply = jax.jit(lambda images: model.apply(variables, images, train=True, mutable=['batch_stats'])[1]['batch_stats'])
@@ -87,7 +88,7 @@ def test_steps_equal_torchs(tmp_path):
   """Two Nesterov steps of torch.optim.SGD with weight decay on one device: gradients, statistics and parameters on four here."""
   record = Record('resnet18')
   variables = record.variables(tmp_path)
-  model = resnet.build('resnet18', {'source': 7}, width=2, axis_name=parallel.AXIS)
+  model = build('resnet18', {'source': 7}, width=2, axis_name=parallel.AXIS)
   # Keeps the gradients of a step beside what the optimiser keeps.
   keep = optax.GradientTransformation(lambda params: params, lambda gradients, state, params=None: (gradients, gradients))
   tx = optax.chain(keep, make_optimizer('sgd', optax.constant_schedule(0.05), parameter_factors(variables['params']), momentum=0.9,
@@ -101,7 +102,7 @@ def test_steps_equal_torchs(tmp_path):
   second = parallel.unreplicate(state)
   for kind, values in (('gradients', {'params': first.opt_state[0]}), ('statistics', {'batch_stats': first.batch_stats}),
                        ('after', {'params': second.params})):
-    values = export.state_dict(values, 'source')
+    values = export.state_dict(RESNET, values, 'source')
     errors = {key: error(values[key], expected) for key, expected in record.tensors(kind).items()}
     assert max(errors.values()) < 1e-4, (kind, errors)
 
@@ -112,7 +113,7 @@ def test_frozen_batch_norm_keeps_every_bit(setting):
   rng = np.random.default_rng(1)
   noisy = jax.tree.map(lambda x: (x + rng.uniform(0.1, 0.3, x.shape)).astype(x.dtype), variables)
   noisy['params']['bn1']['bias'][0] = -0.0  # an update of zero would lose the sign
-  model = resnet.build('resnet18', {'target': 3, 'source': 5}, width=4, batch_norm='frozen')
+  model = build('resnet18', {'target': 3, 'source': 5}, width=4, batch_norm='frozen')
   factors = parameter_factors(noisy['params'], (('heads/.*', 10.0), ('.*bn.*', 2.0), ('.*', 1.0)))
   optimizer = make_optimizer('sgd', lambda step: 0.1, factors, momentum=0.9, nesterov=True, weight_decay=0.1)
   state = parallel.replicate(create_state(noisy, optimizer))
@@ -132,7 +133,7 @@ def test_frozen_batch_norm_keeps_every_bit(setting):
 def test_frozen_batch_norm_normalises_with_running_statistics(setting):
   """The output of a training step's forward pass is that of evaluation."""
   _, variables, batch = setting
-  model = resnet.build('resnet18', {'target': 3, 'source': 5}, width=4, batch_norm='frozen')
+  model = build('resnet18', {'target': 3, 'source': 5}, width=4, batch_norm='frozen')
   images = batch['target']['input']
   outputs, updates = jax.jit(lambda: model.apply(variables, images, train=True, mutable=['batch_stats']))()
   np.testing.assert_array_equal(outputs.features, jax.jit(lambda: model.apply(variables, images).features)())
@@ -161,7 +162,7 @@ def test_averages_and_what_is_evaluated():
     ('backbone', ('bn1', 'conv1', 'layer')), ('conv1/.*|bn1/.*|layer[12]/.*', ('bn1', 'conv1', 'layer1', 'layer2'))])
 def test_what_is_frozen_keeps_every_bit(pattern, stays):
   """Parameters and running statistics under the pattern, with weight decay and averages of several devices; all else moves."""
-  model = resnet.build('resnet18', {}, frozen=pattern)
+  model = build('resnet18', {}, frozen=pattern)
   model = method_case.network(frozen=model.frozen)
   start = method_case.start_of(model)
   before, _ = method_case.run({}, start=start, model=model, rate=0.0)
