@@ -81,8 +81,7 @@ def test_one_of_two_mixes_each_step():
   def run(active: dict[str, methods.Method], map_over: Callable[..., Any], devices: int) -> np.ndarray:
 
     def mix(images: jax.Array, labels: jax.Array, key: jax.Array) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-      keys = {name: jax.random.fold_in(key, i) for i, name in enumerate(both)}
-      return mix_target(active, keys, key, {'target': images}, {'target': labels}, {'target': CLASSES})
+      return mix_target(active, key, {'target': images}, {'target': labels}, method_case.network({'target': CLASSES}))
 
     step = map_over(mix, in_axes=(0, 0, None), axis_name=AXIS)
     split = [batch[name].reshape(devices, -1, *batch[name].shape[1:]) for name in ('input', 'label')]
