@@ -1,4 +1,6 @@
-"""Bi-Tuning: both divergences, the key encoder and the queues, against the formulas written out example by example in float64."""
+"""Bi-Tuning: both divergences, the key encoder and the queues, against the formulas written out example by example in
+float64.
+"""
 
 import functools
 
@@ -74,7 +76,9 @@ def term(network, projection, heads, features, state, view, labels, step):
 
 
 def test_against_the_formulas():
-  """Over some steps: losses, queues (also where a class comes more often than its queue is long) and their places; gradients in float64."""
+  """Over some steps: losses, queues (also where a class comes more often than its queue is long) and their places;
+  gradients in float64.
+  """
   rng = np.random.default_rng(0)
   draw = lambda *shape: rng.normal(size=shape)
   state = METHOD.setup(context())

@@ -1,4 +1,6 @@
-"""Co-Tuning: the term is the formula for hard and soft labels; the relation of classes is the paper's, whatever classes lack images."""
+"""Co-Tuning: the term is the formula for hard and soft labels; the relation of classes is the paper's, whatever classes
+lack images.
+"""
 
 import dataclasses
 
@@ -87,7 +89,9 @@ def test_direct_relation_is_the_mean_of_each_class():
 
 
 def test_classes_without_images():
-  """A class without training images has the mean of all; val images of such a class are left out; one image of a class is enough."""
+  """A class without training images has the mean of all; val images of such a class are left out; one image of a class
+  is enough.
+  """
   train, labels = examples(40, [0, 1, 3], 0)
   labels[0], labels[1:][labels[1:] == 3] = 3, 1
   val, val_labels = examples(30, [0, 1, 2, 3], 1)

@@ -1,4 +1,6 @@
-"""DELTA: the term is the formula in both forms; attention is what zeroed filters cost; with Co-Tuning and LwF the teacher runs once."""
+"""DELTA: the term is the formula in both forms; attention is what zeroed filters cost; with Co-Tuning and LwF the
+teacher runs once.
+"""
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -65,7 +67,9 @@ def test_term_and_gradient(form, seed, weight, head_weight):
 
 
 def test_rises_of_the_loss_are_those_of_zeroed_filters(monkeypatch):
-  """Each filter's weights set to zero, as the published code does it, on one image after the other; in groups of images and filters."""
+  """Each filter's weights set to zero, as the published code does it, on one image after the other; in groups of images
+  and filters.
+  """
   monkeypatch.setattr(delta, '_IMAGES', 2)
   monkeypatch.setattr(delta, '_ELEMENTS', 4 * 4 * 4 * 2 * 3)
   model = method_case.network({})
@@ -100,8 +104,8 @@ def test_rises_of_the_loss_are_those_of_zeroed_filters(monkeypatch):
 
 @pytest.mark.slow
 def test_together_with_one_teacher(monkeypatch):
-  """From where they start, features and answers are the teacher's: what is left are the heads, and the relation of classes. Same whatever
-  the split; the network runs twice in a step, once as the teacher.
+  """From where they start, features and answers are the teacher's: what is left are the heads, and the relation of
+  classes. Same whatever the split; the network runs twice in a step, once as the teacher.
   """
   passes = []
 

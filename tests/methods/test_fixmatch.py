@@ -1,4 +1,6 @@
-"""FixMatch: the loss is the formula over the images that all devices keep, teaches the strong view alone, and is 0 where none is kept."""
+"""FixMatch: the loss is the formula over the images that all devices keep, teaches the strong view alone, and is 0
+where none is kept.
+"""
 
 import dataclasses
 
@@ -50,7 +52,9 @@ def term(method: FixMatch, weak: np.ndarray, strong: np.ndarray, devices: int) -
 @given(st.integers(0, 10**6), st.sampled_from(['soft', 'hard']), st.sampled_from([0.0, 0.6, 0.9]), st.sampled_from([0.5, 1.0, 2.0]),
        st.sampled_from([1, 4]))
 def test_formula(seed, labels, threshold, temperature, devices):
-  """The mean over devices is that over all kept images, and its gradient the strong view's; float64, against finite differences."""
+  """The mean over devices is that over all kept images, and its gradient the strong view's; float64, against finite
+  differences.
+  """
   method = FixMatch(0.7, threshold, labels, temperature)
   rng = np.random.default_rng(seed)
   weak, strong, direction = rng.normal(size=(3, 8, 5)) * np.array([2.0, 2.0, 1.0])[:, None, None]
@@ -79,7 +83,8 @@ def test_none_is_kept():
 
 
 def test_same_whatever_the_split():
-  """The whole step: source images have no head, their labels no say, and images kept are unequally many on each device."""
+  """The whole step: source images have no head, their labels no say, and images kept are unequally many on each device.
+  """
   batch = method_case.batch()
   # Unlike labels would change the step where they had a say.
   wrong = {**batch, 'source': {**batch['source'], 'label': np.full(method_case.BATCH, 10**6, np.int32)}}
@@ -100,7 +105,9 @@ def test_bad_settings():
 
 
 def test_pools_that_do_not_fit(photos, pool):
-  """Images without classes are chosen by cluster or example and used without labels; a source head has nothing to learn there."""
+  """Images without classes are chosen by cluster or example and used without labels; a source head has nothing to learn
+  there.
+  """
   config = miniature.get_config('finetune')
   config.target.name, config.model.weights, config.selection.size = f'folder:{photos}', '', 2
   alone = open_set(f'folder:{pool}/a', 'train')

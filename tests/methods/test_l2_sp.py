@@ -12,7 +12,9 @@ from ft_jax.methods.l2_sp import L2SP
 
 
 def test_step_is_the_plain_one_and_the_pull():
-  """After a step of gradient descent, parameters differ from those of the plain step by rate * weight * (w - w0); heads by rate * w."""
+  """After a step of gradient descent, parameters differ from those of the plain step by rate * weight * (w - w0); heads
+  by rate * w.
+  """
   start, moved = method_case.start_of(method_case.network()), method_case.start_of(method_case.network(), seed=5)
   plain, _ = method_case.run({}, start=moved, rate=0.1)
   state = plain.replace(start=start)

@@ -1,4 +1,6 @@
-"""RegSL's constraints: projections are the formula, of the right tensors with the right radii, and hold after steps of any optimizer."""
+"""RegSL's constraints: projections are the formula, of the right tensors with the right radii, and hold after steps of
+any optimizer.
+"""
 
 import dataclasses
 import functools
@@ -55,7 +57,9 @@ def test_reference_arrays(shared, norm, key):
 @given(seed=st.integers(0, 10**6), norm=st.sampled_from(sorted(NORMS)), radius=st.floats(1e-3, 30.0), dense=st.booleans(),
        away=st.sampled_from([0.0, 1e-3, 0.1, 3.0]))
 def test_ball(seed, norm, radius, dense, away):
-  """The formula; the radius is kept; once more changes nothing that rounding does not; what is inside stays bit for bit."""
+  """The formula; the radius is kept; once more changes nothing that rounding does not; what is inside stays bit for
+  bit.
+  """
   rng = np.random.default_rng(seed)
   shape = (5, 4) if dense else (3, 3, 2, 4)
   center = rng.normal(size=shape).astype(np.float32)
@@ -72,7 +76,8 @@ def test_ball(seed, norm, radius, dense, away):
 @many
 @given(seed=st.integers(0, 10**6), radius=st.floats(1e-3, 5.0))
 def test_interval(seed, radius):
-  """BatchNorm's rule with the current variance in float64: each s within the radius of s0; the others stay bit for bit."""
+  """BatchNorm's rule with the current variance in float64: each s within the radius of s0; the others stay bit for bit.
+  """
   rng = np.random.default_rng(seed)
   scale, first = (rng.normal(1.0, 1.0, 9).astype(np.float32) for _ in range(2))
   now, then = (rng.uniform(0.05, 4.0, 9).astype(np.float32) for _ in range(2))
@@ -116,7 +121,9 @@ def radii(method, classes=4):
 
 @pytest.mark.parametrize('norm', sorted(NORMS))
 def test_which_tensors_and_how_far(norm):
-  """Kernels and scales of the four stages with shortcuts, heads around their own start or zero; stem, biases and methods are free."""
+  """Kernels and scales of the four stages with shortcuts, heads around their own start or zero; stem, biases and
+  methods are free.
+  """
   method = Layerwise(norm, radius=0.3, growth=1.7, head_radius=0.8)
   start, params, stats = far_away()
   project = jax.jit(functools.partial(method.project, method_case.network()), compiler_options=method_case.QUICK)
@@ -144,7 +151,9 @@ def test_which_tensors_and_how_far(norm):
 
 @pytest.mark.parametrize('norm,kind,rate', [('frobenius', 'amsgrad', 0.05), ('mars', 'sgd', 0.2)])
 def test_holds_after_steps(norm, kind, rate):
-  """Of both optimizers on several devices, with BatchNorm in training: everything is inside, and most of it was stopped at the border."""
+  """Of both optimizers on several devices, with BatchNorm in training: everything is inside, and most of it was stopped
+  at the border.
+  """
   method = Layerwise(norm, radius=0.05, growth=1.5, head_radius=0.6)
   model = one_stage()
   start = method_case.start_of(model)

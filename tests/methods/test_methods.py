@@ -1,4 +1,6 @@
-"""All methods together: each pair trains or says why not, each state survives a restart, each field is documented, none costs nothing."""
+"""All methods together: each pair trains or says why not, each state survives a restart, each field is documented, none
+costs nothing.
+"""
 
 import dataclasses
 import inspect
@@ -70,7 +72,8 @@ def groups() -> list[list[str]]:
 @pytest.mark.slow
 @pytest.mark.parametrize('names', groups(), ids='+'.join)
 def test_interrupted_equals_uninterrupted(names, tmp_path):
-  """Two steps, a checkpoint, and two steps more are four steps, bit for bit: parameters and the state of every method."""
+  """Two steps, a checkpoint, and two steps more are four steps, bit for bit: parameters and the state of every method.
+  """
   active = published(*names)
   batches = lambda first: lambda number: method_case.batch(seed=first + number)
   whole, _ = method_case.run(active, steps=4, batches=batches(0))

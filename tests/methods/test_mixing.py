@@ -1,4 +1,6 @@
-"""Mixup, CutMix and label smoothing: images and labels are mixed by the same share, the same way on any number of devices."""
+"""Mixup, CutMix and label smoothing: images and labels are mixed by the same share, the same way on any number of
+devices.
+"""
 
 from collections.abc import Callable
 import functools
@@ -58,7 +60,9 @@ def test_images_and_labels_are_mixed_by_the_same_share(seed, kind):
 
 
 def test_shares_are_drawn_from_the_distribution():
-  """Beta(a, a) has variance 1 / (8 a + 4); a box is centred anywhere, has the asked part of both sides, and comes as often as asked."""
+  """Beta(a, a) has variance 1 / (8 a + 4); a box is centred anywhere, has the asked part of both sides, and comes as
+  often as asked.
+  """
   keys = jax.random.split(jax.random.key(0), 4000)
   ends = jnp.array([1.0, 0.0])
   mix = jax.vmap(lambda key: Mixup(0.2).mix(ends, ends, key)[1][0], axis_name=AXIS, axis_size=1, in_axes=None)
@@ -74,7 +78,9 @@ def test_shares_are_drawn_from_the_distribution():
 
 
 def test_one_of_two_mixes_each_step():
-  """What a step makes of both is what it makes of either alone, both come, and four devices make of a batch what one does."""
+  """What a step makes of both is what it makes of either alone, both come, and four devices make of a batch what one
+  does.
+  """
   both = {'cutmix': CutMix(1.0), 'mixup': Mixup(1.0)}
   batch = method_case.images(8, CLASSES)
 

@@ -1,4 +1,6 @@
-"""RegSL's label correction and reweighting: labels, weights and temperature are those of a plain loop in float64, on any devices."""
+"""RegSL's label correction and reweighting: labels, weights and temperature are those of a plain loop in float64, on
+any devices.
+"""
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -28,7 +30,9 @@ def pass_of(logits, index, labels, step):
 
 
 def on_devices(function, devices):
-  """As in a step: batches split over devices, state and step the same on each, what comes out of the first one or put together."""
+  """As in a step: batches split over devices, state and step the same on each, what comes out of the first one or put
+  together.
+  """
   mapped = jax.jit(jax.vmap(function, in_axes=(0, None, None), axis_name=AXIS), compiler_options=method_case.QUICK)
 
   def call(batch, state, step):
@@ -94,7 +98,9 @@ def simulated(method, labels, batches, batch_size):
 @given(seed=st.integers(0, 10**6), devices=st.sampled_from([1, 2, 8]), reweight=st.integers(1, 3), correct=st.integers(1, 3),
        threshold=st.sampled_from([0.5, 0.9]), known=st.booleans())
 def test_some_steps(seed, devices, reweight, correct, threshold, known):
-  """Labels (of rows that come twice in a batch, too), losses, weights and metrics of nine steps of two steps an epoch and a bit."""
+  """Labels (of rows that come twice in a batch, too), losses, weights and metrics of nine steps of two steps an epoch
+  and a bit.
+  """
   rng = np.random.default_rng(seed)
   method = SelfLabel(True, reweight, correct, threshold, 1.5)
   true, given = rng.integers(0, 4, 19).astype(np.int32), rng.integers(0, 4, 19).astype(np.int32)

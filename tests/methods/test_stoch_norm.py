@@ -1,4 +1,6 @@
-"""StochNorm: channels take the batch's or the running statistics, drawn alike everywhere; running statistics are updated all the same."""
+"""StochNorm: channels take the batch's or the running statistics, drawn alike everywhere; running statistics are
+updated all the same.
+"""
 
 import dataclasses
 import functools
@@ -45,7 +47,8 @@ def reference(x: np.ndarray, variables: dict) -> np.ndarray:
 
 
 def test_channels_take_either_statistics():
-  """Each channel is one of both formulas, as often as asked; statistics before the update; another draw gives others."""
+  """Each channel is one of both formulas, as often as asked; statistics before the update; another draw gives others.
+  """
   x, variables = case()
   running, batch = reference(x, variables)
   shares, draws = [], set()
@@ -60,7 +63,9 @@ def test_channels_take_either_statistics():
 
 
 def test_ends_of_the_probability():
-  """1 is BatchNorm, bit by bit, also its gradient; 0 takes running statistics alone; both update them as BatchNorm does."""
+  """1 is BatchNorm, bit by bit, also its gradient; 0 takes running statistics alone; both update them as BatchNorm
+  does.
+  """
   x, variables = case()
   y, stats = apply(plain(), variables, x)
   for probability in (0.0, 0.5, 1.0):
@@ -108,7 +113,8 @@ def test_devices_draw_alike():
 
 
 def test_parts_of_a_batch_draw_alike():
-  """A pass in two parts is two passes with the same draw, the second one with the statistics that the first one left."""
+  """A pass in two parts is two passes with the same draw, the second one with the statistics that the first one left.
+  """
   model = resnet.ResNet((1,), resnet.BasicBlock, heads={}, width=4, stem='3x3', norm=StochNorm(True).norm())
   variables, images = method_case.variables(model), method_case.images(8, 4)['input']
   run = jax.jit(lambda variables, images, parts: forward(model, variables, {'target': images}, key=jax.random.key(3), parts=parts),

@@ -1,4 +1,6 @@
-"""What a training starts from: the rates of fresh and of pre-trained heads, and settings that are refused before anything long."""
+"""What a training starts from: the rates of fresh and of pre-trained heads, and settings that are refused before
+anything long.
+"""
 
 import jax
 from ml_collections import ConfigDict

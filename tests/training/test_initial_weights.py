@@ -1,4 +1,6 @@
-"""Splits of a data set have the same classes and no image in common; weights of every form come as they are, or are refused by name."""
+"""Splits of a data set have the same classes and no image in common; weights of every form come as they are, or are
+refused by name.
+"""
 
 import json
 import logging
@@ -177,7 +179,8 @@ def test_weights_of_a_file(caplog):
 
 
 def test_weights_of_a_run(workdir):
-  """A workdir gives its best checkpoint, a checkpoint itself; the head of the source classes comes where it is wanted."""
+  """A workdir gives its best checkpoint, a checkpoint itself; the head of the source classes comes where it is wanted.
+  """
   best = initial_weights.load_weights(str(workdir), RESNET, classes=7).variables
   jax.tree.map(np.testing.assert_array_equal, best, load_torch(DATA / 'resnet18.pth'))
   newest = initial_weights.load_weights(str(workdir / 'checkpoints' / '2'), RESNET).variables

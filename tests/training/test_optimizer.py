@@ -21,7 +21,8 @@ def make(**kwargs):
 
 @pytest.mark.parametrize('nesterov', [True, False])
 def test_equals_torchs_formula(nesterov):
-  """g += decay * w; buffer = momentum * buffer + g; step along g + momentum * buffer (Nesterov) or buffer; in float64."""
+  """g += decay * w; buffer = momentum * buffer + g; step along g + momentum * buffer (Nesterov) or buffer; in float64.
+  """
   tx = make(nesterov=nesterov)
   params, state = jax.tree.map(jnp.asarray, PARAMS), None
   state = tx.init(params)

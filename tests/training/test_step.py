@@ -85,7 +85,9 @@ def test_state_may_be_built_from_arrays_that_are_used_again(setting):
 
 
 def test_steps_equal_torchs(tmp_path):
-  """Two Nesterov steps of torch.optim.SGD with weight decay on one device: gradients, statistics and parameters on four here."""
+  """Two Nesterov steps of torch.optim.SGD with weight decay on one device: gradients, statistics and parameters on four
+  here.
+  """
   record = Record('resnet18')
   variables = record.variables(tmp_path)
   model = build('resnet18', {'source': 7}, width=2, axis_name=parallel.AXIS)
@@ -141,7 +143,8 @@ def test_frozen_batch_norm_normalises_with_running_statistics(setting):
 
 
 def test_averages_and_what_is_evaluated():
-  """Each step moves the averages by 1 - min(average, (1 + step) / (10 + step)) of the way; they are what is evaluated."""
+  """Each step moves the averages by 1 - min(average, (1 + step) / (10 + step)) of the way; they are what is evaluated.
+  """
   start = method_case.start_of(method_case.network())
   plain = method_case.run({}, start=start)[0]
   step = jax.jit(jax.vmap(make_step(method_case.network(), optax.sgd(0.05), {'target': 1.0, 'source': 0.5}, ema_decay=0.25),
@@ -161,7 +164,9 @@ def test_averages_and_what_is_evaluated():
 @pytest.mark.parametrize('pattern,stays', [
     ('backbone', ('bn1', 'conv1', 'layer')), ('conv1/.*|bn1/.*|layer[12]/.*', ('bn1', 'conv1', 'layer1', 'layer2'))])
 def test_what_is_frozen_keeps_every_bit(pattern, stays):
-  """Parameters and running statistics under the pattern, with weight decay and averages of several devices; all else moves."""
+  """Parameters and running statistics under the pattern, with weight decay and averages of several devices; all else
+  moves.
+  """
   model = build('resnet18', {}, frozen=pattern)
   model = method_case.network(frozen=model.frozen)
   start = method_case.start_of(model)
