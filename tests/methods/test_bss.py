@@ -67,7 +67,8 @@ def test_lost_directions():
     np.testing.assert_allclose(gradient, 0.0, atol=1e-4)
   rng = np.random.default_rng(0)
   u, v = (np.linalg.qr(rng.normal(size=(n, n)))[0] for n in (16, 16))
-  features = ((u * np.geomspace(100, 0.01, 16)) @ v).astype(np.float32)  # the Gram matrix has 1e-8 of its largest eigenvalue there
+  # the Gram matrix has 1e-8 of its largest eigenvalue there
+  features = ((u * np.geomspace(100, 0.01, 16)) @ v).astype(np.float32)
   value, gradient = both(features, 1)
   expected, slope = reference(features, 1)
   np.testing.assert_allclose(value, expected, rtol=2e-2)
@@ -76,7 +77,8 @@ def test_lost_directions():
 
 def test_bad_settings():
   context = method_case.context(method_case.network(), pretrained=False)
-  for settings_, message in ((dict(weight=1.0, k=0), 'methods.bss.k is 0; expected 1 to 16, .* a batch of 16 with 32 features each'),
+  for settings_, message in ((dict(weight=1.0, k=0),
+                              'methods.bss.k is 0; expected 1 to 16, .* a batch of 16 with 32 features each'),
                              (dict(weight=1.0, k=17), 'methods.bss.k is 17; expected 1 to 16'),
                              (dict(weight=-1.0), 'methods.bss.weight is -1.0')):
     with pytest.raises(ValueError, match=message):

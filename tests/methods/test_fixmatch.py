@@ -36,11 +36,13 @@ def reference(method: FixMatch, weak: np.ndarray, strong: np.ndarray) -> tuple[f
   return (method.weight * total / kept if kept else 0.0), kept / len(weak)
 
 
-def term(method: FixMatch, weak: np.ndarray, strong: np.ndarray, devices: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+def term(method: FixMatch, weak: np.ndarray, strong: np.ndarray,
+         devices: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
   """The loss and the metrics on each device."""
 
   def of_device(weak, strong):
-    outputs = {name: Outputs(None, {'target': logits}, {}) for name, logits in (('source', weak), ('source/strong', strong))}
+    outputs = {name: Outputs(None, {'target': logits}, {}) for name, logits in (('source', weak),
+                                                                                ('source/strong', strong))}
     made = method.loss(StepContext(*[None] * 5, outputs, *[None] * 6), {})
     return made.loss, made.metrics
 
@@ -49,7 +51,8 @@ def term(method: FixMatch, weak: np.ndarray, strong: np.ndarray, devices: int) -
 
 
 @settings(max_examples=8, deadline=None, derandomize=True)
-@given(st.integers(0, 10**6), st.sampled_from(['soft', 'hard']), st.sampled_from([0.0, 0.6, 0.9]), st.sampled_from([0.5, 1.0, 2.0]),
+@given(st.integers(0, 10**6), st.sampled_from(['soft', 'hard']), st.sampled_from([0.0, 0.6, 0.9]),
+       st.sampled_from([0.5, 1.0, 2.0]),
        st.sampled_from([1, 4]))
 def test_formula(seed, labels, threshold, temperature, devices):
   """The mean over devices is that over all kept images, and its gradient the strong view's; float64, against finite
@@ -63,7 +66,8 @@ def test_formula(seed, labels, threshold, temperature, devices):
     expected, kept = reference(method, weak, strong)
     np.testing.assert_allclose(np.mean(loss), expected, rtol=1e-12, atol=1e-12)
     np.testing.assert_allclose(metrics['kept'], kept)
-    of_weak, of_strong = jax.grad(lambda *logits: term(method, *logits, devices)[0].mean(), argnums=(0, 1))(weak, strong)
+    of_weak, of_strong = jax.grad(lambda *logits: term(method, *logits, devices)[0].mean(),
+                                  argnums=(0, 1))(weak, strong)
     assert not np.any(of_weak)
     h = 1e-5
     ahead, behind = (reference(method, weak, strong + sign * h * direction)[0] for sign in (1, -1))
@@ -94,8 +98,10 @@ def test_same_whatever_the_split():
 
 def test_bad_settings():
   context = method_case.context(method_case.network(), pretrained=False)
-  for fields, words in ((dict(labels='firm'), "labels is 'firm'; known: soft, hard"), (dict(threshold=1.0), 'threshold is 1.0; expected'),
-                        (dict(threshold=-0.1), 'threshold is -0.1'), (dict(temperature=0.0), 'temperature is 0.0; expected')):
+  for fields, words in ((dict(labels='firm'), "labels is 'firm'; known: soft, hard"),
+                        (dict(threshold=1.0), 'threshold is 1.0; expected'),
+                        (dict(threshold=-0.1), 'threshold is -0.1'),
+                        (dict(temperature=0.0), 'temperature is 0.0; expected')):
     with pytest.raises(ValueError, match=f'methods.fixmatch.{words}'):
       methods.check(methods.active({'fixmatch': {'weight': 1.0, **fields}}), context)
   on = methods.active({'fixmatch': {'weight': 1.0}})
@@ -120,7 +126,8 @@ def test_pools_that_do_not_fit(photos, pool):
   config.selection.by, config.selection.clusters = 'cluster', 5
   finetune.Settings.from_config(config).check_sets(splits, alone)
   config.model.weights, config.model.source_head = 'pretrain', 'pretrained'
-  with pytest.raises(ValueError, match="source_head is 'pretrained', but with methods.fixmatch source images have no labels"):
+  with pytest.raises(ValueError,
+                     match="source_head is 'pretrained', but with methods.fixmatch source images have no labels"):
     finetune.Settings.from_config(config)
 
 

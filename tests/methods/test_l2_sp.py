@@ -20,7 +20,8 @@ def test_step_is_the_plain_one_and_the_pull():
   state = plain.replace(start=start)
   before = flat(state.params)
   after = flat(method_case.run({}, state=state, rate=0.1)[0].params)
-  drawn_state, history = method_case.run({'l2_sp': L2SP(0.3, 0.2)}, state=state.replace(methods={'l2_sp': {}}), rate=0.1)
+  drawn_state, history = method_case.run({'l2_sp': L2SP(0.3, 0.2)}, state=state.replace(methods={'l2_sp': {}}),
+                                         rate=0.1)
   drawn, w0 = flat(drawn_state.params), flat(start['params'])
   loss = 0.0
   for path, w in before.items():

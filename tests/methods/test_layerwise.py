@@ -54,7 +54,8 @@ def test_reference_arrays(shared, norm, key):
 
 
 @many
-@given(seed=st.integers(0, 10**6), norm=st.sampled_from(sorted(NORMS)), radius=st.floats(1e-3, 30.0), dense=st.booleans(),
+@given(seed=st.integers(0, 10**6), norm=st.sampled_from(sorted(NORMS)), radius=st.floats(1e-3, 30.0),
+       dense=st.booleans(),
        away=st.sampled_from([0.0, 1e-3, 0.1, 3.0]))
 def test_ball(seed, norm, radius, dense, away):
   """The formula; the radius is kept; once more changes nothing that rounding does not; what is inside stays bit for
@@ -101,7 +102,8 @@ def far_away():
   model = method_case.network({'target': 4, 'source': 9, 'pretrained': 8})
   start = method_case.start_of(model)
   moved = method_case.variables(model, 7)
-  params = jax.tree.map(lambda x: 3 * x, moved['params']) | {'methods': {'other': {'kernel': np.full((3, 3), 9.0, np.float32)}}}
+  params = jax.tree.map(lambda x: 3 * x, moved['params']) | {'methods': {'other': {'kernel': np.full((3, 3), 9.0,
+                                                                                                     np.float32)}}}
   return start, params, moved['batch_stats']
 
 
@@ -157,11 +159,14 @@ def test_holds_after_steps(norm, kind, rate):
   method = Layerwise(norm, radius=0.05, growth=1.5, head_radius=0.6)
   model = one_stage()
   start = method_case.start_of(model)
-  params = method_case.variables(model, 2)['params'] | {key: value for key, value in start['params'].items() if key != 'heads'}
+  params = method_case.variables(model, 2)['params'] | {key: value for key, value in start['params'].items()
+                                                        if key != 'heads'}
   tx = make_optimizer(kind, lambda step: rate, parameter_factors(params))
-  step = jax.jit(jax.vmap(make_step(model, tx, {'target': 1.0, 'source': 0.5}, methods={'layerwise': method}), in_axes=(None, 0),
+  step = jax.jit(jax.vmap(make_step(model, tx, {'target': 1.0, 'source': 0.5}, methods={'layerwise': method}),
+                          in_axes=(None, 0),
                           axis_name=AXIS), compiler_options=method_case.QUICK)
-  state = create_state({'params': params, 'batch_stats': start['batch_stats']}, tx, start=start, methods={'layerwise': {}})
+  state = create_state({'params': params, 'batch_stats': start['batch_stats']}, tx, start=start,
+                       methods={'layerwise': {}})
   for number in range(3):
     state, _ = step(state, jax.tree.map(lambda x: x.reshape(2, -1, *x.shape[1:]), method_case.batch(seed=number)))
     jax.tree.map(lambda x: np.testing.assert_array_equal(x[0], x[1]), state)
@@ -173,10 +178,12 @@ def test_holds_after_steps(norm, kind, rate):
       continue
     if path.endswith('scale'):
       here, there = (flat(stats)[f'{path[:-5]}var'] for stats in (state.batch_stats, start['batch_stats']))
-      offset = after[path] / np.sqrt(here + 1e-6, dtype=np.float64) - first[path] / np.sqrt(there + 1e-6, dtype=np.float64)
+      offset = after[path] / np.sqrt(here + 1e-6, dtype=np.float64) - first[path] / np.sqrt(there + 1e-6,
+                                                                                            dtype=np.float64)
       farthest = np.abs(offset).max()
     else:
-      radius = 0.6 * ((after[path].shape[-1] / 4)**0.5 if norm == 'frobenius' else 1.0) if path.startswith('heads') else radius
+      radius = 0.6 * ((after[path].shape[-1] / 4)**0.5 if norm == 'frobenius'
+                      else 1.0) if path.startswith('heads') else radius
       farthest = length(after[path].astype(np.float64) - first.get(path, 0.0), norm).max()
     assert farthest <= radius * (1 + 1e-4), path
     at_the_border += farthest > radius * (1 - 1e-4)
@@ -203,9 +210,11 @@ def test_penalty(norm):
   first = flat(start['params'])
   size = {'frobenius': lambda t: np.sum(t**2), 'mars': lambda t: length(t, 'mars').max()}[norm]
   weights = {'layer1': 0.3, 'layer2': 0.3, 'layer3': 0.3 * 1.7, 'layer4': 0.3 * 1.7**2, 'heads': 0.2}
-  expected = sum(weights[path.split('/')[0]] * size(value.astype(np.float64) - first.get(path, 0.0)) for path, value in flat(params).items()
+  expected = sum(weights[path.split('/')[0]] * size(value.astype(np.float64) - first.get(path, 0.0))
+                 for path, value in flat(params).items()
                  if path.split('/')[0] in weights and not path.endswith('bias'))
-  pass_of = lambda params: methods.StepContext(method_case.network(), params, stats, start, None, {}, {}, None, None, None, None, None)
+  pass_of = lambda params: methods.StepContext(method_case.network(), params, stats, start, None, {}, {}, None, None,
+                                               None, None, None)
   assert method.project(method_case.network(), params, stats, start) is params
   with jax.enable_x64():
     wide = jax.tree.map(lambda x: x.astype(np.float64), params)
@@ -227,7 +236,8 @@ def test_same_whatever_the_split():
 
 def test_bad_settings():
   context = method_case.context(method_case.network())
-  for fields, message in ((dict(distance='frob'), r"layerwise.distance is 'frob'; known: frobenius, mars, or '' for none"),
+  for fields, message in ((dict(distance='frob'),
+                           r"layerwise.distance is 'frob'; known: frobenius, mars, or '' for none"),
                           (dict(form='ball'), r"layerwise.form is 'ball'; known: constraint, penalty"),
                           (dict(radius=0.0), r'layerwise.radius is 0.0; expected a number above 0'),
                           (dict(radius=-1.0), r'layerwise.radius is -1.0; expected a number above 0'),
@@ -237,5 +247,6 @@ def test_bad_settings():
     with pytest.raises(ValueError, match=message):
       methods.check(methods.active({'layerwise': {'distance': 'mars', **fields}}), context)
   assert not methods.active({'layerwise': {'radius': 3.0}})
-  with pytest.raises(ValueError, match='methods.layerwise needs pre-trained weights, but config.model.weights is empty'):
+  with pytest.raises(ValueError,
+                     match='methods.layerwise needs pre-trained weights, but config.model.weights is empty'):
     methods.check(methods.active({'layerwise': {'distance': 'mars'}}), dataclasses.replace(context, pretrained=False))

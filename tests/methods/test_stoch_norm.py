@@ -41,7 +41,8 @@ plain = functools.partial(BatchNorm, train=True, momentum=0.9, epsilon=1e-5)
 
 def reference(x: np.ndarray, variables: dict) -> np.ndarray:
   """Normalised by running statistics and by those of the batch, `[2, ...]`, in float64."""
-  x, scale, bias, mean, var = (a.astype(np.float64) for a in (x, *variables['params'].values(), *variables['batch_stats'].values()))
+  x, scale, bias, mean, var = (a.astype(np.float64) for a in (x, *variables['params'].values(),
+                                                              *variables['batch_stats'].values()))
   statistics = ((mean, var), (x.mean((0, 1, 2)), x.var((0, 1, 2))))
   return np.stack([(x - m) / np.sqrt(v + 1e-5) * scale + bias for m, v in statistics])
 
@@ -117,12 +118,14 @@ def test_parts_of_a_batch_draw_alike():
   """
   model = resnet.ResNet((1,), resnet.BasicBlock, heads={}, width=4, stem='3x3', norm=StochNorm(True).norm())
   variables, images = method_case.variables(model), method_case.images(8, 4)['input']
-  run = jax.jit(lambda variables, images, parts: forward(model, variables, {'target': images}, key=jax.random.key(3), parts=parts),
+  run = jax.jit(lambda variables, images, parts: forward(model, variables, {'target': images}, key=jax.random.key(3),
+                                                         parts=parts),
                 static_argnums=2, compiler_options=method_case.QUICK)
   whole, whole_stats = run(variables, images, 2)
   first, stats = run(variables, images[:4], 1)
   second, stats = run(variables | {'batch_stats': stats}, images[4:], 1)
-  np.testing.assert_allclose(whole['target'].features, np.concatenate([first['target'].features, second['target'].features]), atol=1e-5)
+  np.testing.assert_allclose(whole['target'].features, np.concatenate([first['target'].features,
+                                                                       second['target'].features]), atol=1e-5)
   jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), whole_stats, stats)
 
 
@@ -142,7 +145,8 @@ def test_taps_of_a_layer_are_what_the_network_goes_on_with(norm, parts):
   model = resnet.ResNet((2,), resnet.BasicBlock, heads={}, width=4, stem='3x3', norm=norm)
   variables, images = method_case.variables(model), method_case.images(8, 4)['input']
   layers = ('layer1/0', 'layer1/1/bn2', 'layer1/1')
-  run = jax.jit(lambda variables, images: forward(model, variables, {'target': images}, key=jax.random.key(3), layers=layers, parts=parts),
+  run = jax.jit(lambda variables, images: forward(model, variables, {'target': images}, key=jax.random.key(3),
+                                                  layers=layers, parts=parts),
                 compiler_options=method_case.QUICK)
   taps = run(variables, images)[0]['target'].taps
   np.testing.assert_allclose(np.maximum(taps['layer1/0'] + taps['layer1/1/bn2'], 0), taps['layer1/1'], atol=1e-6)

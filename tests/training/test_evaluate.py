@@ -76,9 +76,11 @@ def test_a_batch_is_read_while_the_next_one_is_under_way(run, monkeypatch):
   """
   events, copies = [], parallel.unreplicate
   row = lambda k: np.arange(4 * k, 4 * k + 4, dtype=np.int32)
-  of_images = lambda batch: {**batch, 'prediction': batch['label'], 'loss': batch['label'] + 0.5, 'features': batch['label'][:, None],
+  of_images = lambda batch: {**batch, 'prediction': batch['label'], 'loss': batch['label'] + 0.5,
+                             'features': batch['label'][:, None],
                              'classes': batch['label'][:, None], 'probabilities': batch['label'][:, None] + 0.5}
-  result = of_images if run is not _probed else lambda batch: {'products': {'w': np.float32(1)}, 'examples': np.float32(4)}
+  result = of_images if run is not _probed else lambda batch: {'products': {'w': np.float32(1)},
+                                                               'examples': np.float32(4)}
 
   def mapped(function, **kwargs):
     def dispatch(*args):
