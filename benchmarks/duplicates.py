@@ -127,12 +127,12 @@ def main() -> None:
     matches = duplicates.matches(of_pool, of_other, threshold=max(THRESHOLDS))
     near = np.array([match.distance for match in matches if match.kind == 'near'])
     same = len(matches) - len(near)
-    print(f'| {name}, {len(of_pool.told):,d} x {len(of_other.told):,d} images{f" ({same} are the same)" if same else ""} | '
+    print(f'| {name}, {len(of_pool.distinctive):,d} x {len(of_other.distinctive):,d} images{f" ({same} are the same)" if same else ""} | '
           + ' | '.join(f'{np.count_nonzero(near <= threshold):,d}' for threshold in THRESHOLDS) + ' |')
 
   print()
   for name, (seconds, of) in times.items():
-    print(f'hashing {name}: {len(of.told) / seconds:,.0f} images/s on each core; {np.count_nonzero(~of.told):,d} of {len(of.told):,d} '
+    print(f'hashing {name}: {len(of.distinctive) / seconds:,.0f} images/s on each core; {np.count_nonzero(~of.distinctive):,d} of {len(of.distinctive):,d} '
           'say too little')
   many, few = (duplicates.Hashes(*(np.resize(part, (count, *part.shape[1:])) for part in of_pool)) for count in args.rows)
   few = few._replace(pictures=np.random.default_rng(0).permuted(few.pictures, axis=0))  # not the same images

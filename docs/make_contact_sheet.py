@@ -1,4 +1,4 @@
-"""Makes docs/contact_sheet.png: sixty digits of the demo's test, as files in folders, and what the demo's network sees in them.
+"""Makes docs/contact_sheet.png: 60 test digits of the demo, as files in folders, with the demo network's predictions.
 
     make demo && python docs/make_contact_sheet.py
 """

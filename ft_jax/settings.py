@@ -263,3 +263,15 @@ FIELDS: Mapping[str, Kind] = {
 _RENAMED_IN_TRAINING = {'average': 'ema_decay', 'clip': 'clip_norm', 'accumulate': 'accumulate_steps'}
 RENAMED: dict[str, str] = {f'{group}.{old}': f'{group}.{new}' for group in ('train', 'pretrain')
                            for old, new in _RENAMED_IN_TRAINING.items()}
+
+# Fields that were removed, by path, each with the value that had no effect: a run that had it resumes, one that had another is refused.
+REMOVED: dict[str, Any] = {}
+
+# Fields that may differ between two starts of one run. Where they change its images, its checkpoints refuse to resume.
+MAY_CHANGE = (
+    'compile_cache', 'data.cache', 'data.on_error', 'data.timeout', 'train.skip_diverged', 'pretrain.skip_diverged',
+    # Removed from the config: runs of older versions still have them.
+    'train.nonfinite_steps', 'pretrain.nonfinite_steps')
+
+# Fields that a job adds to the config of a run within its own: classes of the source that a pre-training leaves out.
+ADDED = ('source.without',)

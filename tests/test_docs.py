@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import importlib.util
 import itertools
+import json
 import pathlib
 import re
 import shlex
@@ -111,11 +112,12 @@ def test_other_commands_exist(page):
 
 @each_page
 def test_fields_exist(page):
-  """Fields of the config, in the prose as `config.group.field`, `group.field` or `group.field=value`, in commands as flags."""
+  """Fields of the config: in prose as `config.group.field`, `group.field` or `group.field=value`, in commands flags."""
   fields = settings.flat(default.get_config().to_dict())
   known = {'.'.join(name.split('.')[:k]) for name in fields for k in range(1, name.count('.') + 2)}
   groups = '|'.join(name for name in known if '.' not in name and name not in fields)
-  named = {name for text in [*quoted(page), *commands(page)] for name in re.findall(r'(?<![\w/])config\.((?:\w+\.)*\w+)', text)}
+  named = {name for text in [*quoted(page), *commands(page)]
+           for name in re.findall(r'(?<![\w/])config\.((?:\w+\.)*\w+)', text)}
   named |= {found[1] for text in quoted(page) if (found := re.match(rf'((?:{groups})\.[a-z_.]*[a-z_])(?:=.*)?$', text))}
   known.add('methods.features.weight')  # the example of a new method
   for name in named - known:
@@ -157,7 +159,8 @@ def test_links_resolve(page):
 def test_every_page_is_in_the_index():
   """And in the README, where one begins to read."""
   for index in (ROOT / 'docs' / 'README.md', ROOT / 'README.md'):
-    linked = {(index.parent / link).resolve() for link in re.findall(r'\]\(([^)#\s]+)', index.read_text()) if '://' not in link}
+    links = re.findall(r'\]\(([^)#\s]+)', index.read_text())
+    linked = {(index.parent / link).resolve() for link in links if '://' not in link}
     missing = {page.name for page in PAGES if page.name != 'README.md' and page.resolve() not in linked}
     assert not missing, index
 
@@ -199,12 +202,26 @@ class _At:
 
 
 def test_every_method_is_described():
-  """With the published setting that switches it on, and its fields."""
-  rows = dict(re.findall(r'^\| `(\w+)\.(.*)$', (ROOT / 'docs' / 'methods.md').read_text(), re.M))
-  for name, method in METHODS.items():
-    assert name in rows, name
-    for field in dataclasses.fields(method):
-      assert re.search(rf'\b{field.name}\b', rows[name]), (name, field.name)
+  """With the published setting that switches it on, and its other fields."""
+  table = (ROOT / 'docs' / 'methods.md').read_text().partition('\n## Other switches')[0]
+  rows = re.findall(r'^\| `(\w+)\.(\w+)=([\w.]+)` (.*)$', table, re.M)
+  assert sorted(name for name, *_ in rows) == sorted(METHODS)
+  for name, switch, value, row in rows:
+    published = METHODS[name].published[switch]
+    assert value == published if isinstance(published, str) else json.loads(value) == published, name
+    for field in dataclasses.fields(METHODS[name])[1:]:
+      assert re.search(rf'\b{field.name}\b', row), (name, field.name)
+
+
+def test_every_module_is_on_the_map():
+  """Whoever reads docs/design.md finds the file of any function; `study_*.py` and `<method>.py` stand for several."""
+  text = (ROOT / 'docs' / 'design.md').read_text()
+  named = set(re.findall(r'`(?:\w+/)*([\w*]+)\.py`', text))
+  for package in ('ft_jax', 'selection'):
+    for path in (ROOT / package).rglob('*.py'):
+      inside = path.relative_to(ROOT).parts
+      one_of_many = path.stem in METHODS or 'study_' in path.stem or {'prepare', 'templates', 'jobs'} & set(inside)
+      assert one_of_many or path.stem in named | {'__init__'}, '/'.join(inside)
 
 
 def test_every_strategy_is_described():
@@ -217,5 +234,5 @@ def test_benchmarks_are_on_one_page():
   """So that a number has one place where it is brought up to date."""
   for page in PAGES:
     text = page.read_text()
-    if page.name not in ('speed.md', 'scaling.md', 'selection.md', 'CONTRIBUTING.md'):
+    if page.name not in ('speed.md', 'scaling.md', 'CONTRIBUTING.md'):
       assert 'python benchmarks/' not in text, page.name

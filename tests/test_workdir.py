@@ -7,9 +7,9 @@ import sys
 from ml_collections import ConfigDict
 import pytest
 
-from configs import default
-from ft_jax import settings, workdir
-from ft_jax.workdir import MetricsWriter, Workdir, write_results
+from ft_jax import config, settings, workdir
+from ft_jax.metrics import MetricsWriter
+from ft_jax.workdir import Workdir, write_results
 
 CONFIG = {'job': 'finetune', 'seed': 0, 'train': {'steps': 5, 'milestones': (0.6, 0.8)}}
 
@@ -44,18 +44,18 @@ def run_of_an_older_version(tmp_path):
 
 def later(**fields):
   """The config of the version of today, with other values by path."""
-  return settings.nested(settings.flat(default.get_config().to_dict()) | {'train.batch_size': 8} | fields)
+  return settings.nested(settings.flat(config.get_config().to_dict()) | {'train.batch_size': 8} | fields)
 
 
 def test_a_field_that_an_older_version_did_not_have_is_its_default(run_of_an_older_version, monkeypatch):
   """Whatever fields are added, an old run is resumed with their defaults, and refused by name with other values."""
-  monkeypatch.setattr(workdir, 'REMOVED', {'train.fuzzy': 0})
-  config = later(**{'train.ema_decay': 0.9})
-  Workdir(run_of_an_older_version, config)
+  monkeypatch.setattr(settings, 'REMOVED', {'train.fuzzy': 0})
+  now = later(**{'train.ema_decay': 0.9})
+  Workdir(run_of_an_older_version, now)
   assert workdir.read_config(run_of_an_older_version)['augment']['scale'] == [0.08, 1.0]
-  added = default.get_config().unlock()
+  added = config.get_config().unlock()
   added.train.sharpness, added.colours = 1.5, ConfigDict({'count': 3})
-  monkeypatch.setattr(default, 'get_config', lambda: added)
+  monkeypatch.setattr(config, 'get_config', lambda: added)
   now = later(**{'train.ema_decay': 0.9})
   Workdir(run_of_an_older_version, now)
   assert json.loads((run_of_an_older_version / 'config.json').read_text())['colours'] == {'count': 3}
@@ -64,19 +64,26 @@ def test_a_field_that_an_older_version_did_not_have_is_its_default(run_of_an_old
 
 
 def test_a_removed_field_that_had_no_effect_is_ignored(run_of_an_older_version, monkeypatch):
-  config = later(**{'train.ema_decay': 0.9})
+  now = later(**{'train.ema_decay': 0.9})
+  monkeypatch.setattr(settings, 'REMOVED', {'train.fuzzy': 1})
   with pytest.raises(ValueError, match=r"\(config.train.fuzzy is 0 there and 'not known' here\)"):
-    Workdir(run_of_an_older_version, config)
-  monkeypatch.setattr(workdir, 'REMOVED', {'train.fuzzy': 1})
-  with pytest.raises(ValueError, match=r"\(config.train.fuzzy is 0 there and 'not known' here\)"):
-    Workdir(run_of_an_older_version, config)
-  monkeypatch.setattr(workdir, 'REMOVED', {'train.fuzzy': 0})
-  Workdir(run_of_an_older_version, config)
+    Workdir(run_of_an_older_version, now)
+  monkeypatch.setattr(settings, 'REMOVED', {'train.fuzzy': 0})
+  Workdir(run_of_an_older_version, now)
+
+
+def test_a_run_of_a_newer_version_is_refused_by_its_fields(tmp_path):
+  """To resume, and to use it: what a field means that is not known here could be anything."""
+  Workdir(tmp_path / 'run', later(**{'model.depthwise': True, 'train.fuzzy': 2}))
+  for use in (lambda: Workdir(tmp_path / 'run', later()), lambda: workdir.read_config(tmp_path / 'run')):
+    with pytest.raises(ValueError, match=r'run was written by a newer version of this program: this one does not know '
+                                         r'config.model.depthwise \(True\), config.train.fuzzy \(2\). Update the program'):
+      use()
 
 
 def test_a_renamed_field_keeps_its_value(run_of_an_older_version, monkeypatch):
   """train.average of older versions is train.ema_decay now."""
-  monkeypatch.setattr(workdir, 'REMOVED', {'train.fuzzy': 0})
+  monkeypatch.setattr(settings, 'REMOVED', {'train.fuzzy': 0})
   assert workdir.read_config(run_of_an_older_version)['train']['ema_decay'] == 0.9
   Workdir(run_of_an_older_version, later(**{'train.ema_decay': 0.9}))
   with pytest.raises(ValueError, match=r'\(config.train.ema_decay is 0.9 there and 0.5 here\)'):
@@ -147,7 +154,7 @@ def test_two_processes_do_not_share_a_workdir(tmp_path, monkeypatch):
   with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
     assert other.stdout.readline() == 'here\n'
     monkeypatch.setattr(workdir, 'PATIENCE', 0.0)
-    with pytest.raises(OSError, match='another process is at work in .*run: two at once would spoil it'):
+    with pytest.raises(OSError, match='another process is at work in .*run: two at once would corrupt it'):
       Workdir(tmp_path / 'run', CONFIG)
     other.kill()
   first, again = Workdir(tmp_path / 'run', CONFIG), Workdir(tmp_path / 'run', CONFIG)

@@ -27,10 +27,10 @@ from ft_jax.pages import study as study_page
 from ft_jax.pages import study_csv
 from ft_jax.pages.page import format_percent
 from ft_jax.progress import log
-from ft_jax.settings import check_fields, defaults, flat, RENAMED
+from ft_jax.settings import check_fields, defaults, flat, MAY_CHANGE, RENAMED
 from ft_jax.studies import history, probe, spectrum, study_results, transferability
 from ft_jax.studies.study_data import changed, described, Frozen, open_target, Parts, Target
-from ft_jax.workdir import check_name, FREE, own, read_config, run_fields, write_bytes, write_text
+from ft_jax.workdir import check_name, own, read_config, run_fields, write_bytes, write_text
 from selection import storage
 
 # Groups of a config that a fine-tuning from a checkpoint does not know: a stopped one goes on where they are changed.
@@ -107,7 +107,7 @@ def _fields(config: Mapping[str, Any], without: Sequence[str] = ()) -> str:
   """The fields of a fine-tuning that its result depends on, as text, less some groups."""
   text, known, fields = functools.partial(json.dumps, sort_keys=True, default=str), defaults(), flat(config)
   unused = [path for path in ADDED if path in fields and text(fields[path]) == text(known[path])]
-  kept = _first_names(run_fields(config, free=(*FREE, *unused)))
+  kept = _first_names(run_fields(config, may_change=(*MAY_CHANGE, *unused)))
   return text({name: value for name, value in kept.items() if name not in without})
 
 

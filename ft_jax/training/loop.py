@@ -27,7 +27,8 @@ from ft_jax.training.checkpoints import Checkpoints
 from ft_jax.training.evaluate import evaluate, Evaluation, PredictFn
 from ft_jax.training.settings import Plan
 from ft_jax.training.step import Batch, Metrics, StepFn, TrainState
-from ft_jax.workdir import MetricsWriter, Workdir
+from ft_jax.metrics import MetricsWriter
+from ft_jax.workdir import Workdir
 
 # A device that waits for images is worth a log line from this fraction of the time on, and after so many steps.
 WAITING, WAITING_STEPS = 0.2, 20

@@ -14,6 +14,7 @@ from torch_weights import RESNET
 from configs import default, miniature
 from ft_jax import selecting
 from ft_jax.data import open_set
+from ft_jax.data.image_set import ImageSet
 from ft_jax.jobs import finetune, pretrain, setup
 from ft_jax.studies import study_data
 from ft_jax.training import initial_weights
@@ -211,3 +212,23 @@ def test_the_other_jobs_refuse_such_a_target_too(photos, tmp_path):
   settings.target.without, settings.target.val_fraction = ('roof', 'sky', 'wall'), 0.2
   with pytest.raises(ValueError, match="has one class, 'blossom', so a classifier"):
     study_data.open_target(settings, f'folder:{photos}')
+
+
+def test_image_sets_in_memory(tmp_path):
+  """Given in place of names: val is split off, test is what is not sampled for training; another target does not resume the run."""
+  rng = np.random.default_rng(0)
+  images = lambda n: rng.integers(0, 256, (n, 40, 40, 3), np.uint8)
+  target = ImageSet.from_arrays(images(30), np.arange(30) % 3, ['ant', 'bee', 'cat'])
+  source = ImageSet.from_arrays(images(24), np.arange(24) % 4, ['w', 'x', 'y', 'z'])
+  settings = config('', '', **{'target.name': '', 'source.name': '', 'target.test': 'rest', 'target.train_fraction': 0.6,
+                               'target.val_fraction': 0.2, 'model.width': 1})
+  results = finetune.run(settings, tmp_path / 'run', target=target, source=source)
+  assert [results['target'][split] for split in ('train', 'val', 'test')] == [15, 3, 12]
+  assert results['target']['name'] == target.name and results['source']['classes'] == 4 and results['selection']['units'] == 2
+  assert 'data:image/jpeg' in (tmp_path / 'run' / 'report.html').read_text()
+  (tmp_path / 'run' / 'results.json').unlink()
+  other = ImageSet.from_arrays(images(30), np.arange(30) % 3, ['ant', 'bee', 'cat'])
+  with pytest.raises(ValueError, match='changed since then: target images'):
+    finetune.run(settings, tmp_path / 'run', target=other, source=source)
+  with pytest.raises(ValueError, match='config.target.name is empty'):
+    finetune.run(settings, tmp_path / 'other', source=source)

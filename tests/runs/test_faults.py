@@ -202,7 +202,7 @@ def test_images_that_stop_coming_end_the_run_with_its_state(photos, whole, tmp_p
 def test_waiting_for_images_can_be_cancelled():
   """As by a signal: the batches end."""
   gate = threading.Event()
-  batches = pipeline._watched(iter(gate.wait, None), pipeline._Reading(None), 0, cancelled=lambda: True)
+  batches = pipeline._with_timeout(iter(gate.wait, None), pipeline._Reading(None), 0, cancelled=lambda: True)
   assert list(batches) == []
   gate.set()
 

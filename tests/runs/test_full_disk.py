@@ -53,7 +53,7 @@ def test_a_full_disk_ends_the_run(found):
   assert first['status'] == 1 and 'Traceback' not in first['printed'] and first['printed'].count('\nerror: ') == 1
   error = first['printed'].splitlines()[-1]
   assert 'PLACE/run/checkpoints/4 cannot be written: the disk is full (' in error and ' are free)' in error
-  assert error.endswith('What was written before stays as it was; make room there, and the same command goes on')
+  assert error.endswith('What was written before stays as it was; make room there, and the same command resumes')
   assert first['steps'] == [] and len(first['lines']) >= 2 and first['lines'] == found['undisturbed']['lines'][:len(first['lines'])]
 
 
@@ -61,19 +61,19 @@ def test_too_little_room_for_a_second_checkpoint(found):
   """It is foreseen; the one before it stays."""
   error, left = found['small']
   assert 'PLACE/run/checkpoints/8 cannot be written: the disk is full (' in error
-  assert error.endswith('the newest whole checkpoint is PLACE/run/checkpoints/4; make room there, and the same command goes on')
+  assert error.endswith('the newest whole checkpoint is PLACE/run/checkpoints/4; make room there, and the same command resumes')
   assert left['steps'] == [4] and [line['step'] for line in left['lines']] == [2, 4, 6, 8]
 
 
 def test_a_disk_that_becomes_read_only(found):
   assert 'run/checkpoints/8 cannot be written: the disk is read-only. ' in found['read-only']
-  assert found['read-only'].endswith('newest whole checkpoint is PLACE/run/checkpoints/4; make it writable, and the same command goes on')
+  assert found['read-only'].endswith('newest whole checkpoint is PLACE/run/checkpoints/4; make it writable, and the same command resumes')
 
 
 def test_a_workdir_that_vanishes(found):
   """It is not made anew without its beginning; where it comes back, the run goes on from it."""
   error, there = found['vanished']
-  assert 'cannot be written: its folder is not there any more. ' in error and 'bring it back, and the same command goes on' in error
+  assert 'cannot be written: its folder is not there any more. ' in error and 'bring it back, and the same command resumes' in error
   assert not there
 
 
@@ -201,7 +201,8 @@ def disks(place: str) -> dict:
 
 def files_of(place: pathlib.Path) -> dict:
   """What each writer says where nothing can be written, and whether all files are as they were."""
-  from ft_jax.workdir import MetricsWriter, Workdir, write_results
+  from ft_jax.metrics import MetricsWriter
+  from ft_jax.workdir import Workdir, write_results
   from selection import Embeddings, Selection
   from selection.journal import Journal
 
@@ -235,7 +236,8 @@ def first_folders(folder: pathlib.Path) -> tuple[str, str]:
 
 
 def denied(place: str) -> dict:
-  from ft_jax.workdir import MetricsWriter, Workdir
+  from ft_jax.metrics import MetricsWriter
+  from ft_jax.workdir import Workdir
 
   work = Workdir(pathlib.Path(place) / 'run', {'job': 'finetune', 'seed': 0, 'train': {}})
   writer = MetricsWriter(work, 0)

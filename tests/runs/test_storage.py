@@ -22,13 +22,14 @@ import optax
 import pytest
 
 from configs import miniature
-from ft_jax import workdir as workdir_module
+from ft_jax import metrics
 from ft_jax.jobs import finetune
 from ft_jax.training import initial_weights
 from ft_jax.training.checkpoints import Checkpoints, Damaged
 from ft_jax.training.finished_runs import history, load_variables
 from ft_jax.training.step import create_state
-from ft_jax.workdir import MetricsWriter, saved_steps, Workdir, write_results
+from ft_jax.metrics import MetricsWriter
+from ft_jax.workdir import saved_steps, Workdir, write_results
 from selection import Embeddings, Selection, storage
 from selection.journal import Journal
 from torch_weights import RESNET
@@ -134,14 +135,14 @@ def test_long_passes_go_on_from_their_last_chunk(bucket):
 
 
 def test_metrics_are_written_as_a_whole_when_asked_and_from_time_to_time(bucket, monkeypatch):
-  monkeypatch.setattr(workdir_module, 'EVERY', float('inf'))  # however slow the machine is
+  monkeypatch.setattr(metrics, 'SECONDS', float('inf'))  # however slow the machine is
   work = Workdir('gs://bucket/run', FIELDS)
   writer = MetricsWriter(work, 0)
   writer.write(1, {'train/loss': 3.0})
   assert bucket.read('run/metrics.jsonl') == b''
   writer.flush()
   assert work.metrics() == [{'step': 1, 'train/loss': 3.0}]
-  monkeypatch.setattr(workdir_module, 'EVERY', 0.0)
+  monkeypatch.setattr(metrics, 'SECONDS', 0.0)
   writer.write(2, {'train/loss': 2.0})
   writer.close()
   again = MetricsWriter(work, 1)
