@@ -1,7 +1,7 @@
 """What tests of methods share: a small network on real images, and its step on any number of devices.
 
 Devices are those of `jax.vmap` with the axis of the step: the collectives are the real ones, and nothing is compiled
-  for each device.
+for each device.
 """
 
 from collections.abc import Mapping
