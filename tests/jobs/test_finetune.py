@@ -222,13 +222,13 @@ def test_image_sets_in_memory(tmp_path):
   source = ImageSet.from_arrays(images(24), np.arange(24) % 4, ['w', 'x', 'y', 'z'])
   settings = config('', '', **{'target.name': '', 'source.name': '', 'target.test': 'rest', 'target.train_fraction': 0.6,
                                'target.val_fraction': 0.2, 'model.width': 1})
-  results = finetune.run(settings, tmp_path / 'run', target=target, source=source)
+  results = finetune.run(settings, tmp_path / 'run', target={'train': target}, source={'train': source})
   assert [results['target'][split] for split in ('train', 'val', 'test')] == [15, 3, 12]
   assert results['target']['name'] == target.name and results['source']['classes'] == 4 and results['selection']['units'] == 2
   assert 'data:image/jpeg' in (tmp_path / 'run' / 'report.html').read_text()
   (tmp_path / 'run' / 'results.json').unlink()
   other = ImageSet.from_arrays(images(30), np.arange(30) % 3, ['ant', 'bee', 'cat'])
   with pytest.raises(ValueError, match='changed since then: target images'):
-    finetune.run(settings, tmp_path / 'run', target=other, source=source)
+    finetune.run(settings, tmp_path / 'run', target={'train': other}, source={'train': source})
   with pytest.raises(ValueError, match='config.target.name is empty'):
-    finetune.run(settings, tmp_path / 'other', source=source)
+    finetune.run(settings, tmp_path / 'other', source={'train': source})
