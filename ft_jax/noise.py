@@ -92,7 +92,7 @@ def add(settings: NoiseSettings, seed: int, splits: Splits, predicted_json: epat
            'wrong_rate': wrong_rate}
   log.info('noise: %s: %s of %s training labels redrawn, %s of all are wrong (%.1f %%); val and test stay clean',
            settings.kind, f'{noisy.drawn:,d}', f'{len(train):,d}', f'{noisy.wrong:,d}', 100 * wrong_rate)
-  return Noise(splits._replace(train=noisy.source), noisy.true_labels, about)
+  return Noise(splits._replace(train=noisy.images), noisy.true_labels, about)
 
 
 def _predicted(labels: str, source: ImageSet, predicted_json: epath.Path | None) -> np.ndarray:

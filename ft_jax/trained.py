@@ -1,4 +1,4 @@
-"""A finished run, taken up to be used: what export, predict and stability share."""
+"""The network of a finished run: what export, predict and stability work on."""
 
 from collections.abc import Mapping
 import json
@@ -24,10 +24,10 @@ class Trained(NamedTuple):
     config: the run's; one of an older version may lack fields.
     results: what its results.json holds.
     head: 'target', or 'source' of a pre-training.
-    class_names: one a logit of the head.
-    model: with that head alone.
-    variables: `{'params', 'batch_stats'}` of the model, numpy arrays.
-    transform: what images went through when it was evaluated.
+    class_names: of the logits of the head, in order.
+    model: the network with that head alone.
+    variables: `{'params', 'batch_stats'}` of the network, numpy arrays.
+    transform: how images were prepared for the evaluation.
   """
   path: epath.Path
   config: ConfigDict
@@ -38,15 +38,19 @@ class Trained(NamedTuple):
   variables: dict[str, Any]
   transform: Transform
 
-  def described(self) -> str:
-    """One line on what it is."""
+  def summary(self) -> str:
+    """The network, its run, and how good it is, in one line."""
     split = 'test' if self.results['test'] else 'val'
-    return (f'{self.config.model.name} of {self.path}, {len(self.class_names)} classes, checkpoint of step {self.results["best_step"]} '
-            f'({split} top-1 {self.results[split]["top1"]:.1%})')
+    return (f'{self.config.model.name} of {self.path}, {len(self.class_names)} classes, checkpoint of step '
+            f'{self.results["best_step"]} ({split} top-1 {self.results[split]["top1"]:.1%})')
 
 
 def load(workdir: str, field: str = 'config.workdir') -> Trained:
-  """Takes up the run in a workdir, which `field` of the config names.
+  """Loads the best checkpoint of the run in a workdir.
+
+  Args:
+    workdir: of a fine-tuning or a pre-training.
+    field: the field of the config that names it, for messages.
 
   Raises:
     ValueError: no run, one that is not finished, or one of a job that trains no network of its own.
@@ -56,30 +60,36 @@ def load(workdir: str, field: str = 'config.workdir') -> Trained:
   path = storage.located(workdir)
   stored = read_config(path)
   if stored is None:
-    raise ValueError(f'{field}: {workdir} holds no run (no config.json of one); give the workdir of a finished fine-tuning')
+    raise ValueError(f'{field}: {workdir} holds no run (no config.json of one); give the workdir of a finished '
+                     'fine-tuning')
   if str(stored['job']) not in HEADS:
     inside = sorted(p.name for p in path.iterdir() if read_config(p)) if stored['job'] == 'compare' else []
     raise ValueError(f'{field}: {workdir} is of job {stored["job"]}; give that of a fine-tuning'
                      + (f', such as {path / inside[0]} ({len(inside)} are inside)' if inside else ''))
   if not (path / 'results.json').exists():
-    raise ValueError(f'{field}: the run in {workdir} is not finished (no results.json); run its command again, which goes on')
+    raise ValueError(f'{field}: the run in {workdir} is not finished (no results.json); run its command again to resume it')
   try:
-    config, results = ConfigDict(stored), json.loads((path / 'results.json').read_text())
-    head = HEADS[config.job]
-    class_names = tuple(str(row['name']) for row in results['val']['per_class'])
-    options = {name: config.model.get(name, default) for name, default in OPTIONS.items()}
-    model = models.build(config.model.name, {head: len(class_names)}, size=config.image_size, dtype=setup.DTYPES[config.model.dtype],
-                         precision=config.model.get('precision', 'default'), **options)
-    run = Trained(path, config, results, head, class_names, model, {}, Transform(config.image_size, short_side=short_side(config.image_size, config.augment)))
-    run.described()
-  except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:  # of another program, or changed by hand
+    run = _read(path, ConfigDict(stored), json.loads((path / 'results.json').read_text()))
+    run.summary()
+  except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:  # of another program, or edited by hand
     raise ValueError(f'{field}: config.json and results.json of {workdir} are not those of a finished run '
                      f'({type(error).__name__}: {error})') from error
-  return run._replace(variables=_of_head(load_variables(path), head))
+  return run._replace(variables=_with_head(load_variables(path), run.head))
+
+
+def _read(path: epath.Path, config: ConfigDict, results: dict[str, Any]) -> Trained:
+  """The run without its variables."""
+  head = HEADS[config.job]
+  class_names = tuple(str(row['name']) for row in results['val']['per_class'])
+  options = {name: config.model.get(name, default) for name, default in OPTIONS.items()}
+  model = models.build(config.model.name, {head: len(class_names)}, size=config.image_size, dtype=setup.DTYPES[config.model.dtype],
+                       precision=config.model.get('precision', 'default'), **options)
+  transform = Transform(config.image_size, short_side=short_side(config.image_size, config.augment))
+  return Trained(path, config, results, head, class_names, model, {}, transform)
 
 
 def output_folder(workdir: epath.PathLike) -> epath.Path:
-  """Makes the folder that is written to; what is there of the same names is replaced file by file.
+  """Makes the folder that a job writes to; files of the same names are replaced one by one.
 
   Raises:
     ValueError: it is a file.
@@ -91,7 +101,8 @@ def output_folder(workdir: epath.PathLike) -> epath.Path:
   return storage.make_folder(folder)
 
 
-def _of_head(variables: Mapping[str, Any], head: str) -> dict[str, Any]:
+def _with_head(variables: Mapping[str, Any], head: str) -> dict[str, Any]:
+  """The variables without the other heads."""
   heads = variables['params']['heads']
   return {**variables, 'params': {**variables['params'], 'heads': {head: heads[head]}}}
 

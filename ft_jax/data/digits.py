@@ -1,8 +1,8 @@
-"""The demo's two image sets, made of what ships inside scikit-learn: nothing is downloaded.
+"""Back-end for the two image sets of the demo, made of data inside scikit-learn: nothing is downloaded.
 
-The pool holds handwritten digits of nine writers, every second one dark on light, beside patches of two photographs (one class
-a region); the target holds digits of other writers, dark on light and upside down. Every image is 8x8, grey and of full
-contrast, patches too, so that neither sharpness nor brightness nor colour gives a class away.
+The pool has handwritten digits of nine writers, those of every second writer dark on light, and patches of two photographs
+(one class per region); the target has digits of other writers, dark on light and upside down. Every image is 8x8, grey and
+of full contrast, so that neither sharpness nor brightness nor colour gives a class away.
 """
 
 import numpy as np
@@ -10,9 +10,9 @@ import numpy as np
 from ft_jax.data import contents
 from ft_jax.data.image_set import digest, ImageSet
 
-# Where one writer's digits end and the next one's begin (scikit-learn MOOC, "Sample grouping": the set lists them in turn).
+# Where the digits of each writer begin (scikit-learn MOOC, "Sample grouping": the writers come one after another).
 _WRITERS = (0, 130, 256, 386, 516, 646, 776, 915, 1029, 1157, 1287, 1415, 1545, 1667, 1797)
-# Writers by number: the pool's, and the target's for each split. Nobody is in two of them.
+# The writers of the pool and of each split of the target. Nobody is in two of them.
 _POOL, _TRAIN, _VAL, _TEST = range(0, 9), range(9, 11), range(11, 12), range(12, 14)
 _TRAIN_PER_CLASS = 8
 _PATCHES_PER_REGION, _PATCH, _GRID = 60, 64, (2, 4)

@@ -1,4 +1,4 @@
-"""The 1000 classes of ImageNet: what a folder of WordNet ids or TFDS's labels are called in reports."""
+"""Names of the 1000 ImageNet classes, for reports: folders are named by WordNet ids, and so are TFDS's labels."""
 
 from collections.abc import Sequence
 import functools
@@ -16,6 +16,8 @@ def names() -> dict[str, str]:
 
 
 def human_names(class_names: Sequence[str]) -> tuple[str, ...]:
-  """The names of classes that are all WordNet ids of ImageNet; any other class names as they are."""
+  """English names if all class names are WordNet ids of ImageNet; otherwise the class names as they are."""
   known = names()
-  return tuple(known[name] for name in class_names) if all(name in known for name in class_names) else tuple(class_names)
+  if not all(name in known for name in class_names):
+    return tuple(class_names)
+  return tuple(known[name] for name in class_names)

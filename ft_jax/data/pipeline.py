@@ -1,7 +1,6 @@
-"""Batches of images. The order is a function of (seed, step): a run that starts again at a step gets the same batches.
+"""Batches of images. Their order is a function of (seed, step): a run that resumes at a step gets the same batches.
 
-A batch is `{'input': uint8 [b, h, w, 3], 'label': int32 [b], 'row': int32 [b], 'mask': bool [b]}`, where `index` is the
-example's row in the source and `mask` is False for padding; further views of the images are like `image`. Each host makes its own share.
+Each host makes its own share of a batch. Threads decode ahead of the training; `_with_timeout` notices when the disk stops answering.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,8 +24,10 @@ from ft_jax.data.image_set import Example, ImageSet
 from ft_jax.data.randaugment import cutout, randaugment
 from ft_jax.progress import log
 
+# The arrays of a batch of b examples by name: `input` uint8 `[b, h, w, 3]`, `label` int32 `[b]`, `row` int32 `[b]` (the position in the
+# image set), `mask` bool `[b]` (False for padding). Further views of the images have their own names and are like `input`.
 Batch = dict[str, np.ndarray]
-# Seconds: how long images may take (see `train_batches`), and after which it is told what is being read.
+# In seconds: how long a batch may take (see `train_batches`), and after which time the log says what is being read.
 TIMEOUT, SLOW = 600.0, 30.0
 
 
@@ -36,17 +37,17 @@ class Stalled(OSError):
 
 @dataclasses.dataclass(frozen=True)
 class Transform:
-  """What images go through.
+  """What happens to an image between its file and a batch.
 
   Attributes:
-    size: pixels a side of the result.
-    scale, ratio: of the random crop (training).
-    flip: whether half of the training images are mirrored.
-    antialias: whether training crops are scaled exactly as Pillow and torchvision do, or faster; see `crop.random_resized_crop`.
-    short_side: pixels of the short side before the middle is cut out (evaluation).
-    randaugment: random operations drawn for a training crop; 0 for none.
-    magnitude: of them, 2 to 10.
-    cutout: side of a grey square on each training crop, as a part of the crop's; 0 for none.
+    size: pixels per side of the result.
+    scale, ratio: of the random crop (training); see `crop.random_resized_crop`.
+    flip: whether half of the training images are flipped left to right.
+    antialias: whether training crops are resized exactly as by Pillow and torchvision, or faster; see `crop.random_resized_crop`.
+    short_side: pixels of the short side before the middle is cropped (evaluation).
+    randaugment: number of random operations on a training crop; 0 for none.
+    magnitude: of these operations, 2 to 10.
+    cutout: side of a grey square on each training crop, as a fraction of the crop's side; 0 for none.
   """
   size: int
   scale: tuple[float, float] = (0.08, 1.0)
@@ -59,8 +60,8 @@ class Transform:
   cutout: float = 0.0
 
   def train(self, example: Example, rng: np.random.Generator, out: np.ndarray | None = None) -> np.ndarray:
-    """A random crop, mirrored half of the time, and what is done to it then; uint8 `[size, size, 3]`, in `out` where that is given."""
-    # The crop is a copy, so the whole image may lie where the next one will.
+    """A random crop with random augmentations; uint8 `[size, size, 3]`, written to `out` if that is given."""
+    # The crop is a copy, so the decoded image may lie in memory that the next one overwrites.
     image = decode(example.image, example.id, scratch=True)
     image = crop.random_resized_crop(image, self.size, self.scale, self.ratio, rng, self.antialias, out)
     if self.flip and rng.random() < 0.5:
@@ -88,186 +89,221 @@ def short_side(image_size: int, augment: ConfigDict) -> int:
   return augment.short_side or round(image_size * 256 / 224)
 
 
-def train_batches(source: ImageSet, transform: Transform, batch_size: int, *, stream: str, seed: int, start: int,
+# --- training ---
+
+
+def train_batches(images: ImageSet, transform: Transform, batch_size: int, *, stream: str, seed: int, start: int,
                   views: Mapping[str, Transform] | None = None, balanced: bool = False, skip: Sequence[int] = (),
                   timeout: float = TIMEOUT, cancelled: Callable[[], bool] = lambda: False) -> Iterator[Batch]:
-  """Endless training batches from step `start` on.
+  """Endless training batches, beginning with that of step `start`.
 
-  The order is one permutation of the source after another, each with its own shuffle, cut into batches: every example
-  comes once a pass, also where the batch does not divide the set or is larger than it.
+  The order is one permutation of the set after another, each shuffled differently, cut into batches: every example comes once per
+  epoch, even if the batch does not divide the set or is larger than it.
 
   Args:
-    source: the examples.
+    images: the examples.
     transform: what happens to them.
     batch_size: of all hosts together.
-    stream: a name that keeps the orders of two streams of one run apart.
+    stream: a name that makes the orders of two streams of one run differ.
     seed: of the run.
-    start: the first step wanted.
-    views: further views of each image, by their name in the batch, each with random numbers of its own.
-    balanced: every class comes once a turn of all classes, and its examples one permutation after another: each class equally often.
-    skip: places of batches in the order that are left out; see `place_of`.
-    timeout: seconds that a batch may take; 0 for any.
-    cancelled: asked while a batch takes long; the batches end where it says so.
+    start: the first step that is wanted.
+    views: further views of each image, by their name in the batch, each with its own random numbers.
+    balanced: draw every class equally often: all classes take turns, and the examples of each come in one permutation after another.
+    skip: positions of batches in the order that are left out; see `place_of`.
+    timeout: seconds that a batch may take; 0 for any number.
+    cancelled: asked while a batch takes long; the iterator ends if it returns True.
 
   Raises:
-    Stalled: a batch took longer; says what was being read.
+    Stalled: a batch took longer than `timeout`; the message says what was being read.
   """
   hosts, host = jax.process_count(), jax.process_index()
-  key = zlib.crc32(f'{stream}/{seed}'.encode())
-  order = (_balanced_order if balanced else _order)(source, key)
+  key = _order_key(stream, seed)
+  row_at = _row_order(images, key, balanced)
   transforms = {'input': transform, **(views or {})}
-  reading = _Reading(source)
+  reading = _Reading(images)
 
   def make(step: int) -> Batch:
-    # The random numbers of an example follow from its place in the global order, not from the host that reads it.
-    places = _share(place_of(step, skip) * batch_size, batch_size, host, hosts)
+    # The random numbers of an example depend on its position in the global order, not on the host that reads it.
+    positions = _share(place_of(step, skip) * batch_size, batch_size, host, hosts)
     bits = np.random.Philox(key=key)
     rng, state = np.random.Generator(bits), bits.state
 
-    def load(i: int, example: Example, out: Mapping[str, np.ndarray]) -> None:
-      if views:  # decoded once for all
+    def fill(i: int, example: Example, out: Mapping[str, np.ndarray]) -> None:
+      if views:  # decoded once for all views
         example = example._replace(image=decode(example.image, example.id, scratch=True))
       for view, (name, transform) in enumerate(transforms.items()):
-        state['state']['counter'][2:] = view, places[i]
-        bits.state = state  # a third of the time that a new generator takes
+        state['state']['counter'][2:] = view, positions[i]
+        bits.state = state  # takes a third of the time of a new generator
         transform.train(example, rng, out[name])
 
-    return _batch(reading, [order(place) for place in places], load, transform.size, tuple(transforms))
+    return _make_batch(reading, [row_at(position) for position in positions], fill, transform.size, tuple(transforms))
 
-  return _watched(_prefetched(grain.MapDataset.range(sys.maxsize).map(make), start), reading, timeout, cancelled)
+  return _with_timeout(_prefetched(grain.MapDataset.range(sys.maxsize).map(make), start), reading, timeout, cancelled)
 
 
 def place_of(step: int, skip: Sequence[int]) -> int:
-  """The place in the order of the batch of a step (both counted from 0), where the batches at the places `skip` are left out."""
+  """The position in the order of the batch of a step (both counted from 0), if the batches at the positions `skip` are left out."""
   for place in sorted(skip):
     step += place <= step
   return step
 
 
-def rows_at(source: ImageSet, place: int, batch_size: int, *, stream: str, seed: int, balanced: bool = False) -> list[int]:
-  """The rows of the batch at a place in the order, over all hosts; arguments as of `train_batches`."""
-  order = (_balanced_order if balanced else _order)(source, zlib.crc32(f'{stream}/{seed}'.encode()))
-  return [order(example) for example in range(place * batch_size, (place + 1) * batch_size)]
+def rows_at(images: ImageSet, place: int, batch_size: int, *, stream: str, seed: int, balanced: bool = False) -> list[int]:
+  """The rows of the batch at a position in the order, on all hosts; arguments as of `train_batches`."""
+  row_at = _row_order(images, _order_key(stream, seed), balanced)
+  return [row_at(position) for position in range(place * batch_size, (place + 1) * batch_size)]
+
+
+def _order_key(stream: str, seed: int) -> int:
+  return zlib.crc32(f'{stream}/{seed}'.encode())
 
 
 def _share(first: int, size: int, host: int, hosts: int) -> range:
-  """The places of a host in the batch of all, which begins at `first`: neighbours, as they lie on its devices."""
-  each = size // hosts
-  return range(first + host * each, first + (host + 1) * each)
+  """The positions of a host in a batch that begins at `first`: neighbours, as they lie on its devices."""
+  per_host = size // hosts
+  return range(first + host * per_host, first + (host + 1) * per_host)
 
 
-def _order(source: ImageSet, key: int) -> Callable[[int], int]:
-  """The row at each place of an endless order: one permutation after another."""
-
-  @functools.lru_cache(4)
-  def permutation(turn: int) -> np.ndarray:
-    # Not grain's shuffle: that takes 0.1 ms an example, which is half of what reading a cached one takes.
-    return np.random.default_rng((key, turn)).permutation(len(source))
-
-  return lambda place: int(permutation(place // len(source))[place % len(source)])
+def _row_order(images: ImageSet, key: int, balanced: bool) -> Callable[[int], int]:
+  """Maps a position in the endless order of examples to a row."""
+  return _balanced_order(images, key) if balanced else _shuffled_order(images, key)
 
 
-def _balanced_order(source: ImageSet, key: int) -> Callable[[int], int]:
-  """Likewise: one permutation of the classes after another, and in the n-th of them the n-th example of each class."""
-  classes = np.unique(source.labels)
-  rows = {k: np.flatnonzero(source.labels == k) for k in classes.tolist()}
+def _shuffled_order(images: ImageSet, key: int) -> Callable[[int], int]:
+  """One permutation of the examples after another."""
 
   @functools.lru_cache(4)
-  def permutation(turn: int) -> np.ndarray:
+  def permutation(epoch: int) -> np.ndarray:
+    # Grain's shuffle takes 0.1 ms per example, half as long as reading a cached one.
+    return np.random.default_rng((key, epoch)).permutation(len(images))
+
+  return lambda position: int(permutation(position // len(images))[position % len(images)])
+
+
+def _balanced_order(images: ImageSet, key: int) -> Callable[[int], int]:
+  """One permutation of the classes after another, and in the n-th of them the n-th example of each class."""
+  classes = np.unique(images.labels)
+  rows = {k: np.flatnonzero(images.labels == k) for k in classes.tolist()}
+
+  @functools.lru_cache(4)
+  def class_permutation(turn: int) -> np.ndarray:
     return np.random.default_rng((key, turn)).permutation(classes)
 
   @functools.lru_cache(4 * len(classes))
-  def of_class(k: int, turn: int) -> np.ndarray:
-    return np.random.default_rng((key, turn, k)).permutation(rows[k])
+  def permutation(k: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng((key, epoch, k)).permutation(rows[k])
 
-  def row(place: int) -> int:
-    turn, at = divmod(place, len(classes))
-    k = int(permutation(turn)[at])
-    return int(of_class(k, turn // len(rows[k]))[turn % len(rows[k])])
+  def row(position: int) -> int:
+    turn, i = divmod(position, len(classes))
+    k = int(class_permutation(turn)[i])
+    return int(permutation(k, turn // len(rows[k]))[turn % len(rows[k])])
 
   return row
 
 
-class EvalBatches:
-  """Every example once, in order, in batches of one size; the last ones padded and masked so that all hosts make as many."""
+# --- evaluation ---
 
-  def __init__(self, source: ImageSet, transform: Transform, batch_size: int, timeout: float = TIMEOUT, start: int = 0):
-    """From batch `start` on; `batch_size` is that of all hosts together. One that takes longer than `timeout` seconds raises Stalled."""
-    self._source, self._transform, self._batch_size, self._timeout = source, transform, batch_size, timeout
-    self._start, self._stop = start, -(-len(source) // batch_size)
+
+class EvalBatches:
+  """Every example once, in order, in batches of one size; the last ones are padded and masked so that all hosts make equally many."""
+
+  def __init__(self, images: ImageSet, transform: Transform, batch_size: int, timeout: float = TIMEOUT, start: int = 0):
+    """Begins with batch `start`.
+
+    Args:
+      images: the examples.
+      transform: what happens to them.
+      batch_size: of all hosts together.
+      timeout: seconds that a batch may take before Stalled is raised; 0 for any number.
+      start: the first batch that is wanted.
+    """
+    self._images, self._transform, self._batch_size, self._timeout = images, transform, batch_size, timeout
+    self._start, self._stop = start, -(-len(images) // batch_size)
 
   def __len__(self) -> int:
     return self._stop - self._start
 
   def __iter__(self) -> Iterator[Batch]:
     hosts, host = jax.process_count(), jax.process_index()
-    reading = _Reading(self._source)
+    reading = _Reading(self._images)
 
-    def load(i: int, example: Example, out: Mapping[str, np.ndarray]) -> None:
+    def fill(i: int, example: Example, out: Mapping[str, np.ndarray]) -> None:
       out['input'][:] = self._transform.evaluate(example)
 
     def make(step: int) -> Batch:
       share = _share(step * self._batch_size, self._batch_size, host, hosts)
-      rows = np.arange(share.start, max(share.start, min(share.stop, len(self._source))))
-      batch = _batch(reading, rows, load, self._transform.size, ('input',))
-      missing = len(share) - len(rows)
-      return {key: np.pad(value, [(0, missing)] + [(0, 0)] * (value.ndim - 1)) if missing else value for key, value in batch.items()}
+      rows = list(range(share.start, min(share.stop, len(self._images))))
+      batch = _make_batch(reading, rows, fill, self._transform.size, ('input',))
+      return _padded(batch, len(share))
 
-    return _watched(_prefetched(grain.MapDataset.range(self._stop).map(make), self._start), reading, self._timeout)
+    batches = grain.MapDataset.range(self._stop).map(make)
+    return _with_timeout(_prefetched(batches, self._start), reading, self._timeout)
+
+
+def _padded(batch: Batch, size: int) -> Batch:
+  """The batch with zeros up to `size` examples; their mask is False."""
+  missing = size - len(batch['mask'])
+  if not missing:
+    return batch
+  return {name: np.pad(value, [(0, missing)] + [(0, 0)] * (value.ndim - 1)) for name, value in batch.items()}
+
+
+# --- reading ---
 
 
 class _Reading:
-  """A source, and which of its examples are being read, by thread."""
+  """An image set, and which of its examples are being read now, by thread."""
 
-  def __init__(self, source: ImageSet):
-    self.source = source
-    self.now: dict[int, tuple[int, float]] = {}
+  def __init__(self, images: ImageSet):
+    self.images = images
+    self.since: dict[int, tuple[int, float]] = {}  # by thread: the row, and when it was begun
 
   def __str__(self) -> str:
-    # A copy: threads go on changing it.
-    slow = sorted(self.now.copy().values(), key=lambda row_since: row_since[1])
-    return ', '.join(f'{self.source.ids[row]} for {time.monotonic() - since:.0f} s' for row, since in slow[:3]) or 'nothing'
+    # A copy, because the threads change it meanwhile.
+    slowest = sorted(self.since.copy().values(), key=lambda row_and_time: row_and_time[1])[:3]
+    return ', '.join(f'{self.images.ids[row]} for {time.monotonic() - began:.0f} s' for row, began in slowest) or 'nothing'
 
 
-def _batch(reading: _Reading, rows: Sequence[int], load: Callable[[int, Example, Mapping[str, np.ndarray]], None], size: int,
-           views: Sequence[str]) -> Batch:
-  """The examples of some rows; `load` gets each one's place in the batch, the example, and where its views go."""
-  source, thread = reading.source, threading.get_ident()
-  images = {view: np.empty((len(rows), size, size, 3), np.uint8) for view in views}
+def _make_batch(reading: _Reading, rows: Sequence[int], fill: Callable[[int, Example, Mapping[str, np.ndarray]], None], size: int,
+                views: Sequence[str]) -> Batch:
+  """The examples of some rows; `fill` gets the position in the batch, the example, and the arrays to write its views to."""
+  images, thread = reading.images, threading.get_ident()
+  arrays = {view: np.empty((len(rows), size, size, 3), np.uint8) for view in views}
   labels = np.empty(len(rows), np.int32)
   for i, row in enumerate(rows):
-    reading.now[thread] = row, time.monotonic()
-    example = source[row]
-    load(i, example, {view: images[view][i] for view in views})
+    reading.since[thread] = row, time.monotonic()
+    example = images[row]
+    fill(i, example, {view: array[i] for view, array in arrays.items()})
     labels[i] = example.label
-  reading.now.pop(thread, None)
-  return {**images, 'label': labels, 'row': np.asarray(rows, np.int32), 'mask': np.ones(len(rows), bool)}
+  reading.since.pop(thread, None)
+  return {**arrays, 'label': labels, 'row': np.asarray(rows, np.int32), 'mask': np.ones(len(rows), bool)}
 
 
 def _prefetched(batches: grain.MapDataset, start: int) -> Iterator[Batch]:
   """The batches from `start` on, made ahead by threads."""
-  # A batch is made by one thread: as many under way as there are cores, and no more than the device will take soon.
+  # Each batch is made by one thread: as many at a time as there are cores, and not more than will be needed soon.
   threads = max(1, min(16, os.cpu_count() or 1))
   iterator = iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 1)))
   iterator.set_state({'next_index': start})
   return iterator
 
 
-def _watched(batches: Iterator[Batch], reading: _Reading, timeout: float, cancelled: Callable[[], bool] = lambda: False) -> Iterator[Batch]:
-  """The batches, taken by a thread, so that a file system that hangs does not hang the program; see `train_batches`."""
+def _with_timeout(batches: Iterator[Batch], reading: _Reading, timeout: float,
+                  cancelled: Callable[[], bool] = lambda: False) -> Iterator[Batch]:
+  """The same batches, fetched by a thread, so that a file system that hangs does not hang the program; see `train_batches`."""
   pool = concurrent.futures.ThreadPoolExecutor(1, 'batches')
   try:
     while True:
-      future, began, told = pool.submit(next, batches, None), time.monotonic(), SLOW
+      future, began, log_after = pool.submit(next, batches, None), time.monotonic(), SLOW
       while not concurrent.futures.wait([future], 1.0).done:
         waited = time.monotonic() - began
         if cancelled():
           return
         if timeout and waited > timeout:
-          raise Stalled(f'no images of {reading.source.name} came for {waited:.0f} seconds (config.data.timeout); being read: {reading}')
-        if waited > told:
-          log.warning('warning: waiting for images of %s for %.0f s; being read: %s', reading.source.name, waited, reading)
-          told *= 2
+          raise Stalled(f'no images of {reading.images.name} came for {waited:.0f} seconds (config.data.timeout); being read: {reading}')
+        if waited > log_after:
+          log.warning('warning: waiting for images of %s for %.0f s; being read: %s', reading.images.name, waited, reading)
+          log_after *= 2
       batch = future.result()
       if batch is None:
         return

@@ -1,8 +1,8 @@
-"""Random operations on a training crop as FixMatch has them (RandAugment), and Cutout.
+"""RandAugment, random operations on a training crop as in FixMatch, and Cutout.
 
-The operations and their strengths are those of the published PyTorch code for FixMatch (Sohn et al., NeurIPS 2020), which Liu et al.
-(NeurIPS 2022) use: each is Pillow's own, geometric ones take the nearest pixel and are black where the image ends. It differs from
-Cubuk et al.'s RandAugment, where every operation drawn is applied at one strength.
+The operations and their strengths are those of the published PyTorch code of FixMatch (Sohn et al., NeurIPS 2020), which Liu
+et al. (NeurIPS 2022) use: each is Pillow's own; geometric ones take the nearest pixel and are black outside the image. They
+differ from RandAugment of Cubuk et al., which applies every operation at one strength.
 """
 
 from collections.abc import Callable
@@ -12,15 +12,19 @@ import numpy as np
 from PIL import ImageEnhance, ImageOps
 import PIL.Image
 
-# The strength that gives an operation its largest value.
+# The largest strength: an operation has its largest value there.
 STRONGEST = 10
 GREY = 127
 
 
 class Operation(NamedTuple):
-  """What is done to an image with a value, which for a strength v is `v * most / 10 + least`, cut to an integer where `whole`.
+  """An operation on an image, and the value that it is applied with at each strength.
 
-  Where `mirrored`, the sign of the value is random.
+  Attributes:
+    apply: from an image and a value to an image.
+    most, least: the value at strength v is `v * most / 10 + least`.
+    whole: whether `v * most / 10` is truncated to an integer.
+    mirrored: whether the sign of the value is random.
   """
   apply: Callable[[PIL.Image.Image, float], PIL.Image.Image]
   most: float = 0.0
@@ -30,46 +34,46 @@ class Operation(NamedTuple):
 
   def value(self, strength: int, negative: bool) -> float:
     """The value for a strength from 1 to 10."""
-    value = strength * self.most / STRONGEST
-    value = (int(value) if self.whole else value) + self.least
+    above_least = strength * self.most / STRONGEST
+    value = self.least + (int(above_least) if self.whole else above_least)
     return -value if self.mirrored and negative else value
 
 
 def randaugment(image: np.ndarray, count: int, magnitude: int, rng: np.random.Generator) -> np.ndarray:
-  """Applies random operations of OPERATIONS in place, one after the other.
+  """Applies random operations to an image in place, one after the other.
 
-  Each is drawn with replacement and applied half of the time, at a strength drawn from 1 to `magnitude` - 1.
+  Each is drawn from OPERATIONS with replacement, and applied with probability 1/2 at a strength from 1 to `magnitude` - 1.
 
   Args:
     image: uint8 `[h, w, 3]`.
-    count: how many are drawn.
+    count: how many operations are drawn.
     magnitude: 2 to 10.
-    rng: where the randomness comes from: four numbers for each operation.
+    rng: the source of randomness: four numbers for each operation.
   """
   operations = tuple(OPERATIONS.values())
   picture = None
-  for of_kind, of_use, of_strength, of_sign in rng.random((count, 4)).tolist():
-    if of_use < 0.5:
-      operation = operations[int(of_kind * len(operations))]
-      value = operation.value(1 + int(of_strength * (magnitude - 1)), of_sign < 0.5)
+  for for_kind, for_use, for_strength, for_sign in rng.random((count, 4)).tolist():
+    if for_use < 0.5:
+      operation = operations[int(for_kind * len(operations))]
+      value = operation.value(1 + int(for_strength * (magnitude - 1)), for_sign < 0.5)
       picture = operation.apply(PIL.Image.fromarray(image) if picture is None else picture, value)
   if picture is not None:
     image[:] = np.asarray(picture)
   return image
 
 
-def cutout(image: np.ndarray, part: float, rng: np.random.Generator) -> np.ndarray:
-  """Lays a grey square on an image in place (DeVries and Taylor, 2017), its middle anywhere in it; at the borders less is seen of it.
+def cutout(image: np.ndarray, fraction: float, rng: np.random.Generator) -> np.ndarray:
+  """Puts a grey square on an image in place (DeVries and Taylor, 2017), centred anywhere and cut off at the borders.
 
-  The published code draws one pixel more, and a square that would reach over the left or upper border is moved inside.
+  The published code differs: its square is one pixel larger, and is moved inside if it crosses the left or upper border.
 
   Args:
     image: uint8 `[h, w, 3]`.
-    part: side of the square as a part of the image's shorter one, above 0.
-    rng: where the randomness comes from: two numbers.
+    fraction: side of the square as a fraction of the image's shorter side, above 0.
+    rng: the source of randomness: two numbers.
   """
   height, width = image.shape[:2]
-  side = int(part * min(height, width))
+  side = int(fraction * min(height, width))
   y, x = rng.random(2).tolist()
   top, left = round(y * height - side / 2), round(x * width - side / 2)
   image[max(0, top):top + side, max(0, left):left + side] = GREY
@@ -88,7 +92,7 @@ OPERATIONS: dict[str, Operation] = {
     'Contrast': Operation(lambda image, v: ImageEnhance.Contrast(image).enhance(v), 0.9, 0.05),
     'Equalize': Operation(lambda image, v: ImageOps.equalize(image)),
     'Identity': Operation(lambda image, v: image),
-    'Posterize': Operation(lambda image, v: ImageOps.posterize(image, int(v)), 4, 4, whole=True),  # bits that stay
+    'Posterize': Operation(lambda image, v: ImageOps.posterize(image, int(v)), 4, 4, whole=True),  # bits kept
     'Rotate': Operation(lambda image, v: image.rotate(v), 30, whole=True, mirrored=True),  # degrees
     'Sharpness': Operation(lambda image, v: ImageEnhance.Sharpness(image).enhance(v), 0.9, 0.05),
     'ShearX': Operation(lambda image, v: _affine(image, 1, v, 0, 0, 1, 0), 0.3, mirrored=True),

@@ -51,7 +51,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
   if top > len(run.class_names):
     raise ValueError(f'config.predict.top is {top}; expected 1 to {len(run.class_names)}, the classes of {run.path}')
   folder = trained.output_folder(workdir)
-  log.info('predicting %s of %s with %s -> %s', _counted(len(source)), config.predict.images, run.described(), folder)
+  log.info('predicting %s of %s with %s -> %s', _counted(len(source)), config.predict.images, run.summary(), folder)
   found, unreadable = predict(run, source, top, skip, config.data.timeout)
   problems |= unreadable
   truth = _true_classes(found.ids, run.class_names)
@@ -150,7 +150,7 @@ def _sheet(run: trained.Trained, source: ImageSet, found: Predictions, truth: li
       f'the {SHOWN} least sure of {total:,d} images; predictions.csv has all'
   right = f' · {_accuracy(found, truth):.1%} right, red where the folder names another class' if truth else ''
   lost = f' · {unreadable:,d} could not be read' if unreadable else ''
-  return contact_sheet.draw(tiles, source.name, f'{count}{right}{lost}\n{run.described()}')
+  return contact_sheet.draw(tiles, source.name, f'{count}{right}{lost}\n{run.summary()}')
 
 
 def _accuracy(found: Predictions, truth: list[int]) -> float:

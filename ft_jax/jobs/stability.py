@@ -47,7 +47,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
   run = trained.load(config.workdir)
   folder = trained.output_folder(workdir)
   parallel.check_shared(folder, '--workdir')
-  log.info('stability of %s -> %s', run.described(), folder)
+  log.info('stability of %s -> %s', run.summary(), folder)
   split, source = _images(config, run)
   start = _start(run)
   if start.params is None:

@@ -169,6 +169,11 @@ class Network(nn.Module, kw_only=True):
     return re.sub(r'^heads/[^/]+', 'head', rest).replace('/', '.')
 
   @nn.nowrap
+  def torch_constructor(self, name: str, classes: int) -> str:
+    """The expression that builds the same network in torch, where `name` is that of `NETWORKS`; '' where no library has it."""
+    return ''
+
+  @nn.nowrap
   def torch_path(self, name: str) -> str | None:
     """The way back from `torch_name`, with the head called 'source'; None where no network of this family has such a tensor."""
     return _own_names(self.clone(heads=flax.core.FrozenDict(source=1))).get(name)

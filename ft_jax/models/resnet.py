@@ -193,6 +193,12 @@ class ResNet(Network):
     return f'{module.replace("/", ".")}.{_TORCH_LEAVES[leaf]}'
 
   @nn.nowrap
+  def torch_constructor(self, name: str, classes: int) -> str:
+    """Torchvision's, which has one width and one stem."""
+    published = self.width == 64 and self.stem == '7x7'
+    return f'torchvision.models.{name}(num_classes={classes})' if published else ''
+
+  @nn.nowrap
   def torch_path(self, name: str) -> str | None:
     """See `Network`."""
     if not _TORCH_NAME.fullmatch(name):

@@ -208,10 +208,10 @@ def test_pictures_that_say_little_are_never_alike():
     specks.append(white.copy())
     specks[-1][at:at + 3, at // 2:at // 2 + 3] = 0
   images = [white, white - 1, ramp, ramp + 3, halves, 255 - halves, *noisy, *specks, *rng.integers(0, 256, (4, 31, 40, 3), np.uint8)]
-  pictures, told = zip(*map(duplicates.picture_hash, map(np.ascontiguousarray, images)))
-  assert not any(told[:10] + told[-4:])
+  pictures, distinctive = zip(*map(duplicates.picture_hash, map(np.ascontiguousarray, images)))
+  assert not any(distinctive[:10] + distinctive[-4:])
   apart = np.array([f'{k}' for k in range(len(images))], contents.HASH)
-  every = duplicates.Hashes(apart, apart, np.stack(pictures), np.array(told))
+  every = duplicates.Hashes(apart, apart, np.stack(pictures), np.array(distinctive))
   for k in range(len(images)):
     assert not duplicates.matches(every.subset(slice(k, k + 1)), every.subset(np.arange(len(images)) != k))
 
@@ -285,7 +285,7 @@ def test_files_that_could_not_be_read_have_nothing_in_common(tmp_path):
   source = open_set(f'folder:{tmp_path}/set', 'train')
   unknown = dataclasses.replace(source, contents=np.array([b'', b'', source.contents[2]], contents.HASH))
   some, = duplicates.hashes([unknown], 'set')
-  assert some.pixels[:2].tolist() == [b'', b''] and some.pixels[2] and not some.told[:2].any()
+  assert some.pixels[:2].tolist() == [b'', b''] and some.pixels[2] and not some.distinctive[:2].any()
   assert [match.row for match in duplicates.matches(some, some)] == [2]
 
 

@@ -57,30 +57,30 @@ def test_counts_and_order(seed, rate, kind, count, classes):
   make = lambda source, predicted: with_noise(source, kind, rate, seed, class_map=class_map, predicted=predicted)
   of = count if kind != 'asymmetric' else int(np.sum(source.labels == 0))
   if not int(rate * of):
-    with pytest.raises(ValueError, match='no image at all of indoor'):
+    with pytest.raises(ValueError, match='is less than one image of indoor'):
       make(source, predicted)
     return
   noisy = make(source, predicted)
-  changed = noisy.source.labels != source.labels
+  changed = noisy.images.labels != source.labels
   assert noisy.drawn == int(rate * of) and noisy.wrong == changed.sum() <= noisy.drawn
-  assert noisy.source.labels.dtype == np.int32 and noisy.true_labels is source.labels and set(noisy.source.labels) <= set(range(classes))
+  assert noisy.images.labels.dtype == np.int32 and noisy.true_labels is source.labels and set(noisy.images.labels) <= set(range(classes))
   if kind == 'model':
-    np.testing.assert_array_equal(noisy.source.labels[changed], predicted[changed])
+    np.testing.assert_array_equal(noisy.images.labels[changed], predicted[changed])
   if kind == 'asymmetric':
-    assert noisy.wrong == noisy.drawn and set(source.labels[changed]) == {0} and set(noisy.source.labels[changed]) == {1}
+    assert noisy.wrong == noisy.drawn and set(source.labels[changed]) == {0} and set(noisy.images.labels[changed]) == {1}
   shuffle = rng.permutation(count)
   moved = dataclasses.replace(indoor(count, classes, 'other'), fingerprint='of the other split').subset(shuffle)
-  np.testing.assert_array_equal(make(moved, predicted[shuffle]).source.labels, noisy.source.labels[shuffle])
+  np.testing.assert_array_equal(make(moved, predicted[shuffle]).images.labels, noisy.images.labels[shuffle])
 
 
 def test_another_seed_is_another_draw_and_another_fingerprint():
   """Half of the labels, twice: the chosen ones overlap as two independent draws do; a run cannot go on with the labels of the other."""
   source = indoor()
   first, second, again = (with_noise(source, 'symmetric', 0.5, seed) for seed in (0, 1, 0))
-  changed = [noisy.source.labels != source.labels for noisy in (first, second)]
+  changed = [noisy.images.labels != source.labels for noisy in (first, second)]
   assert abs(np.sum(changed[0] & changed[1]) - 4824 / 4 * (66 / 67) ** 2) < binomial(4824, 0.25)
-  assert len({source.fingerprint, first.source.fingerprint, second.source.fingerprint}) == 3
-  assert first.source.fingerprint == again.source.fingerprint
+  assert len({source.fingerprint, first.images.fingerprint, second.images.fingerprint}) == 3
+  assert first.images.fingerprint == again.images.fingerprint
 
 
 @pytest.mark.parametrize('kind', ['symmetric', 'nonuniform'])
@@ -88,7 +88,7 @@ def test_new_labels_have_the_published_distribution(kind):
   """Every class as often as its probability says, whatever the true class was."""
   source = indoor(20_000, 10)
   noisy, expected = with_noise(source, kind, 1.0, 3), probabilities(kind, 10, 3)
-  for labels in (noisy.source.labels, noisy.source.labels[source.labels == 4]):
+  for labels in (noisy.images.labels, noisy.images.labels[source.labels == 4]):
     counts = np.bincount(labels, minlength=10)
     assert np.all(np.abs(counts - len(labels) * expected) < binomial(len(labels), expected))
   if kind == 'symmetric':
@@ -101,14 +101,14 @@ def test_names_that_are_in_two_splits():
   """train/a/0.jpg and test/a/0.jpg of one source (train+test) are two images, and are drawn each by itself."""
   one, other = indoor(3000, 3), indoor(3000, 3, 'test')
   both = dataclasses.replace(one, labels=np.tile(one.labels, 2), ids=np.concatenate([one.ids, other.ids]), rows=np.arange(6000))
-  changed = with_noise(both, 'symmetric', 0.5, 0).source.labels != both.labels
+  changed = with_noise(both, 'symmetric', 0.5, 0).images.labels != both.labels
   assert abs(np.sum(changed[:3000] & changed[3000:]) - 3000 / 9) < binomial(3000, 1 / 9)
 
 
 def test_images_of_one_name_in_folders_without_splits(pool):
   """a/0.jpg, b/0.jpg, ...: what is drawn of one class says nothing of the others."""
   source = open_set(f'folder:{pool}', 'train')
-  drawn = [{name for name, changed in zip(source.ids.tolist(), with_noise(source, 'symmetric', 0.5, seed).source.labels != source.labels)
+  drawn = [{name for name, changed in zip(source.ids.tolist(), with_noise(source, 'symmetric', 0.5, seed).images.labels != source.labels)
             if changed} for seed in range(4)]
   assert any(len({name.rpartition('/')[2] for name in names}) > len(names) / 6 + 1 for names in drawn)
   assert all(len(names) > 15 for names in drawn)
@@ -156,7 +156,7 @@ def test_val_and_test_stay_clean(photos):
   assert after.val is splits.val and after.test is splits.test and true is splits.train.labels
   assert about == {'kind': 'asymmetric', 'rate': 0.5, 'images': 44, 'drawn': 10, 'wrong': 10, 'wrong_rate': 10 / 44}
   assert [after.train[i].label for i in range(44)] == after.train.labels.tolist() != true.tolist()
-  with pytest.raises(ValueError, match="names the class 'dog', which folder:.* lacks; it has 4: blossom, roof, sky, wall"):
+  with pytest.raises(ValueError, match="has the class 'dog', which folder:.* lacks; it has 4: blossom, roof, sky, wall"):
     noise.add(settings_of(kind='asymmetric', rate=0.5, map=(('roof', 'dog'),)), 0, splits)
   assert noise.add(settings_of(), 0, splits) == (splits, None, None)
 
@@ -198,8 +198,8 @@ def test_tables_that_do_not_fit(trained_run, photos, pool, tmp_path):
   source, path = splits_of(photos).train, tmp_path / 'labels.csv'
   names = source.ids.tolist()
   for text, words in (('name,class\n', 'has the columns name, class; expected file and class_1'), ('', 'of an empty file'),
-                      ('file,class_1\n' + '\n'.join(f'{name},sky' for name in names[1:]), f'nothing of 1 of the 44 images .* {names[0]}'),
-                      ('file,class_1\n' + '\n'.join(f'{name},' for name in names), 'says nothing of 44 of the 44'),
+                      ('file,class_1\n' + '\n'.join(f'{name},sky' for name in names[1:]), f'no class for 1 of the 44 images .* {names[0]}'),
+                      ('file,class_1\n' + '\n'.join(f'{name},' for name in names), 'has no class for 44 of the 44'),
                       ('file,class_1\n' + '\n'.join(f'{name},dog' for name in names), "has the class 'dog', which folder:.* lacks")):
     path.write_text(text)
     with pytest.raises(ValueError, match=words):

@@ -24,7 +24,7 @@ import tensorflow_datasets as tfds
 
 from ft_jax.data import decode, open_set, prepare
 from ft_jax.data import imagenet as imagenet_names
-from ft_jax.data.prepare import originals
+from ft_jax.data.prepare import download, originals, write
 
 ROOT = pathlib.Path(__file__).parents[2]
 Labels = dict[str, dict[str, str]]  # split -> digest of an image's bytes -> class
@@ -454,7 +454,7 @@ def test_imagenet_by_hand(imagenet, tmp_path):
 
 def run(arguments: list[str], code: str = '') -> subprocess.CompletedProcess:
   """The command, in a process of its own, with some code before it."""
-  script = f'import sys; from ft_jax.data import prepare\n{code}\nsys.argv[1:] = {arguments!r}; prepare.main()'
+  script = f'import sys; from ft_jax.data.prepare.__main__ import main\n{code}\nsys.argv[1:] = {arguments!r}; main()'
   return subprocess.run([sys.executable, '-c', script], cwd=ROOT, capture_output=True, text=True, check=False)
 
 
@@ -486,7 +486,7 @@ FgvcAircraft._generate_examples = part
   assert [path.name for path in folder.iterdir()] == ['1.0.0']
   assert read_labels('fgvc_aircraft', tmp_path / 'data', list(labels)) == labels
   once_more = run(arguments)
-  assert 'is there already' in once_more.stderr and once_more.returncode == 0
+  assert 'exists already' in once_more.stderr and once_more.returncode == 0
 
 
 @pytest.mark.parametrize('name,words', [
@@ -516,20 +516,20 @@ def test_what_is_no_archive_is_one_line(data, words, tmp_path):
 def test_two_at_a_time_are_refused(tmp_path):
   write_aircraft(tmp_path / 'given')
   builder = tfds.builder_cls('dtd')(data_dir=tmp_path / 'data')
-  with prepare._alone(builder, tmp_path / 'data'), pytest.raises(ValueError, match='another process is preparing tfds:dtd'):
+  with write._locked(builder, tmp_path / 'data'), pytest.raises(ValueError, match='another process is preparing tfds:dtd'):
     prepare.prepare('dtd', str(tmp_path / 'data'), str(tmp_path / 'given'))
 
 
 def test_a_folder_without_the_files_is_named(tmp_path):
   """What was looked for, what is there, and where the file is published; whatever a builder trips over names the set."""
   (tmp_path / 'given' / 'holiday').mkdir(parents=True)
-  with pytest.raises(ValueError, match=r'hold neither annotations.tar.gz nor annotations. There is: holiday. .*thor.robots.ox.ac.uk'):
+  with pytest.raises(ValueError, match=r'have neither annotations.tar.gz nor annotations. There is: holiday. .*thor.robots.ox.ac.uk'):
     prepare.prepare('oxford_iiit_pet', str(tmp_path / 'data'), str(tmp_path / 'given'))
   with pytest.raises(ValueError, match='there is no folder .*nowhere; expected one with .*images.tar.gz and annotations.tar.gz'):
     prepare.prepare('oxford_iiit_pet', str(tmp_path / 'data'), str(tmp_path / 'nowhere'))
   write_pets(tmp_path / 'given')
   (tmp_path / 'given' / 'images' / 'Abyssinian_11.jpg').unlink()
-  with pytest.raises(ValueError, match='tfds:oxford_iiit_pet cannot be made from .*FileNotFoundError.*Abyssinian_11.jpg'):
+  with pytest.raises(ValueError, match='tfds:oxford_iiit_pet cannot be written from .*FileNotFoundError.*Abyssinian_11.jpg'):
     prepare.prepare('oxford_iiit_pet', str(tmp_path / 'data'), str(tmp_path / 'given'))
   assert not list((tmp_path / 'data' / 'oxford_iiit_pet').glob('*'))
 
@@ -577,7 +577,7 @@ def test_a_download_of_something_else(tmp_path, monkeypatch):
   """A page where the archive was: TFDS's checksum notices, and what to do by hand is said."""
   import requests
 
-  monkeypatch.setattr(originals, '_check_address', lambda url: None)
+  monkeypatch.setattr(originals, 'check_address', lambda url: None)
   page = requests.Response()
   page.status_code, page.url, page.raw = 200, 'https://x.org/dtd-r1.0.1.tar.gz', io.BytesIO(b'<html>moved</html>')
   monkeypatch.setattr(requests.Session, 'get', lambda *_, **__: page)
@@ -592,14 +592,14 @@ def test_a_builder_that_needs_more_of_tensorflow(tmp_path, monkeypatch):
 
   write_pets(tmp_path / 'given')
   monkeypatch.setattr(pets.Builder, '_generate_examples', lambda self, **_: iter(pets.tf.strings.split('a b')))
-  with pytest.raises(ValueError, match='TFDS needs tensorflow to write tfds:oxford_iiit_pet; for this one step: pip install tensorflow'):
+  with pytest.raises(ValueError, match='TFDS needs tensorflow to write tfds:oxford_iiit_pet; for this step alone: pip install tensorflow'):
     prepare.prepare('oxford_iiit_pet', str(tmp_path / 'data'), str(tmp_path / 'given'))
 
 
 def test_no_room(tmp_path, monkeypatch):
   """Said before anything is fetched."""
-  monkeypatch.setattr(originals, '_check_address', lambda url: None)
-  monkeypatch.setattr(originals.shutil, 'disk_usage', lambda _: types.SimpleNamespace(free=10**9))
+  monkeypatch.setattr(originals, 'check_address', lambda url: None)
+  monkeypatch.setattr(download.shutil, 'disk_usage', lambda _: types.SimpleNamespace(free=10**9))
   with pytest.raises(ValueError, match='625 MB to download.* take about 1.9 GB, .* 1.0 GB free'):
     prepare.prepare('dtd', str(tmp_path))
 

@@ -1,4 +1,5 @@
-"""The notebook runs from top to bottom in a kernel of its own, offline and without a warning, and is committed clean."""
+"""The notebook runs from top to bottom in a kernel of its own, offline and without a warning, and is committed
+clean."""
 
 import ast
 import json
@@ -16,14 +17,15 @@ PATH = ROOT / 'colabs' / 'selection.ipynb'
 # What part 2 needs, and its own cells.
 OWN = ('install', 'imports', 'helpers', 'form', 'own-embed', 'own-pictures')
 
-# Runs in the kernel before the notebook: every warning is printed, and the test finds it. (As errors some would be caught on their way.)
-# matplotlib says on stderr when it makes its font cache.
+# Runs in the kernel before the notebook: every warning is printed, and the test finds it. (As errors some would be
+# caught on their way.) matplotlib says on stderr when it makes its font cache.
 BEFORE = "import warnings\n\nimport matplotlib.font_manager\n\nwarnings.simplefilter('always')"
 
 
 @pytest.fixture
 def kernel(monkeypatch, tmp_path):
-  """An environment for kernels: nothing of the user's, nothing beyond this machine, everything that is written below tmp_path."""
+  """An environment for kernels: nothing of the user's, nothing beyond this machine, everything that is written below
+  tmp_path."""
   for name in ('IPYTHONDIR', 'JUPYTER_CONFIG_DIR', 'JUPYTER_RUNTIME_DIR', 'TMPDIR'):
     (tmp_path / name).mkdir()
     monkeypatch.setenv(name, str(tmp_path / name))
@@ -45,7 +47,8 @@ def read(**form):
 
   for cell in notebook.cells:
     cell.source = re.sub(r'(?m)^([A-Z_]+) = (.*?)(?=  # @param)', filled, cell.source)
-  assert found == {'REPOSITORY', 'SOURCE_FOLDER', 'TARGET_FOLDER', 'WEIGHTS', 'NETWORK', 'IMAGE_SIZE', 'SIZE'} >= set(form)
+  assert found == {'REPOSITORY', 'SOURCE_FOLDER', 'TARGET_FOLDER', 'WEIGHTS', 'NETWORK', 'IMAGE_SIZE',
+                   'SIZE'} >= set(form)
   return notebook
 
 
@@ -65,7 +68,8 @@ def text(outputs, stream='stdout'):
 
 def complaints(outputs):
   """What is on stderr beside progress bars, which show on a slow machine."""
-  return [line for line in re.split(r'[\r\n]+', text(outputs, 'stderr')) if line.strip() and not re.search(r'\d+%\|', line)]
+  return [line for line in re.split(r'[\r\n]+', text(outputs, 'stderr')) if line.strip()
+          and not re.search(r'\d+%\|', line)]
 
 
 def pictures(outputs):
@@ -78,13 +82,16 @@ def test_it_runs_from_top_to_bottom(kernel, monkeypatch, tmp_path):
   folder = tmp_path / 'cwd'
   folder.mkdir()
   outputs, (names, counted, exported, of_means) = execute(
-      read(), folder, 'chosen.class_names', 'count', '(work / "chosen.txt").read_text().splitlines()', 'from_means.class_names')
+      read(), folder, 'chosen.class_names', 'count', '(work / "chosen.txt").read_text().splitlines()',
+      'from_means.class_names')
   assert sorted(names) == [f'digit {i}' for i in range(10)] and of_means == names
-  assert len(exported) == counted == 1157 and all(re.fullmatch(r'train/digit \d/digits-\d+\.png', name) for name in exported)
+  assert len(exported) == counted == 1157
+  assert all(re.fullmatch(r'train/digit \d/digits-\d+\.png', name) for name in exported)
   shown = {cell: pictures(output) for cell, output in outputs.items() if pictures(output)}
   assert shown == {'pictures': 2, 'plot': 1, 'pairs': 1, 'example': 1, 'cluster': 1}
   assert {cell: complaints(output) for cell, output in outputs.items() if complaints(output)} == {}
-  assert text(outputs['select']).startswith('uot: 10 of 26 source classes') and 'nothing to install' in text(outputs['install'])
+  assert text(outputs['select']).startswith('uot: 10 of 26 source classes')
+  assert 'nothing to install' in text(outputs['install'])
   assert 'skipped' in text(outputs['own-embed']) and not outputs['own-pictures']
   assert not list(folder.iterdir())
 
@@ -92,7 +99,8 @@ def test_it_runs_from_top_to_bottom(kernel, monkeypatch, tmp_path):
 @pytest.mark.slow
 def test_a_folder_and_a_network_of_ones_own(kernel, photos, pool, tmp_path):
   weights = ROOT / 'tests' / 'fixtures' / 'resnet18.pth'
-  notebook = read(SOURCE_FOLDER=str(pool), TARGET_FOLDER=str(photos), WEIGHTS=str(weights), NETWORK='resnet18', IMAGE_SIZE=32, SIZE=3)
+  notebook = read(SOURCE_FOLDER=str(pool), TARGET_FOLDER=str(photos), WEIGHTS=str(weights), NETWORK='resnet18',
+                  IMAGE_SIZE=32, SIZE=3)
   notebook.cells = [cell for cell in notebook.cells if cell.id in OWN]
   # A checkout is found from its colabs/, where nothing is installed.
   folder = tmp_path / 'checkout' / 'colabs'
@@ -114,7 +122,8 @@ def test_it_is_committed_clean():
   nbformat.validate(notebook)
   assert notebook['metadata'] == {
       'colab': {'name': 'selection.ipynb', 'provenance': []},
-      'kernelspec': {'display_name': 'Python 3', 'language': 'python', 'name': 'python3'}, 'language_info': {'name': 'python'}}
+      'kernelspec': {'display_name': 'Python 3', 'language': 'python', 'name': 'python3'},
+      'language_info': {'name': 'python'}}
   ids = [cell['id'] for cell in notebook['cells']]
   assert len(set(ids)) == len(ids) and all(re.fullmatch(r'[a-z0-9-]+', name) for name in ids)
   assert all(cell['metadata'] == {} for cell in notebook['cells'])
@@ -123,10 +132,13 @@ def test_it_is_committed_clean():
 
 
 def test_it_uses_what_selection_offers():
-  source = '\n'.join(re.sub(r'(?m)^(\s*)%.*', r'\1pass', cell.source) for cell in read().cells if cell.cell_type == 'code')
+  source = '\n'.join(re.sub(r'(?m)^(\s*)%.*', r'\1pass', cell.source) for cell in read().cells
+                     if cell.cell_type == 'code')
   nodes = list(ast.walk(ast.parse(source)))
   used = {node.attr for node in nodes if isinstance(node, ast.Attribute) and ast.unparse(node.value) == 'selection'}
   assert used <= set(selection.__all__)
-  assert used >= {'select', 'embed', 'class_means', 'embed_class_means', 'Embeddings', 'distance', 'domain_similarity', 'Selection'}
+  assert used >= {'select', 'embed', 'class_means', 'embed_class_means', 'Embeddings', 'distance', 'domain_similarity',
+                  'Selection'}
   modules = [node.module for node in nodes if isinstance(node, ast.ImportFrom)]
-  assert not [module for module in modules if module.startswith('selection')], 'only the names of selection itself are public'
+  assert not [module for module in modules
+              if module.startswith('selection')], 'only the names of selection itself are public'
