@@ -18,7 +18,7 @@ import pytest
 
 from configs import default
 import ft_jax
-from ft_jax import arguments, config_files, settings
+from ft_jax import config_files, settings
 from ft_jax.methods import METHODS
 from ft_jax.workdir import Workdir
 import main  # noqa: F401  # defines the flags
@@ -248,6 +248,8 @@ def python_examples(page: pathlib.Path) -> list[str]:
 @each_page
 def test_python_examples_use_what_exists(page):
   """Functions with the arguments that they take, attributes of a run and of a selection."""
+  from ft_jax import arguments
+
   for code in python_examples(page):
     kinds: dict[str, Any] = {'ft_jax': ft_jax, 'run': ft_jax.Run, 'again': ft_jax.Run, 'selection': selection,
                              'chosen': selection.Selection}
