@@ -93,7 +93,10 @@ def show_log(process: int = 0) -> None:
 
 
 def quiet_libraries() -> None:
-  """Limits other libraries to warnings: matplotlib logs its first use, orbax and jax a page for every checkpoint."""
+  """Limits other libraries to warnings for the rest of this process.
+
+  Matplotlib logs its first use, orbax and jax log a page for every checkpoint.
+  """
   from absl import logging as absl_logging
 
   absl_logging.set_verbosity(absl_logging.WARNING)
@@ -141,9 +144,10 @@ def _change_logging(edit: Callable[[str], str]) -> None:
     logger.propagate = False
     logger.addHandler(handler)
   absl_logger = absl_logging.get_absl_logger()
-  _before.callback(absl_logging.set_verbosity, absl_logging.get_verbosity())
+  _before.callback(absl_logger.setLevel, absl_logger.level)
   _before.callback(absl_logger.removeFilter, _is_wanted)
-  quiet_libraries()
+  absl_logger.setLevel(logging.WARNING)
+  absl_logger.addFilter(_is_wanted)
 
 
 def _handlers(logger: logging.Logger) -> list[Handler]:

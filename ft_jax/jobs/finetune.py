@@ -18,6 +18,7 @@ from ft_jax.data.splits import (
   check_classes,
   check_same_images,
   drop_unreadable,
+  Given,
   log_classes_not_evaluated,
   open_splits,
   Reading,
@@ -102,7 +103,7 @@ class Settings:
 
     Args:
       config: of job finetune.
-      target_given: whether the target is an ImageSet in memory, so that it needs no name.
+      target_given: whether the target is given as image sets, so that it needs no name.
       source_given: likewise for the source.
     """
     check_fields(config)
@@ -177,17 +178,17 @@ class Sets(NamedTuple):
   noise: noise.Noise
 
 
-def run(config: ConfigDict, workdir: epath.PathLike, embeddings: epath.PathLike = '', *, target: ImageSet | None = None,
-        source: ImageSet | None = None) -> dict[str, Any]:
+def run(config: ConfigDict, workdir: epath.PathLike, embeddings: epath.PathLike = '', *, target: Given | None = None,
+        source: Given | None = None) -> dict[str, Any]:
   """Runs the job, or resumes it; returns what results.json holds.
 
   Args:
     config: of the job.
     workdir: where everything is written.
     embeddings: a folder for embeddings; `config.embeddings_dir` comes first, '' is the workdir.
-    target: labelled images in place of `config.target.name`: val is split off from them, and test is what is not drawn
-      for training where `config.target.test` is 'rest'; else there is none.
-    source: pre-training data in place of `config.source.name`.
+    target: image sets in place of `config.target.name`, by split: train, and val and test if there are any; see
+      `open_splits`.
+    source: likewise, in place of `config.source.name`.
 
   Raises:
     ValueError: a setting, image or file that cannot be used.
@@ -197,8 +198,8 @@ def run(config: ConfigDict, workdir: epath.PathLike, embeddings: epath.PathLike 
   return fine_tune(settings, workdir, embeddings, target, source)
 
 
-def fine_tune(settings: Settings, workdir: epath.PathLike, embeddings: epath.PathLike = '', target: ImageSet | None = None,
-              source: ImageSet | None = None) -> dict[str, Any]:
+def fine_tune(settings: Settings, workdir: epath.PathLike, embeddings: epath.PathLike = '', target: Given | None = None,
+              source: Given | None = None) -> dict[str, Any]:
   """See `run`."""
   work = Workdir(workdir, settings.fields)
   done = parallel.agreed(work.results)
@@ -208,7 +209,7 @@ def fine_tune(settings: Settings, workdir: epath.PathLike, embeddings: epath.Pat
   log.info('fine-tuning %s -> %s', settings.fields['model']['name'], work.path)
   sets = _open_sets(settings, work, target, source, check=not done)
   if not done:
-    weights = _weights(settings, work, sets)
+    weights = _weights(settings, work, sets, source)
     folder = storage.located(settings.embeddings_dir or embeddings or work.embeddings)
     chosen = _select(settings, work, sets, weights, folder)
     embedding.remove_partial(work.unfinished)
@@ -274,7 +275,7 @@ def _pretrain_config(config: ConfigDict) -> ConfigDict:
   return own
 
 
-def _open_sets(settings: Settings, work: Workdir, target: ImageSet | None, source: ImageSet | None, check: bool) -> Sets:
+def _open_sets(settings: Settings, work: Workdir, target: Given | None, source: Given | None, check: bool) -> Sets:
   """Opens target and source, without images that cannot be read and copies; checks them before any image is read.
 
   Args:
@@ -288,7 +289,7 @@ def _open_sets(settings: Settings, work: Workdir, target: ImageSet | None, sourc
   pool = None
   # Plain fine-tuning uses nothing of the pre-training data, which need not be there.
   if settings.uses_source:
-    pool = open_set(settings.source.name, settings.source.train, settings.data_dir) if source is None else source
+    pool = open_set(settings.source.name, settings.source.train, settings.data_dir) if source is None else source['train']
   if check:
     settings.check_sets(splits, pool)
   splits, readable, skipped = drop_unreadable(splits, 'target', settings.reading.on_error,
@@ -336,7 +337,7 @@ def _log_sets(splits: Splits, pool: ImageSet | None) -> None:
     log.warning('warning: target and source have the same classes; is %s the pre-training data?', pool.name)
 
 
-def _weights(settings: Settings, work: Workdir, sets: Sets) -> Weights | None:
+def _weights(settings: Settings, work: Workdir, sets: Sets, source: Given | None) -> Weights | None:
   """The pre-trained variables, with the source head where it is to come from them; pre-trains where the config says so."""
   if not settings.weights:
     log.warning('warning: config.model.weights is empty, so the network starts from random weights')
@@ -351,7 +352,7 @@ def _weights(settings: Settings, work: Workdir, sets: Sets) -> Weights | None:
                                         classifier=classifier, projection=settings.selection.projects)
   # A run of its own, with its own checkpoints and report.
   folder = work.path / 'pretrain'
-  pretrain.pretrain(settings.pretraining.without(sets.copies.classes), folder, sets.copies.dropped)
+  pretrain.pretrain(settings.pretraining.without(sets.copies.classes), folder, sets.copies.dropped, source)
   return initial_weights.load_weights(str(folder), settings.model, classes=classes, classifier=classifier)
 
 

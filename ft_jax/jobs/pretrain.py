@@ -9,13 +9,14 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from ft_jax import methods, parallel
-from ft_jax.data.image_set import digest, ImageSet
+from ft_jax.data.image_set import digest
 from ft_jax.data.pipeline import make_transform, Transform
 from ft_jax.data.splits import (
   cache_in_memory,
   check_classes,
   check_same_images,
   drop_unreadable,
+  Given,
   open_splits,
   Reading,
   skipped_summary,
@@ -99,13 +100,13 @@ class Settings:
     return dataclasses.replace(self, fields=fields, source=dataclasses.replace(self.source, without=tuple(classes)))
 
 
-def run(config: ConfigDict, workdir: epath.PathLike, *, source: ImageSet | None = None) -> dict[str, Any]:
+def run(config: ConfigDict, workdir: epath.PathLike, *, source: Given | None = None) -> dict[str, Any]:
   """Runs the job, or resumes it; returns what results.json holds.
 
   Args:
     config: of the job.
     workdir: where everything is written.
-    source: labelled images in place of `config.source.name`; val is split off from them.
+    source: image sets in place of `config.source.name`, by split; see `open_splits`.
 
   Raises:
     ValueError: a setting, image or file that cannot be used.
@@ -115,7 +116,7 @@ def run(config: ConfigDict, workdir: epath.PathLike, *, source: ImageSet | None 
 
 
 def pretrain(settings: Settings, workdir: epath.PathLike, left_out: Sequence[str] = (),
-             source: ImageSet | None = None) -> dict[str, Any]:
+             source: Given | None = None) -> dict[str, Any]:
   """See `run`; `left_out` are ids of images that are not trained on, as the target of a fine-tuning has them too."""
   work = Workdir(workdir, settings.fields)
   done = parallel.agreed(work.results)
@@ -144,7 +145,7 @@ def pretrain(settings: Settings, workdir: epath.PathLike, left_out: Sequence[str
 
 
 def _open_splits(settings: Settings, left_out: Sequence[str],
-                 source: ImageSet | None) -> tuple[Splits, dict[str, list[str]]]:
+                 source: Given | None) -> tuple[Splits, dict[str, list[str]]]:
   """What is trained on, and the ids of images that cannot be read, by split."""
   splits = open_splits(settings.source, settings.data_dir, settings.seed, source)
   if left_out:
