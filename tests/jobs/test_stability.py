@@ -21,6 +21,7 @@ from ft_jax.methods.base import flat
 from ft_jax.models import build, resnet
 from ft_jax.pages import page, stability as stability_page
 from ft_jax.studies import stability
+from ft_jax.studies.stability_estimates import add_probes, Estimates, Minimum, Settings
 from ft_jax.training import initial_weights
 from ft_jax.training.checkpoints import Checkpoints
 from ft_jax.training.finished_runs import load_start
@@ -158,26 +159,25 @@ def test_a_stopped_job_goes_on(tmp_path, monkeypatch):
       yield {'a': 100.0 + number % 2, 'b': 1.0}
 
   monkeypatch.setattr(stability, 'curvatures', curvatures)
-  settings = stability_config.get_config().stability
-  settings.probes, settings.tolerance = 4, 1e-3
+  settings = Settings(sigma=0.1, draws=1, probes=4, tolerance=1e-3, seed=0)
   path = epath.Path(tmp_path / 'estimates.json')
 
   def probe(**made_of):
-    estimates = job.Estimates(path, {'network': 'n', 'noise': '0.1', **made_of})
+    estimates = Estimates(path, {'network': 'n', 'noise': '0.1', **made_of})
     estimates.loss, estimates.draws = estimates.loss or 1.0, estimates.draws or [2.0]
-    job._probe(settings, 0, None, 'target', None, [None], estimates)
+    add_probes(Minimum(None, 'target', 2, {}, [{}]), settings, estimates, None)
     estimates.write()
     return estimates
 
   assert len(probe().probes) == 4 and made == [0, 1, 2, 3]
-  settings.probes = 50
+  settings = settings._replace(probes=50)
   assert len(probe().probes) == 10 and made == list(range(10))  # settled
   assert len(probe().probes) == 10 and len(made) == 10
-  assert job.Estimates(path, {'network': 'n', 'noise': '0.1'}).draws == [2.0]
-  assert job.Estimates(path, {'network': 'n', 'noise': '0.2'}).draws == [] != job.Estimates(path, {'network': 'n', 'noise': '0.2'}).probes
-  assert job.Estimates(path, {'network': 'other', 'noise': '0.1'}).probes == []
+  assert Estimates(path, {'network': 'n', 'noise': '0.1'}).draws == [2.0]
+  assert Estimates(path, {'network': 'n', 'noise': '0.2'}).draws == [] != Estimates(path, {'network': 'n', 'noise': '0.2'}).probes
+  assert Estimates(path, {'network': 'other', 'noise': '0.1'}).probes == []
   path.write_text('{"half')
-  assert job.Estimates(path, {'network': 'n', 'noise': '0.1'}).probes == []
+  assert Estimates(path, {'network': 'n', 'noise': '0.1'}).probes == []
 
 
 def test_where_a_run_began(trained_run, tmp_path):
@@ -187,11 +187,11 @@ def test_where_a_run_began(trained_run, tmp_path):
   def began(weights, fingerprint=None):
     config = run.config.copy_and_resolve_references()
     config.model.weights = weights
-    return job._start(run._replace(config=config, results={**run.results, 'weights': {'fingerprint': fingerprint}}))
+    return job.find_start(run._replace(config=config, results={**run.results, 'weights': {'fingerprint': fingerprint}}))
 
   assert began('').params is None and 'random weights' in began('').about
   assert 'not at hand: model.weights: there is no file or folder /no/such' in began('/no/such').about
-  assert 'not at hand' in began('pretrain').about and 'trained/pretrain' in began('pretrain').about
+  assert 'not at hand' in began('pretrain').about and 'trained_run/pretrain' in began('pretrain').about
   assert 'other weights now' in began(str(trained_run), 'of old').about
   start = began(str(trained_run), initial_weights.weights_fingerprint(run.variables))
   assert start.about == str(trained_run)
@@ -220,13 +220,13 @@ def test_images_that_changed_or_do_not_fit(trained_run, monkeypatch):
   config = stability_config.get_config()
   run = trained.load(str(trained_run))
   with pytest.raises(ValueError, match='has other classes than the run in .*; bring its images back'):
-    job._images(config, run._replace(class_names=('cat', 'dog')))
+    job.open_images(config, run._replace(class_names=('cat', 'dog')))
   monkeypatch.setattr(job, 'free_memory', lambda: 1000)
   with pytest.raises(ValueError, match='config.stability.images: the crops of 20 images take .* take fewer'):
-    job._held(job._images(config, run)[1], run)
+    job.read_crops(job.open_images(config, run)[1], run)
   # Drawn over all classes, by seed.
   config.stability.images = 12
-  one, other = job._images(config, run)[1], job._images(stability_config.get_config().copy_and_resolve_references(), run)[1]
+  one, other = job.open_images(config, run)[1], job.open_images(stability_config.get_config().copy_and_resolve_references(), run)[1]
   assert len(one) == 12 and len(other) == 20 and len(set(one.labels.tolist())) == 4
 
 
