@@ -28,12 +28,15 @@ def encoded(image: np.ndarray, form: str = 'PNG') -> bytes:
 
 
 @pytest.mark.parametrize('images', [
-    photos(), photos(size=(9, 7)), photos(size=(9, 7, 1)), list(photos()), [photos()[0], photos(2, (5, 6))[1], encoded(photos()[2]), photos()[3]],
-    [encoded(image) for image in photos()], photos().astype('u1')[::-1], [photos()[0].tolist()] and [bytearray(encoded(photos()[0]))] * 4])
+    photos(), photos(size=(9, 7)), photos(size=(9, 7, 1)), list(photos()),
+    [photos()[0], photos(2, (5, 6))[1], encoded(photos()[2]), photos()[3]],
+    [encoded(image) for image in photos()], photos().astype('u1')[::-1],
+    [photos()[0].tolist()] and [bytearray(encoded(photos()[0]))] * 4])
 def test_images_of_every_kind(images):
   """One array, arrays of different sizes, encoded files, all of them mixed; grey and RGB."""
   made = ImageSet.from_arrays(images, [0, 1, 1, 0], ['cat', 'dog'])
-  assert (len(made), made.class_names, made.labels.tolist(), made.labels.dtype) == (4, ('cat', 'dog'), [0, 1, 1, 0], np.int32)
+  assert (len(made), made.class_names, made.labels.tolist(), made.labels.dtype) == (4, ('cat', 'dog'), [0, 1, 1, 0],
+                                                                                    np.int32)
   for i in range(4):
     image = decode(made[i].image, made[i].id)
     expected = decode(bytes(images[i]), 'x') if isinstance(images[i], (bytes, bytearray)) else images[i]
@@ -43,7 +46,8 @@ def test_images_of_every_kind(images):
 
 
 def test_fingerprints_are_those_of_the_contents():
-  """Pixels, order, labels and class names change them, and nothing else: a list of the same arrays, another name, another process."""
+  """Pixels, order, labels and class names change them, and nothing else: a list of the same arrays, another name,
+  another process."""
   images, labels = photos(), ['b', 'a', 'b', 'a']
   made = ImageSet.from_arrays(images, labels)
   same = ImageSet.from_arrays(list(images), np.array([1, 0, 1, 0]), ('a', 'b'), name='mine')
@@ -54,13 +58,15 @@ def test_fingerprints_are_those_of_the_contents():
             ImageSet.from_arrays(images, labels[::-1]), ImageSet.from_arrays(images, same.labels, ['a', 'c'])]
   assert len({each.fingerprint for each in [made, *others]}) == 5
   script = 'import pickle, sys; from ft_jax.data import ImageSet; print(ImageSet.from_arrays(*pickle.load(sys.stdin.buffer)).fingerprint)'
-  run = subprocess.run([sys.executable, '-c', script], input=pickle.dumps((images, labels)), capture_output=True, check=True, cwd=ROOT,
+  run = subprocess.run([sys.executable, '-c', script], input=pickle.dumps((images, labels)), capture_output=True,
+                       check=True, cwd=ROOT,
                        env={**os.environ, 'PYTHONHASHSEED': '7'})
   assert run.stdout.decode().strip() == made.fingerprint
 
 
 def test_ids_are_positions_and_differ_between_sets():
-  """Train and test of the same arrays share an id only if they share an image at the same place; a repeated image has two ids."""
+  """Train and test of the same arrays share an id only if they share an image at the same place; a repeated image has
+  two ids."""
   made, other = ImageSet.from_arrays(photos(8)), ImageSet.from_arrays(photos(9)[1:])
   assert [name.partition('-')[0] for name in made.ids.tolist()] == [str(i) for i in range(8)]
   assert set(made.ids.tolist()).isdisjoint(other.ids.tolist())
@@ -86,8 +92,10 @@ def test_labels_are_numbers_or_names(labels, class_names, numbers, names):
 
 
 @pytest.mark.parametrize('images,words', [
-    (photos() / np.float32(255), r'images has dtype float32; expected uint8 .*, 0 to 255: convert them with \(255 \* images\)'),
-    (photos().astype(float), r'images has dtype float64; expected uint8 .*: convert them with images.round\(\).astype\(np.uint8\)'),
+    (photos() / np.float32(255), r'images has dtype float32; expected uint8 .*, 0 to 255: convert them with \(255 \* '
+                                 r'images\)'),
+    (photos().astype(float), r'images has dtype float64; expected uint8 .*: convert them with '
+                             r'images.round\(\).astype\(np.uint8\)'),
     (np.full((4, 9, 7, 3), np.nan), 'images contains NaN; expected uint8'),
     (photos().astype(np.int64), 'images has dtype int64; expected uint8'),
     (photos() > 9, 'images has dtype bool; expected uint8'),
@@ -95,7 +103,8 @@ def test_labels_are_numbers_or_names(labels, class_names, numbers, names):
     (photos()[0, :, :, 0], r'images has shape \(9, 7\); expected uint8 \[n, h, w, 3\]'),
     (photos()[None], r'images has shape \(1, 4, 9, 7, 3\); expected uint8 \[n, h, w, 3\]'),
     (photos().transpose(0, 3, 1, 2), r'If the channels come first, give images.transpose\(0, 2, 3, 1\)'),
-    (photos(size=(9, 7, 4)), r'\(4, 9, 7, 4\); .* Put a transparent image on a background first, or give images\[\.\.\., :3\]'),
+    (photos(size=(9, 7, 4)), r'\(4, 9, 7, 4\); .* Put a transparent image on a background first, or give '
+                             r'images\[\.\.\., :3\]'),
     (photos(size=(9, 7, 2)), r'images has shape \(4, 9, 7, 2\); expected uint8 \[n, h, w, 3\], or grey \[n, h, w\]$'),
     (photos(size=(0, 7, 3)), 'has no pixels'),
     (photos(0), 'images is empty; expected at least one image'), ([], 'images is empty'),
@@ -103,7 +112,8 @@ def test_labels_are_numbers_or_names(labels, class_names, numbers, names):
     (encoded(photos()[0]), 'images is of type bytes; expected uint8 .* or a list of images'),
     ([photos()[0], photos()[1].astype(float)], r'images\[1\] has dtype float64; expected uint8 \[h, w, 3\]'),
     ([photos()[0], photos()], r'images\[1\] has shape \(4, 9, 7, 3\); expected uint8 \[h, w, 3\]'),
-    ([photos()[0].transpose(2, 0, 1)], r'images\[0\] has shape .* If the channels come first, give image.transpose\(1, 2, 0\)'),
+    ([photos()[0].transpose(2, 0, 1)], r'images\[0\] has shape .* If the channels come first, give image.transpose\(1, '
+                                       r'2, 0\)'),
     ([photos(size=(9, 7, 4))[0]], r'images\[0\] .* give image\[\.\.\., :3\]'),
     ([photos()[0][:0]], r'images\[0\] has shape \(0, 7, 3\), which has no pixels'),
     ([photos()[0], 'a.jpg'], r'images\[1\] is of type str; .*paths of files are for ImageSet.from_files'),
@@ -122,7 +132,8 @@ def test_what_is_not_an_image(images, words):
     (np.eye(4, dtype=int), None, r'labels has shape \(4, 4\); .* If the rows are one-hot, give labels.argmax\(1\)'),
     (3, None, r'labels has shape \(\), but there are 4 images'),
     ('abcd', None, "labels is the string 'abcd'; expected one label per image, 4 in all"),
-    ([0.0, 1.0, 0.0, 1.0], None, 'labels has dtype float64; expected integers, 0 for the first class, or the names of classes'),
+    ([0.0, 1.0, 0.0, 1.0], None, 'labels has dtype float64; expected integers, 0 for the first class, or the names of '
+                                 'classes'),
     ([True, False, True, True], None, 'labels has dtype bool; expected integers'),
     ([0, 1, None, 1], None, 'labels has dtype object; expected integers'),
     ([[0], [1, 2], [0], [1]], None, 'labels has entries of different lengths'),

@@ -38,12 +38,14 @@ def drawn_part(height, width, random_crop, monkeypatch):
 @pytest.mark.parametrize('height,width,size', [
     (375, 500, 224), (375, 500, 32), (60, 80, 96), (427, 640, 300), (40, 400, 64), (400, 40, 64)])
 def test_an_antialiased_crop_is_pillows(height, width, size, tmp_path, monkeypatch):
-  """From the bytes of a JPEG file on, bit for bit: Pillow's decoder, crop, and antialiased bilinear filter, as torchvision uses them.
+  """From the bytes of a JPEG file on, bit for bit: Pillow's decoder, crop, and antialiased bilinear filter, as
+  torchvision uses them.
 
   Crops that grow, shrink a little, shrink much, and shrink along one side alone; without antialias they are others.
   """
   from sklearn import datasets
-  PIL.Image.fromarray(datasets.load_sample_images().images[0]).resize((width, height)).save(tmp_path / 'photo.jpg', quality=92)
+  PIL.Image.fromarray(datasets.load_sample_images().images[0]).resize((width, height)).save(tmp_path / 'photo.jpg',
+                                                                                            quality=92)
   image = decode((tmp_path / 'photo.jpg').read_bytes(), 'photo.jpg')
 
   def random_crop(image, antialias=True):
@@ -78,7 +80,8 @@ def test_center_crop_is_that_of_the_weights(size, short_side):
   photographs = datasets.load_sample_images().images
   rng = np.random.default_rng(0)
   images = [photographs[k % 2][:h, :w] for k, (h, w) in enumerate(rng.integers(40, (427, 640), (12, 2)))]
-  images += [np.resize(photographs[0], (*shape, 3)) for shape in ((1, 1), (1, 300), (300, 1), (2, 500), (700, 7), (size, size))]
+  images += [np.resize(photographs[0], (*shape, 3)) for shape in ((1, 1), (1, 300), (300, 1), (2, 500), (700, 7),
+                                                                  (size, size))]
   for image in images:
     height, width = image.shape[:2]
     h, w = int(short_side * height / min(height, width)), int(short_side * width / min(height, width))

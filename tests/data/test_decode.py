@@ -37,12 +37,15 @@ def grey(photo: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize('form,mode,error,options', [
     ('JPEG', 'RGB', 4, {}), ('JPEG', 'RGB', 4, {'progressive': True}), ('JPEG', 'RGB', 4, {'subsampling': '4:4:4'}),
     ('JPEG', 'RGB', 4, {'subsampling': '4:1:1'}), ('JPEG', 'RGB', 3, {'keep_rgb': True}),
-    ('JPEG', 'L', 4, {}), ('JPEG', 'CMYK', 6, {}), ('PNG', 'RGB', 0, {}), ('PNG', 'RGBA', 0, {}), ('PNG', 'L', 0, {}), ('PNG', 'LA', 0, {}),
+    ('JPEG', 'L', 4, {}), ('JPEG', 'CMYK', 6, {}), ('PNG', 'RGB', 0, {}), ('PNG', 'RGBA', 0, {}), ('PNG', 'L', 0, {}),
+    ('PNG', 'LA', 0, {}),
     ('PNG', 'P', 30, {}), ('GIF', 'P', 30, {}), ('BMP', 'RGB', 0, {}), ('BMP', 'L', 0, {}), ('WEBP', 'RGB', 6, {}),
     ('WEBP', 'RGB', 0, {'lossless': True}), ('TIFF', 'RGB', 0, {}), ('TIFF', 'CMYK', 0, {}), ('TIFF', 'LAB', 6, {}),
-    ('TIFF', 'YCbCr', 3, {}), ('TIFF', 'RGB', 0, {'compression': 'tiff_lzw'}), ('PPM', 'RGB', 0, {}), ('PPM', 'L', 0, {})])
+    ('TIFF', 'YCbCr', 3, {}), ('TIFF', 'RGB', 0, {'compression': 'tiff_lzw'}), ('PPM', 'RGB', 0, {}),
+    ('PPM', 'L', 0, {})])
 def test_formats(photo, form, mode, error, options):
-  """Every format gives the same picture, as far as the format can (a palette loses colour), whatever the file is called."""
+  """Every format gives the same picture, as far as the format can (a palette loses colour), whatever the file is
+  called."""
   picture = PIL.Image.fromarray(photo)
   picture = convert_to_lab(picture) if mode == 'LAB' else picture.convert(mode)
   data = encoded(picture, form, **options)
@@ -63,7 +66,8 @@ def test_one_bit_images_are_black_and_white(photo):
     np.testing.assert_array_equal(decode.decode(encoded(picture, form), 'x'), np.asarray(picture.convert('RGB')))
 
 
-# 16 x 8 pixels, grey 40 beside grey 200, by jpegtran -arithmetic and cjpeg -sample 4x2: forms that Pillow does not write.
+# 16 x 8 pixels, grey 40 beside grey 200, by jpegtran -arithmetic and cjpeg -sample 4x2: forms that Pillow does not
+# write.
 ARITHMETIC = (
     '/9j/4AAQSkZJRgABAQAAAQABAAD/2wBDAAEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQH/'
     '2wBDAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQH/yQARCAAIABADASIAAhEBAxEB/8wA'
@@ -111,7 +115,8 @@ def test_what_is_transparent_is_white(form, mode):
   alpha = np.repeat(np.uint8([0, 128, 255]), 8)[None].repeat(8, 0)
   colour = np.full((8, 24, 1 if mode == 'LA' else 3), 90, np.uint8)
   picture = PIL.Image.fromarray(np.concatenate([colour, alpha[..., None]], -1), mode)
-  image = decode.decode(encoded(picture, form, **({'lossless': True, 'exact': True} if form == 'WEBP' else {})), 'x').astype(int)
+  image = decode.decode(encoded(picture, form, **({'lossless': True, 'exact': True} if form == 'WEBP' else {})),
+                        'x').astype(int)
   assert (image[:, :8] == 255).all() and np.abs(image[:, 8:16] - 172).max() <= 1 and (image[:, 16:] == 90).all()
 
 
@@ -206,7 +211,8 @@ def heads(width: int, height: int) -> dict[str, bytes]:
 def test_too_many_pixels_are_refused_by_the_head_of_the_file(form):
   """Before anything is decoded, which would end in another error: there are no pixels."""
   for read in (decode.decode, decode.dimensions):
-    with pytest.raises(ValueError, match=r'a/big.jpg is an image of 20000 x 10001 pixels; expected at most 200,000,000'):
+    with pytest.raises(ValueError, match=r'a/big.jpg is an image of 20000 x 10001 pixels; expected at most '
+                                         r'200,000,000'):
       read(heads(20_000, 10_001)[form], 'a/big.jpg')
 
 
@@ -255,18 +261,22 @@ print(read, refused)
 
 
 def test_damaged_files_of_all_formats_give_an_image_or_an_error(photo, tmp_path):
-  """1,500 mutants of real files, in a process of its own: no crash, no other exception, no warning even where they are errors."""
+  """1,500 mutants of real files, in a process of its own: no crash, no other exception, no warning even where they are
+  errors."""
   picture = PIL.Image.fromarray(photo).resize((60, 45))
   exif = PIL.Image.Exif()
   exif[0x0112], exif[0x010F] = 6, 'maker'
-  forms = [('JPEG', 'RGB', {'exif': exif}), ('JPEG', 'RGB', {'progressive': True}), ('JPEG', 'CMYK', {}), ('PNG', 'RGB', {'exif': exif}),
-           ('PNG', 'P', {'transparency': 3}), ('GIF', 'P', {}), ('GIF', 'P', {'save_all': True, 'append_images': [picture]}),
+  forms = [('JPEG', 'RGB', {'exif': exif}), ('JPEG', 'RGB', {'progressive': True}), ('JPEG', 'CMYK', {}),
+           ('PNG', 'RGB', {'exif': exif}),
+           ('PNG', 'P', {'transparency': 3}), ('GIF', 'P', {}),
+           ('GIF', 'P', {'save_all': True, 'append_images': [picture]}),
            ('WEBP', 'RGB', {}), ('WEBP', 'RGBA', {'lossless': True}), ('BMP', 'RGB', {}), ('TIFF', 'RGB', {}),
            ('TIFF', 'RGB', {'compression': 'tiff_lzw'}), ('PPM', 'RGB', {}), ('PPM', '1', {}),
            *([('AVIF', 'RGB', {'exif': exif})] if 'AVIF' in decode.FORMATS else [])]
   for k, (form, mode, options) in enumerate(forms):
     (tmp_path / str(k)).write_bytes(encoded(picture.convert(mode), form, **options))
-  run = subprocess.run([sys.executable, '-W', 'error', '-X', 'faulthandler', '-c', FUZZ, *sorted(map(str, tmp_path.iterdir()))],
+  run = subprocess.run([sys.executable, '-W', 'error', '-X', 'faulthandler', '-c', FUZZ,
+                        *sorted(map(str, tmp_path.iterdir()))],
                        cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
   # libtiff's own lines about damaged files come from C and cannot be kept back.
   assert run.returncode == 0 and 'Warning' not in run.stderr and 'Error' not in run.stderr, run.stderr

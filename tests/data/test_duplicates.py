@@ -1,4 +1,5 @@
-"""Copies of the target's images never train what is measured on them: found under other names, forms and sizes, and left out or refused."""
+"""Copies of the target's images never train what is measured on them: found under other names, forms and sizes, and
+left out or refused."""
 
 import dataclasses
 import json
@@ -14,12 +15,14 @@ import pytest
 from configs import miniature
 from ft_jax import selecting
 from ft_jax.data import contents, decode, duplicates, open_set, overlap
-from ft_jax.data.splits import open_splits, Splits, SplitSettings
+from ft_jax.data.splits import open_splits, Splits, SplitSettings, unsampled_sets
 from ft_jax.jobs import finetune, pretrain
+from ft_jax.workdir import Workdir
 
 # What is done to an image of the target before it lies in the pool, and the kind that it is found as.
 PLANTED = {
-    'bytes.jpg': 'exact', 'pixels.png': 'pixel', 'recompressed.jpg': 'near', 'resized.jpg': 'near', 'mirrored.jpg': 'near',
+    'bytes.jpg': 'exact', 'pixels.png': 'pixel', 'recompressed.jpg': 'near', 'resized.jpg': 'near',
+    'mirrored.jpg': 'near',
     'border.jpg': 'near'}
 
 
@@ -33,7 +36,8 @@ def plant(path, folder, name) -> None:
   elif name == 'recompressed.jpg':
     image.save(folder / name, quality=60)
   elif name == 'resized.jpg':
-    image.resize((round(1.7 * image.width), round(1.7 * image.height)), PIL.Image.Resampling.BICUBIC).save(folder / name, quality=80)
+    image.resize((round(1.7 * image.width), round(1.7 * image.height)),
+                 PIL.Image.Resampling.BICUBIC).save(folder / name, quality=80)
   elif name == 'mirrored.jpg':
     image.transpose(PIL.Image.Transpose.FLIP_LEFT_RIGHT).save(folder / name, quality=75)
   else:
@@ -69,8 +73,10 @@ def config(sets, **fields):
   made = miniature.get_config('finetune')
   with made.unlocked():
     made.update_from_flattened_dict({
-        'source.name': f'folder:{sets}/pool', 'target.name': f'folder:{sets}/target', 'target.val_fraction': 0.3, 'model.weights': '',
-        'model.width': 4, 'image_size': 32, 'augment.short_side': 36, 'selection.size': 2, 'train.steps': 2, 'train.batch_size': 4,
+        'source.name': f'folder:{sets}/pool', 'target.name': f'folder:{sets}/target', 'target.val_fraction': 0.3,
+        'model.weights': '',
+        'model.width': 4, 'image_size': 32, 'augment.short_side': 36, 'selection.size': 2, 'train.steps': 2,
+        'train.batch_size': 4,
         'train.eval_every': 1, **fields})
   return made
 
@@ -90,7 +96,8 @@ def test_copies_are_found_whatever_was_done_to_them(sets):
 
 @pytest.mark.slow
 def test_a_whole_run_drops_tells_and_shows_them(sets, caplog):
-  """They are in no class mean, batch or number of images; results.json and the page tell. 'keep' keeps them, 'refuse' stops."""
+  """They are in no class mean, batch or number of images; results.json and the page tell. 'keep' keeps them, 'refuse'
+  stops."""
   with caplog.at_level('INFO', 'ft_jax'):
     results = finetune.run(config(sets), sets / 'run')
   told = results['duplicates']
@@ -103,7 +110,8 @@ def test_a_whole_run_drops_tells_and_shows_them(sets, caplog):
   chosen = json.loads((sets / 'run' / 'selection.json').read_text())
   assert chosen['counts'] == [7, 7, 7]
   page = (sets / 'run' / 'report.html').read_text()
-  assert 'Images shared by training and evaluation' in page and all(f'a/{name}' in page for name in PLANTED) and 'the same pixels' in page
+  assert 'Images shared by training and evaluation' in page and all(f'a/{name}' in page
+                                                                    for name in PLANTED) and 'the same pixels' in page
   splits, whole = opened(sets)
   kept = overlap.resolve(splits, whole, 'keep', overlap.find(splits, whole))
   assert kept.pool is whole and not kept.dropped and kept.summary() == {**told, 'rule': 'keep'}
@@ -114,7 +122,8 @@ def test_a_whole_run_drops_tells_and_shows_them(sets, caplog):
 
 
 def test_no_copy_changes_nothing(photos, pool):
-  """Sets that share no image come out as the same objects, so that nothing of a run without copies is another than before."""
+  """Sets that share no image come out as the same objects, so that nothing of a run without copies is another than
+  before."""
   splits = open_splits(SplitSettings.from_config(config(photos, **{'target.name': f'folder:{photos}'}).target), '', 0)
   pool = open_set(f'folder:{pool}', 'train')
   common = overlap.resolve(splits, pool, 'drop', overlap.find(splits, pool))
@@ -131,7 +140,8 @@ def test_train_loses_what_val_and_test_have(sets, caplog):
   """By what the files hold, not by their names; test loses nothing."""
   target = sets / 'target'
   shutil.copy(target / 'test' / 'one' / '0.jpg', target / 'train' / 'one' / 'other.jpg')
-  PIL.Image.fromarray(decode.decode((target / 'test' / 'two' / '0.jpg').read_bytes(), '')).save(target / 'train' / 'two' / 'other.png')
+  PIL.Image.fromarray(decode.decode((target / 'test' / 'two' / '0.jpg').read_bytes(),
+                                    '')).save(target / 'train' / 'two' / 'other.png')
   for i in range(4):  # of train among itself, some of which val is carved from
     shutil.copy(target / 'train' / 'one' / '1.jpg', target / 'train' / 'one' / f'again{i}.jpg')
   splits, _ = opened(sets)
@@ -139,7 +149,8 @@ def test_train_loses_what_val_and_test_have(sets, caplog):
   common = overlap.resolve(splits, None, 'drop', found)
   train, val, test = (split.contents.tolist() for split in common.splits)
   assert not set(train) & set(val) and not set(train + val) & set(test) and len(test) == 6
-  assert {copy.kind for copies in found.values() for copy in copies if copy.split == 'target test'} == {'exact', 'pixel'}
+  assert {copy.kind for copies in found.values() for copy in copies if copy.split == 'target test'} == {'exact',
+                                                                                                        'pixel'}
   assert 'target train: ' in caplog.text and 'left out' in caplog.text
   with pytest.raises(ValueError, match='images are copies of images of the target'):
     overlap.resolve(splits, None, 'refuse', found)
@@ -185,7 +196,8 @@ def test_a_selection_file_may_name_copies(sets, caplog):
   listed = sets / 'ids.txt'
   listed.write_text('a/bytes.jpg\na/0.jpg\nb/0.jpg\n')
   given = selecting.read(str(listed), common.pool, {'cannot be read': (), 'are in the target too': common.dropped})
-  assert given.ids.tolist() == ['a/0.jpg', 'b/0.jpg'] and '1 of 3 images of' in caplog.text and 'are in the target too' in caplog.text
+  assert given.ids.tolist() == ['a/0.jpg',
+                                'b/0.jpg'] and '1 of 3 images of' in caplog.text and 'are in the target too' in caplog.text
 
 
 def test_what_cannot_be_read_breaks_nothing(sets):
@@ -197,9 +209,11 @@ def test_what_cannot_be_read_breaks_nothing(sets):
 
 
 def test_pictures_that_say_little_are_never_alike():
-  """White pages, empty or with a speck, gradients, noise of one level, half black and half white; and images that are too small."""
+  """White pages, empty or with a speck, gradients, noise of one level, half black and half white; and images that are
+  too small."""
   rng = np.random.default_rng(0)
-  white, ramp = np.full((64, 64, 3), 255, np.uint8), np.broadcast_to(np.arange(64, dtype=np.uint8)[:, None, None], (64, 64, 3))
+  white, ramp = np.full((64, 64, 3), 255, np.uint8), np.broadcast_to(np.arange(64, dtype=np.uint8)[:, None, None],
+                                                                     (64, 64, 3))
   halves = white.copy()
   halves[32:] = 0
   noisy = [np.clip(200 + rng.normal(0, 1, (64, 64, 3)), 0, 255).astype(np.uint8) for _ in range(4)]
@@ -207,7 +221,8 @@ def test_pictures_that_say_little_are_never_alike():
   for at in (0, 11, 30, 52):
     specks.append(white.copy())
     specks[-1][at:at + 3, at // 2:at // 2 + 3] = 0
-  images = [white, white - 1, ramp, ramp + 3, halves, 255 - halves, *noisy, *specks, *rng.integers(0, 256, (4, 31, 40, 3), np.uint8)]
+  images = [white, white - 1, ramp, ramp + 3, halves, 255 - halves, *noisy, *specks,
+            *rng.integers(0, 256, (4, 31, 40, 3), np.uint8)]
   pictures, distinctive = zip(*map(duplicates.picture_hash, map(np.ascontiguousarray, images)))
   assert not any(distinctive[:10] + distinctive[-4:])
   apart = np.array([f'{k}' for k in range(len(images))], contents.HASH)
@@ -259,7 +274,8 @@ def test_files_are_hashed_once(tmp_path, monkeypatch):
   write_images(tmp_path / 'set', {'one': 3})
   names = lambda: open_set(f'folder:{tmp_path}/set', 'train')
   read, real = [], contents._hash_files
-  monkeypatch.setattr(contents, '_hash_files', lambda paths, sizes, what: read.append(len(sizes)) or real(paths, sizes, what))
+  monkeypatch.setattr(contents, '_hash_files', lambda paths, sizes,
+                      what: read.append(len(sizes)) or real(paths, sizes, what))
   first = names()
   assert read == [3] and (names().contents == first.contents).all() and read == [3]
   shutil.copy(tmp_path / 'set' / 'one' / '0.jpg', tmp_path / 'set' / 'one' / '9.jpg')
@@ -271,7 +287,8 @@ def test_a_file_that_was_just_written_is_hashed_again(tmp_path, monkeypatch):
   """It may be written once more within the resolution of its times."""
   write_images(tmp_path / 'set', {'one': 2})
   read, real = [], contents._hash_files
-  monkeypatch.setattr(contents, '_hash_files', lambda paths, sizes, what: read.append(len(sizes)) or real(paths, sizes, what))
+  monkeypatch.setattr(contents, '_hash_files', lambda paths, sizes,
+                      what: read.append(len(sizes)) or real(paths, sizes, what))
   written = max(file.stat().st_ctime_ns for file in (tmp_path / 'set' / 'one').iterdir())
   for seconds, reads in ((1, [2]), (1, [2, 2]), (60, [2, 2, 2]), (60, [2, 2, 2])):
     monkeypatch.setattr(contents.time, 'time_ns', lambda seconds=seconds: written + seconds * 1_000_000_000)
@@ -310,7 +327,8 @@ def test_checkpoints_and_selections_of_before_are_taken_up(sets):
   fields = {'train.steps': 4, 'source.duplicates': 'keep'}
   finetune.run(config(sets, **fields), sets / 'run')
   splits, pool = opened(sets)
-  of_before = {splits.train.fingerprint: splits.train.legacy_fingerprint, splits.val.fingerprint: splits.val.legacy_fingerprint,
+  of_before = {splits.train.fingerprint: splits.train.legacy_fingerprint,
+               splits.val.fingerprint: splits.val.legacy_fingerprint,
                pool.fingerprint: pool.legacy_fingerprint}
   chosen = finetune.selection.Selection.load(sets / 'run' / 'selection.json')
   helping = pool.of_classes(chosen.classes)
@@ -335,12 +353,42 @@ def test_hosts_look_through_a_share_each(sets, monkeypatch):
   """What they find together is what one finds, in the same order."""
   splits, pool = opened(sets)
   target, = duplicates.hashes([splits.test], 'target')
-  alone = overlap._in_pool(pool, target)
+  alone = overlap._in_pool(pool, target, target)
   told: list[list] = []
   monkeypatch.setattr(overlap.jax, 'process_count', lambda: 2)
   monkeypatch.setattr(overlap.parallel, 'everyone', lambda value: told.append(value) or [*told])
   for host in (0, 1):
     monkeypatch.setattr(overlap.jax, 'process_index', lambda host=host: host)
-    together = overlap._in_pool(pool, target)
+    together = overlap._in_pool(pool, target, target)
   assert together == alone and len(alone) == len(PLANTED) and all(len(pool) // 2 > match.row for match in alone)
-  assert overlap._in_pool(pool.subset(np.arange(len(pool))[::-1]), target)[-1].row == len(pool) - 1 - alone[0].row
+  assert overlap._in_pool(pool.subset(np.arange(len(pool))[::-1]), target, target)[-1].row == len(pool) - 1 - alone[0].row
+
+
+def test_other_samples_of_the_target_cost_no_other_search(sets, monkeypatch):
+  """Of each seed the same copies as without what others sample; nothing is decoded, or searched in the whole pool, again."""
+  for i, name in enumerate(('recompressed.jpg', 'pixels.png', 'resized.jpg')):  # copies of images that only some seeds sample
+    plant(sets / 'target' / 'train' / 'one' / f'{2 * i}.jpg', sets / 'pool' / 'b', name)
+  fields = config(sets, **{'target.train_per_class': 3, 'target.val_fraction': 0.4})
+  settings = SplitSettings.from_config(fields.target)
+  pool, unsampled = open_set(fields.source.name, 'train'), unsampled_sets(settings, '')
+  seeds = [open_splits(settings, '', seed) for seed in range(4)]
+  alone = [overlap.find(splits, pool) for splits in seeds]
+  assert len({len(found[overlap.POOL]) for found in alone}) > 1
+  assert overlap.find(seeds[0], pool, unsampled) == alone[0]
+  monkeypatch.setattr(duplicates, '_hashed', None)
+  searched, nearest = [], duplicates._nearest
+  monkeypatch.setattr(duplicates, '_nearest', lambda some, *rest: searched.append(len(some)) or nearest(some, *rest))
+  assert [overlap.find(splits, pool, unsampled) for splits in seeds] == alone
+  assert max(searched) < 12 < len(pool)
+
+
+@pytest.mark.parametrize('rule', ['keep', 'drop'])
+def test_nothing_is_searched_that_is_kept_anyway(sets, rule, monkeypatch):
+  """And a run that kept copies before it had a checkpoint searches them when it is to drop them."""
+  splits, pool = opened(sets)
+  work = Workdir(sets / 'run', config(sets).to_dict())
+  with monkeypatch.context() as patch:
+    patch.setattr(overlap, 'find', None)
+    kept = overlap.settle(work, splits, pool, 'keep')
+  assert kept.pool is pool and kept.summary() == {'rule': 'keep', 'found': {}}
+  assert len(overlap.settle(work, splits, pool, rule).dropped) == (6 if rule == 'drop' else 0)

@@ -1,4 +1,5 @@
-"""Folders as people have them: splits and classes are told apart, nothing is lost without a word, errors say what to do."""
+"""Folders as people have them: splits and classes are told apart, nothing is lost without a word, errors say what to
+do."""
 
 import logging
 import os
@@ -93,7 +94,8 @@ def test_a_folder_without_classes(photos):
   assert (source.labels == 0).all() and len(open_set(f'folder:{photos}/train/sky', 'train[:25%]')) == 3
   config = default.get_config().target
   config.name = f'folder:{photos}/train/sky'
-  with pytest.raises(ValueError, match='holds no class folders but 12 images, so their classes are not known; expected <class>/<image>'):
+  with pytest.raises(ValueError, match='holds no class folders but 12 images, so their classes are not known; expected '
+                                       '<class>/<image>'):
     open_splits(SplitSettings.from_config(config), '', seed=0)
 
 
@@ -161,7 +163,8 @@ def test_a_class_may_be_called_like_a_split(tmp_path, name):
   tree(tmp_path, 'bus/', 'car/', f'{name}/', images=3)
   assert opened(tmp_path) == dict.fromkeys(sorted(['bus', 'car', name]), 3)
   assert sum(opened(tmp_path, 'train[:34%]').values()) == 3
-  with pytest.raises(ValueError, match=rf'no splits .* all of it is called train \({name}/ .* is a class\): use slices such as'):
+  with pytest.raises(ValueError, match=rf'no splits .* all of it is called train \({name}/ .* is a class\): use slices '
+                                       rf'such as'):
     opened(tmp_path, 'test')
   with pytest.raises(ValueError, match='no image in class folder .*/bus; it holds 1 .heic, 0.heic'):
     opened(tree(tmp_path / 'other', 'bus/0.heic', f'{name}/'))  # also where the other images are not read here
@@ -178,7 +181,8 @@ def test_a_split_beside_folders_of_images_is_refused(tmp_path, others):
 
 
 def test_splits_beside_other_folders(tmp_path, caplog):
-  """Two folders of class folders are splits; a folder of images beside them is named, and opens where it is asked for (as STL-10's)."""
+  """Two folders of class folders are splits; a folder of images beside them is named, and opens where it is asked for
+  (as STL-10's)."""
   tree(tmp_path, 'train/a/', 'test/a/', 'unlabeled/', 'notes/todo.txt')
   assert opened(tmp_path) == opened(tmp_path, 'test') == {'a': 2} and opened(tmp_path, 'unlabeled') == {'unlabelled': 2}
   assert [line.partition('used: ')[2] for line in warned(caplog)] == [
@@ -209,7 +213,8 @@ def test_two_names_of_one_split(tmp_path, caplog):
   tree(tmp_path, 'train/a/', 'training/a/', 'valid/a/', 'Validation/a/')
   assert opened(tmp_path) == opened(tmp_path, 'valid') == {'a': 2}
   assert '1 folder with another name of the same split, training' in warned(caplog)[0]
-  with pytest.raises(ValueError, match="split 'val' may be Validation or valid; give the name of one, or remove the others"):
+  with pytest.raises(ValueError, match="split 'val' may be Validation or valid; give the name of one, or remove the "
+                                       "others"):
     opened(tmp_path, 'val')
 
 
@@ -254,12 +259,14 @@ def test_links_that_lead_nowhere_are_unreadable_images(tmp_path):
   """Listed, and either the end of the run before it begins, or skipped and counted as a damaged file is."""
   linked(tmp_path)
   source = open_set(f'folder:{tmp_path}', 'train')
-  assert len(source) == 9 and source.broken == {'a/gone.jpg', 'a/self.jpg'} and source.subset([0]).broken == source.broken
+  assert len(source) == 9 and source.broken == {'a/gone.jpg',
+                                                'a/self.jpg'} and source.subset([0]).broken == source.broken
   for name in source.broken:
     with pytest.raises(ValueError, match=f'{name} is a link to .*, which does not exist'):
       source[source.ids.tolist().index(name)]
   splits = Splits(source, source, None)
-  with pytest.raises(ValueError, match='2 of 9 images are links to files that are not there, such as a/gone.jpg; .*on_error=skip'):
+  with pytest.raises(ValueError, match='2 of 9 images are links to files that are not there, such as a/gone.jpg; '
+                                       '.*on_error=skip'):
     drop_unreadable(splits, 'target', 'raise')
   drop_unreadable(Splits(source.of_classes([1]), source.of_classes([1]), None), 'target', 'raise')
   kept, _, skipped = drop_unreadable(splits, 'target', 'skip')
@@ -271,8 +278,10 @@ def test_links_that_lead_nowhere_are_unreadable_images(tmp_path):
 
 def test_what_is_not_used_is_told_in_one_line(tmp_path, caplog):
   """How many, of what kinds, and one of each, with what to do; again only where something else is found."""
-  tree(tmp_path, 'a/', 'b/', 'a/more/', 'a/more/deep/', 'a/0.heic', 'a/1.HEIC', 'b/2.heic', 'labels.csv', 'b/.3.jpg', 'README.md')
-  tree(tmp_path, '.DS_Store', 'a/.DS_Store', 'a/Thumbs.db', 'a/desktop.ini', 'a/._0.jpg', 'a/.ipynb_checkpoints/', '__MACOSX/a/._0.jpg')
+  tree(tmp_path, 'a/', 'b/', 'a/more/', 'a/more/deep/', 'a/0.heic', 'a/1.HEIC', 'b/2.heic', 'labels.csv', 'b/.3.jpg',
+       'README.md')
+  tree(tmp_path, '.DS_Store', 'a/.DS_Store', 'a/Thumbs.db', 'a/desktop.ini', 'a/._0.jpg', 'a/.ipynb_checkpoints/',
+       '__MACOSX/a/._0.jpg')
   image(tmp_path / 'stray.jpg')
   for _ in range(2):
     assert opened(tmp_path) == {'a': 2, 'b': 2} and sum(opened(tmp_path, 'train[:50%]').values()) == 2
@@ -303,7 +312,8 @@ def test_images_with_other_endings_are_told_by_their_content(tmp_path, caplog):
 
 def test_splits_of_a_set_are_told_together(tmp_path, caplog):
   """One line for train and test; the next seed, or the same split alone, says nothing new."""
-  tree(tmp_path, 'train/a/', 'train/b/', 'test/a/', 'test/b/', 'train/a/0.heic', 'test/b/0.heic', 'test/b/x.txt', 'x.csv', images=3)
+  tree(tmp_path, 'train/a/', 'train/b/', 'test/a/', 'test/b/', 'train/a/0.heic', 'test/b/0.heic', 'test/b/x.txt',
+       'x.csv', images=3)
   for seed in (0, 1):
     open_splits(target(tmp_path), '', seed)
   opened(tmp_path, 'test')
@@ -315,7 +325,8 @@ def test_splits_of_a_set_are_told_together(tmp_path, caplog):
 
 
 @pytest.mark.parametrize('names,words', [
-    (('a/images/', 'b/images/'), r'no image in class folder .*/a \(and 1 others\), but there are some in folders further down, such as '
+    (('a/images/', 'b/images/'), r'no image in class folder .*/a \(and 1 others\), but there are some in folders '
+                                 r'further down, such as '
      r'.*/a/images/0.jpg; expected <class>/<image>: move the images up'),
     (('trainset/a/', 'testset/a/'), 'if the folders are splits, call them train, val and test'),
     (('photos/a/', 'photos/b/'), 'has one folder, photos/, .*; give folder:.*/photos$'),
@@ -368,7 +379,8 @@ def test_what_is_no_folder(tmp_path, name, words):
 def test_labels_in_a_table(tmp_path):
   """Images without class folders: where the classes would have to be, on one line."""
   tree(tmp_path, 'photos/', 'photos/labels.csv')
-  with pytest.raises(ValueError, match='no class folders but 2 images.*classes are read from the names of folders, not from a'):
+  with pytest.raises(ValueError, match='no class folders but 2 images.*classes are read from the names of folders, not '
+                                       'from a'):
     open_splits(target(tmp_path / 'photos', test=''), '', seed=0)
 
 
@@ -379,7 +391,8 @@ def test_numbers_are_names_of_classes(tmp_path, without):
   source = open_set(f'folder:{tmp_path}', 'train')
   assert source.without(without).class_names == ('0', '2')
   tree(tmp_path, '010/')
-  with pytest.raises(ValueError, match=r"has no class '10' to leave out; it has 5: .*; if you mean '010', write \('010',\)"):
+  with pytest.raises(ValueError, match=r"has no class '10' to leave out; it has 5: .*; if you mean '010', write "
+                                       r"\('010',\)"):
     open_set(f'folder:{tmp_path}', 'train').without((10,))
 
 
@@ -406,8 +419,10 @@ def cases(shared, tmp_path_factory) -> pathlib.Path:
 
 
 @pytest.mark.parametrize('case,images', [
-    ('broken_links/photos', 10), ('capital_splits/set', 6), ('class_called_test/docs', 15), ('csv_labels/photos', 4), ('hidden/photos', 6),
-    ('nested_some/photos', 6), ('numeric/photos', 24), ('only_jfif/photos', 10), ('only_pgm/faces', 8), ('training_testing/set', 6)])
+    ('broken_links/photos', 10), ('capital_splits/set', 6), ('class_called_test/docs', 15), ('csv_labels/photos', 4),
+    ('hidden/photos', 6),
+    ('nested_some/photos', 6), ('numeric/photos', 24), ('only_jfif/photos', 10), ('only_pgm/faces', 8),
+    ('training_testing/set', 6)])
 def test_cases_that_open(cases, case, images):
   assert len(open_set(f'folder:{cases / case}', 'train')) == images
 

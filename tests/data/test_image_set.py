@@ -22,7 +22,8 @@ def test_split_off_val_is_by_class_and_seed_and_id(photos):
   assert set(train.ids).isdisjoint(val.ids)
   # The order of the files does not matter, the seed does.
   shuffled = images.subset(np.random.default_rng(0).permutation(len(images)))
-  assert set(split_off_val(shuffled, 0.25, seed=0)[1].ids) == set(val.ids) != set(split_off_val(images, 0.25, seed=1)[1].ids)
+  assert set(split_off_val(shuffled, 0.25, seed=0)[1].ids) == set(val.ids) != set(split_off_val(images, 0.25,
+                                                                                                seed=1)[1].ids)
 
 
 def test_split_off_val_leaves_every_class_an_image(tmp_path):

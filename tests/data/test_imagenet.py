@@ -1,4 +1,5 @@
-"""The names of ImageNet's classes: one for each, in the order of the labels, and only where all classes are WordNet ids."""
+"""The names of ImageNet's classes: one for each, in the order of the labels, and only where all classes are WordNet
+ids."""
 
 import json
 
@@ -24,7 +25,8 @@ def test_names_are_unique():
 
 
 def test_names_are_the_published_ones(shared):
-  """Each is one of the synonyms in the list that came with the paper's code, but for what tells the three pairs apart."""
+  """Each is one of the synonyms in the list that came with the paper's code, but for what tells the three pairs
+  apart."""
   published = json.loads((shared / 'reference' / 'imagenet_classes.json').read_text())
   names = imagenet.names()
   assert list(names) == published['wnid']
@@ -48,5 +50,6 @@ def test_a_flat_validation_folder(tmp_path):
   write_images(tmp_path / 'train', {'n02123045': 2, 'n02124075': 2})
   write_images(tmp_path, {'val': 3})
   for split in ('val', 'validation'):
-    with pytest.raises(ValueError, match='val has no class folders but 3 images.*50,000 validation.*valprep.sh.*tfds:imagenet2012'):
+    with pytest.raises(ValueError, match='val has no class folders but 3 images.*50,000 '
+                                         'validation.*valprep.sh.*tfds:imagenet2012'):
       open_set(f'folder:{tmp_path}', split)

@@ -24,7 +24,8 @@ def source(photos):
 
 def first(source, count, **kwargs):
   defaults = dict(stream='target', seed=0, start=0)
-  return list(itertools.islice(train_batches(source, TRANSFORM, kwargs.pop('batch_size', 10), **{**defaults, **kwargs}), count))
+  return list(itertools.islice(train_batches(source, TRANSFORM, kwargs.pop('batch_size', 10), **{**defaults, **kwargs}),
+                               count))
 
 
 def same(a, b):
@@ -51,11 +52,13 @@ def test_seed_and_stream_change_the_order(source):
 
 
 def test_balanced_classes_come_equally_often(source):
-  """Of 12, 12, 12 and 3 examples: each class once in four places, and its examples once before any again; from a later step too."""
+  """Of 12, 12, 12 and 3 examples: each class once in four places, and its examples once before any again; from a later
+  step too."""
   uneven = source.subset([i for i in range(48) if source.labels[i] < 3 or i % 4 == 0])
   drawn = np.concatenate([b['row'] for b in first(uneven, 24, balanced=True)])
   turns = uneven.labels[drawn].reshape(60, 4)
-  assert all(sorted(turn) == [0, 1, 2, 3] for turn in turns.tolist()) and len({tuple(turn) for turn in turns.tolist()}) > 10
+  assert all(sorted(turn) == [0, 1, 2, 3] for turn in turns.tolist()) and len({tuple(turn)
+                                                                               for turn in turns.tolist()}) > 10
   for k, size in enumerate(np.bincount(uneven.labels).tolist()):
     rows = drawn[uneven.labels[drawn] == k]
     passes = rows[:len(rows) // size * size].reshape(-1, size)
@@ -65,7 +68,8 @@ def test_balanced_classes_come_equally_often(source):
 
 def test_further_views_are_other_crops_of_the_same_images(source):
   """The first view is what it is without the others, and each has random numbers of its own."""
-  plain, both = first(source, 2)[1], first(source, 2, views={'key': TRANSFORM, 'whole': Transform(16, scale=(1.0, 1.0), flip=False)})[1]
+  plain, both = first(source, 2)[1], first(source, 2, views={'key': TRANSFORM,
+                                                             'whole': Transform(16, scale=(1.0, 1.0), flip=False)})[1]
   assert same(plain, both) and both['key'].shape == both['whole'].shape == plain['input'].shape
   assert (both['key'] != both['input']).any(axis=(1, 2, 3)).all()
   again = first(source, 1, start=1, views={'key': TRANSFORM})[0]
@@ -148,7 +152,8 @@ def test_a_damaged_file_is_named(photos, tmp_path):
 
 
 def test_a_cache_changes_no_bit(source):
-  """Training and evaluation; each image is decoded once, in the first pass, and the crops are drawn from it again and again."""
+  """Training and evaluation; each image is decoded once, in the first pass, and the crops are drawn from it again and
+  again."""
   reads = collections.Counter()
 
   def read(row):
@@ -177,7 +182,8 @@ def test_a_cache_says_its_size_first_and_refuses_what_does_not_fit(source, monke
     memory_cache.cached({'target train': source})
   assert f'caching 48 decoded images in memory (target train): {size / 1e6:.2f} MB of {2 * size / 1e6:.2f} MB free' in caplog.text
   monkeypatch.setattr(memory_cache, 'free_memory', lambda: size)  # all of it is too much
-  with pytest.raises(ValueError, match='config.data.cache=true: 48 images .* of memory are free, .*; use --config.data.cache=false'):
+  with pytest.raises(ValueError, match='config.data.cache=true: 48 images .* of memory are free, .*; use '
+                                       '--config.data.cache=false'):
     memory_cache.cached({'target train': source})
 
 
@@ -222,7 +228,8 @@ def test_a_file_that_was_mended_or_broke_is_tried_again(damaged_source, tmp_path
 
 
 def test_a_class_without_a_readable_image_is_named(damaged_source):
-  roof = damaged_source.subset([i for i, name in enumerate(damaged_source.ids) if name in ('roof/3.jpg', 'roof/11.jpg', 'sky/1.jpg')])
+  roof = damaged_source.subset([i for i, name in enumerate(damaged_source.ids)
+                                if name in ('roof/3.jpg', 'roof/11.jpg', 'sky/1.jpg')])
   with pytest.raises(ValueError, match='target train: no image of class roof can be read, such as roof/11.jpg'):
     unreadable.drop(roof, 'target train', True)
   # To evaluate on, the other classes are enough; on nothing nobody can.

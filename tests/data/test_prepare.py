@@ -168,8 +168,10 @@ def write_objects(folder: pathlib.Path) -> Labels:
 
 SETS: dict[str, tuple[Callable[[pathlib.Path], Labels], dict[str, tuple[str, ...]]]] = {
     'oxford_iiit_pet': (write_pets, {'images.tar.gz': ('images',), 'annotations.tar.gz': ('annotations',)}),
-    'caltech_birds2011': (write_birds, {'CUB_200_2011.tgz': ('CUB_200_2011',), 'segmentations.tgz': ('segmentations',)}),
-    'cars196': (write_cars, {'cars_train.tgz': ('cars_train',), 'cars_test.tgz': ('cars_test',), 'car_devkit.tgz': ('devkit',)}),
+    'caltech_birds2011': (write_birds, {'CUB_200_2011.tgz': ('CUB_200_2011',),
+                                        'segmentations.tgz': ('segmentations',)}),
+    'cars196': (write_cars, {'cars_train.tgz': ('cars_train',), 'cars_test.tgz': ('cars_test',),
+                             'car_devkit.tgz': ('devkit',)}),
     'fgvc_aircraft': (write_aircraft, {'fgvc-aircraft-2013b.tar.gz': ('fgvc-aircraft-2013b',)}),
     'stanford_dogs': (write_dogs, {'images.tar': ('Images',), 'annotation.tar': ('Annotation',),
                                    'lists.tar': ('train_list.mat', 'test_list.mat')}),
@@ -179,8 +181,10 @@ SETS: dict[str, tuple[Callable[[pathlib.Path], Labels], dict[str, tuple[str, ...
 
 
 ID_FORMS = {
-    'oxford_iiit_pet': r'train/[A-Za-z_]+_\d+.jpg', 'caltech_birds2011': r'train/CUB_200_2011/images/.+/.+.jpg', 'cars196': r'train/\d{5}',
-    'fgvc_aircraft': r'train/\d{7}.jpg', 'stanford_dogs': r'train/Images/n02.+/n02.+.jpg', 'dtd': r'train/[a-z]+/[a-z]+_.+.jpg',
+    'oxford_iiit_pet': r'train/[A-Za-z_]+_\d+.jpg', 'caltech_birds2011': r'train/CUB_200_2011/images/.+/.+.jpg',
+    'cars196': r'train/\d{5}',
+    'fgvc_aircraft': r'train/\d{7}.jpg', 'stanford_dogs': r'train/Images/n02.+/n02.+.jpg',
+    'dtd': r'train/[a-z]+/[a-z]+_.+.jpg',
     'caltech101': r'train/[a-z_]+/image_\d{4}.jpg'}
 
 
@@ -293,7 +297,10 @@ def tar_of(files: Mapping[str, bytes], path: pathlib.Path, mode: str = 'w') -> N
       add(tar, name, data)
 
 
-def real_images(shared: pathlib.Path, name: str, most: int, classes: Sequence[str] = ()) -> dict[str, dict[str, dict[str, bytes]]]:
+def real_images(shared: pathlib.Path, name: str, most: int, classes: Sequence[str] = ()) -> dict[str,
+                                                                                                 dict[str,
+                                                                                                      dict[str,
+                                                                                                           bytes]]]:
   """Split -> class -> file -> bytes: the first files of each class."""
   found = {'train': {}, 'test': {}}
   with tarfile.open(shared / 'data' / f'{name}.tar.gz') as tar:
@@ -342,12 +349,14 @@ def test_real_pets(pets_dir):
 def test_the_pets_config_runs_on_prepared_pets(pets_dir, tmp_path):
   """`--config=configs/pets.py` with a prepared data_dir, made tiny: results.json has the numbers of the test split."""
   values = {
-      'data_dir': pets_dir, 'image_size': 32, 'source.name': '', 'selection.method': 'none', 'model.weights': '', 'model.width': 4,
+      'data_dir': pets_dir, 'image_size': 32, 'source.name': '', 'selection.method': 'none', 'model.weights': '',
+      'model.width': 4,
       'model.name': 'resnet18', 'target.val_fraction': 0.5, 'train.batch_size': 8, 'train.steps': 2}
   run = subprocess.run([sys.executable, 'main.py', '--config=configs/pets.py', f'--workdir={tmp_path / "run"}',
                         *(f'--config.{field}={value}' for field, value in values.items())],
                        # Compiling is most of it.
-                       cwd=ROOT, env=os.environ | {'JAX_DISABLE_MOST_OPTIMIZATIONS': '1'}, capture_output=True, text=True, check=False)
+                       cwd=ROOT, env=os.environ | {'JAX_DISABLE_MOST_OPTIMIZATIONS': '1'}, capture_output=True,
+                       text=True, check=False)
   assert run.returncode == 0, run.stderr
   results = json.loads((tmp_path / 'run' / 'results.json').read_text())
   assert results['test']['images'] == 74 and len(results['test']['per_class']) == 37
@@ -371,7 +380,8 @@ def test_real_caltech101(shared, tmp_path):
     prepare.prepare('tfds:caltech101', str(tmp_path / place), str(tmp_path / 'files'))
     train, test = (open_set('tfds:caltech101', split, str(tmp_path / place)) for split in ('train', 'test'))
     assert np.bincount(train.labels)[np.unique(train.labels)].tolist() == [30] * 3
-    assert {key(example.image): source.class_names[example.label] for source in (train, test) for example in source} == classes
+    assert {key(example.image): source.class_names[example.label] for source in (train, test)
+            for example in source} == classes
     drawn.append([key(example.image) for example in train])
   assert drawn[0] == drawn[1]
 
@@ -381,7 +391,8 @@ WNIDS = ('n02123394', 'n02123045', 'n02124075', 'n01443537')  # not in the order
 
 @pytest.fixture(scope='module')
 def imagenet(shared, tmp_path_factory) -> tuple[pathlib.Path, pathlib.Path, dict[str, str]]:
-  """ImageNet of four classes: (folder of the two published archives, the usual folder, validation file -> WordNet id)."""
+  """ImageNet of four classes: (folder of the two published archives, the usual folder, validation file -> WordNet
+  id)."""
   root = tmp_path_factory.mktemp('imagenet')
   found = real_images(shared, 'tiny_imagenet', 6)
   train = {wnid: found['train'][name] for wnid in WNIDS for name in found['train'] if name.startswith(wnid)}
@@ -395,7 +406,8 @@ def imagenet(shared, tmp_path_factory) -> tuple[pathlib.Path, pathlib.Path, dict
       (root / 'usual' / 'train' / wnid).mkdir(parents=True, exist_ok=True)
       (root / 'usual' / 'train' / wnid / file).write_bytes(data)
   tar_of(inner, root / 'files' / 'ILSVRC2012_img_train.tar')
-  # TFDS gives the validation images, sorted by name, the labels of a list that it has; the order in the archive is another.
+  # TFDS gives the validation images, sorted by name, the labels of a list that it has; the order in the archive is
+  # another.
   listed = tfds.core.tfds_path('datasets/imagenet2012/validation_labels.txt').read_text().split()
   images = [data for files in found['test'].values() for data in files.values()][:len(WNIDS) * 3]
   val = {f'ILSVRC2012_val_{k:08d}.JPEG': data for k, data in enumerate(images, 1)}
@@ -432,7 +444,8 @@ def test_imagenet_from_its_archives_and_as_a_folder(imagenet, tmp_path):
 def test_imagenet_by_hand(imagenet, tmp_path):
   """One message: which files, how large, from where, to where; and the unpacked form is pointed to `folder:`."""
   files, usual, _ = imagenet
-  with pytest.raises(ValueError, match=r'(?s)by hand.*ILSVRC2012_img_train.tar \(147.9 GB\) and ILSVRC2012_img_val.tar \(6.7 GB\)'
+  with pytest.raises(ValueError, match=r'(?s)by hand.*ILSVRC2012_img_train.tar \(147.9 GB\) and ILSVRC2012_img_val.tar '
+                                       r'\(6.7 GB\)'
                                        r'.*Register at https://image-net.org.*downloads/manual'):
     prepare.prepare('imagenet2012', str(tmp_path))
   with pytest.raises(ValueError, match='the usual folder of ImageNet.*folder:'):
@@ -494,7 +507,8 @@ FgvcAircraft._generate_examples = part
     ('tfds:', 'the name of the set is empty; expected tfds:'),
     ('tfds:a/b/c', 'tfds:a/b/c: expected tfds:<name>.*, such as'),
     ('oxford_iiit_pet/foo', "the set has no config 'foo'; it has none: use tfds:oxford_iiit_pet[.] The sets"),
-    ('sun397/foo:4.0.0', "the set has no config 'foo'; known: tfds, standard-part1-120k, .*standard-part10-120k[.] The sets"),
+    ('sun397/foo:4.0.0', "the set has no config 'foo'; known: tfds, standard-part1-120k, .*standard-part10-120k[.] The "
+                         "sets"),
     ('dtd:9.9.9', 'tfds:dtd:9.9.9: Dataset dtd cannot be loaded at version 9.9.9')])
 def test_a_wrong_name_is_one_whole_sentence(name, words, tmp_path):
   with pytest.raises(ValueError, match=words) as raised:
@@ -516,26 +530,32 @@ def test_what_is_no_archive_is_one_line(data, words, tmp_path):
 def test_two_at_a_time_are_refused(tmp_path):
   write_aircraft(tmp_path / 'given')
   builder = tfds.builder_cls('dtd')(data_dir=tmp_path / 'data')
-  with write._locked(builder, tmp_path / 'data'), pytest.raises(ValueError, match='another process is preparing tfds:dtd'):
+  with write._locked(builder, tmp_path / 'data'), pytest.raises(ValueError,
+                                                                match='another process is preparing tfds:dtd'):
     prepare.prepare('dtd', str(tmp_path / 'data'), str(tmp_path / 'given'))
 
 
 def test_a_folder_without_the_files_is_named(tmp_path):
-  """What was looked for, what is there, and where the file is published; whatever a builder trips over names the set."""
+  """What was looked for, what is there, and where the file is published; whatever a builder trips over names the
+  set."""
   (tmp_path / 'given' / 'holiday').mkdir(parents=True)
-  with pytest.raises(ValueError, match=r'have neither annotations.tar.gz nor annotations. There is: holiday. .*thor.robots.ox.ac.uk'):
+  with pytest.raises(ValueError, match=r'have neither annotations.tar.gz nor annotations. There is: holiday. '
+                                       r'.*thor.robots.ox.ac.uk'):
     prepare.prepare('oxford_iiit_pet', str(tmp_path / 'data'), str(tmp_path / 'given'))
-  with pytest.raises(ValueError, match='there is no folder .*nowhere; expected one with .*images.tar.gz and annotations.tar.gz'):
+  with pytest.raises(ValueError, match='there is no folder .*nowhere; expected one with .*images.tar.gz and '
+                                       'annotations.tar.gz'):
     prepare.prepare('oxford_iiit_pet', str(tmp_path / 'data'), str(tmp_path / 'nowhere'))
   write_pets(tmp_path / 'given')
   (tmp_path / 'given' / 'images' / 'Abyssinian_11.jpg').unlink()
-  with pytest.raises(ValueError, match='tfds:oxford_iiit_pet cannot be written from .*FileNotFoundError.*Abyssinian_11.jpg'):
+  with pytest.raises(ValueError, match='tfds:oxford_iiit_pet cannot be written from '
+                                       '.*FileNotFoundError.*Abyssinian_11.jpg'):
     prepare.prepare('oxford_iiit_pet', str(tmp_path / 'data'), str(tmp_path / 'given'))
   assert not list((tmp_path / 'data' / 'oxford_iiit_pet').glob('*'))
 
 
 @pytest.mark.parametrize('name,archive,keep', [
-    ('oxford_iiit_pet', 'images.tar.gz', 0.6), ('stanford_dogs', 'images.tar', 0.5), ('stanford_dogs', 'lists.tar', 0.2),
+    ('oxford_iiit_pet', 'images.tar.gz', 0.6), ('stanford_dogs', 'images.tar', 0.5),
+    ('stanford_dogs', 'lists.tar', 0.2),
     ('caltech101', 'caltech-101.zip', 0.7)])
 def test_an_archive_that_is_cut_short_is_named(name, archive, keep, tmp_path):
   """gzip notices by itself; a plain tar that ends between two files would pass for a whole one."""
@@ -562,7 +582,8 @@ def test_a_link_that_does_not_answer(tmp_path, monkeypatch):
     status_code, reason = 404, 'Not Found'
 
   monkeypatch.setattr(requests, 'get', lambda *_, **__: Answer())
-  with pytest.raises(ValueError, match=r'(?s)jkrause.* answers 404 Not Found.*Known: the pages of Stanford Cars answer 404 since 2023'
+  with pytest.raises(ValueError, match=r'(?s)jkrause.* answers 404 Not Found.*Known: the pages of Stanford Cars answer '
+                                       r'404 since 2023'
                                        r'.*cars_test_annos_withlabels.mat.*--from=FOLDER'):
     prepare.prepare('cars196', str(tmp_path))
 
@@ -581,7 +602,8 @@ def test_a_download_of_something_else(tmp_path, monkeypatch):
   page = requests.Response()
   page.status_code, page.url, page.raw = 200, 'https://x.org/dtd-r1.0.1.tar.gz', io.BytesIO(b'<html>moved</html>')
   monkeypatch.setattr(requests.Session, 'get', lambda *_, **__: page)
-  with pytest.raises(ValueError, match=r'(?s)tfds:dtd: the download failed: .*dtd-r1.0.1.tar.gz.*wrong checksum.*--from=FOLDER'):
+  with pytest.raises(ValueError, match=r'(?s)tfds:dtd: the download failed: .*dtd-r1.0.1.tar.gz.*wrong '
+                                       r'checksum.*--from=FOLDER'):
     prepare.prepare('dtd', str(tmp_path))
 
 
@@ -592,7 +614,8 @@ def test_a_builder_that_needs_more_of_tensorflow(tmp_path, monkeypatch):
 
   write_pets(tmp_path / 'given')
   monkeypatch.setattr(pets.Builder, '_generate_examples', lambda self, **_: iter(pets.tf.strings.split('a b')))
-  with pytest.raises(ValueError, match='TFDS needs tensorflow to write tfds:oxford_iiit_pet; for this step alone: pip install tensorflow'):
+  with pytest.raises(ValueError, match='TFDS needs tensorflow to write tfds:oxford_iiit_pet; for this step alone: pip '
+                                       'install tensorflow'):
     prepare.prepare('oxford_iiit_pet', str(tmp_path / 'data'), str(tmp_path / 'given'))
 
 
@@ -605,7 +628,8 @@ def test_no_room(tmp_path, monkeypatch):
 
 
 def test_a_download(tmp_path, monkeypatch):
-  """TFDS's own download, from a server on this machine: fetched, unpacked, written, without TensorFlow; not fetched twice."""
+  """TFDS's own download, from a server on this machine: fetched, unpacked, written, without TensorFlow; not fetched
+  twice."""
   import functools
   import http.server
   import threading
@@ -621,7 +645,8 @@ def test_a_download(tmp_path, monkeypatch):
     def log_message(self, *_):
       asked.append(self.path)
 
-  with http.server.ThreadingHTTPServer(('127.0.0.1', 0), functools.partial(Handler, directory=tmp_path / 'packed')) as server:
+  with http.server.ThreadingHTTPServer(('127.0.0.1', 0), functools.partial(Handler,
+                                                                           directory=tmp_path / 'packed')) as server:
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setattr(fgvc_aircraft, 'URL', f'http://127.0.0.1:{server.server_port}/fgvc-aircraft-2013b.tar.gz')
     prepare.prepare('fgvc_aircraft', str(tmp_path / 'data'))

@@ -28,7 +28,8 @@ class TinyPhotos(tfds.core.GeneratorBasedBuilder):
 
   def _info(self):
     return self.dataset_info_from_configs(features=tfds.features.FeaturesDict({
-        'image': tfds.features.Image(encoding_format='jpeg'), 'label': tfds.features.ClassLabel(names=['dark', 'light']),
+        'image': tfds.features.Image(encoding_format='jpeg'),
+        'label': tfds.features.ClassLabel(names=['dark', 'light']),
         'file_name': tfds.features.Text(), 'mask': tfds.features.Image(shape=(None, None, 1), encoding_format='png')}))
 
   def _split_generators(self, dl_manager):
@@ -147,7 +148,8 @@ def test_tfrecord_is_named_with_the_command(tfds_dir, tmp_path):
 def test_prepare(tfds_dir):
   """A set that is there is left as it is; a name that is not known is one line on the terminal."""
   assert prepare.prepare('tfds:tiny_photos', tfds_dir).endswith('tiny_photos/1.0.0')
-  run = subprocess.run([sys.executable, '-m', 'ft_jax.data.prepare', 'tfds:no_such_set'], capture_output=True, text=True,
+  run = subprocess.run([sys.executable, '-m', 'ft_jax.data.prepare', 'tfds:no_such_set'], capture_output=True,
+                       text=True,
                        cwd=pathlib.Path(prepare.__file__).parents[3], check=False)
   assert run.returncode == 1 and 'error: tfds:no_such_set' in run.stderr and 'Traceback' not in run.stderr
 

@@ -1,9 +1,10 @@
 """TFDS's builders write a set without TensorFlow: the few functions that they take from it, by other means.
 
-The builders of image sets use TensorFlow to open files and to list folders, and to encode a handful of images anew (twelve of
-Pets, 23 of ImageNet, the masks of CUB, all of SUN397 that OpenCV does not read). Files are opened by etils.epath here, which
-TFDS itself uses elsewhere, and those images go through Pillow: the encoded bytes differ from TensorFlow's, the pixels by what
-two JPEG decoders differ. Everything else that a builder asks for comes from TensorFlow, where it is installed.
+The builders of image sets use TensorFlow to open files and to list folders, and to encode a handful of images anew
+(twelve of Pets, 23 of ImageNet, the masks of CUB, all of SUN397 that OpenCV does not read). Files are opened by
+etils.epath here, which TFDS itself uses elsewhere, and those images go through Pillow: the encoded bytes differ from
+TensorFlow's, the pixels by what two JPEG decoders differ. Everything else that a builder asks for comes from
+TensorFlow, where it is installed.
 """
 
 from collections.abc import Iterator
@@ -60,7 +61,7 @@ def _encode(image: np.ndarray, kind: str, **options: Any) -> _Bytes:
   return _Bytes(stream.getvalue())
 
 
-def _encode_jpeg(image: np.ndarray, format: str = '', quality: int = 95) -> _Bytes:  # noqa: A002, the name of TensorFlow
+def _encode_jpeg(image: np.ndarray, format: str = '', quality: int = 95) -> _Bytes:  # TensorFlow's names
   del format
   return _encode(image, 'JPEG', quality=quality, subsampling=2)  # TensorFlow halves the colours too
 
@@ -101,7 +102,8 @@ class _Names:
     try:
       import tensorflow
     except ImportError as error:
-      raise ModuleNotFoundError(f'{self._module}.{name} is not at hand without TensorFlow', name='tensorflow') from error
+      raise ModuleNotFoundError(f'{self._module}.{name} is not at hand without TensorFlow',
+                                name='tensorflow') from error
     module = tensorflow
     for part in self._module.split('.')[1:]:
       module = getattr(module, part)
@@ -128,7 +130,8 @@ class _Session:
     pass
 
 
-_GFILE = _Names('tensorflow.io.gfile', GFile=_open, exists=os.path.exists, isdir=os.path.isdir, listdir=_list, walk=_walk)
+_GFILE = _Names('tensorflow.io.gfile', GFile=_open, exists=os.path.exists, isdir=os.path.isdir, listdir=_list,
+                walk=_walk)
 
 TENSORFLOW = _Names(
     'tensorflow',
