@@ -62,7 +62,8 @@ def test_term_and_gradient(form, seed, weight, head_weight):
   with jax.enable_x64(True):
     value, (of_taps, of_params) = jax.device_get(jax.value_and_grad(loss, (0, 1))(taps, params))
   np.testing.assert_allclose(value, term(method, taps, teacher, weights, fresh), rtol=1e-5)
-  np.testing.assert_allclose(of_params['heads']['target']['kernel'], head_weight * fresh['kernel'], rtol=1e-6)
+  np.testing.assert_allclose(of_params['heads']['target']['kernel'], head_weight * fresh['kernel'], rtol=1e-6,
+                             atol=1e-12)
   assert not any(np.any(part) for part in (of_params['layer1'], of_params['heads']['pretrained']['bias'],
                                            of_params['methods']['other']))
   step = {layer: 1e-3 * rng.normal(size=maps.shape) for layer, maps in taps.items()}
