@@ -171,6 +171,7 @@ def train(run: Run, step: StepFn, state: TrainState, start: int, skip: Sequence[
       state, done, complete, stops = parallel.replicate(state), start, False, False
       evaluates = plan.due(start) and not checkpoints.evaluated(start)
       while True:
+        # The end of a window of metrics; an evaluation and a stop end one too.
         if evaluates or stops or done % plan.log_every == 0:
           metrics, val = window.means(), None
           if evaluates and not stops:
