@@ -98,10 +98,10 @@ _DRAWN = """
 import sys
 from ft_jax import cluster
 cluster.start(sys.argv[1], 2, int(sys.argv[2]))
-from ft_jax.jobs import setup
+from ft_jax.training import initial_weights
 from ft_jax.models import build
-variables = setup.init_variables(build('resnet18', {'target': 3}, width=4, stem='3x3', size=16), 0, None)
-print('drawn', setup.weights_fingerprint(variables), file=sys.stderr)
+variables = initial_weights.init_variables(build('resnet18', {'target': 3}, width=4, stem='3x3', size=16), 0, None)
+print('drawn', initial_weights.weights_fingerprint(variables), file=sys.stderr)
 """
 
 

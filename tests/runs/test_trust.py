@@ -35,12 +35,12 @@ import pytest
 
 from configs import miniature as compare_config
 from configs import predict as predict_config
-from ft_jax import environment, names, progress, selecting, trained
+from ft_jax import environment, models, names, progress, selecting, trained
 from ft_jax.data import contents, decode, label_noise, open_set
 from ft_jax.data.image_set import ImageSet
 from ft_jax.data.path_list import open_paths
 from ft_jax.data.pipeline import Transform
-from ft_jax.jobs import compare, export, predict, setup
+from ft_jax.jobs import compare, export, predict
 from ft_jax.models import torch_pickle
 from ft_jax.pages import comparison, report, study_csv
 from ft_jax.workdir import Workdir, write_results
@@ -570,7 +570,7 @@ def test_names_lead_to_no_other_folder(tmp_path, monkeypatch):
                        'model': {'name': 'resnet18', 'width': 4, 'stem': '3x3', 'dtype': 'float32',
                                  'precision': 'default',
                                  'sync_batch_norm': False, 'batch_norm': 'train'}})
-  model = setup.build_model(config.model, {'target': len(classes)}, config.image_size)
+  model = models.from_config(config.model, {'target': len(classes)}, config.image_size)
   shapes = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 16, 16, 3), np.uint8))
   results = {'best_step': 1, 'val': evaluation(list(classes)), 'test': None}
   variables = jax.tree.map(lambda x: np.ones(x.shape, np.float32), shapes)

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from configs import default
-from ft_jax.jobs import finetune, pretrain, setup
+from ft_jax.jobs import finetune, pretrain
 from ft_jax.models import build
 from ft_jax.models.batch_norm import BatchNorm
 from ft_jax.training import fit, initial_weights
@@ -146,7 +146,7 @@ def test_pre_training_refuses_what_is_for_fine_tuning(tmp_path):
 def test_random_weights_are_recorded_by_how_they_were_drawn():
   """On another kind of machine the last bits of drawn numbers differ; of pre-trained weights every bit counts."""
   model = build('resnet18', {'target': 3}, width=1)
-  here = setup.init_variables(model, 0, None)
+  here = initial_weights.init_variables(model, 0, None)
   there = jax.tree.map(lambda x: np.nextafter(x, np.float32(np.inf)), here)
   assert initial_weights.weights_fingerprint(here) != initial_weights.weights_fingerprint(there)
   record = lambda variables, pretrained, seed=0: fit.weights_record(fit.InitialNetwork(model, variables, pretrained,
