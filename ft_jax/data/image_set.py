@@ -68,7 +68,7 @@ class ImageSet:
   def __getitem__(self, i: int) -> Example:
     return Example(self.read(int(self.rows[i])), int(self.labels[i]), str(self.ids[i]))
 
-  # --- made from ---
+  # --- constructors ---
 
   @classmethod
   def from_folder(cls, path: str | os.PathLike[str], split: str = 'train') -> 'ImageSet':
@@ -106,10 +106,9 @@ class ImageSet:
 
     Args:
       images: uint8 `[n, h, w, 3]` (RGB) or `[n, h, w]` (grey), or a list with one image each: uint8 `[h, w, 3]` or
-        `[h, w]` of any size, or the bytes of an image file.
+        `[h, w]` of any size, a Pillow image, or the bytes of an image file.
       labels: the class of each image, by number (0 is the first class) or by name. None makes one class of them, as in
-        a folder
-        without class folders: such a set can be predicted, or be the pool of methods.fixmatch.
+        a folder without class folders: such a set can be predicted, or be the pool of methods.fixmatch.
       class_names: in the order of the numbers. None takes the names in `labels`, sorted, or '0', '1', ... for numbers.
       name: for messages and reports.
 

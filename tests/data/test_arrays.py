@@ -31,15 +31,15 @@ def encoded(image: np.ndarray, form: str = 'PNG') -> bytes:
     photos(), photos(size=(9, 7)), photos(size=(9, 7, 1)), list(photos()),
     [photos()[0], photos(2, (5, 6))[1], encoded(photos()[2]), photos()[3]],
     [encoded(image) for image in photos()], photos().astype('u1')[::-1],
-    [photos()[0].tolist()] and [bytearray(encoded(photos()[0]))] * 4])
+    [bytearray(encoded(photos()[0]))] * 4, [PIL.Image.fromarray(image) for image in photos()]])
 def test_images_of_every_kind(images):
-  """One array, arrays of different sizes, encoded files, all of them mixed; grey and RGB."""
+  """One array, arrays of different sizes, encoded files, Pillow images, all of them mixed; grey and RGB."""
   made = ImageSet.from_arrays(images, [0, 1, 1, 0], ['cat', 'dog'])
   assert (len(made), made.class_names, made.labels.tolist(), made.labels.dtype) == (4, ('cat', 'dog'), [0, 1, 1, 0],
                                                                                     np.int32)
   for i in range(4):
     image = decode(made[i].image, made[i].id)
-    expected = decode(bytes(images[i]), 'x') if isinstance(images[i], (bytes, bytearray)) else images[i]
+    expected = decode(bytes(images[i]), 'x') if isinstance(images[i], (bytes, bytearray)) else np.asarray(images[i])
     expected = expected if expected.ndim == 3 else expected[..., None]
     assert image.dtype == np.uint8 and image.shape[2] == 3
     np.testing.assert_array_equal(image, np.broadcast_to(expected, image.shape))
@@ -120,7 +120,7 @@ def test_labels_are_numbers_or_names(labels, class_names, numbers, names):
     ([pathlib.Path('a.jpg')], r'images\[0\] is of type PosixPath; .*paths of files are for ImageSet.from_files'),
     ([None], r'images\[0\] is of type NoneType; expected uint8'),
     ([b''], r'images\[0\] has no bytes'),
-    ([PIL.Image.new('L', (3, 3))], r"images\[0\] is of type Image; .* np.asarray\(image.convert\('RGB'\)\)")])
+    ([PIL.Image.new('F', (3, 3))], r'images\[0\] cannot be read as an image .*mode F, whose range is not known')])
 def test_what_is_not_an_image(images, words):
   with pytest.raises(ValueError, match=words) as caught:
     ImageSet.from_arrays(images, None)
