@@ -42,8 +42,8 @@ class ImageSet:
     fingerprint: changes with the bytes of any image, the ids, their order, the labels and the class names, and with
       nothing else: a copy in another folder or on another machine has the same.
     contents: `[n]` of dtype `contents.HASH`, a hash of the bytes or pixels of each image; None where it is not known.
-    legacy_fingerprint: the fingerprint of earlier versions, made from ids and file sizes, as it stands in their
-      checkpoints and selections; '' if there is none.
+    legacy_fingerprint: the fingerprint of earlier versions, made from ids and file sizes, which their
+      checkpoints and selections have; '' if there is none.
     broken: ids of images that are known to be unreadable: links to files that do not exist.
     unused: files beside the examples that are not used, if the set is a folder.
   """
@@ -149,7 +149,7 @@ class ImageSet:
     return self.subset(np.flatnonzero(np.isin(self.labels, classes)))
 
   def without(self, names: Sequence[str | int]) -> 'ImageSet':
-    """The set without some classes; the remaining classes are numbered anew.
+    """The set without some classes; the remaining classes are renumbered.
 
     Args:
       names: of the classes to leave out. A number stands for the class of that name.
