@@ -33,8 +33,8 @@ def network(heads: Mapping[str, int] | None = None, **kwargs: Any) -> resnet.Res
 
 
 def variables(model: resnet.ResNet, seed: int = 0) -> dict[str, Any]:
-  """Fresh ones, drawn by numpy (compiling `init` takes longer than a test), with running statistics that say
-  something."""
+  """Fresh ones, drawn by numpy (compiling `init` takes longer than a test), with running statistics that say something.
+  """
   rng = np.random.default_rng(seed)
 
   def draw(path: tuple[str, ...], leaf: Any) -> np.ndarray:
@@ -92,8 +92,8 @@ def context(model: resnet.ResNet, start: Mapping[str, Any] = types.MappingProxyT
 def run(active: Mapping[str, methods.Method], *, steps: int = 1, devices: int = 1, microbatches: int = 1,
         model: resnet.ResNet | None = None,
         batches: Any = None, rate: float = 0.05, start: Mapping[str, Any] | None = None, state: Any = None,
-        loss_weights: Mapping[str, float] | None = None, examples: Any = None) -> tuple[TrainState,
-                                                                                        list[dict[str, float]]]:
+        loss_weights: Mapping[str, float] | None = None,
+        examples: Any = None) -> tuple[TrainState, list[dict[str, float]]]:
   """The state after some steps of plain gradient descent (so what changes is the gradient), and the metrics of each
   step.
 

@@ -139,6 +139,16 @@ def open_splits(settings: SplitSettings, data_dir: str, seed: int,
   return Splits(train, val, test)
 
 
+def unsampled_sets(settings: SplitSettings, data_dir: str, images: Given | None = None) -> list[ImageSet]:
+  """All images that `open_splits` may sample from or open, whatever the seed; [] where it samples none."""
+  if not settings.samples:
+    return []
+  if images is not None:
+    return list(images.values())
+  names = [name for name in (settings.train, settings.val, settings.test) if name and name != 'rest']
+  return [open_set(settings.name, name, data_dir, quiet=True) for name in dict.fromkeys(names)]
+
+
 def _labelled(source: ImageSet) -> ImageSet:
   if source.class_names == (UNLABELLED,):
     raise ValueError(f'{source.name} holds no class folders but {len(source):,d} images, so their classes are not known; expected '

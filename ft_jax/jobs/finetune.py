@@ -9,7 +9,7 @@ import jax
 from ml_collections import ConfigDict
 import numpy as np
 
-from ft_jax import embedding, methods, noise, parallel, selecting
+from ft_jax import embedding, methods, models, noise, parallel, selecting
 from ft_jax.data import open_set, overlap
 from ft_jax.data.image_set import ImageSet
 from ft_jax.data.pipeline import make_transform, Transform
@@ -26,8 +26,9 @@ from ft_jax.data.splits import (
   split_fingerprints,
   Splits,
   SplitSettings,
+  unsampled_sets,
 )
-from ft_jax.jobs import pretrain, setup
+from ft_jax.jobs import pretrain
 from ft_jax.methods import Method
 from ft_jax.models.network import Network, network_variables
 from ft_jax.pages import report
@@ -236,7 +237,7 @@ def _source_batch(ratio: float, training: Training) -> int:
 def _model(config: ConfigDict, active: Mapping[str, Method], training: Training,
            source_batch: int) -> tuple[Network, Trainable]:
   """The network with all of its heads, and what training does to it; raises ValueError where they or methods do not fit."""
-  network = setup.build_model(config.model, {}, config.image_size, config.train.freeze)
+  network = models.from_config(config.model, {}, config.image_size, config.train.freeze)
   needs = methods.all_needs(active, network)
   unlabelled = _unlabelled(active)
   if unlabelled and config.model.source_head == 'pretrained':
@@ -297,7 +298,8 @@ def _open_sets(settings: Settings, work: Workdir, target: Given | None, source: 
   pool = pool if readable is None else readable
   check_same_images(splits, pool)
   opened = {**{f'target {name}': images for name, images in splits._asdict().items()}, overlap.POOL: pool}
-  copies = overlap.settle(work, splits, pool, settings.duplicates)
+  unsampled = unsampled_sets(settings.target, settings.data_dir, target)
+  copies = overlap.settle(work, splits, pool, settings.duplicates, unsampled)
   splits, pool = copies.splits, copies.pool
   if check:
     settings.check_sets(splits, pool)  # what is left of them
@@ -370,7 +372,7 @@ def _encoder(settings: Settings, weights: Weights | None, folder: epath.Path,
              unfinished: epath.Path) -> embedding.Encoder:
   """Makes the features that are compared: by the network of the weights."""
   network = settings.model.clone(heads={})
-  variables = setup.init_variables(network, settings.seed, weights.variables if weights else None)
+  variables = initial_weights.init_variables(network, settings.seed, weights.variables if weights else None)
   if settings.selection.projects and weights:
     variables['projection'] = weights.variables['projection']
   random = ''
@@ -409,7 +411,7 @@ def _network(settings: Settings, sets: Sets, weights: Weights | None) -> fit.Ini
   if 'pretrained' in settings.model.heads and start:
     sizes['pretrained'] = start['params']['heads']['pretrained']['bias']
   model = settings.model.clone(heads={head: len(sizes[head]) for head in settings.model.heads})
-  variables = setup.init_variables(model, settings.seed, start or None)
+  variables = initial_weights.init_variables(model, settings.seed, start or None)
   return fit.InitialNetwork(model, variables, start, settings.trainable.factors)
 
 

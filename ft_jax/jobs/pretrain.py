@@ -8,7 +8,7 @@ from etils import epath
 from ml_collections import ConfigDict
 import numpy as np
 
-from ft_jax import methods, parallel
+from ft_jax import methods, models, parallel
 from ft_jax.data.image_set import digest
 from ft_jax.data.pipeline import make_transform, Transform
 from ft_jax.data.splits import (
@@ -24,7 +24,6 @@ from ft_jax.data.splits import (
   Splits,
   SplitSettings,
 )
-from ft_jax.jobs import setup
 from ft_jax.models.network import Network
 from ft_jax.pages import report
 from ft_jax.progress import log
@@ -84,7 +83,7 @@ class Settings:
                        'job pretrain')
     initial_weights.check_weights(config.model)
     training = Training.from_config(config.train)
-    model = setup.build_model(config.model, {'source': UNKNOWN}, config.image_size, config.train.freeze)
+    model = models.from_config(config.model, {'source': UNKNOWN}, config.image_size, config.train.freeze)
     fresh = ('source',) if config.model.weights and config.model.source_head == 'fresh' else ()
     trainable = Trainable.of(training, model, training.batch_size, fresh=fresh)
     return cls(
@@ -127,7 +126,7 @@ def pretrain(settings: Settings, workdir: epath.PathLike, left_out: Sequence[str
     classes = len(splits.train.class_names)
     model = settings.model.clone(heads={'source': classes})
     start = weights.variables if weights else None
-    variables = setup.init_variables(model, settings.seed, start)
+    variables = initial_weights.init_variables(model, settings.seed, start)
     streams = {'source': fit.Stream(splits.train, settings.training.batch_size, 1.0)}
     data = fit.TrainingData(streams, splits, settings.transform, settings.seed, settings.reading.timeout)
     results = fit.fit(settings.training, work, data,

@@ -49,6 +49,7 @@ def table(photos, tmp_path, monkeypatch) -> pathlib.Path:
   return tmp_path / 'photos.csv'
 
 
+@pytest.mark.slow
 def test_a_new_back_end_is_one_file_and_one_row(table, photos, pool, tmp_path):
   """It is fine-tuned on, with a selection from a folder; its splits are those of the folder it lists."""
   assert len(CSV.strip().splitlines()) < 30

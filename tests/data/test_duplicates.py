@@ -14,8 +14,9 @@ import pytest
 from configs import miniature
 from ft_jax import selecting
 from ft_jax.data import contents, decode, duplicates, open_set, overlap
-from ft_jax.data.splits import open_splits, Splits, SplitSettings
+from ft_jax.data.splits import open_splits, Splits, SplitSettings, unsampled_sets
 from ft_jax.jobs import finetune, pretrain
+from ft_jax.workdir import Workdir
 
 # What is done to an image of the target before it lies in the pool, and the kind that it is found as.
 PLANTED = {
@@ -348,12 +349,42 @@ def test_hosts_look_through_a_share_each(sets, monkeypatch):
   """Together they find what one host finds, in the same order."""
   splits, pool = opened(sets)
   target, = duplicates.hashes([splits.test], 'target')
-  alone = overlap._in_pool(pool, target)
+  alone = overlap._in_pool(pool, target, target)
   told: list[list] = []
   monkeypatch.setattr(overlap.jax, 'process_count', lambda: 2)
   monkeypatch.setattr(overlap.parallel, 'everyone', lambda value: told.append(value) or [*told])
   for host in (0, 1):
     monkeypatch.setattr(overlap.jax, 'process_index', lambda host=host: host)
-    together = overlap._in_pool(pool, target)
+    together = overlap._in_pool(pool, target, target)
   assert together == alone and len(alone) == len(PLANTED) and all(len(pool) // 2 > match.row for match in alone)
-  assert overlap._in_pool(pool.subset(np.arange(len(pool))[::-1]), target)[-1].row == len(pool) - 1 - alone[0].row
+  assert overlap._in_pool(pool.subset(np.arange(len(pool))[::-1]), target, target)[-1].row == len(pool) - 1 - alone[0].row
+
+
+def test_other_samples_of_the_target_cost_no_other_search(sets, monkeypatch):
+  """Of each seed the same copies as without what others sample; nothing is decoded, or searched in the whole pool, again."""
+  for i, name in enumerate(('recompressed.jpg', 'pixels.png', 'resized.jpg')):  # copies of images that only some seeds sample
+    plant(sets / 'target' / 'train' / 'one' / f'{2 * i}.jpg', sets / 'pool' / 'b', name)
+  fields = config(sets, **{'target.train_per_class': 3, 'target.val_fraction': 0.4})
+  settings = SplitSettings.from_config(fields.target)
+  pool, unsampled = open_set(fields.source.name, 'train'), unsampled_sets(settings, '')
+  seeds = [open_splits(settings, '', seed) for seed in range(4)]
+  alone = [overlap.find(splits, pool) for splits in seeds]
+  assert len({len(found[overlap.POOL]) for found in alone}) > 1
+  assert overlap.find(seeds[0], pool, unsampled) == alone[0]
+  monkeypatch.setattr(duplicates, '_hashed', None)
+  searched, nearest = [], duplicates._nearest
+  monkeypatch.setattr(duplicates, '_nearest', lambda some, *rest: searched.append(len(some)) or nearest(some, *rest))
+  assert [overlap.find(splits, pool, unsampled) for splits in seeds] == alone
+  assert max(searched) < 12 < len(pool)
+
+
+@pytest.mark.parametrize('rule', ['keep', 'drop'])
+def test_nothing_is_searched_that_is_kept_anyway(sets, rule, monkeypatch):
+  """And a run that kept copies before it had a checkpoint searches them when it is to drop them."""
+  splits, pool = opened(sets)
+  work = Workdir(sets / 'run', config(sets).to_dict())
+  with monkeypatch.context() as patch:
+    patch.setattr(overlap, 'find', None)
+    kept = overlap.settle(work, splits, pool, 'keep')
+  assert kept.pool is pool and kept.summary() == {'rule': 'keep', 'found': {}}
+  assert len(overlap.settle(work, splits, pool, rule).dropped) == (6 if rule == 'drop' else 0)

@@ -15,7 +15,7 @@ from configs import default, miniature
 from ft_jax import selecting
 from ft_jax.data import open_set
 from ft_jax.data.image_set import ImageSet
-from ft_jax.jobs import finetune, pretrain, setup
+from ft_jax.jobs import finetune, pretrain
 from ft_jax.studies import study_data
 from ft_jax.training import initial_weights
 import selection
@@ -171,9 +171,9 @@ def test_projection_features_are_the_mlp_of_the_pooled_ones(photos, tmp_path):
 def test_embeddings_of_random_weights_are_found_again_on_another_machine(photos, tmp_path, monkeypatch):
   """There the last bits of drawn weights differ; another seed draws other weights."""
   source, folder, features = open_set(f'folder:{photos}', 'test'), epath.Path(tmp_path), []
-  drawn = setup.init_variables
+  drawn = initial_weights.init_variables
   for seed, factor in ((0, 1.0), (0, 1 + 2.0 ** -23), (1, 1.0)):
-    monkeypatch.setattr(setup, 'init_variables', lambda *args, f=factor: jax.tree.map(lambda x: x * np.float32(f), drawn(*args)))
+    monkeypatch.setattr(initial_weights, 'init_variables', lambda *args, f=factor: jax.tree.map(lambda x: x * np.float32(f), drawn(*args)))
     settings = finetune.Settings.from_config(config(photos, photos, seed=seed, **{'model.width': 1}))
     features.append(finetune._encoder(settings, None, folder / 'kept', folder / 'unfinished').embed(source, 'source', means=True))
   assert len(list((folder / 'kept').iterdir())) == 2
@@ -222,13 +222,13 @@ def test_image_sets_in_memory(tmp_path):
   source = ImageSet.from_arrays(images(24), np.arange(24) % 4, ['w', 'x', 'y', 'z'])
   settings = config('', '', **{'target.name': '', 'source.name': '', 'target.test': 'rest', 'target.train_fraction': 0.6,
                                'target.val_fraction': 0.2, 'model.width': 1})
-  results = finetune.run(settings, tmp_path / 'run', target=target, source=source)
+  results = finetune.run(settings, tmp_path / 'run', target={'train': target}, source={'train': source})
   assert [results['target'][split] for split in ('train', 'val', 'test')] == [15, 3, 12]
   assert results['target']['name'] == target.name and results['source']['classes'] == 4 and results['selection']['units'] == 2
   assert 'data:image/jpeg' in (tmp_path / 'run' / 'report.html').read_text()
   (tmp_path / 'run' / 'results.json').unlink()
   other = ImageSet.from_arrays(images(30), np.arange(30) % 3, ['ant', 'bee', 'cat'])
   with pytest.raises(ValueError, match='changed since then: target images'):
-    finetune.run(settings, tmp_path / 'run', target=other, source=source)
+    finetune.run(settings, tmp_path / 'run', target={'train': other}, source={'train': source})
   with pytest.raises(ValueError, match='config.target.name is empty'):
-    finetune.run(settings, tmp_path / 'other', source=source)
+    finetune.run(settings, tmp_path / 'other', source={'train': source})

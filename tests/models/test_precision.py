@@ -13,11 +13,10 @@ import optax
 import pytest
 
 from configs import default
-from ft_jax import logistic
+from ft_jax import logistic, models
 from ft_jax.data import open_set
 from ft_jax.data.pipeline import Transform
 from ft_jax.embedding import Encoder
-from ft_jax.jobs import setup
 from ft_jax.methods import delta
 from ft_jax.methods.base import teacher_variables
 from ft_jax.methods.bi_tuning import BiTuning
@@ -26,6 +25,7 @@ from ft_jax.methods.delta import Delta
 from ft_jax.methods.lwf import LwF
 from ft_jax.models import build, precision, resnet
 from ft_jax.studies import probe, stability
+from ft_jax.training import initial_weights
 from ft_jax.training.step import create_state, make_step, parallel
 import selection
 from selection import embeddings, transport
@@ -95,7 +95,7 @@ def test_embeddings_have_the_highest(asked, projection, photos, monkeypatch):
   """The whole program that makes features, whatever the config says of training; with MoCo-v2's projection too."""
   network = default.get_config().model
   network.name, network.width, network.precision = 'resnet18', 4, asked
-  variables = setup.init_variables(setup.build_model(network, {}, 32), 0, None)
+  variables = initial_weights.init_variables(models.from_config(network, {}, 32), 0, None)
   if projection:
     variables['projection'] = {layer: {'kernel': np.eye(32, dtype=np.float32), 'bias': np.zeros(32, np.float32)} for layer in '02'}
   found, jit = [], jax.jit
@@ -111,7 +111,7 @@ def test_embeddings_have_the_highest(asked, projection, photos, monkeypatch):
 
   monkeypatch.setattr(embeddings.jax, 'jit', recorded)
   source = open_set(f'folder:{photos}', 'test').subset(range(8))
-  encoder = lambda: Encoder(network.name, setup.build_model(network, {}, 32), variables, Transform(32, short_side=32), 8)
+  encoder = lambda: Encoder(network.name, models.from_config(network, {}, 32), variables, Transform(32, short_side=32), 8)
   made = encoder().embed(source, 'test')
   assert len(found) >= 2 * (20 + 2 * projection) and set(found) == {'HIGHEST'}
   monkeypatch.undo()

@@ -20,7 +20,7 @@ from ft_jax.data import open_set, pipeline
 from ft_jax.data.pipeline import place_of, rows_at, Stalled, train_batches, Transform
 from ft_jax.data.splits import open_splits, SplitSettings
 from ft_jax.embedding import Encoder, remove_partial
-from ft_jax.jobs import finetune, setup
+from ft_jax.jobs import finetune
 from ft_jax.training import fit
 from ft_jax.training.loop import Diverged
 from selection import journal
@@ -74,12 +74,12 @@ def test_embeddings_that_were_killed_go_on(pool, tmp_path, monkeypatch):
   monkeypatch.setattr(journal, 'SECONDS', 0.0)
   network, source = default.get_config().model, open_set(f'folder:{pool}', 'train')
   network.name, network.width = 'resnet18', 4
-  variables = setup.init_variables(setup.build_model(network, {}, 32), 0, None)
+  variables = initial_weights.init_variables(models.from_config(network, {}, 32), 0, None)
 
   def run(folder, read):
     """Of a first set, and then of a second one, which is read by `read`."""
     place, sets = epath.Path(tmp_path), (source, dataclasses.replace(source.subset(range(60)), read=read))
-    encoder = Encoder(network.name, setup.build_model(network, {}, 32), variables, Transform(size=32, short_side=36), 8,
+    encoder = Encoder(network.name, models.from_config(network, {}, 32), variables, Transform(size=32, short_side=36), 8,
                       folder=place / folder, unfinished=place / 'unfinished')
     found = [encoder.embed(images, 'source', means=True) for images in sets]
     remove_partial(place / 'unfinished')
@@ -262,4 +262,4 @@ def test_statistics_of_each_device_change_with_their_number(caplog):
 def fit_model(config, sync):
   with config.unlocked():
     config.sync_batch_norm = sync
-  return setup.build_model(config, {'target': 2}, 32)
+  return models.from_config(config, {'target': 2}, 32)

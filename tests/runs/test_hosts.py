@@ -98,10 +98,10 @@ _DRAWN = """
 import sys
 from ft_jax import cluster
 cluster.start(sys.argv[1], 2, int(sys.argv[2]))
-from ft_jax.jobs import setup
+from ft_jax.training import initial_weights
 from ft_jax.models import build
-variables = setup.init_variables(build('resnet18', {'target': 3}, width=4, stem='3x3', size=16), 0, None)
-print('drawn', setup.weights_fingerprint(variables), file=sys.stderr)
+variables = initial_weights.init_variables(build('resnet18', {'target': 3}, width=4, stem='3x3', size=16), 0, None)
+print('drawn', initial_weights.weights_fingerprint(variables), file=sys.stderr)
 """
 
 
@@ -142,11 +142,11 @@ def test_any_number_of_processes_comes_to_the_same(photos, pool, tmp_path):
   # The first one alone tells how it goes.
   assert 'training' not in printed[1] and 'process 1: warning: config.model.weights is empty' in printed[1]
   if damaged:
-    assert f'It is set aside in {damaged}' in printed[0] and 'going on from step' in printed[0]
+    assert f'It is set aside in {damaged}' in printed[0] and 'resuming from step' in printed[0]
   assert 'the same command resumes from there' in printed[0] and 'the same command' not in printed[1]
 
   codes, printed = zip(*ended(job(many, data, 2)))
-  assert codes == (0, 0) and 'going on from step' in printed[0], printed
+  assert codes == (0, 0) and 'resuming from step' in printed[0], printed
 
   (chosen, lines, results), (chosen_many, lines_many, results_many) = told(one), told(many)
   assert chosen_many['units'] == chosen['units']

@@ -155,7 +155,7 @@ def test_interrupted_equals_uninterrupted(finished, weights, tmp_path):
   largest = max((newest / 'state' / 'd').iterdir(), key=lambda path: path.stat().st_size)
   largest.write_bytes(largest.read_bytes()[:-100])
   again = main(workdir, *flags)
-  assert again.returncode == 0 and re.search(r'going on from step \d+ of 24', again.stderr), again.stderr
+  assert again.returncode == 0 and re.search(r'resuming from step \d+ of 24', again.stderr), again.stderr
   assert f'It is set aside in {workdir / "damaged" / newest.name}' in again.stderr
   (state, lines, results), (whole_state, whole_lines, whole_results) = comparable(workdir), comparable(whole)
   assert {'params', 'batch_stats', 'opt_state', 'step'} <= set(state)
@@ -212,7 +212,7 @@ def test_going_on_with_other_images_is_refused(photos, pool, tmp_path):
   for path, data in zip(gone, kept):
     path.write_bytes(data)
   third = main(tmp_path / 'run', *flags)
-  assert third.returncode == 0 and 'going on from step 4 of 4' in third.stderr, third.stderr
+  assert third.returncode == 0 and 'resuming from step 4 of 4' in third.stderr, third.stderr
 
 
 @pytest.mark.slow

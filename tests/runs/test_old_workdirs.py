@@ -45,7 +45,7 @@ def test_an_interrupted_run_resumes_to_its_end(old, name, caplog):
   caplog.set_level(logging.INFO)
   chosen = (old / name / 'selection.json').read_bytes()
   results = JOBS[name].run(old_workdirs.config(name), name)
-  assert results['steps'] == 4 and 'going on from step 2 of 4' in caplog.text
+  assert results['steps'] == 4 and 'resuming from step 2 of 4' in caplog.text
   assert (old / name / 'selection.json').read_bytes() == chosen
   assert results['selection']['images'] == (6 if 'random' in name else 8)
   assert [json.loads(line)['step'] for line in (old / name / 'metrics.jsonl').read_text().splitlines()] == [1, 2, 3, 4]

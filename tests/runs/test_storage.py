@@ -268,7 +268,7 @@ def test_a_whole_run_is_killed_and_goes_on(bucket, tmp_path):
   process.communicate()
   assert 'runs/one/results.json' not in bucket.names()
   run = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
-  assert run.returncode == 0 and 'going on from step ' in run.stderr and 'embedding' not in run.stderr, run.stderr
+  assert run.returncode == 0 and 'resuming from step ' in run.stderr and 'embedding' not in run.stderr, run.stderr
   lines = [json.loads(line) for line in bucket.read('runs/one/metrics.jsonl').splitlines()]
   assert [line['step'] for line in lines] == [2, 4, 6, 8, 10, 12]
   results = json.loads(bucket.read('runs/one/results.json'))

@@ -8,7 +8,7 @@ from safetensors.numpy import save_file
 from torch_weights import RESNET
 
 from configs import study as study_config
-from ft_jax.jobs import setup
+from ft_jax import models
 from ft_jax.models import export
 from ft_jax.studies import history
 
@@ -21,7 +21,7 @@ def network(**fields):
 
 def write(path, classes=3, **fields):
   """A file of random weights, with a classifier."""
-  model = setup.build_model(network(**fields), {'source': classes}, 32)
+  model = models.from_config(network(**fields), {'source': classes}, 32)
   shapes = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 32, 32, 3), np.uint8))
   rng = np.random.default_rng(0)
   variables = jax.tree.map(lambda x: rng.uniform(0.1, 1.0, x.shape).astype(np.float32), shapes)

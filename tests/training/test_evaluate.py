@@ -1,4 +1,5 @@
-"""Metrics are exact: padding counts nothing, every example counts once, classes weigh the same in the mean per class."""
+"""Metrics are exact: padding counts nothing, every example counts once, classes weigh the same in the mean per class.
+"""
 
 import types
 
@@ -70,12 +71,16 @@ class Batches(list):
 
 @pytest.mark.parametrize('run', [_evaluated, _taught, _probed, _predicted])
 def test_a_batch_is_read_while_the_next_one_is_under_way(run, monkeypatch):
-  """In every pass over a split: evaluation, the teacher's, the Hessian's, predictions. No device waits until the host has read a batch."""
+  """In every pass over a split: evaluation, the teacher's, the Hessian's, predictions. No device waits until the host
+  has read a batch.
+  """
   events, copies = [], parallel.unreplicate
   row = lambda k: np.arange(4 * k, 4 * k + 4, dtype=np.int32)
-  of_images = lambda batch: {**batch, 'prediction': batch['label'], 'loss': batch['label'] + 0.5, 'features': batch['label'][:, None],
+  of_images = lambda batch: {**batch, 'prediction': batch['label'], 'loss': batch['label'] + 0.5,
+                             'features': batch['label'][:, None],
                              'classes': batch['label'][:, None], 'probabilities': batch['label'][:, None] + 0.5}
-  result = of_images if run is not _probed else lambda batch: {'products': {'w': np.float32(1)}, 'examples': np.float32(4)}
+  result = of_images if run is not _probed else lambda batch: {'products': {'w': np.float32(1)},
+                                                               'examples': np.float32(4)}
 
   def mapped(function, **kwargs):
     def dispatch(*args):
