@@ -57,7 +57,8 @@ def test_fingerprints_are_those_of_the_contents():
   others = [ImageSet.from_arrays(changed, labels), ImageSet.from_arrays(images[::-1], labels),
             ImageSet.from_arrays(images, labels[::-1]), ImageSet.from_arrays(images, same.labels, ['a', 'c'])]
   assert len({each.fingerprint for each in [made, *others]}) == 5
-  script = 'import pickle, sys; from ft_jax.data import ImageSet; print(ImageSet.from_arrays(*pickle.load(sys.stdin.buffer)).fingerprint)'
+  script = ('import pickle, sys; from ft_jax.data import ImageSet; '
+            'print(ImageSet.from_arrays(*pickle.load(sys.stdin.buffer)).fingerprint)')
   run = subprocess.run([sys.executable, '-c', script], input=pickle.dumps((images, labels)), capture_output=True,
                        check=True, cwd=ROOT,
                        env={**os.environ, 'PYTHONHASHSEED': '7'})

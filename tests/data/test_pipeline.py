@@ -180,7 +180,8 @@ def test_a_cache_says_its_size_first_and_refuses_what_does_not_fit(source, monke
   monkeypatch.setattr(memory_cache, 'free_memory', lambda: 2 * size)
   with caplog.at_level('INFO', 'ft_jax'):
     memory_cache.cached({'target train': source})
-  assert f'caching 48 decoded images in memory (target train): {size / 1e6:.2f} MB of {2 * size / 1e6:.2f} MB free' in caplog.text
+  sizes = f'{size / 1e6:.2f} MB of {2 * size / 1e6:.2f} MB free'
+  assert f'caching 48 decoded images in memory (target train): {sizes}' in caplog.text
   monkeypatch.setattr(memory_cache, 'free_memory', lambda: size)  # all of it is too much
   with pytest.raises(ValueError, match='config.data.cache=true: 48 images .* of memory are free, .*; use '
                                        '--config.data.cache=false'):
@@ -204,7 +205,8 @@ def damaged_source(photos, tmp_path):
 def test_damaged_images_are_found_once_and_left_out(damaged_source, caplog, monkeypatch):
   rest, ids = unreadable.drop(damaged_source, 'target train', True)
   assert ids == ['roof/11.jpg', 'roof/3.jpg', 'sky/0.jpg'] and len(rest) == 45 and not set(ids) & set(rest.ids.tolist())
-  assert 'target train: 3 of 48 images cannot be read and are skipped: roof/11.jpg, roof/3.jpg, sky/0.jpg' in caplog.text
+  skipped = 'roof/11.jpg, roof/3.jpg, sky/0.jpg'
+  assert f'target train: 3 of 48 images cannot be read and are skipped: {skipped}' in caplog.text
   assert len(np.unique(np.concatenate([batch['row'] for batch in first(rest, 9, batch_size=5)]))) == 45
   # The next time nothing is read.
   monkeypatch.setattr(unreadable, 'decode', lambda *args, **kwargs: pytest.fail('decoded'))
