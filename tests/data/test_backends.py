@@ -1,5 +1,4 @@
-"""The table of back-ends: an unknown name is refused, opening the table imports nothing heavy, and a new back-end is
-one row."""
+"""The table of back-ends: unknown names are refused, the package is light, and a new back-end is one row."""
 
 import json
 import pathlib
