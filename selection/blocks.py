@@ -251,7 +251,7 @@ class Blocks:
 class StoredKernel:
   """Stored entries `[n', m]` in chunks, with n' - n rows that pad them; a pytree.
 
-  Products are added up block by block: XLA's product of a vector with a whole matrix is off by 3e-4 after a million rows in float32.
+  Products are added up block by block: XLA's product of a vector with a matrix of a million rows is off by 3e-4 in float32.
   """
   entries: tuple[jax.Array, ...]
   valid_rows: tuple[jax.Array, ...]
@@ -316,7 +316,8 @@ def _entries(entries: jax.Array, valid: jax.Array) -> jax.Array:
 
 
 def _weighted_rows(entries: jax.Array, weights: jax.Array) -> jax.Array:
-  return jnp.matmul(weights, entries, precision=jax.lax.Precision.HIGHEST)
+  # Not a product of a vector with a matrix: on the CPU that is off by 3e-6 after 4,096 rows, and this by 2e-7.
+  return jnp.sum(weights[:, None] * entries, 0)
 
 
 def _read(pending: tuple[int, jax.Array, int | None]) -> np.ndarray:

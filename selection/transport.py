@@ -270,5 +270,7 @@ def _recentred(u: jax.Array, v: jax.Array, a: jax.Array, b: jax.Array, tau_a: fl
   if power_a + power_b == 0:  # balanced: every s is as good
     return u, v
   of_a = jnp.sum(jnp.where(a > 0, a * u**-power_a, 0))  # rows that pad a chunk have no mass
-  level = (jnp.log(of_a) - jnp.log(jnp.sum(b * v**-power_b))) / (power_a + power_b)
+  # The logarithm of the ratio, which is near one: a difference of logarithms would lose digits.
+  level = jnp.log(of_a / jnp.sum(b * v**-power_b)) / (power_a + power_b)
+  level = jnp.where(jnp.abs(level) > 1e-5, level, 0)  # below that it is mostly rounding of the sums: the iteration itself does the rest
   return u * jnp.exp(level), v * jnp.exp(-level)
