@@ -29,7 +29,8 @@ def peak_megabytes() -> float:
   """Peak resident memory of this process, of mapped files too."""
   status = pathlib.Path('/proc/self/status')
   if status.exists():  # ru_maxrss begins with that of the process which started this one
-    return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith('VmHWM')) * 1024 / 1e6
+    return next(int(line.split()[1]) for line in status.read_text().splitlines()
+                if line.startswith('VmHWM')) * 1024 / 1e6
   return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # bytes on macOS
 
 

@@ -2,10 +2,11 @@
 
     python benchmarks/duplicates.py DATA
 
-DATA holds folders of <split>/<class>/<image>: sets with no image in common, such as tiny_imagenet (the pool, which comes first),
-caltech101, pets and cub50. Copies of some images of each set are made by what people do to images; "found" is the fraction of them within
-so many bits of the image that they were made of. "By mistake" are the images of the pool within so many bits of any image of another set
-(look at them before believing it: a set may hold copies). Flat images, which have no hash, count as not found.
+DATA holds folders of <split>/<class>/<image>: sets with no image in common, such as tiny_imagenet (the pool, which
+comes first), caltech101, pets and cub50. Copies of some images of each set are made by what people do to images;
+"found" is the fraction of them within so many bits of the image that they were made of. "By mistake" are the images of
+the pool within so many bits of any image of another set (look at them before believing it: a set may hold copies). Flat
+images, which have no hash, count as not found.
 """
 
 import argparse
@@ -104,7 +105,8 @@ def main() -> None:
   parser.add_argument('data', nargs='?', help='a folder of image sets')
   parser.add_argument('--sets', default='tiny_imagenet,caltech101,pets,cub50', help='the pool first')
   parser.add_argument('--images', type=int, default=1000, help='of each set that copies are made of')
-  parser.add_argument('--rows', type=int, nargs=2, default=(60_000, 5_000), help='hashes that are compared for the time that it takes')
+  parser.add_argument('--rows', type=int, nargs=2, default=(60_000, 5_000),
+                      help='hashes that are compared for the time that it takes')
   args = parser.parse_args()
   if not args.data:
     print('give a folder of image sets; see --help')
@@ -117,24 +119,29 @@ def main() -> None:
   samples = {name: sample(source, args.images) for name, source in sources.items()}
   originals = {name: hashed(images) for name, images in samples.items()}
   for what, make in copies(np.random.default_rng(0)).items():
-    far = np.concatenate([distances(hashed([make(image) for image in images]), originals[name]) for name, images in samples.items()])
+    far = np.concatenate([distances(hashed([make(image) for image in images]), originals[name])
+                          for name, images in samples.items()])
     print(f'| {what} | {shares(far)} |')
 
-  times = {name: on_one_core(lambda source=source: duplicates.hashes([source], source.name)[0]) for name, source in sources.items()}
+  times = {name: on_one_core(lambda source=source: duplicates.hashes([source], source.name)[0])
+           for name, source in sources.items()}
   (pool, (_, of_pool)), *others = times.items()
   print(f'\n| images of {pool} taken for one of another set by mistake | {head} |\n|---|{"---|" * len(THRESHOLDS)}')
   for name, (_, of_other) in others:
     matches = duplicates.matches(of_pool, of_other, threshold=max(THRESHOLDS))
     near = np.array([match.distance for match in matches if match.kind == 'near'])
     same = len(matches) - len(near)
-    print(f'| {name}, {len(of_pool.distinctive):,d} x {len(of_other.distinctive):,d} images{f" ({same} are the same)" if same else ""} | '
+    print(f'| {name}, {len(of_pool.distinctive):,d} x {len(of_other.distinctive):,d} '
+          f'images{f" ({same} are the same)" if same else ""} | '
           + ' | '.join(f'{np.count_nonzero(near <= threshold):,d}' for threshold in THRESHOLDS) + ' |')
 
   print()
   for name, (seconds, of) in times.items():
-    print(f'hashing {name}: {len(of.distinctive) / seconds:,.0f} images/s on each core; {np.count_nonzero(~of.distinctive):,d} of {len(of.distinctive):,d} '
+    print(f'hashing {name}: {len(of.distinctive) / seconds:,.0f} images/s on each core; '
+          f'{np.count_nonzero(~of.distinctive):,d} of {len(of.distinctive):,d} '
           'say too little')
-  many, few = (duplicates.Hashes(*(np.resize(part, (count, *part.shape[1:])) for part in of_pool)) for count in args.rows)
+  many, few = (duplicates.Hashes(*(np.resize(part, (count, *part.shape[1:])) for part in of_pool))
+               for count in args.rows)
   few = few._replace(pictures=np.random.default_rng(0).permuted(few.pictures, axis=0))  # not the same images
   seconds, _ = on_one_core(lambda: duplicates.matches(many, few))
   print(f'comparing {args.rows[0]:,d} with {args.rows[1]:,d}: {seconds:.1f} s on one core, less on several')

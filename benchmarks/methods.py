@@ -1,8 +1,10 @@
-"""What a fine-tuning method costs: time and memory of a training step with it, relative to plain fine-tuning, and of its set-up.
+"""What a fine-tuning method costs: time and memory of a training step with it, relative to plain fine-tuning, and of
+its set-up.
 
     python benchmarks/methods.py [--name resnet18] [--width 64] [--size 64] [--batch 32] [--source] [--only delta ...]
 
-Each method is as published. Its steps and plain ones take turns in one process; the median of their ratios is printed. Memory is what
+Each method is as published. Its steps and plain ones take turns in one process; the median of their ratios is printed.
+Memory is what
 the compiled step says of itself: arguments (the state) and temporary buffers, on one device.
 """
 
@@ -36,26 +38,31 @@ class Step:
     unlabelled = any(method.unlabelled_source for method in active.values())
     needs = methods.all_needs(active, build(args.name, {}, width=args.width))
     joint = args.source and not unlabelled
-    heads = {'target': TARGETS} | ({'source': SOURCES} if joint else {}) | ({'pretrained': SOURCES} if needs.trained_classifier else {})
+    heads = {'target': TARGETS} | ({'source': SOURCES} if joint else {}) | ({'pretrained': SOURCES}
+                                                                            if needs.trained_classifier else {})
     model = build(args.name, heads, width=args.width)
     data = batch_of(args, ['target', *(['source'] if args.source or unlabelled else [])])
-    start = jax.device_get(jax.jit(model.clone(heads={'pretrained': SOURCES}).init)(jax.random.key(1), data['target']['input'][:1]))
+    start = jax.device_get(jax.jit(model.clone(heads={'pretrained': SOURCES}).init)(jax.random.key(1),
+                                                                                    data['target']['input'][:1]))
     variables = jax.device_get(jax.jit(model.init)(jax.random.key(0), data['target']['input'][:1]))
 
     def batches(split: str, rows: Sequence[int] | None = None) -> list[dict[str, np.ndarray]]:
       whole = data['target']
       return [whole if rows is None else {key: value[np.resize(rows, len(value))] for key, value in whole.items()}]
 
-    begin = SetupContext(model, start, TARGETS, data['target']['label'], data['target']['label'], args.batch, 0, batches)
+    begin = SetupContext(model, start, TARGETS, data['target']['label'], data['target']['label'], args.batch, 0,
+                         batches)
     began = time.perf_counter()
     states = {name: method.setup(begin) for name, method in active.items()}
     self.setup_seconds = time.perf_counter() - began
     own = {name: params for name, method in active.items() if (params := method.params(begin))}
     optimizer = optax.sgd(0.001, 0.9, nesterov=True)
     kept = start if needs.start or needs.teacher or needs.classifier else None
-    state = create_state({**variables, 'params': {**variables['params'], **({'methods': own} if own else {})}}, optimizer,
+    state = create_state({**variables, 'params': {**variables['params'], **({'methods': own} if own else {})}},
+                         optimizer,
                                start=kept, methods=states)
-    step = make_train_step(model, optimizer, {'target': 1.0, **({'source': 1.0} if joint else {})}, methods=active, microbatches=parts)
+    step = make_train_step(model, optimizer, {'target': 1.0, **({'source': 1.0} if joint else {})}, methods=active,
+                           microbatches=parts)
     self._state, self._batch = parallel.replicate(state), {name: parallel.shard(part) for name, part in data.items()}
     self._step = step.lower(self._state, self._batch).compile()
     memory = self._step.memory_analysis()
@@ -74,7 +81,8 @@ def batch_of(args: argparse.Namespace, streams: list[str]) -> dict[str, dict[str
   for stream in streams:
     image = rng.integers(0, 255, (args.batch, args.size, args.size, 3)).astype(np.uint8)
     made[stream] = {'input': image, 'key': image[:, :, ::-1].copy(), 'strong': image[:, :, ::-1].copy(),
-                    'label': rng.integers(0, TARGETS, args.batch).astype(np.int32), 'row': np.arange(args.batch, dtype=np.int32),
+                    'label': rng.integers(0, TARGETS, args.batch).astype(np.int32),
+                    'row': np.arange(args.batch, dtype=np.int32),
                     'mask': np.ones(args.batch, bool)}
   return made
 
@@ -96,14 +104,18 @@ def main() -> None:
     cases['+'.join(teachers)] = (teachers, 1)
   plain = Step(args, [])
   usual = statistics.median([plain.run() for _ in range(args.steps + 2)][2:])
-  print(f'{args.name}, width {args.width}, {args.size} pixels, batch {args.batch}{" and as many source images" if args.source else ""}, '
+  print(f'{args.name}, width {args.width}, {args.size} pixels, batch '
+        f'{args.batch}{" and as many source images" if args.source else ""}, '
         f'{jax.devices()[0].device_kind}; plain: {1e3 * usual:.1f} ms a step, state {plain.arguments / 1e6:.0f} MB, '
         f'temporary {plain.temporary / 1e6:.0f} MB')
-  print('| method | time of a step | temporary memory | state | set-up of a run, s |\n|---|---|---|---|---|', flush=True)
+  print('| method | time of a step | temporary memory | state | set-up of a run, s |\n|---|---|---|---|---|',
+        flush=True)
   for name, (names, parts) in cases.items():
     step = Step(args, names, parts)
-    ratios = [step.run() / plain.run() for _ in range(args.steps + 2)][2:]  # in turns: what slows the machine slows both
-    print(f'| {name} | {statistics.median(ratios):.2f} | {step.temporary / plain.temporary:.2f} | {step.arguments / plain.arguments:.2f} '
+    # in turns: what slows the machine slows both
+    ratios = [step.run() / plain.run() for _ in range(args.steps + 2)][2:]
+    print(f'| {name} | {statistics.median(ratios):.2f} | {step.temporary / plain.temporary:.2f} | '
+          f'{step.arguments / plain.arguments:.2f} '
           f'| {step.setup_seconds:.1f} |', flush=True)
 
 

@@ -1,12 +1,14 @@
-"""How near this project's networks are to torch's, at full width: outputs, BatchNorm's statistics, gradients, a step of SGD, and the
-exported state dict.
+"""How near this project's networks are to torch's, at full width: outputs, BatchNorm's statistics, gradients, a step of
+SGD, and the exported state dict.
 
-    pip install torch && python benchmarks/parity.py [--names resnet18,resnet34,resnet50,resnet101] [--size 224] [--batch 8]
+    pip install torch && python benchmarks/parity.py [--names resnet18,resnet34,resnet50,resnet101] [--size 224]
+    [--batch 8]
 
-Every number is the largest difference of a tensor relative to its largest value, and of several tensors the largest. `ours` is
-float32 here against float64 in torch, `torch` is float32 in torch against the same: what rounding alone does. Weights are random
-with statistics of a batch, images are noise. Gradients of a ReLU jump where its input is near zero, so that one bit of rounding shows
-in them, in torch's as in ours; the last row has them with softplus in place of every ReLU, on both sides, where nothing jumps.
+Every number is the largest difference of a tensor relative to its largest value, and of several tensors the largest.
+`ours` is float32 here against float64 in torch, `torch` is float32 in torch against the same: what rounding alone does.
+Weights are random with statistics of a batch, images are noise. Gradients of a ReLU jump where its input is near zero,
+so that one bit of rounding shows in them, in torch's as in ours; the last row has them with softplus in place of every
+ReLU, on both sides, where nothing jumps.
 """
 
 import argparse
@@ -40,7 +42,8 @@ CLASSES = 1000
 Arrays = dict[str, dict[str, np.ndarray]]
 
 
-def in_torch(state: dict[str, np.ndarray], name: str, images: np.ndarray, labels: np.ndarray, dtype: torch.dtype) -> Arrays:
+def in_torch(state: dict[str, np.ndarray], name: str, images: np.ndarray, labels: np.ndarray,
+             dtype: torch.dtype) -> Arrays:
   """Arrays by kind and name, computed by torch in some precision."""
   torch.set_default_dtype(dtype)
   model = peer.ResNet(name, 64, CLASSES)
@@ -56,10 +59,12 @@ def in_torch(state: dict[str, np.ndarray], name: str, images: np.ndarray, labels
   torch.set_default_dtype(torch.float32)
   return {'eval': evaluated, 'train': {key: peer.as_array(value) for key, value in outputs.items()},
           'statistics': {key: value.float().numpy() for key, value in model.named_buffers() if 'running' in key},
-          'gradients': gradients, 'after a step': {key: value.detach().float().numpy() for key, value in model.named_parameters()}}
+          'gradients': gradients,
+          'after a step': {key: value.detach().float().numpy() for key, value in model.named_parameters()}}
 
 
-def ours(state: dict[str, np.ndarray], name: str, images: np.ndarray, labels: np.ndarray) -> tuple[Arrays, dict[str, np.ndarray]]:
+def ours(state: dict[str, np.ndarray], name: str, images: np.ndarray,
+         labels: np.ndarray) -> tuple[Arrays, dict[str, np.ndarray]]:
   """The same by this project, and the state dict that it exports."""
   model = build(name, {'source': CLASSES})
   with tempfile.TemporaryDirectory() as folder:
@@ -75,8 +80,10 @@ def ours(state: dict[str, np.ndarray], name: str, images: np.ndarray, labels: np
   evaluated = jax.jit(model.apply)(variables, images)
   gradients, (trained, updates) = jax.jit(jax.grad(loss_fn, has_aux=True))(variables['params'])
   everything = (('.*', 1.0),)
-  tx = optimizer.make_optimizer('sgd', optax.constant_schedule(peer.SGD['lr']), variables['params'], momentum=peer.SGD['momentum'],
-                     nesterov=peer.SGD['nesterov'], weight_decay=peer.SGD['weight_decay'], learning_rate_groups=everything,
+  tx = optimizer.make_optimizer('sgd', optax.constant_schedule(peer.SGD['lr']), variables['params'],
+                                momentum=peer.SGD['momentum'],
+                     nesterov=peer.SGD['nesterov'], weight_decay=peer.SGD['weight_decay'],
+                                learning_rate_groups=everything,
                      weight_decay_groups=everything)
   state = step.create_state(variables, tx)
   after = optax.apply_updates(state.params, tx.update(gradients, state.opt_state, state.params)[0])
@@ -99,7 +106,8 @@ def smooth() -> Iterator[None]:
 
 def errors(values: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> dict[str, float]:
   """Of each tensor."""
-  return {key: float(np.abs(np.asarray(values[key], np.float64) - want).max() / np.abs(want).max()) for key, want in expected.items()}
+  return {key: float(np.abs(np.asarray(values[key], np.float64) - want).max() / np.abs(want).max())
+          for key, want in expected.items()}
 
 
 def rows(got: Arrays, want: Arrays) -> dict[str, float]:
@@ -107,7 +115,8 @@ def rows(got: Arrays, want: Arrays) -> dict[str, float]:
   found = {kind: errors(got[kind], want[kind]) for kind in want}
   table = {}
   for kind in ('eval', 'train'):
-    table |= {f'{kind}: taps': max(found[kind][f'layer{i}'] for i in range(1, 5)), f'{kind}: features': found[kind]['features'],
+    table |= {f'{kind}: taps': max(found[kind][f'layer{i}'] for i in range(1, 5)),
+              f'{kind}: features': found[kind]['features'],
               f'{kind}: logits': found[kind]['logits']}
   return table | {'running statistics': max(found['statistics'].values()),
                   'gradients, median': statistics.median(found['gradients'].values()),
@@ -124,7 +133,8 @@ def main() -> None:
   torch.manual_seed(0)
   rng = np.random.default_rng(0)
   draw = lambda: rng.integers(0, 256, (a.batch, a.size, a.size, 3), np.uint8)
-  print(f'width 64, {a.size} px, batch {a.batch}, on {jax.devices()[0].device_kind}, {os.cpu_count()} cores; jax {jax.__version__}, '
+  print(f'width 64, {a.size} px, batch {a.batch}, on {jax.devices()[0].device_kind}, {os.cpu_count()} cores; jax '
+        f'{jax.__version__}, '
         f'torch {torch.__version__}\n')
   columns = {}
   for name in a.names.split(','):
@@ -138,12 +148,14 @@ def main() -> None:
     single = in_torch(state, name, images, labels, torch.float32)
     with smooth():
       smooth_want = in_torch(state, name, images, labels, torch.float64)
-      extra = [{'gradients with softplus': max(errors(one['gradients'], smooth_want['gradients']).values())} for one in (
+      extra = [{'gradients with softplus': max(errors(one['gradients'], smooth_want['gradients']).values())}
+               for one in (
           ours(state, name, images, labels)[0], in_torch(state, name, images, labels, torch.float32))]
     columns[name] = rows(got, want) | extra[0], rows(single, want) | extra[1]
     # Bit for bit; torch itself loads it with strict=True above, where it came from.
     assert exported.keys() == state.keys() and all(np.array_equal(exported[key], state[key]) for key in state)
-    print(f'{name}: exported state dict: {len(exported)} tensors, bit for bit those that were loaded with strict=True', flush=True)
+    print(f'{name}: exported state dict: {len(exported)} tensors, bit for bit those that were loaded with strict=True',
+          flush=True)
   print('\n' + ' ' * 26 + ''.join(f'{name:>20s}' for name in columns))
   print(' ' * 26 + ''.join(f'{"ours":>11s}{"torch":>9s}' for _ in columns))
   for row in next(iter(columns.values()))[0]:

@@ -3,9 +3,9 @@ with Pillow's filter (augment.antialias), with RandAugment and Cutout; and its c
 
     pip install tensorflow torch && python benchmarks/pipeline.py
 
-Photo-sized JPEG files (500 x 375) cut from scikit-learn's photographs; all make batches of 64. tf.data decodes the crop alone
-(decode_and_crop_jpeg), as the usual ResNet input pipelines do. They take turns; printed are medians of images per second and of the
-ratios within a round. A package that is missing is left out.
+Photo-sized JPEG files (500 x 375) cut from scikit-learn's photographs; all make batches of 64. tf.data decodes the crop
+alone (decode_and_crop_jpeg), as the usual ResNet input pipelines do. They take turns; printed are medians of images per
+second and of the ratios within a round. A package that is missing is left out.
 """
 
 import argparse
@@ -102,7 +102,8 @@ def tf_data(folder: pathlib.Path, seed: int) -> Iterator[Any]:
     return tf.cast(image, tf.uint8), label
 
   files = sorted(folder.glob('*/*.jpg'))
-  rows = tf.data.Dataset.from_tensor_slices(([str(path) for path in files], [int(path.parent.name == 'flower') for path in files]))
+  rows = tf.data.Dataset.from_tensor_slices(([str(path) for path in files],
+                                             [int(path.parent.name == 'flower') for path in files]))
   batches = rows.shuffle(len(files), seed=seed).repeat().map(load, num_parallel_calls=tf.data.AUTOTUNE)
   return iter(batches.batch(BATCH, drop_remainder=True).prefetch(tf.data.AUTOTUNE))
 
@@ -136,7 +137,8 @@ def cache_rates(source: ImageSet, seed: int) -> tuple[float, float]:
 def main() -> None:
   parser = argparse.ArgumentParser()
   parser.add_argument('--rounds', type=int, default=7)
-  parser.add_argument('--files', type=int, default=1024, help='384 or more, so that the first pass outlasts what is made ahead')
+  parser.add_argument('--files', type=int, default=1024,
+                      help='384 or more, so that the first pass outlasts what is made ahead')
   parser.add_argument('--only-ours', action='store_true', help='without tf.data and torch')
   arguments = parser.parse_args()
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
@@ -145,7 +147,8 @@ def main() -> None:
     folder = pathlib.Path(name)
     kilobytes = write_photos(folder, arguments.files) / 1000
     source = open_set(f'folder:{folder}', 'train')
-    rivals = {'ours': lambda seed: ours(source, seed), 'ours, antialias': lambda seed: ours(source, seed, antialias=True),
+    rivals = {'ours': lambda seed: ours(source, seed),
+              'ours, antialias': lambda seed: ours(source, seed, antialias=True),
               'ours, RandAugment and Cutout': lambda seed: ours(source, seed, **STRONG)}
     others = (('tensorflow', 'tf.data', tf_data), ('torch', 'torch DataLoader, 2 workers', torch_loader))
     for module, what, make in () if arguments.only_ours else others:
@@ -165,13 +168,16 @@ def main() -> None:
       rates['first pass'].append(first)
       rates['later passes'].append(later)
   medians = {name: statistics.median(values) for name, values in rates.items()}
-  print(f'decode, random-resized-crop {SIZE}, flip, batch {BATCH}; JPEG files of {kilobytes:.0f} KB; {os.cpu_count()} cores; '
+  print(f'decode, random-resized-crop {SIZE}, flip, batch {BATCH}; JPEG files of {kilobytes:.0f} KB; {os.cpu_count()} '
+        f'cores; '
         f'{arguments.rounds} rounds')
   for name in rivals:
     ratio = statistics.median(a / b for a, b in zip(rates['ours'], rates[name]))
-    print(f'  {name:28s} {medians[name]:7.0f} images/s' + (f'   ours is {ratio:.2f} times as fast' if name != 'ours' else ''))
+    print(f'  {name:28s} {medians[name]:7.0f} images/s' +
+          (f'   ours is {ratio:.2f} times as fast' if name != 'ours' else ''))
   ratio = statistics.median(b / a for a, b in zip(rates['first pass'], rates['later passes']))
-  print(f'with config.data.cache: {medians["first pass"]:.0f} images/s in the first pass, {medians["later passes"]:.0f} in later ones, '
+  print(f'with config.data.cache: {medians["first pass"]:.0f} images/s in the first pass, '
+        f'{medians["later passes"]:.0f} in later ones, '
         f'{ratio:.2f} times as fast')
 
 

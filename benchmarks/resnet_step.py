@@ -1,4 +1,5 @@
-"""Training step of a ResNet: this project's convolution and pooling against XLA's own, and against torch where it is installed.
+"""Training step of a ResNet: this project's convolution and pooling against XLA's own, and against torch where it is
+installed.
 
     python benchmarks/resnet_step.py [--name resnet18] [--width 64] [--size 64] [--batch 32]
 
@@ -96,7 +97,8 @@ def main() -> None:
       if k:  # the first one compiles
         times[name].append(time.perf_counter() - start)
   medians = {name: statistics.median(values) for name, values in times.items()}
-  print(f'{a.name}, width {a.width}, {a.size} px, batch {a.batch}, training, on {jax.device_count()} x {jax.devices()[0].device_kind}, '
+  print(f'{a.name}, width {a.width}, {a.size} px, batch {a.batch}, training, on {jax.device_count()} x '
+        f'{jax.devices()[0].device_kind}, '
         f'{os.cpu_count()} cores')
   for name, median in medians.items():
     print(f'  {name:10s} {a.batch / median:8.1f} images/s   ours is {median / medians["ours"]:.2f} times as fast')

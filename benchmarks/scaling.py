@@ -1,10 +1,13 @@
 """What a training step sends between devices, and how its time changes with devices and processes at fixed work.
 
-    python benchmarks/scaling.py [--name resnet18] [--width 64] [--size 32] [--batch 32] [--steps 10] [--only bytes,time] [--small]
+    python benchmarks/scaling.py [--name resnet18] [--width 64] [--size 32] [--batch 32] [--steps 10] [--only
+    bytes,time] [--small]
 
-Bytes are read from the compiled step: the operands of its all-reduces, all-gathers and the like on one device, beside the size of the
-gradients. Times are of the same joint step, with the same images over all devices together, on 1 to 8 fake devices of this CPU and on 1
-and 2 processes (gloo, over the loopback). Fake devices share the cores: the time says what dividing the work costs, not what it gains.
+Bytes are read from the compiled step: the operands of its all-reduces, all-gathers and the like on one device, beside
+  the size of the
+gradients. Times are of the same joint step, with the same images over all devices together, on 1 to 8 fake devices of
+this CPU and on 1 and 2 processes (gloo, over the loopback). Fake devices share the cores: the time says what dividing
+the work costs, not what it gains.
 """
 
 import argparse
@@ -36,22 +39,26 @@ from ft_jax.training.step import create_state, make_train_step
 TARGETS, SOURCES, DEVICES = 37, 1000, 4
 # Methods, and fields of the network.
 CASES: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
-    'plain': ((), {}), 'sync BatchNorm': ((), {'axis_name': parallel.AXIS}), 'frozen BatchNorm': ((), {'batch_norm': 'frozen'}),
-    'frozen backbone': ((), {'batch_norm': 'frozen', 'frozen': '(?!heads).*'}), 'bss': (('bss',), {}), 'bi_tuning': (('bi_tuning',), {}),
+    'plain': ((), {}), 'sync BatchNorm': ((), {'axis_name': parallel.AXIS}),
+    'frozen BatchNorm': ((), {'batch_norm': 'frozen'}),
+    'frozen backbone': ((), {'batch_norm': 'frozen', 'frozen': '(?!heads).*'}), 'bss': (('bss',), {}),
+    'bi_tuning': (('bi_tuning',), {}),
     'fixmatch': (('fixmatch',), {})}
 _SENDING = ('all-reduce', 'all-gather', 'reduce-scatter', 'collective-permute', 'all-to-all')
 _WIDTHS = {'pred': 1, 's8': 1, 'u8': 1, 'bf16': 2, 'f16': 2, 's32': 4, 'u32': 4, 'f32': 4, 's64': 8, 'u64': 8, 'f64': 8}
 
 
 class Sent(NamedTuple):
-  """Of one kind of operation: how often it is in a step, how many arrays it takes together, and their bytes on one device."""
+  """Of one kind of operation: how often it is in a step, how many arrays it takes together, and their bytes on one
+  device."""
   operations: int
   arrays: int
   size: int
 
 
 def sent(text: str) -> dict[str, Sent]:
-  """What the text of a compiled step sends: each kind of operation by its results, which for a gather are what arrives."""
+  """What the text of a compiled step sends: each kind of operation by its results, which for a gather are what
+  arrives."""
   found: dict[str, Sent] = {}
   for result, kind in re.findall(rf'= (.*?) ({"|".join(_SENDING)})(?:-start)?\(', text):
     shapes = re.findall(r'(\w+)\[([\d,]*)\]', result)
@@ -72,11 +79,14 @@ def make(args: argparse.Namespace, names: tuple[str, ...], fields: dict[str, Any
   for stream in ('target', 'source'):
     image = rng.integers(0, 255, (args.batch, args.size, args.size, 3)).astype(np.uint8)
     data[stream] = {'input': image, 'key': image[:, :, ::-1].copy(), 'strong': image[:, ::-1].copy(),
-                    'label': rng.integers(0, TARGETS, args.batch).astype(np.int32), 'row': np.arange(args.batch, dtype=np.int32),
+                    'label': rng.integers(0, TARGETS, args.batch).astype(np.int32),
+                    'row': np.arange(args.batch, dtype=np.int32),
                     'mask': np.ones(args.batch, bool)}
   shapes = jax.eval_shape(model.clone(axis_name=None).init, jax.random.key(0), data['target']['input'][:1])
-  variables = jax.tree.map(lambda x: rng.normal(1.0, 0.1, x.shape).astype(np.float32) / max(1, math.prod(x.shape[:-1])) ** 0.5, shapes)
-  begin = SetupContext(model, variables, TARGETS, data['target']['label'], data['target']['label'], args.batch, 0, lambda *_: [data['target']])
+  variables = jax.tree.map(
+      lambda x: rng.normal(1.0, 0.1, x.shape).astype(np.float32) / max(1, math.prod(x.shape[:-1])) ** 0.5, shapes)
+  begin = SetupContext(model, variables, TARGETS, data['target']['label'], data['target']['label'], args.batch,
+                       0, lambda *_: [data['target']])
   states = {name: method.setup(begin) for name, method in active.items()}
   own = {name: params for name, method in active.items() if (params := method.params(begin))}
   needs = methods.all_needs(active, model)
@@ -107,16 +117,19 @@ def time_steps(args: argparse.Namespace) -> dict[str, Any]:
   step, state, data = make(args, (), {'axis_name': parallel.AXIS})
   share = args.batch // jax.process_count()
   first = jax.process_index() * share
-  batch = {stream: parallel.shard({key: value[first:first + share] for key, value in part.items()}) for stream, part in data.items()}
+  batch = {stream: parallel.shard({key: value[first:first + share] for key, value in part.items()})
+           for stream, part in data.items()}
   state, seconds = parallel.replicate(state), []
   for _ in range(args.steps + 2):
     began = time.perf_counter()
     state, metrics = jax.block_until_ready(step(state, batch))
     seconds.append(time.perf_counter() - began)
-  return {'seconds': statistics.median(seconds[2:]), 'devices': jax.device_count(), 'loss': float(parallel.unreplicate(metrics)['loss'])}
+  return {'seconds': statistics.median(seconds[2:]), 'devices': jax.device_count(),
+          'loss': float(parallel.unreplicate(metrics)['loss'])}
 
 
-def child(args: argparse.Namespace, what: str, devices: int, process: int = 0, processes: int = 1, port: int = 0) -> subprocess.Popen:
+def child(args: argparse.Namespace, what: str, devices: int, process: int = 0, processes: int = 1,
+          port: int = 0) -> subprocess.Popen:
   """This script in a process of its own, whose last line is JSON."""
   flags = [f'--{name}={getattr(args, name)}' for name in ('name', 'width', 'size', 'batch', 'steps', 'cases')]
   env = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}'}
@@ -147,18 +160,22 @@ def free_port() -> int:
 
 def show_bytes(args: argparse.Namespace) -> None:
   rows = results([child(args, 'bytes', DEVICES)])
-  print(f'\nSent by each of {DEVICES} devices in a step: {args.name}, width {args.width}, {args.size} pixels, {args.batch} target and as '
+  print(f'\nSent by each of {DEVICES} devices in a step: {args.name}, width {args.width}, {args.size} pixels, '
+        f'{args.batch} target and as '
         f'many source images, heads of {TARGETS} and {SOURCES} classes')
-  print('| step | gradients, MB | statistics, MB | all-reduced, MB (operations, arrays) | gathered, MB | all, against gradients |')
+  print('| step | gradients, MB | statistics, MB | all-reduced, MB (operations, arrays) | gathered, MB | all, against '
+        'gradients |')
   print('|---|---|---|---|---|---|')
   total = {}
   for row in rows:
     reduced, other = Sent(*row.get('all-reduce', (0, 0, 0))), [Sent(*row[kind]) for kind in _SENDING[1:] if kind in row]
     total[row['case']] = (reduced.size + sum(of.size for of in other)) / row['gradients']
     print(f'| {row["case"]} | {row["gradients"] / 1e6:.2f} | {row["statistics"] / 1e6:.3f} | {reduced.size / 1e6:.2f} '
-          f'({reduced.operations}, {reduced.arrays}) | {sum(of.size for of in other) / 1e6:.3f} | {total[row["case"]]:.3f} |')
+          f'({reduced.operations}, {reduced.arrays}) | {sum(of.size for of in other) / 1e6:.3f} | '
+          f'{total[row["case"]]:.3f} |')
   if 'plain' in total:
-    print(f'So a plain step sends its gradients, its running statistics and a few numbers: {100 * (total["plain"] - 1):.1f} % more than '
+    print(f'So a plain step sends its gradients, its running statistics and a few numbers: '
+          f'{100 * (total["plain"] - 1):.1f} % more than '
           f'the gradients alone; the case that sends most sends {max(total.values()):.3f} times its gradients.')
 
 
@@ -166,16 +183,20 @@ def show_times(args: argparse.Namespace) -> None:
   found = {}
   for devices, processes in ((1, 1), (2, 1), (4, 1), (8, 1), (2, 2)):
     port = free_port()
-    found[devices, processes] = results([child(args, 'time', devices // processes, k, processes, port) for k in range(processes)])
+    found[devices, processes] = results([child(args, 'time', devices // processes, k, processes, port)
+                                         for k in range(processes)])
   one = found[1, 1]
-  print(f'\nA joint step with synchronised BatchNorm at fixed work, {2 * args.batch} images over all devices; {os.cpu_count()} cores')
+  print(f'\nA joint step with synchronised BatchNorm at fixed work, {2 * args.batch} images over all devices; '
+        f'{os.cpu_count()} cores')
   print('| devices | processes | ms a step | against one device | loss after the last step |\n|---|---|---|---|---|')
   for (devices, processes), of in found.items():
-    print(f'| {devices} | {processes} | {1e3 * of["seconds"]:.0f} | {of["seconds"] / one["seconds"]:.2f} | {of["loss"]:.5f} |')
+    print(f'| {devices} | {processes} | {1e3 * of["seconds"]:.0f} | {of["seconds"] / one["seconds"]:.2f} | '
+          f'{of["loss"]:.5f} |')
   two = found[2, 2]['seconds'] / found[2, 1]['seconds']
   losses = Counter(round(of['loss'], 3) for of in found.values())
   eight = found[8, 1]['seconds'] / one['seconds']
-  print(f'So the same work takes {eight:.2f} times as long on 8 devices of one machine as on one, and {two:.2f} times as long on two '
+  print(f'So the same work takes {eight:.2f} times as long on 8 devices of one machine as on one, and {two:.2f} times '
+        f'as long on two '
         f'processes as on two devices of one; the loss is {"the same" if len(losses) == 1 else "NOT the same"}.')
 
 
@@ -184,7 +205,8 @@ def main() -> None:
   parser.add_argument('--name', default='resnet18', choices=NETWORKS)
   parser.add_argument('--width', type=int, default=64)
   parser.add_argument('--size', type=int, default=32)
-  parser.add_argument('--batch', type=int, default=32, help='target images, and as many source images, over all devices')
+  parser.add_argument('--batch', type=int, default=32,
+                      help='target images, and as many source images, over all devices')
   parser.add_argument('--steps', type=int, default=10)
   parser.add_argument('--cases', default=','.join(CASES))
   parser.add_argument('--only', default='bytes,time')

@@ -28,7 +28,8 @@ def main() -> None:
   print(f'import selection        {seconds("-c", "import selection"):.2f} s')
   print(f'import jax alone        {seconds("-c", "import jax"):.2f} s')
   code = f'import selection, sys; print([name for name in {HEAVY} if name in sys.modules])'
-  loaded = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+  loaded = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True,
+                          check=True).stdout.strip()
   print(f'import selection loads of {", ".join(HEAVY)}: {loaded}')
 
 

@@ -1,12 +1,16 @@
-"""The study of checkpoints on arrays alone: logistic regression beside scikit-learn's, spectra of many features, scores of transferability.
+"""The study of checkpoints on arrays alone: logistic regression beside scikit-learn's, spectra of many features, scores
+of transferability.
 
     python benchmarks/studies.py [--only logistic,spectrum,scores] [--rounds 3] [--small]
 
-  logistic 4,000 x 512 features, 101 classes, for a few strengths: ft_jax.logistic.fit as the study calls it against scikit-learn's
-           LogisticRegression (lbfgs) at equal loss: with the loosest tolerance at which its objective, too, is within 1e-4 of the lowest.
-           The lowest is that of ours in float64 with a far smaller tolerance, or what was found below it. Both begin at zero, get the same
-           float32 array and take turns; the best times are printed, without compiling, which ours does once for arrays of a shape.
-  spectrum 50,000 x 2,048 features from a memory-mapped file: Gram matrix in slices and spectrum, time and peak resident memory, in a
+  logistic 4,000 x 512 features, 101 classes, for a few strengths: ft_jax.logistic.fit as the study calls it against
+    scikit-learn's
+           LogisticRegression (lbfgs) at equal loss: with the loosest tolerance at which its objective, too, is within
+           1e-4 of the lowest. The lowest is that of ours in float64 with a far smaller tolerance, or what was found
+           below it. Both begin at zero, get the same float32 array and take turns; the best times are printed, without
+           compiling, which ours does once for arrays of a shape.
+  spectrum 50,000 x 2,048 features from a memory-mapped file: Gram matrix in slices and spectrum, time and peak resident
+  memory, in a
            process of its own; what importing alone takes is printed beside it
   scores   all scores of transferability of 4,000 x 512 features, 101 classes and 200 source classes, and each alone
 With --small all sizes are far smaller: a check that it runs.
@@ -49,11 +53,14 @@ SMALL = Sizes(300, 24, 9, 12, 3000, 64)
 # Data.
 
 def target(sizes: Sizes) -> tuple[np.ndarray, np.ndarray]:
-  """Overlapping classes behind a ReLU, the variance of directions falling as in a network's features; total variance 1."""
+  """Overlapping classes behind a ReLU, the variance of directions falling as in a network's features; total variance
+  1."""
   rng = np.random.default_rng(0)
   labels = rng.integers(0, sizes.classes, sizes.images)
-  directions = rng.normal(size=(sizes.dimensions,) * 2) * np.geomspace(1, 0.03, sizes.dimensions)[:, None] / sizes.dimensions ** 0.5
-  inner = 0.5 * rng.normal(size=(sizes.classes, sizes.dimensions))[labels] + rng.normal(size=(sizes.images, sizes.dimensions))
+  directions = rng.normal(size=(sizes.dimensions,) * 2) * np.geomspace(
+      1, 0.03, sizes.dimensions)[:, None] / sizes.dimensions ** 0.5
+  inner = 0.5 * rng.normal(size=(sizes.classes, sizes.dimensions))[labels] + rng.normal(size=(sizes.images,
+                                                                                              sizes.dimensions))
   features = np.maximum(inner @ directions + 0.1, 0)
   features -= features.mean(0)
   return (features / np.sqrt(np.mean(np.sum(features ** 2, 1)))).astype(np.float32), labels
@@ -61,7 +68,8 @@ def target(sizes: Sizes) -> tuple[np.ndarray, np.ndarray]:
 
 # Logistic regression.
 
-def objective(features: np.ndarray, labels: np.ndarray, weights: np.ndarray, bias: np.ndarray, strength: float) -> float:
+def objective(features: np.ndarray, labels: np.ndarray, weights: np.ndarray, bias: np.ndarray,
+              strength: float) -> float:
   """What both minimise, in float64."""
   import scipy.special
   logits = features.astype(np.float64) @ weights.astype(np.float64) + bias
@@ -87,15 +95,19 @@ def logistic_regression(sizes: Sizes, rounds: int) -> None:
       warnings.simplefilter('ignore', exceptions.ConvergenceWarning)  # a tolerance that float32 cannot reach
       return model.fit(features, labels)
 
-  print(f'logistic: {sizes.images:,d} x {sizes.dimensions:,d}, {sizes.classes} classes; above the lowest objective, relative')
-  print('| strength |  lowest | ours: above | steps | seconds | scikit-learn: above | tolerance | steps | seconds | ratio |')
-  print('|---------:|--------:|------------:|------:|--------:|--------------------:|----------:|------:|--------:|------:|', flush=True)
+  print(f'logistic: {sizes.images:,d} x {sizes.dimensions:,d}, {sizes.classes} classes; above the lowest objective, '
+        f'relative')
+  print('| strength |  lowest | ours: above | steps | seconds | scikit-learn: above | tolerance | steps | seconds | '
+        'ratio |')
+  widths = (9, 8, 12, 6, 8, 20, 10, 6, 8, 6)
+  print(f'|{"|".join("-" * width + ":" for width in widths)}|', flush=True)
   ratios = []
   for strength in STRENGTHS:
     found = ours(strength)
     reached = objective(features, labels, found.weights, found.bias, strength)
     with jax.enable_x64(True):
-      tight = logistic.fit(features.astype(np.float64), labels, sizes.classes, strength=strength, tolerance=1e-7, max_iterations=5000)
+      tight = logistic.fit(features.astype(np.float64), labels, sizes.classes, strength=strength, tolerance=1e-7,
+                           max_iterations=5000)
     lowest = min(reached, objective(features, labels, tight.weights, tight.bias, strength))
     for tolerance in TOLERANCES:
       peer = theirs(strength, tolerance)
@@ -105,8 +117,10 @@ def logistic_regression(sizes: Sizes, rounds: int) -> None:
         break
     times = best({'ours': lambda: ours(strength), 'theirs': lambda: theirs(strength, tolerance)}, rounds)  # noqa: B023
     ratios.append(times['ours'] / times['theirs'])
-    print(f'| {strength:8.0e} | {lowest:7.4f} | {reached / lowest - 1:11.1e} | {found.iterations:5d} | {times["ours"]:7.2f} | '
-          f'{other / lowest - 1:19.1e} | {tolerance:9.0e} | {int(np.max(peer.n_iter_)):5d} | {times["theirs"]:7.2f} | {ratios[-1]:5.2f} |',
+    print(f'| {strength:8.0e} | {lowest:7.4f} | {reached / lowest - 1:11.1e} | {found.iterations:5d} | '
+          f'{times["ours"]:7.2f} | '
+          f'{other / lowest - 1:19.1e} | {tolerance:9.0e} | {int(np.max(peer.n_iter_)):5d} | {times["theirs"]:7.2f} | '
+          f'{ratios[-1]:5.2f} |',
           flush=True)
     for name, value in (('ours', reached), ('scikit-learn', other)):
       if value > lowest * (1 + EQUAL):
@@ -118,7 +132,8 @@ def logistic_regression(sizes: Sizes, rounds: int) -> None:
 
 def spectrum_of_many(sizes: Sizes, rounds: int) -> None:
   """The best time of some processes and the largest memory of any."""
-  print(f'spectrum: {sizes.many:,d} x {sizes.wide:,d}, float32, from a file of {sizes.many * sizes.wide * 4 / 1e6:,.0f} MB')
+  print(f'spectrum: {sizes.many:,d} x {sizes.wide:,d}, float32, from a file of '
+        f'{sizes.many * sizes.wide * 4 / 1e6:,.0f} MB')
   with tempfile.TemporaryDirectory() as folder:
     path = pathlib.Path(folder) / 'features.npy'
     rows = np.lib.format.open_memmap(path, 'w+', np.float32, (sizes.many, sizes.wide))
@@ -130,7 +145,8 @@ def spectrum_of_many(sizes: Sizes, rounds: int) -> None:
     del rows
     found = []
     for _ in range(rounds):
-      run = subprocess.run([sys.executable, __file__, '--child', str(path)], stdout=subprocess.PIPE, text=True, check=True)
+      run = subprocess.run([sys.executable, __file__, '--child', str(path)], stdout=subprocess.PIPE, text=True,
+                           check=True)
       found.append(json.loads(run.stdout.splitlines()[-1]))
   peak = max(one['peak'] for one in found)
   for name in ('gram', 'spectrum'):
@@ -155,7 +171,8 @@ def scores_of_target(sizes: Sizes, rounds: int) -> None:
   from ft_jax.studies import transferability
   features, labels = target(sizes)
   theta = np.random.default_rng(1).dirichlet(np.full(sizes.source_classes, 0.1), sizes.images).astype(np.float32)
-  print(f'scores: {sizes.images:,d} x {sizes.dimensions:,d}, {sizes.classes} classes, {sizes.source_classes} source classes')
+  print(f'scores: {sizes.images:,d} x {sizes.dimensions:,d}, {sizes.classes} classes, {sizes.source_classes} source '
+        f'classes')
   alone = {
       'all': lambda: transferability.scores(features, labels, theta),
       'h_score': lambda: transferability.h_score(features, labels),

@@ -52,7 +52,8 @@ def parse(argv: list[str]) -> list[str]:
       reason = 'this config takes no argument after a colon'
     program = os.path.basename(argv[0])
     program = f'python {program}' if program.endswith('.py') else program
-    sys.exit(f'error: {_reworded(re.sub(r"^[A-Za-z]+Error: ", "", reason.strip()))}\n({program} --help lists the flags)')
+    reason = _reworded(re.sub('^[A-Za-z]+Error: ', '', reason.strip()))
+    sys.exit(f'error: {reason}\n({program} --help lists the flags)')
   except (AttributeError, KeyError) as error:
     if problem := _unknown_flag(argv) or _unknown_in_file(error):
       sys.exit(f'error: {problem}')
@@ -96,7 +97,7 @@ def _unknown_flag(argv: list[str]) -> str:
 
 
 def _unknown_in_file(error: Exception) -> str:
-  """What is wrong with a config file that sets an unknown field, from the error of ml_collections; '' for another error."""
+  """What is wrong with a config file that sets an unknown field, from ml_collections' error; '' for another error."""
   from ft_jax.settings import RENAMED
 
   unknown = re.search(r'Key "(\w+)" does not exist', str(error))

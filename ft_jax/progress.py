@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 import contextlib
+import importlib.util
 import logging
 import sys
 import threading
@@ -40,10 +41,17 @@ def bar(items: Iterable[T], what: str, total: int, unit: str = 'batch', initial:
 
 
 def counter(what: str, total: int | None, unit: str = 'step', initial: int = 0) -> tqdm.tqdm:
-  """A progress bar that is moved by `update`; hidden without a terminal or notebook, and if log lines are."""
-  visible_somewhere = sys.stderr.isatty() or in_notebook()
-  hidden = not visible_somewhere or not log.isEnabledFor(logging.INFO)
-  return _bar_class()(desc=f'  {visible(what)}', total=total, unit=f' {unit}', initial=initial, disable=hidden,
+  """A progress bar that is moved by `update`; hidden without a terminal or notebook, and if log lines are.
+
+  In a notebook it is a widget, as of tqdm.auto. Without ipywidgets it is hidden, too: text that overwrites itself would
+  fill pages there.
+  """
+  bar_class, shown = tqdm.tqdm, sys.stderr.isatty()
+  if in_notebook():
+    shown = importlib.util.find_spec('ipywidgets') is not None
+    bar_class = _notebook_bar() if shown else tqdm.tqdm
+  hidden = not shown or not log.isEnabledFor(logging.INFO)
+  return bar_class(desc=f'  {visible(what)}', total=total, unit=f' {unit}', initial=initial, disable=hidden,
                       leave=False, dynamic_ncols=True, smoothing=0.1)
 
 
@@ -52,12 +60,9 @@ def in_notebook() -> bool:
   return 'ipykernel' in sys.modules
 
 
-def _bar_class() -> type[tqdm.tqdm]:
-  """Bars of notebooks are widgets, where ipywidgets is installed."""
-  if not in_notebook():
-    return tqdm.tqdm
+def _notebook_bar() -> type[tqdm.tqdm]:
   with warnings.catch_warnings():
-    warnings.simplefilter('ignore')  # tqdm warns if ipywidgets is missing
+    warnings.simplefilter('ignore')  # tqdm calls this experimental
     from tqdm.auto import tqdm as notebook_bar
   return notebook_bar
 
@@ -93,7 +98,10 @@ def show_log(process: int = 0) -> None:
 
 
 def quiet_libraries() -> None:
-  """Limits other libraries to warnings: matplotlib logs its first use, orbax and jax a page for every checkpoint."""
+  """Limits other libraries to warnings for the rest of this process.
+
+  Matplotlib logs its first use, orbax and jax log a page for every checkpoint.
+  """
   from absl import logging as absl_logging
 
   absl_logging.set_verbosity(absl_logging.WARNING)
@@ -141,9 +149,10 @@ def _change_logging(edit: Callable[[str], str]) -> None:
     logger.propagate = False
     logger.addHandler(handler)
   absl_logger = absl_logging.get_absl_logger()
-  _before.callback(absl_logging.set_verbosity, absl_logging.get_verbosity())
+  _before.callback(absl_logger.setLevel, absl_logger.level)
   _before.callback(absl_logger.removeFilter, _is_wanted)
-  quiet_libraries()
+  absl_logger.setLevel(logging.WARNING)
+  absl_logger.addFilter(_is_wanted)
 
 
 def _handlers(logger: logging.Logger) -> list[Handler]:

@@ -1,4 +1,4 @@
-"""How a job is asked to stop: SIGTERM and Ctrl-C of a command, and an interrupt of a notebook or program that called it.
+"""How a job is asked to stop: SIGTERM and Ctrl-C of a command, an interrupt of a notebook or program that called it.
 
 A training saves its state and stops after the current step. Several processes agree on that step.
 """
@@ -21,8 +21,8 @@ from jax.experimental import multihost_utils
 
 from ft_jax.progress import log
 
-# Seconds from the signal to the end of the current step (or batch of an evaluation). Preemptible machines are taken away
-# after thirty; a compilation may take longer, and has nothing to save.
+# Seconds from the signal to the end of the current step (or batch of an evaluation). Preemptible machines are taken
+# away after thirty; a compilation may take longer, and has nothing to save.
 PATIENCE = 20.0
 # Several processes number the calls of `Stop` alike.
 _CALLS = itertools.count(1)

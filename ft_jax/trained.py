@@ -9,7 +9,6 @@ from ml_collections import ConfigDict
 
 from ft_jax import models
 from ft_jax.data.pipeline import short_side, Transform
-from ft_jax.jobs import setup
 from ft_jax.models.network import Network, OPTIONS
 from ft_jax.training.finished_runs import load_variables
 from ft_jax.workdir import read_config
@@ -82,7 +81,7 @@ def _read(path: epath.Path, config: ConfigDict, results: dict[str, Any]) -> Trai
   head = HEADS[config.job]
   class_names = tuple(str(row['name']) for row in results['val']['per_class'])
   options = {name: config.model.get(name, default) for name, default in OPTIONS.items()}
-  model = models.build(config.model.name, {head: len(class_names)}, size=config.image_size, dtype=setup.DTYPES[config.model.dtype],
+  model = models.build(config.model.name, {head: len(class_names)}, size=config.image_size, dtype=models.DTYPES[config.model.dtype],
                        precision=config.model.get('precision', 'default'), **options)
   transform = Transform(config.image_size, short_side=short_side(config.image_size, config.augment))
   return Trained(path, config, results, head, class_names, model, {}, transform)

@@ -97,9 +97,7 @@ class Workdir:
 
   def metrics(self) -> list[dict[str, float]]:
     """The lines of metrics.jsonl."""
-    if not self.metrics_jsonl.exists():
-      return []
-    return [metrics_line(self.metrics_jsonl, line) for line in self.metrics_jsonl.read_text().splitlines()]
+    return read_metrics(self.path)
 
 
 def check_name(folder: epath.Path) -> None:
@@ -138,6 +136,14 @@ def read_json(path: epath.Path) -> Any:
     return json.loads(path.read_text())
   except ValueError as error:
     raise ValueError(f'{path} is damaged ({error}); restore it from a copy, or move it aside and start again') from error
+
+
+def read_metrics(folder: epath.Path) -> list[dict[str, float]]:
+  """The lines of the metrics.jsonl in a workdir; [] if there is none."""
+  path = folder / 'metrics.jsonl'
+  if not path.exists():
+    return []
+  return [metrics_line(path, line) for line in path.read_text().splitlines()]
 
 
 def metrics_line(path: epath.Path, text: str) -> dict[str, float]:

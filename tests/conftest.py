@@ -22,7 +22,8 @@ jax.config.update('jax_disable_most_optimizations', True)
 
 @pytest.fixture(scope='session', autouse=True)
 def _cache_folders(tmp_path_factory, pytestconfig):
-  """Label caches of the tests stay away from the user's; no program is compiled twice, in one run of the tests or the next.
+  """Label caches of the tests stay away from the user's; no program is compiled twice, in one run of the tests or the
+  next.
 
   Compiled programs lie in pytest's cache (.pytest_cache), or in JAX_COMPILATION_CACHE_DIR where that is set.
   """
@@ -73,7 +74,8 @@ def photos(tmp_path_factory) -> pathlib.Path:
 
 @pytest.fixture(scope='session')
 def pool(tmp_path_factory) -> pathlib.Path:
-  """A pre-training folder of six classes without splits, ten images each; none is nearly the same as one of `photos`."""
+  """A pre-training folder of six classes without splits, ten images each; none is nearly the same as one of
+  `photos`."""
   folder = tmp_path_factory.mktemp('pool')
   write_images(folder, dict.fromkeys(('a', 'b', 'c', 'd', 'e', 'f'), 10), seed=11)
   return folder
@@ -99,8 +101,11 @@ def trained_run(photos, tmp_path_factory, worker_id) -> pathlib.Path:
 
 def _train(photos: pathlib.Path, workdir: pathlib.Path) -> None:
   run = quick_main(  # plain: the pre-training data need not be there
-      '--config=configs/miniature.py:finetune', '--config.source.name=tfds:imagenet2012', '--config.selection.method=none',
-      f'--config.target.name=folder:{photos}', '--config.model.weights=', '--config.model.width=4', '--config.image_size=32',
-      '--config.augment.short_side=36', '--config.train.steps=30', '--config.train.batch_size=8', '--config.train.learning_rate=0.03',
+      '--config=configs/miniature.py:finetune', '--config.source.name=tfds:imagenet2012',
+      '--config.selection.method=none',
+      f'--config.target.name=folder:{photos}', '--config.model.weights=', '--config.model.width=4',
+      '--config.image_size=32',
+      '--config.augment.short_side=36', '--config.train.steps=30', '--config.train.batch_size=8',
+      '--config.train.learning_rate=0.03',
       '--config.train.eval_every=15', f'--workdir={workdir}')
   assert run.returncode == 0, run.stderr

@@ -1,6 +1,7 @@
 """Runs of main.py that are killed at a chosen moment, and what tells them from a run that nobody disturbed.
 
-As a program it is that run: `python tests/killed.py '{"folder": ..., ...}' --config=... --workdir=...`, see `Moment`. It kills itself from
+As a program it is that run: `python tests/killed.py '{"folder": ..., ...}' --config=... --workdir=...`, see `Moment`.
+  It kills itself from
 within, where it knows exactly what it is about to do: SIGKILL leaves no more behind than one that comes from outside.
 """
 
@@ -18,9 +19,11 @@ from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 # What a file operation belongs to, by parts of the path below the workdir; the first one that fits.
-KINDS = (('checkpoints', 'checkpoint'), ('damaged', 'checkpoint'), ('results.json', 'results'), ('report.html', 'report'),
+KINDS = (('checkpoints', 'checkpoint'), ('damaged', 'checkpoint'), ('results.json', 'results'),
+         ('report.html', 'report'),
          ('selection.json', 'selection'), ('embeddings', 'embeddings'), ('unfinished', 'embeddings'),
-         ('metrics.jsonl', 'metrics'), ('config.json', 'config'), ('study.', 'results'), ('parts', 'results'), ('', 'other'))
+         ('metrics.jsonl', 'metrics'), ('config.json', 'config'), ('study.', 'results'), ('parts', 'results'),
+         ('', 'other'))
 # Fields of metrics.jsonl that depend on the clock, and of results.json that say how and where it was run.
 CLOCK, COMMAND = ('images_per_second', 'waiting_share'), ('command', 'commit')
 
@@ -31,10 +34,11 @@ class Moment:
 
   Attributes:
     signal: SIGKILL, SIGTERM or SIGINT.
-    kind: it comes before the `count`-th file operation of that kind (of KINDS, or 'any'): opening for writing, renaming, making a folder,
-      removing; '' for so many seconds after the run first looked into its workdir.
+    kind: it comes before the `count`-th file operation of that kind (of KINDS, or 'any'): opening for writing,
+      renaming, making a folder, removing; '' for so many seconds after the run first looked into its workdir.
     count: from 1.
-    seconds: see `kind`; with a file operation, so long after it, which goes on meanwhile (what C++ writes is no operation of Python's).
+    seconds: see `kind`; with a file operation, so long after it, which goes on meanwhile (what C++ writes is no
+      operation of Python's).
     again: seconds until the same signal comes once more; 0 for never.
   """
   signal: int = signal.SIGKILL
@@ -55,7 +59,8 @@ class Disturbed:
   def __call__(self, event: str, args: tuple[Any, ...]) -> None:
     if event not in ('open', 'os.rename', 'os.mkdir', 'os.remove', 'os.rmdir') or self._busy:
       return
-    path = args[1] if event == 'os.rename' else args[0]  # what is written whole has a name of its own until it is renamed
+    # what is written whole has a name of its own until it is renamed
+    path = args[1] if event == 'os.rename' else args[0]
     if not isinstance(path, (str, bytes, os.PathLike)):
       return
     path = os.path.abspath(os.path.join(_within(event, args), os.fsdecode(path)))
@@ -91,7 +96,8 @@ class Disturbed:
 
 
 def _within(event: str, args: tuple[Any, ...]) -> str:
-  """The folder that a path is relative to; trees are removed from one open folder to the next (Linux says which that is)."""
+  """The folder that a path is relative to; trees are removed from one open folder to the next (Linux says which that
+  is)."""
   number = {'os.rename': 3, 'os.mkdir': 2, 'os.remove': 1, 'os.rmdir': 1}.get(event)
   if number is None or len(args) <= number or args[number] < 0:
     return ''
@@ -106,11 +112,16 @@ def kind_of(path: str) -> str:
   return next(kind for part, kind in KINDS if any(part in name for name in path.split(os.sep)))
 
 
-# Functions by which the main thread is known to be in a phase; the first one that it is in.
-PHASES = (('ft_jax/report.py', 'write', 'results and report'), ('ft_jax/workdir.py', 'write_results', 'results and report'),
-          ('ft_jax/study_page.py', 'write', 'results and report'), ('training/checkpoints.py', 'save', 'checkpoint being written'),
-          ('training/checkpoints.py', 'wait', 'checkpoint being written'), ('training/loop.py', 'evaluate_split', 'evaluation'),
-          ('ft_jax/jobs/embedding.py', 'embedded', 'embedding'), ('selection/select.py', 'select', 'selection'))
+# Functions by which the main thread is known to be in a phase: file, name, phase. The first one that it is in counts.
+PHASES = (('ft_jax/pages/report.py', 'write', 'results and report'),
+          ('ft_jax/workdir.py', 'write_results', 'results and report'),
+          ('ft_jax/pages/study.py', 'write', 'results and report'),
+          ('ft_jax/training/checkpoints.py', 'save', 'checkpoint being written'),
+          ('ft_jax/training/checkpoints.py', 'wait', 'checkpoint being written'),
+          ('ft_jax/training/loop.py', 'evaluate_split', 'evaluation'), ('ft_jax/embedding.py', 'embed', 'embedding'),
+          ('selection/select.py', 'select', 'selection'))
+# The training itself, and the job that tells pre-training from fine-tuning.
+LOOP, PRETRAIN = ('ft_jax/training/loop.py', 'train'), ('ft_jax/jobs/pretrain.py', 'run')
 
 
 def phase(kind: str, folder: str) -> str:
@@ -125,8 +136,8 @@ def phase(kind: str, folder: str) -> str:
   for file, function, name in PHASES:
     if any(path.endswith(file) and function == called for path, called in within):
       return name
-  if any(path.endswith('training/loop.py') and called == 'train' for path, called in within):
-    return 'pre-training' if any(path.endswith('jobs/pretrain.py') for path, _ in within) else 'joint fine-tuning'
+  if any(path.endswith(LOOP[0]) and called == LOOP[1] for path, called in within):
+    return 'pre-training' if any(path.endswith(PRETRAIN[0]) for path, _ in within) else 'joint fine-tuning'
   return 'selection' if kind == 'selection' else 'embedding' if kind == 'embeddings' else 'start and in between'
 
 
@@ -164,9 +175,11 @@ class Done:
   leaving: float = 0.0
 
 
-def run(workdir: pathlib.Path, flags: Sequence[str], moment: Moment | None = None, *, devices: int = 1, cache: pathlib.Path | None = None,
+def run(workdir: pathlib.Path, flags: Sequence[str], moment: Moment | None = None, *, devices: int = 1,
+        cache: pathlib.Path | None = None,
         timeout: float = 1800.0) -> Done:
-  """Runs main.py in a process of its own, disturbed at a moment; `cache` keeps what is compiled, and only undisturbed runs add to it.
+  """Runs main.py in a process of its own, disturbed at a moment; `cache` keeps what is compiled, and only undisturbed
+  runs add to it.
 
   (A process that is killed while it adds a program leaves half of it there.)
   """
@@ -174,13 +187,15 @@ def run(workdir: pathlib.Path, flags: Sequence[str], moment: Moment | None = Non
   env = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
          'JAX_DISABLE_MOST_OPTIMIZATIONS': '1'}
   if cache is not None:
-    env |= {'JAX_COMPILATION_CACHE_DIR': str(cache), 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '1e9' if moment else '0.1',
+    env |= {'JAX_COMPILATION_CACHE_DIR': str(cache),
+            'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '1e9' if moment else '0.1',
             'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '0'}
   told = json.dumps({'folder': str(workdir), 'log': str(log), 'moment': dataclasses.asdict(moment) if moment else None})
   began = time.monotonic()
   # To a file: what a killed run's own processes still hold open must not keep us waiting.
   with (workdir.parent / f'{workdir.name}.printed').open('w+') as printed:
-    process = subprocess.Popen([sys.executable, str(pathlib.Path(__file__).resolve()), told, *flags, f'--workdir={workdir}'], cwd=ROOT,
+    process = subprocess.Popen([sys.executable, str(pathlib.Path(__file__).resolve()), told, *flags,
+                                f'--workdir={workdir}'], cwd=ROOT,
                                env=env, stdout=printed, stderr=printed)
     try:
       code = process.wait(timeout)
@@ -193,7 +208,8 @@ def run(workdir: pathlib.Path, flags: Sequence[str], moment: Moment | None = Non
   ended = time.time()
   lines = log.read_text().splitlines() if log.exists() else []
   met = next((line[1:].split('|') for line in lines if line.startswith('!')), ['', '', ended])
-  return Done(code, text, time.monotonic() - began, tuple(line.split(' ')[0] for line in lines if not line.startswith('!')), met[0], met[1],
+  return Done(code, text, time.monotonic() - began,
+              tuple(line.split(' ')[0] for line in lines if not line.startswith('!')), met[0], met[1],
               ended - float(met[2]))
 
 
@@ -202,7 +218,8 @@ def broken(workdir: pathlib.Path) -> list[str]:
   found = []
   for path in workdir.rglob('*'):
     inside = path.relative_to(workdir).parts
-    if path.name.startswith('.') or not path.is_file() or any('tmp' in part or part == 'checkpoints' for part in inside):
+    if path.name.startswith('.') or not path.is_file() or any('tmp' in part or part == 'checkpoints'
+                                                              for part in inside):
       continue
     try:
       if path.suffix == '.json':
@@ -238,7 +255,8 @@ def differences(found: pathlib.Path, expected: pathlib.Path, stopped: bool = Fal
 
   Args:
     found, expected: workdirs.
-    stopped: it was asked to stop (SIGTERM, Ctrl-C), which ends a window of metrics early: means over training batches may be over others.
+    stopped: it was asked to stop (SIGTERM, Ctrl-C), which ends a window of metrics early: means over training batches
+      may be over others.
   """
   runs = lambda folder: sorted(str(path.parent.relative_to(folder)) for path in folder.rglob('config.json'))
   if runs(found) != runs(expected):
@@ -283,7 +301,8 @@ def _different_lines(found: list[dict], expected: list[dict], stopped: bool) -> 
     return
   if missing := {line['step'] for line in expected} - set(steps):
     yield f'metrics.jsonl lacks the steps {sorted(missing)}'
-  evaluated = lambda lines: [{k: v for k, v in line.items() if not k.startswith('train/')} for line in lines if 'val/loss' in line]
+  evaluated = lambda lines: [{k: v for k, v in line.items() if not k.startswith('train/')} for line in lines
+                             if 'val/loss' in line]
   if evaluated(found) != evaluated(expected):
     yield 'metrics.jsonl differs in evaluations'
 

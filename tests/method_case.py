@@ -1,6 +1,7 @@
 """What tests of methods share: a small network on real images, and its step on any number of devices.
 
-Devices are those of `jax.vmap` with the axis of the step: the collectives are the real ones, and nothing is compiled for each device.
+Devices are those of `jax.vmap` with the axis of the step: the collectives are the real ones, and nothing is compiled
+for each device.
 """
 
 from collections.abc import Mapping
@@ -32,7 +33,8 @@ def network(heads: Mapping[str, int] | None = None, **kwargs: Any) -> resnet.Res
 
 
 def variables(model: resnet.ResNet, seed: int = 0) -> dict[str, Any]:
-  """Fresh ones, drawn by numpy (compiling `init` takes longer than a test), with running statistics that say something."""
+  """Fresh ones, drawn by numpy (compiling `init` takes longer than a test), with running statistics that say something.
+  """
   rng = np.random.default_rng(seed)
 
   def draw(path: tuple[str, ...], leaf: Any) -> np.ndarray:
@@ -53,7 +55,8 @@ def images(count: int, classes: int, seed: int = 0) -> dict[str, np.ndarray]:
   for k in labels.tolist():
     y, x = rng.integers(0, 60, 2)
     crops.append(photos[k % 2][60 * k + y:, 80 * k + x:][:4 * SIZE:4, :4 * SIZE:4])
-  return {'input': np.stack(crops), 'label': labels, 'row': np.arange(count, dtype=np.int32), 'mask': np.ones(count, bool)}
+  return {'input': np.stack(crops), 'label': labels, 'row': np.arange(count, dtype=np.int32),
+          'mask': np.ones(count, bool)}
 
 
 def batch(size: int = BATCH, source: bool = True, seed: int = 0) -> dict[str, dict[str, np.ndarray]]:
@@ -68,7 +71,8 @@ def start_of(model: resnet.ResNet, seed: int = 1) -> dict[str, Any]:
   return variables(model.clone(heads={'pretrained': 8}), seed)
 
 
-def context(model: resnet.ResNet, start: Mapping[str, Any] = types.MappingProxyType({}), examples: Mapping[str, np.ndarray] | None = None,
+def context(model: resnet.ResNet, start: Mapping[str, Any] = types.MappingProxyType({}),
+            examples: Mapping[str, np.ndarray] | None = None,
             **kwargs: Any) -> SetupContext:
   """What methods are checked against and set up with; `examples` are the training images, and val as well."""
   examples = images(BATCH, TARGETS) if examples is None else examples
@@ -76,7 +80,8 @@ def context(model: resnet.ResNet, start: Mapping[str, Any] = types.MappingProxyT
   def batches(split: str, rows: Any = slice(None)) -> list[dict[str, np.ndarray]]:
     chosen = {key: value[rows] for key, value in examples.items()}
     devices = jax.device_count()
-    padded = {key: np.resize(value, (-(-len(value) // devices) * devices, *value.shape[1:])) for key, value in chosen.items()}
+    padded = {key: np.resize(value, (-(-len(value) // devices) * devices, *value.shape[1:]))
+              for key, value in chosen.items()}
     return [padded | {'mask': np.arange(len(padded['mask'])) < len(chosen['label'])}]
 
   known = dict(classes=TARGETS, labels=examples['label'], true_labels=examples['label'], batch_size=BATCH, seed=0,
@@ -84,10 +89,13 @@ def context(model: resnet.ResNet, start: Mapping[str, Any] = types.MappingProxyT
   return SetupContext(model=model, start=start, batches=batches, **{**known, **kwargs})
 
 
-def run(active: Mapping[str, methods.Method], *, steps: int = 1, devices: int = 1, microbatches: int = 1, model: resnet.ResNet | None = None,
+def run(active: Mapping[str, methods.Method], *, steps: int = 1, devices: int = 1, microbatches: int = 1,
+        model: resnet.ResNet | None = None,
         batches: Any = None, rate: float = 0.05, start: Mapping[str, Any] | None = None, state: Any = None,
-        loss_weights: Mapping[str, float] | None = None, examples: Any = None) -> tuple[TrainState, list[dict[str, float]]]:
-  """The state after some steps of plain gradient descent (so what changes is the gradient), and the metrics of each step.
+        loss_weights: Mapping[str, float] | None = None,
+        examples: Any = None) -> tuple[TrainState, list[dict[str, float]]]:
+  """The state after some steps of plain gradient descent (so what changes is the gradient), and the metrics of each
+  step.
 
   Args:
     active: by name.
@@ -96,13 +104,14 @@ def run(active: Mapping[str, methods.Method], *, steps: int = 1, devices: int = 
     batches: gives the batch of a step; the same one by default.
     rate: of gradient descent.
     start: pre-trained variables; those of `start_of` by default.
-    state: goes on from there.
+    state: the state to start from.
     loss_weights: of the labelled streams.
     examples: see `context`.
   """
   needs = methods.all_needs(active, network())
   unlabelled = any(method.unlabelled_source for method in active.values())
-  heads = {'target': TARGETS} | ({} if unlabelled else {'source': SOURCES}) | ({'pretrained': 8} if needs.trained_classifier else {})
+  heads = {'target': TARGETS} | ({} if unlabelled else {'source': SOURCES}) | ({'pretrained': 8}
+                                                                               if needs.trained_classifier else {})
   model = (model or network(batch_norm='frozen')).clone(heads=heads)
   start = start_of(model) if start is None else start
   loss_weights = loss_weights or ({'target': 1.0} if unlabelled else {'target': 1.0, 'source': 0.5})
@@ -115,21 +124,25 @@ def run(active: Mapping[str, methods.Method], *, steps: int = 1, devices: int = 
     if needs.trained_classifier:
       fresh['params']['heads']['pretrained'] = start['params']['heads']['pretrained']
     fresh['batch_stats'] = start['batch_stats']
-    state = create_state({**fresh, 'params': fresh['params'] | ({'methods': own} if own else {})}, optimizer, start=start,
+    state = create_state({**fresh, 'params': fresh['params'] | ({'methods': own} if own else {})}, optimizer,
+                         start=start,
                                methods={name: method.setup(setup) for name, method in active.items()})
-  step = compiled(model.clone(heads=()), tuple(heads.items()), rate, tuple(loss_weights.items()), tuple(active.items()), microbatches, devices)
+  step = compiled(model.clone(heads=()), tuple(heads.items()), rate, tuple(loss_weights.items()), tuple(active.items()),
+                  microbatches, devices)
   split = lambda x: x.reshape(devices, -1, *x.shape[1:])
   history = []
   for number in range(steps):
     state, metrics = step(state, jax.tree.map(split, batches(number) if batches else batch()))
-    jax.tree.map(lambda x: np.testing.assert_array_equal(x, np.broadcast_to(x[:1], x.shape)), state)  # the same on every device
+    # the same on every device
+    jax.tree.map(lambda x: np.testing.assert_array_equal(x, np.broadcast_to(x[:1], x.shape)), state)
     state, metrics = jax.tree.map(lambda x: x[0], (state, metrics))
     history.append({key: float(value) for key, value in metrics.items()})
   return jax.device_get(state), history
 
 
 @functools.cache
-def compiled(model: resnet.ResNet, heads: tuple[tuple[str, int], ...], rate: float, loss_weights: tuple[tuple[str, float], ...],
+def compiled(model: resnet.ResNet, heads: tuple[tuple[str, int], ...], rate: float,
+             loss_weights: tuple[tuple[str, float], ...],
              active: tuple[tuple[str, methods.Method], ...], microbatches: int, devices: int) -> Any:
   """The step on so many devices; kept for the next test that asks for the same one."""
   model = model.clone(heads=dict(heads))
@@ -138,7 +151,7 @@ def compiled(model: resnet.ResNet, heads: tuple[tuple[str, int], ...], rate: flo
 
 
 def assert_same_whatever_the_split(active: Mapping[str, methods.Method], rtol: float = 1e-4, **kwargs: Any) -> None:
-  """Two steps on one device, and on four with the batch of each in two parts: losses, parameters and states agree."""
+  """Two steps on one device, and on four with two microbatches each: losses, parameters and states agree."""
   state, history = run(active, steps=2, **kwargs)
   other, metrics = run(active, steps=2, devices=4, microbatches=2, **kwargs)
   for a, b in zip(history, metrics):

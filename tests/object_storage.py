@@ -1,7 +1,8 @@
-"""Google Cloud Storage as its clients see it, in memory: the part of its JSON API that gcsfs, google-cloud-storage and tensorstore use.
+"""Google Cloud Storage as its clients see it, in memory: the part of its JSON API that gcsfs, google-cloud-storage and
+tensorstore use.
 
-An object is there when its upload has ended, and not before. Nothing can be added to an object, and nothing renamed: requests that copy on
-the server, of which a rename would be made, are refused and counted.
+An object is there when its upload has ended, and not before. Nothing can be added to an object, and nothing renamed:
+requests that copy on the server, of which a rename would be made, are refused and counted.
 """
 
 from collections.abc import Callable, Iterator
@@ -48,7 +49,8 @@ class Bucket:
   def environment(self) -> dict[str, str]:
     """Variables that send the clients of another process here."""
     # The last: gcsfs asks another service, which is not here, what kind of bucket this is.
-    return {'STORAGE_EMULATOR_HOST': self.url, 'TENSORSTORE_GCS_HTTP_URL': self.url, 'GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT': 'false'}
+    return {'STORAGE_EMULATOR_HOST': self.url, 'TENSORSTORE_GCS_HTTP_URL': self.url,
+            'GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT': 'false'}
 
 
 @contextlib.contextmanager
@@ -113,7 +115,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     if path == '/storage/v1/b/bucket/o' and command == 'GET':
       return self._list()
     if path == '/storage/v1/b/bucket' and command == 'GET':
-      return _json({'kind': 'storage#bucket', 'name': 'bucket', 'id': 'bucket', 'storageClass': 'STANDARD', 'location': 'US'})
+      return _json({'kind': 'storage#bucket', 'name': 'bucket', 'id': 'bucket', 'storageClass': 'STANDARD',
+                    'location': 'US'})
     if not path.startswith('/storage/v1/b/bucket'):
       return _error(404, 'The specified bucket does not exist.')
     self.bucket.refused.append(f'{command} {self.path}')
@@ -132,7 +135,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
       return _error(501, 'there is no such operation')
     if self.query.get('alt') != 'media':
       return _json(self._about(name))
-    headers = {'x-goog-generation': str(generation), 'Content-Type': 'application/octet-stream', 'ETag': f'"{generation}"'}
+    headers = {'x-goog-generation': str(generation), 'Content-Type': 'application/octet-stream',
+               'ETag': f'"{generation}"'}
     if self.query.get('ifGenerationNotMatch') == str(generation):
       return 304, headers, b''
     if not (span := re.fullmatch(r'bytes=(\d*)-(\d*)', self.headers.get('Range') or '')):
@@ -165,14 +169,16 @@ class _Handler(http.server.BaseHTTPRequestHandler):
       return self._store(self.query['name'], self.body)
     if kind == 'multipart':
       boundary = re.search(r'boundary="?([^";]+)', self.headers['Content-Type'])[1].encode()
-      about, data = (part.partition(b'\r\n\r\n' if b'\r\n\r\n' in part else b'\n\n')[2] for part in self.body.split(b'--' + boundary)[1:3])
+      about, data = (part.partition(b'\r\n\r\n' if b'\r\n\r\n' in part else b'\n\n')[2]
+                     for part in self.body.split(b'--' + boundary)[1:3])
       return self._store(json.loads(about)['name'], data.removesuffix(b'\n').removesuffix(b'\r'))
     if kind == 'resumable' and command == 'POST':
       name = self.query.get('name') or json.loads(self.body)['name']
       self.bucket.generations += 1
       number = str(self.bucket.generations)
       self.bucket.uploads[number] = name, bytearray()
-      return 200, {'Location': f'{self.bucket.url}/upload/storage/v1/b/bucket/o?uploadType=resumable&upload_id={number}'}, b''
+      return 200, {
+          'Location': f'{self.bucket.url}/upload/storage/v1/b/bucket/o?uploadType=resumable&upload_id={number}'}, b''
     return _error(501, 'there is no such upload')
 
   def _continue(self, number: str) -> tuple[int, dict[str, str], bytes]:
@@ -203,15 +209,19 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     answers = []
     for request in re.findall(r'DELETE \S*?/storage/v1/b/bucket/o/(\S+)', self.body.decode()):
       status, _, _ = self._object('DELETE', urllib.parse.unquote(request.partition('?')[0]))
-      answers.append(f'--{boundary}\r\nContent-Type: application/http\r\n\r\nHTTP/1.1 {status} {"OK" if status == 204 else "Not Found"}\r\n'
+      answers.append(f'--{boundary}\r\nContent-Type: application/http\r\n\r\nHTTP/1.1 {status} '
+                     f'{"OK" if status == 204 else "Not Found"}\r\n'
                      'Content-Type: application/json\r\n\r\n\r\n')
-    return 200, {'Content-Type': f'multipart/mixed; boundary={boundary}'}, (''.join(answers) + f'--{boundary}--\r\n').encode()
+    return 200, {'Content-Type': f'multipart/mixed; boundary={boundary}'}, (''.join(answers) +
+                                                                            f'--{boundary}--\r\n').encode()
 
   def _about(self, name: str) -> dict[str, str]:
     data, generation = self.bucket.objects[name]
     time = '2024-01-01T00:00:00.000Z'
-    return {'kind': 'storage#object', 'id': f'bucket/{name}/{generation}', 'name': name, 'bucket': 'bucket', 'size': str(len(data)),
-            'generation': str(generation), 'metageneration': '1', 'timeCreated': time, 'updated': time, 'etag': str(generation)}
+    return {'kind': 'storage#object', 'id': f'bucket/{name}/{generation}', 'name': name, 'bucket': 'bucket',
+            'size': str(len(data)),
+            'generation': str(generation), 'metageneration': '1', 'timeCreated': time, 'updated': time,
+            'etag': str(generation)}
 
 
 def _json(value: dict) -> tuple[int, dict[str, str], bytes]:

@@ -2,9 +2,10 @@
 
     python tests/old_workdirs.py FOLDER    # writes such workdirs, by this version, into an empty folder
 
-They are never written again: where a later version has a new state to keep, it goes into an archive of its own. Images are in `images`, and
-paths are relative, so that they work wherever the folder is the current directory. Written by commit 93caa4a with jax 0.10.2; left out is
-what is large and made again where it is missing (report.html), and tensorboard/.
+They are never written again: where a later version has a new state to keep, it goes into an archive of its own. Images
+  are in `images`, and
+paths are relative, so that they work wherever the folder is the current directory. Written by commit 93caa4a with jax
+0.10.2; left out is what is large and made again where it is missing (report.html), and tensorboard/.
 """
 
 import os
@@ -17,11 +18,13 @@ import PIL.Image
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 ARCHIVE = pathlib.Path(__file__).resolve().parent / 'fixtures' / 'workdirs.tar.xz'
 
-_TINY = {'data_dir': 'images', 'image_size': 32, 'augment.short_side': 32, 'model.name': 'resnet18', 'model.width': 1, 'model.stem': '3x3',
-         'source.name': 'folder:pool', 'train.steps': 4, 'train.eval_every': 2, 'train.batch_size': 8, 'train.learning_rate': 0.001}
+_TINY = {'data_dir': 'images', 'image_size': 32, 'augment.short_side': 32, 'model.name': 'resnet18', 'model.width': 1,
+         'model.stem': '3x3',
+         'source.name': 'folder:pool', 'train.steps': 4, 'train.eval_every': 2, 'train.batch_size': 8,
+         'train.learning_rate': 0.001}
 _FINETUNE = {**_TINY, 'target.name': 'folder:target', 'target.val_fraction': 0.25, 'selection.size': 2.0}
-# By workdir: the fields that its command sets. The states: `pretrained` and `finished` came to their end; `interrupted` and
-# `interrupted_random` have a checkpoint of step 2 of 4.
+# By workdir: the fields that its command sets. The states: `pretrained` and `finished` came to their end; `interrupted`
+# and `interrupted_random` have a checkpoint of step 2 of 4.
 RUNS = {
     'pretrained': {**_TINY, 'job': 'pretrain', 'source.test': '', 'source.val_fraction': 0.25},
     'finished': {**_FINETUNE, 'model.weights': 'pretrained', 'model.source_head': 'pretrained'},

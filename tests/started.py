@@ -1,6 +1,7 @@
 """Runs main.py many times without importing jax and the rest every time (about five seconds).
 
-One process imports everything and forks for each command, so that a command still has a process, flags and devices of its own.
+One process imports everything and forks for each command, so that a command still has a process, flags and devices of
+its own.
 """
 
 import atexit
@@ -58,7 +59,8 @@ class Server:
   """A process that has imported the program, and forks for every command."""
 
   def __init__(self, environment: dict[str, str]):
-    self._process = subprocess.Popen([sys.executable, '-c', _SERVER], cwd=ROOT, env={**environment, 'PYTHONPATH': str(ROOT)},
+    self._process = subprocess.Popen([sys.executable, '-c', _SERVER], cwd=ROOT,
+                                     env={**environment, 'PYTHONPATH': str(ROOT)},
                                      stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     atexit.register(self.close)
 

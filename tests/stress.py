@@ -1,10 +1,12 @@
-"""Kills real runs at random moments and file operations, again and again, and checks that nothing is lost and nothing differs.
+"""Kills real runs at random moments and file operations, again and again, and checks that nothing is lost and nothing
+differs.
 
     python tests/stress.py --kills=100 --seed=0 --workdir=/tmp/stress
 
-Each run is started, killed (kill -9, SIGTERM, or Ctrl-C once or twice), started again by the same command, killed again, and in the end
-left alone. Then it must be the undisturbed run: every array of every checkpoint bit for bit, selection, results, metrics with each step
-once. The undisturbed run itself is made twice. The exit code is 1 where anything differs; what differs is kept in the workdir.
+Each run is started, killed (kill -9, SIGTERM, or Ctrl-C once or twice), started again by the same command, killed
+again, and in the end left alone. Then it must be the undisturbed run: every array of every checkpoint bit for bit,
+selection, results, metrics with each step once. The undisturbed run itself is made twice. The exit code is 1 where
+anything differs; what differs is kept in the workdir.
 """
 
 import argparse
@@ -25,14 +27,18 @@ from typing import NamedTuple
 import killed
 from killed import Done, Moment
 
-TINY = ('--config=configs/digits.py', '--config.model.width=4', '--config.image_size=16', '--config.augment.short_side=16',
-        '--config.selection.size=5', '--config.pretrain.epochs=0', '--config.train.log_every=2', '--config.train.batch_size=16')
-SMALL = (*TINY, '--config.pretrain.steps=8', '--config.pretrain.eval_every=2', '--config.pretrain.log_every=2', '--config.train.steps=12',
+TINY = ('--config=configs/digits.py', '--config.model.width=4', '--config.image_size=16',
+        '--config.augment.short_side=16',
+        '--config.selection.size=5', '--config.pretrain.epochs=0', '--config.train.log_every=2',
+        '--config.train.batch_size=16')
+SMALL = (*TINY, '--config.pretrain.steps=8', '--config.pretrain.eval_every=2', '--config.pretrain.log_every=2',
+         '--config.train.steps=12',
          '--config.train.eval_every=3')
 
 
 def _methods(**fields: Mapping[str, float]) -> tuple[str, ...]:
-  return tuple(f'--config.methods.{method}.{name}={value}' for method, each in fields.items() for name, value in each.items())
+  return tuple(f'--config.methods.{method}.{name}={value}' for method, each in fields.items()
+               for name, value in each.items())
 
 
 class Workload(NamedTuple):
@@ -47,17 +53,23 @@ class Workload(NamedTuple):
 
 
 WORKLOADS = {
-    # The shortest run with all its parts, which `make test` kills too: pre-training, selection, a method with a state, averages.
+    # The shortest run with all its parts, which `make test` kills too: pre-training, selection, a method with a state,
+    # averages.
     'short': Workload((
-        *TINY, '--config.pretrain.steps=4', '--config.pretrain.eval_every=1', '--config.train.steps=8', '--config.train.eval_every=2',
+        *TINY, '--config.pretrain.steps=4', '--config.pretrain.eval_every=1', '--config.train.steps=8',
+        '--config.train.eval_every=2',
         '--config.selection.method=nearest', '--config.train.ema_decay=0.9',
         *_methods(self_label={'enabled': True, 'reweight_epoch': 1, 'correct_epoch': 2, 'threshold': 0.5}))),
-    # Pre-training, embedding, selection and joint fine-tuning with all methods that can go together and have labels of the source.
+    # Pre-training, embedding, selection and joint fine-tuning with all methods that can go together and have labels of
+    # the source.
     'joint': Workload((
         *SMALL, '--config.train.ema_decay=0.9', '--config.train.keep_epochs=(1.2,)', *_methods(
-            self_label={'enabled': True, 'reweight_epoch': 1, 'correct_epoch': 2, 'threshold': 0.5}, l2_sp={'weight': 0.01},
-            layerwise={'distance': 'frobenius'}, delta={'weight': 0.1, 'attention_images': 8}, co_tuning={'weight': 2.3},
-            lwf={'weight': 4.0}, stoch_norm={'enabled': True}, bi_tuning={'weight': 1.0, 'queue': 4, 'projection': 8}))),
+            self_label={'enabled': True, 'reweight_epoch': 1, 'correct_epoch': 2, 'threshold': 0.5},
+            l2_sp={'weight': 0.01},
+            layerwise={'distance': 'frobenius'}, delta={'weight': 0.1, 'attention_images': 8},
+            co_tuning={'weight': 2.3},
+            lwf={'weight': 4.0}, stoch_norm={'enabled': True},
+            bi_tuning={'weight': 1.0, 'queue': 4, 'projection': 8}))),
     # What mixes images, and source images without labels; on two devices, chosen one by one.
     'mixed': Workload((
         *SMALL, '--config.selection.by=example', '--config.train.optimizer=adamw', *_methods(
@@ -113,7 +125,8 @@ def moment(random_: random.Random, operations: Mapping[str, int], seconds: float
     late = random_.choice((0.0, 0.0, random_.uniform(0.0, 0.05)))
     return kind, Moment(kind=of, count=random_.randint(1, operations[of]), seconds=late)
   number = {'moment': signal.SIGKILL, 'SIGTERM': signal.SIGTERM}.get(kind, signal.SIGINT)
-  return kind, Moment(signal=number, seconds=random_.uniform(0.0, seconds), again=0.3 if kind == 'SIGINT twice' else 0.0)
+  return kind, Moment(signal=number, seconds=random_.uniform(0.0, seconds),
+                      again=0.3 if kind == 'SIGINT twice' else 0.0)
 
 
 def chain(name: str, number: int, seed: int, wanted: int, whole: Reference, cache: pathlib.Path, tally: Tally) -> None:
@@ -177,7 +190,8 @@ def say(line: str) -> None:
 
 def table(tally: Tally) -> str:
   """Counts by phase and kind."""
-  phases = sorted({phase for _, phase in tally.kills}, key=lambda phase: -sum(n for (_, p), n in tally.kills.items() if p == phase))
+  phases = sorted({phase for _, phase in tally.kills},
+                  key=lambda phase: -sum(n for (_, p), n in tally.kills.items() if p == phase))
   rows = [('phase', *KINDS, 'all')]
   for phase in phases:
     each = [tally.kills[kind, phase] for kind in KINDS]
@@ -192,7 +206,8 @@ def main() -> int:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--kills', type=int, default=100, help='at least so many')
   parser.add_argument('--seed', type=int, default=0, help='of the moments')
-  parser.add_argument('--workdir', type=pathlib.Path, help='where the runs are (default: a temporary folder); what differs stays there')
+  parser.add_argument('--workdir', type=pathlib.Path,
+                      help='where the runs are (default: a temporary folder); what differs stays there')
   parser.add_argument('--chain', type=int, default=6, help='most kills of one run')
   parser.add_argument('--jobs', type=int, default=2, help='runs side by side')
   parser.add_argument('--workloads', nargs='+', default=list(WORKLOADS), choices=list(WORKLOADS))
@@ -200,7 +215,8 @@ def main() -> int:
   folder = (arguments.workdir or pathlib.Path(tempfile.mkdtemp(prefix='stress-'))).resolve()
   tally, cache = Tally(), folder / 'compiled'
   with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
-    wholes = dict(zip(arguments.workloads, pool.map(lambda name: reference(name, folder, cache, tally), arguments.workloads)))
+    wholes = dict(zip(arguments.workloads,
+                      pool.map(lambda name: reference(name, folder, cache, tally), arguments.workloads)))
     number, pending = 0, set()
     while sum(tally.kills.values()) < arguments.kills:
       while len(pending) < arguments.jobs:
@@ -214,7 +230,8 @@ def main() -> int:
     for each in pending:
       each.result()
   kills = sum(tally.kills.values())
-  print(f'\n{table(tally)}\n\n{kills} kills in {tally.chains} runs, {tally.recovered} recovered; slowest clean exit {tally.slowest:.1f} s; '
+  print(f'\n{table(tally)}\n\n{kills} kills in {tally.chains} runs, {tally.recovered} recovered; slowest clean exit '
+        f'{tally.slowest:.1f} s; '
         f'left behind: {dict(tally.litter) or "nothing"}')
   for line in tally.problems:
     print(f'PROBLEM {line}')

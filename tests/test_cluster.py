@@ -7,7 +7,8 @@ from ft_jax import cluster
 
 
 @pytest.mark.parametrize('given,words', [
-    (('10.0.0.2:8476', None, None), '--coordinator without --num_processes and --process_id; several processes need all three'),
+    (('10.0.0.2:8476', None, None),
+     '--coordinator without --num_processes and --process_id; several processes need all three'),
     ((None, None, 1), '--process_id without --coordinator and --num_processes'),
     ((None, 2, None), '--num_processes without --coordinator and --process_id'),
     (('10.0.0.2', 2, 0), "--coordinator is '10.0.0.2'; expected HOST:PORT of process 0"),
@@ -21,7 +22,8 @@ def test_half_given_flags_are_refused_by_name(given, words):
   assert words in str(refused.value)
 
 
-SLURM = {'SLURM_JOB_ID': '7', 'SLURM_STEP_NODELIST': 'node[01-02]', 'SLURM_NTASKS': '4', 'SLURM_STEP_NUM_TASKS': '4', 'SLURM_PROCID': '3',
+SLURM = {'SLURM_JOB_ID': '7', 'SLURM_STEP_NODELIST': 'node[01-02]', 'SLURM_NTASKS': '4', 'SLURM_STEP_NUM_TASKS': '4',
+         'SLURM_PROCID': '3',
          'SLURM_LOCALID': '1', 'SLURM_STEP_NUM_NODES': '2'}
 
 
@@ -31,11 +33,14 @@ SLURM = {'SLURM_JOB_ID': '7', 'SLURM_STEP_NODELIST': 'node[01-02]', 'SLURM_NTASK
     ((None, 1, None), SLURM, None),
     (('a:1', 2, 1), SLURM, ('a:1', 2, 1, 'the flags', None)),
     ((None, None, None), {**SLURM, 'SLURM_STEP_NUM_TASKS': '1'}, None),  # srun -n1 in a larger job
-    ((None, None, None), {'SLURM_JOB_ID': '7', 'SLURM_NTASKS': '4'}, None),  # the script that sbatch runs, outside of srun
+    # the script that sbatch runs, outside of srun
+    ((None, None, None), {'SLURM_JOB_ID': '7', 'SLURM_NTASKS': '4'}, None),
     # One task a node drives all of its GPUs, and so does a task whose GPUs were bound to it; else each takes one.
-    ((None, None, None), {**SLURM, 'SLURM_STEP_NUM_TASKS': '2', 'SLURM_GPUS_ON_NODE': '4'}, (None, 2, 3, 'SLURM', [0, 1, 2, 3])),
+    ((None, None, None), {**SLURM, 'SLURM_STEP_NUM_TASKS': '2', 'SLURM_GPUS_ON_NODE': '4'},
+     (None, 2, 3, 'SLURM', [0, 1, 2, 3])),
     ((None, None, None), {**SLURM, 'SLURM_GPUS_ON_NODE': '2', 'CUDA_VISIBLE_DEVICES': '1'}, (None, 4, 3, 'SLURM', [0])),
-    ((None, None, None), {**SLURM, 'SLURM_GPUS_ON_NODE': '2', 'CUDA_VISIBLE_DEVICES': '0,1'}, (None, 4, 3, 'SLURM', None)),
+    ((None, None, None), {**SLURM, 'SLURM_GPUS_ON_NODE': '2', 'CUDA_VISIBLE_DEVICES': '0,1'},
+     (None, 4, 3, 'SLURM', None)),
     ((None, None, None), {'TPU_WORKER_HOSTNAMES': 'a,b'}, None),  # jax sees no TPU here
 ])
 def test_where_the_environment_says_that_there_are_others(given, environment, expected):

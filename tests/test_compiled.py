@@ -1,4 +1,5 @@
-"""What is compiled once is not compiled again, by whichever function comes to the same program, in this start or the next."""
+"""What is compiled once is not compiled again, by whichever function comes to the same program, in this start or the
+next."""
 
 import os
 import pathlib
@@ -26,7 +27,8 @@ def hits():
 def no_cache(monkeypatch):
   """jax as it is where nobody told it of a folder."""
   monkeypatch.setattr(compiled, 'SECONDS', 0.0)
-  options = ('jax_compilation_cache_dir', 'jax_compilation_cache_max_size', 'jax_persistent_cache_min_compile_time_secs')
+  options = ('jax_compilation_cache_dir', 'jax_compilation_cache_max_size',
+             'jax_persistent_cache_min_compile_time_secs')
   before = {name: getattr(jax.config, name) for name in options}
   jax.config.update('jax_compilation_cache_dir', None)
   compilation_cache.reset_cache()
@@ -40,7 +42,8 @@ def no_cache(monkeypatch):
 def test_within_and_after(hits, no_cache):
   with compiled.once():
     folder = pathlib.Path(jax.config.jax_compilation_cache_dir)
-    assert [float(jax.jit(lambda x: x * 3 + 1)(2.0)) for _ in range(2)] == [7.0, 7.0] and len(hits) == 1 and list(folder.iterdir())
+    assert [float(jax.jit(lambda x: x * 3 + 1)(2.0)) for _ in range(2)] == [7.0, 7.0] and len(hits) == 1
+    assert list(folder.iterdir())
   assert jax.config.jax_compilation_cache_dir is None and not folder.exists()
   assert float(jax.jit(lambda x: x * 3 + 1)(2.0)) == 7.0 and len(hits) == 1
 
@@ -79,7 +82,8 @@ def test_no_folder_no_lock_or_one_that_others_write_to(no_cache, tmp_path, monke
   """What lies there is run, so nobody else may write to it."""
   monkeypatch.setattr(compiled.log, 'propagate', True)
   compiled.keep('')
-  with pytest.raises(ValueError, match="config.compile_cache is 'gs://bucket/compiled'; expected a folder on a disk, 'auto', or ''"):
+  with pytest.raises(
+      ValueError, match="config.compile_cache is 'gs://bucket/compiled'; expected a folder on a disk, 'auto', or ''"):
     compiled.keep('gs://bucket/compiled')
   (tmp_path / 'open').mkdir()
   (tmp_path / 'open').chmod(0o777)
@@ -101,7 +105,8 @@ def test_main_keeps_them_before_the_job_begins(tmp_path, monkeypatch):
   monkeypatch.delenv('JAX_COMPILATION_CACHE_DIR')
   monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
   for setting, there in (('', False), ('auto', True)):
-    run = quick_main('--config=configs/default.py', f'--config.compile_cache={setting}', f'--workdir={tmp_path / "run"}')
+    run = quick_main('--config=configs/default.py', f'--config.compile_cache={setting}',
+                     f'--workdir={tmp_path / "run"}')
     assert run.returncode == 1 and 'config.target.name is empty' in run.stderr
     assert (tmp_path / 'ft_jax' / 'compiled').exists() == there
 

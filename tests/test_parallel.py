@@ -32,7 +32,8 @@ def test_results_are_read_while_the_next_one_is_made():
   for count, order in enumerate(orders):
     events = []
     results = (events.append(f'made {k}') or k for k in range(count))
-    assert list(parallel.read_late(results, lambda k, events=events: events.append(f'read {k}') or k)) == list(range(count))
+    assert list(parallel.read_late(results, lambda k, events=events: events.append(f'read {k}')
+                                   or k)) == list(range(count))
     assert events == order
   with pytest.raises(ZeroDivisionError):
     list(parallel.read_late((1 // k for k in (1, 1, 0)), lambda k: k))
@@ -47,7 +48,8 @@ def test_jax_pmap_is_called_in_one_file():
 
 
 def test_a_step_is_compiled_once():
-  """The first state and those that a pmapped step returns have one layout: with two, the step would be compiled twice."""
+  """The first state and those that a pmapped step returns have one layout: with two, the step would be compiled
+  twice."""
   step = parallel.pmap(lambda state: jax.tree.map(lambda x: x + 1, state), donate=True)
   source = {'a': np.ones(3, np.float32)}
   first = parallel.replicate(source)

@@ -7,8 +7,11 @@ import sys
 
 import pytest
 
+from ft_jax import stopping
+
 ROOT = pathlib.Path(__file__).parents[1]
-# What takes long is a lock that is taken twice, outside of the interpreter, as a compilation is: no handler of Python is called meanwhile.
+# What takes long is a lock that is taken twice, outside of the interpreter, as a compilation is: no handler of Python
+# is called meanwhile.
 BEGIN = '''
 import ctypes
 import sys
@@ -53,9 +56,11 @@ with command.exit_codes(False), stopping.signals() as stop:
 
 
 def end(script, signals, patience=600.0):
-  """Starts it, sends the signals one after the other (a line of its output comes before each); (exit code, output, messages)."""
+  """Starts it, sends the signals one after the other (a line of its output comes before each); (exit code, output,
+  messages)."""
   command = [sys.executable, '-c', script, str(patience)]
-  with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+  with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                        text=True) as process:
     lines = []
     for number in signals:
       lines.append(process.stdout.readline().strip())
@@ -70,10 +75,24 @@ def test_a_signal_ends_whatever_is_going_on(script, patience, words):
   """Where Python gets to it, at once; where it does not, as in a compilation, after a while."""
   for number in (signal.SIGTERM, signal.SIGINT) if script is WAITING else (signal.SIGTERM,):
     code, _, messages = end(script, [number], patience)
-    assert code == 128 + number and words in messages and 'the same command resumes' in messages and 'Traceback' not in messages
+    assert code == 128 + number and words in messages and 'the same command resumes' in messages
+    assert 'Traceback' not in messages
 
 
 def test_a_second_one_leaves_at_once():
   """The first asks the training to stop, which saves for a long time; nobody has to wait for that."""
   code, printed, messages = end(TRAINING, [signal.SIGINT, signal.SIGINT])
-  assert (code, printed) == (130, ['ready', '2']) and 'stopping after this step (SIGINT)' in messages and 'stopped at once' in messages
+  assert (code, printed) == (130, ['ready', '2']) and 'stopping after this step (SIGINT)' in messages
+  assert 'stopped at once' in messages
+
+
+def test_within_another_program_a_signal_never_ends_it():
+  """The first Ctrl-C asks to stop, the second one is an ordinary KeyboardInterrupt; SIGTERM is the program's own."""
+  before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+  with stopping.embedded(), pytest.raises(KeyboardInterrupt, match='the same command resumes'):
+    with stopping.signals() as stop:
+      assert signal.getsignal(signal.SIGTERM) is before[signal.SIGTERM] and not stop()
+      signal.raise_signal(signal.SIGINT)
+      assert stop() and stop.signal == signal.SIGINT
+      signal.raise_signal(signal.SIGINT)
+  assert before == {number: signal.getsignal(number) for number in before}

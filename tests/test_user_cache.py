@@ -36,10 +36,12 @@ def no_home(monkeypatch):
 def test_without_a_home_nothing_is_kept_and_it_is_said_once(no_home, caplog):
   made = []
   for _ in range(2):
-    assert cached_arrays('labels', 'key', lambda: made.append('again') or {'labels': np.arange(3)})['labels'].tolist() == [0, 1, 2]
+    assert cached_arrays('labels', 'key', lambda: made.append('again')
+                         or {'labels': np.arange(3)})['labels'].tolist() == [0, 1, 2]
   assert len(made) == 2 and user_cache() is None and home_directory() is None
   assert [record.message for record in caplog.records] == [
-      'warning: there is no home directory, so nothing is cached between runs; set XDG_CACHE_HOME to a folder that can be written to']
+      'warning: there is no home directory, so nothing is cached between runs; set XDG_CACHE_HOME to a folder that can '
+      'be written to']
 
 
 def test_a_home_that_is_no_folder(monkeypatch, tmp_path):
@@ -64,7 +66,8 @@ def test_what_must_be_in_the_home_is_refused(no_home, tmp_path):
     with pytest.raises(ValueError, match='there is no home directory to put in the place of ~'):
       storage.located(path)
   assert os.fspath(storage.located(tmp_path / '~')) == str(tmp_path / '~')
-  with pytest.raises(ValueError, match='there is no home directory for ~/tensorflow_datasets; give the folder of TFDS sets'):
+  with pytest.raises(ValueError,
+                     match='there is no home directory for ~/tensorflow_datasets; give the folder of TFDS sets'):
     tfds.tfds_builder('mnist', '')
 
 
@@ -79,8 +82,10 @@ hub._ensure_home()
 from huggingface_hub import constants
 print(constants.HF_HUB_CACHE)
 '''
-  environment = {key: value for key, value in os.environ.items() if key not in ('HOME', 'XDG_CACHE_HOME') and not key.startswith('HF_')}
-  run = subprocess.run([sys.executable, '-c', program], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+  environment = {key: value for key, value in os.environ.items() if key not in ('HOME', 'XDG_CACHE_HOME')
+                 and not key.startswith('HF_')}
+  run = subprocess.run([sys.executable, '-c', program], cwd=tmp_path, env=environment, capture_output=True, text=True,
+                       check=True)
   cache = pathlib.Path(run.stdout.strip())
   assert cache.is_absolute() and not cache.parent.exists() and os.listdir(tmp_path) == []
   assert 'there is no home directory for the cache of huggingface_hub' in run.stderr

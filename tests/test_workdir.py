@@ -18,12 +18,14 @@ def test_same_config_again_and_another_refused(tmp_path):
   Workdir(tmp_path / 'run', CONFIG)
   (tmp_path / 'run' / 'checkpoints' / '5').mkdir(parents=True)
   Workdir(tmp_path / 'run', CONFIG)
-  with pytest.raises(ValueError, match=r'another config \(config.seed is 0 there and 1 here; config.train.steps is 5 there and 6 here\)'):
+  with pytest.raises(ValueError, match=r'another config \(config.seed is 0 there and 1 here; config.train.steps is 5 '
+                                       r'there and 6 here\)'):
     Workdir(tmp_path / 'run', {**CONFIG, 'seed': 1, 'train': {**CONFIG['train'], 'steps': 6}})
 
 
 def test_how_images_are_read_may_change(tmp_path):
-  """A test image that cannot be read must not cost the training: on_error=skip goes on, and so does the cache that is advised."""
+  """A test image that cannot be read must not cost the training: on_error=skip goes on, and so does the cache that is
+  advised."""
   Workdir(tmp_path / 'run', {**CONFIG, 'data': {'cache': False, 'on_error': 'raise'}})
   (tmp_path / 'run' / 'checkpoints' / '5').mkdir(parents=True)
   work = Workdir(tmp_path / 'run', {**CONFIG, 'data': {'cache': True, 'on_error': 'skip'}})
@@ -35,7 +37,8 @@ def test_how_images_are_read_may_change(tmp_path):
 @pytest.fixture
 def run_of_an_older_version(tmp_path):
   """A run with a checkpoint, of whose config the later version knows more fields and other names."""
-  older = {'job': 'finetune', 'seed': 0, 'train': {'batch_size': 8, 'average': 0.9, 'fuzzy': 0}, 'pretrain': {'average': 0.0}}
+  older = {'job': 'finetune', 'seed': 0, 'train': {'batch_size': 8, 'average': 0.9, 'fuzzy': 0},
+           'pretrain': {'average': 0.0}}
   path = tmp_path / 'run'
   (path / 'checkpoints' / '5').mkdir(parents=True)
   (path / 'config.json').write_text(json.dumps(older))
@@ -77,7 +80,8 @@ def test_a_run_of_a_newer_version_is_refused_by_its_fields(tmp_path):
   Workdir(tmp_path / 'run', later(**{'model.depthwise': True, 'train.fuzzy': 2}))
   for use in (lambda: Workdir(tmp_path / 'run', later()), lambda: workdir.read_config(tmp_path / 'run')):
     with pytest.raises(ValueError, match=r'run was written by a newer version of this program: this one does not know '
-                                         r'config.model.depthwise \(True\), config.train.fuzzy \(2\). Update the program'):
+                                         r'config.model.depthwise \(True\), config.train.fuzzy \(2\). Update the '
+                                         r'program'):
       use()
 
 
@@ -90,7 +94,8 @@ def test_a_renamed_field_keeps_its_value(run_of_an_older_version, monkeypatch):
     Workdir(run_of_an_older_version, later(**{'train.ema_decay': 0.5}))
 def test_a_run_of_an_older_version_has_a_field_that_is_gone(tmp_path):
   """It resumes, whatever the field said."""
-  Workdir(tmp_path / 'run', {**CONFIG, 'train': {**CONFIG['train'], 'nonfinite_steps': 3}, 'pretrain': {'nonfinite_steps': 1}})
+  Workdir(tmp_path / 'run',
+          {**CONFIG, 'train': {**CONFIG['train'], 'nonfinite_steps': 3}, 'pretrain': {'nonfinite_steps': 1}})
   (tmp_path / 'run' / 'checkpoints' / '5').mkdir(parents=True)
   work = Workdir(tmp_path / 'run', {**CONFIG, 'pretrain': {}})
   assert 'nonfinite_steps' not in work.config_json.read_text()
@@ -133,7 +138,8 @@ def test_metrics_have_each_step_once_after_a_restart(tmp_path):
   again = MetricsWriter(work, 4)
   again.write(6, {'train/loss': 9.0})
   again.close()
-  assert work.metrics() == [{'step': 2, 'train/loss': 1.0}, {'step': 4, 'train/loss': 2.0}, {'step': 6, 'train/loss': 9.0}]
+  assert work.metrics() == [{'step': 2, 'train/loss': 1.0}, {'step': 4, 'train/loss': 2.0},
+                            {'step': 6, 'train/loss': 9.0}]
   assert list((work.path / 'tensorboard').iterdir())
 
 
@@ -148,8 +154,10 @@ def test_results_are_strict_json(tmp_path):
 
 
 def test_two_processes_do_not_share_a_workdir(tmp_path, monkeypatch):
-  """The second waits for the first and then says why it does not start; a process itself takes up its run as often as it likes."""
-  script = f'import sys; from ft_jax.workdir import Workdir; work = Workdir(sys.argv[1], {CONFIG}); print("here", flush=True); input()'
+  """The second waits for the first and then says why it does not start; a process itself takes up its run as often as
+  it likes."""
+  script = (f'import sys; from ft_jax.workdir import Workdir; work = Workdir(sys.argv[1], {CONFIG}); '
+            'print("here", flush=True); input()')
   command = [sys.executable, '-c', script, str(tmp_path / 'run')]
   with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
     assert other.stdout.readline() == 'here\n'

@@ -30,7 +30,8 @@ class Record:
     return {key.removeprefix(f'{mode}/'): value for key, value in self._arrays.items() if key.startswith(f'{mode}/')}
 
   def tensors(self, kind: str) -> dict[str, np.ndarray]:
-    """By torch's names: 'weights', 'statistics' (after one forward pass), 'gradients', 'after' (the optimiser's steps)."""
+    """By torch's names: 'weights', 'statistics' (after one forward pass), 'gradients', 'after' (the optimiser's
+    steps)."""
     kept = {'weights': r'.*(?<!num_batches_tracked)', 'statistics': r'.*running_(mean|var)'}.get(
         kind, r'.*(?<!running_mean)(?<!running_var)(?<!num_batches_tracked)')
     names = sorted(name for name in self._zeros if re.fullmatch(kept, name))

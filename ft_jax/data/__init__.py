@@ -1,7 +1,7 @@
-"""Image sets, whatever they are stored in: `open_set('folder:photos', 'train')`, `ImageSet.from_arrays(images, labels)`.
+"""Image sets of any kind: `open_set('folder:photos', 'train')`, `ImageSet.from_arrays(images, labels)`.
 
-A back-end is one file that makes an ImageSet, and one row of BACKENDS. It is imported when a set of its kind is opened, so that
-importing this package needs neither TFDS nor grain.
+A back-end is one file that makes an ImageSet, and one row of BACKENDS. It is imported when a set of its kind is opened,
+so that importing this package needs neither TFDS nor grain.
 """
 
 from collections.abc import Callable
@@ -15,10 +15,11 @@ def open_set(name: str, split: str, data_dir: str = '', quiet: bool = False) -> 
   """Opens one split of an image set.
 
   Args:
-    name: `folder:<path>`, `tfds:<name>[/config][:version]`, or `digits:pool` and `digits:target` (those of the demo). A folder of
-      images without class folders is a set of one class, UNLABELLED, which can be the pool that is selected from.
-    split: such as `train`, `train[:90%]` or `train+val`. A slice of a `tfds:` set is TFDS's own, of the whole split; a slice of a
-      `folder:` is taken of each class separately.
+    name: `folder:<path>`, `tfds:<name>[/config][:version]`, or `digits:pool` and `digits:target` (those of the demo). A
+      folder of images without class folders is a set of one class, UNLABELLED, which can be the pool that is selected
+      from.
+    split: such as `train`, `train[:90%]` or `train+val`. A slice of a `tfds:` set is TFDS's own, of the whole split; a
+      slice of a `folder:` is taken of each class separately.
     data_dir: the folder of prepared TFDS sets, and where the path of a relative `folder:` starts.
     quiet: do not log which files of a folder are not used; `ImageSet.unused` has them for the caller to log.
 

@@ -23,14 +23,14 @@ def class_difference(one: str, one_names: Sequence[str], other: str, other_names
 
 
 def look_alike(some: Iterable[str], others: Iterable[str]) -> dict[tuple[str, str], tuple[str, str]]:
-  """Pairs of different names, one of each, that look the same or differ in capitals only, with spellings that tell them apart."""
+  """Pairs of different names that look the same or differ in capitals only, with spellings that tell them apart."""
   known = {normalized(name).casefold(): name for name in some}
   pairs = ((known.get(normalized(other).casefold(), other), other) for other in sorted(others))
   return {(one, other): spelled_apart(one, other) for one, other in pairs if one != other}
 
 
 def normalized(name: str) -> str:
-  """A name without invisible differences: extra blanks, and how accents are encoded (macOS separates them from the letters)."""
+  """A name without invisible differences: extra blanks, and how accents are encoded (macOS splits them off)."""
   return ' '.join(unicodedata.normalize('NFC', name).split())
 
 

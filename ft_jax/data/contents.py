@@ -1,4 +1,4 @@
-"""The contents of image files: reading them, and hashes that identify an image on every machine and under every name."""
+"""The contents of image files: reading them, and hashes that identify an image under any name and on any machine."""
 
 from collections.abc import Sequence
 from concurrent import futures
@@ -15,9 +15,9 @@ from ft_jax.data import disk_cache
 
 # The dtype of hashes: 32 hexadecimal digits each. An empty one means that the contents are not known.
 HASH = np.dtype('S32')
-# An uncompressed image of decode.MAX_PIXELS, four channels of 16 bits, and some metadata. No file that is larger is read.
+# No larger file is read. Enough for decode.MAX_PIXELS without compression, four channels of 16 bits, and metadata.
 MAX_FILE_BYTES = 2_000_000_000
-# A file may change again within the resolution of its times, so the hash of one that has just been written is not cached.
+# A file may change again within the resolution of its times: the hash of one just written is not cached.
 _FRESH_NS = 2_000_000_000
 # From this many bytes on the log says what takes so long.
 _LOGGED_BYTES = 2_000_000_000
@@ -25,7 +25,7 @@ _CHUNK = 512
 
 
 class Files(NamedTuple):
-  """Hashes of files, `[n]` of dtype HASH, empty for files that cannot be read, and their sizes in bytes, 0 for missing ones."""
+  """Hashes of files, `[n]` of dtype HASH (empty if they cannot be read), and their sizes in bytes (0 if missing)."""
   hashes: np.ndarray
   sizes: list[int]
 
@@ -34,13 +34,15 @@ def read_file(path: pathlib.Path) -> bytes:
   """The bytes of an image file.
 
   Raises:
-    ValueError: a link to a file that does not exist, or a file that is too large for an image: a link, or a file of nothing but
-      holes, may be endless.
+    ValueError: a link to a file that does not exist, or a file that is too large for an image: a link, or a file of
+      nothing but holes, may be endless.
   """
   if path.is_symlink() and not path.exists():
-    raise ValueError(f'{path} is a link to {os.readlink(path)}, which does not exist; restore that file, or remove the link')
+    raise ValueError(f'{path} is a link to {os.readlink(path)}, which does not exist; restore that file, '
+                     'or remove the link')
   if (size := path.stat().st_size) > MAX_FILE_BYTES:
-    raise ValueError(f'{path} has {size:,d} bytes; expected an image of at most {MAX_FILE_BYTES:,d}. Scale it down or move it')
+    raise ValueError(f'{path} has {size:,d} bytes; expected an image of at most {MAX_FILE_BYTES:,d}. Scale it down '
+                     'or move it')
   return path.read_bytes()
 
 
@@ -56,11 +58,16 @@ def of_array(image: np.ndarray) -> bytes:
   return state.hexdigest()[:32].encode()
 
 
+def of_image(image: bytes | np.ndarray) -> bytes:
+  """The hash of an image: of the bytes of its file, or of its pixels."""
+  return of_bytes(image) if isinstance(image, bytes) else of_array(image)
+
+
 def of_files(paths: Sequence[str | os.PathLike[str]], root: str, what: str) -> Files:
   """The hash and the size of each file.
 
-  A file is read once. Its hash is cached in the user's cache folder by path, size, times and inode, so the next call costs a stat
-  per file.
+  A file is read once. Its hash is cached in the user's cache folder by path, size, times and inode, so the next call
+  costs a stat per file.
 
   Args:
     paths: of the files.
@@ -80,14 +87,17 @@ def of_files(paths: Sequence[str | os.PathLike[str]], root: str, what: str) -> F
     for i, stat in unknown.items():
       if hashes[i] and now - max(stat.st_mtime_ns, stat.st_ctime_ns) > _FRESH_NS:
         known[keys[i]] = hashes[i]
-    disk_cache.save('contents', cache_key, {'keys': np.array(list(known), HASH), 'hashes': np.array(list(known.values()), HASH)})
+    disk_cache.save('contents', cache_key, {'keys': np.array(list(known), HASH),
+                                            'hashes': np.array(list(known.values()), HASH)})
     known |= {keys[i]: content for i, content in hashes.items()}
-  return Files(np.array([known[key] if key else b'' for key in keys], HASH), [stat.st_size if stat else 0 for stat in stats])
+  return Files(np.array([known[key] if key else b'' for key in keys], HASH),
+               [stat.st_size if stat else 0 for stat in stats])
 
 
 def stat_key(path: str, stat: os.stat_result) -> bytes:
-  """Changes when a file is written, moved or replaced, even if its name, size and modification time are made to stay the same."""
-  return of_bytes(b'%s %d %d %d %d' % (os.fsencode(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino))
+  """Changes when a file is written, moved or replaced, even if its size and modification time are set back."""
+  numbers = stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino
+  return of_bytes(b'%s %d %d %d %d' % (os.fsencode(path), *numbers))
 
 
 def _stat(path: str) -> os.stat_result | None:
@@ -98,7 +108,7 @@ def _stat(path: str) -> os.stat_result | None:
 
 
 def _hash_files(paths: Sequence[str], sizes: dict[int, int], what: str) -> dict[int, bytes]:
-  """Hashes by index for the paths that `sizes` has an entry for, read on all cores; empty for files that cannot be read."""
+  """Hashes by index for the paths that `sizes` has, read on all cores; empty for files that cannot be read."""
   def read(i: int) -> bytes:
     if sizes[i] > MAX_FILE_BYTES:  # not an image: only its size counts
       return of_bytes(b'%d bytes' % sizes[i])

@@ -1,4 +1,4 @@
-"""Crops of an image at the size of the network's input: the random one of training, and the one in the middle for evaluation."""
+"""Crops of an image at the network's input size: random ones for training, the middle for evaluation."""
 
 import math
 from typing import NamedTuple
@@ -43,14 +43,18 @@ def random_resized_crop(
 
 
 def mirror(image: np.ndarray) -> np.ndarray:
-  """Flips an image left to right in place. Copying numpy's reversed view takes thirty times as long and blocks the other threads."""
+  """Flips an image left to right in place.
+
+  Copying numpy's reversed view takes thirty times as long, and blocks the other threads.
+  """
   return cv2.flip(image, 1, dst=image)
 
 
 def center_crop(image: np.ndarray, size: int, short_side: int) -> np.ndarray:
-  """Resizes the image so that its short side has `short_side` pixels (Pillow's antialiased bilinear) and crops the middle.
+  """Resizes the image to a short side of `short_side` pixels (Pillow's antialiased bilinear) and crops the middle.
 
-  With 224 and 256 this is how torchvision evaluates its weights: Resize(256), CenterCrop(224). Only the middle is computed.
+  With 224 and 256 this is how torchvision evaluates its weights: Resize(256), CenterCrop(224). Only the middle is
+  computed.
 
   Args:
     image: uint8 `[h, w, 3]`.
@@ -86,10 +90,10 @@ def _middle(length: int, scaled: int, size: int) -> _Middle:
 def _resize(image: np.ndarray, size: int, antialias: bool, out: np.ndarray | None) -> np.ndarray:
   """Resizes to `size` x `size`, with Pillow's antialiased bilinear filter or faster.
 
-  Pillow's filter is what torchvision's RandomResizedCrop applies to a Pillow image: a triangle as wide as two pixels of the result,
-  even if only one side shrinks. The faster way is OpenCV's bilinear interpolation, which reads two pixels per side, and where both
-  sides shrink by more than a factor of two, the mean of the pixels under each new one. `python benchmarks/pipeline.py` measures what
-  it saves.
+  Pillow's filter is what torchvision's RandomResizedCrop applies to a Pillow image: a triangle as wide as two pixels of
+  the result, even if only one side shrinks. The faster way is OpenCV's bilinear interpolation, which reads two pixels
+  per side, and where both sides shrink by more than a factor of two, the mean of the pixels under each new one. `python
+  benchmarks/pipeline.py` measures what it saves.
   """
   if antialias:
     # A contiguous copy: Pillow would make one itself, more slowly.

@@ -1,4 +1,4 @@
-"""Decoding: from the bytes of an image file to pixels, its dimensions from the head of the file, and thumbnails for pages."""
+"""From the bytes of an image file to pixels, to its dimensions (from the head alone), and to a thumbnail."""
 
 from collections.abc import Callable
 import io
@@ -18,12 +18,12 @@ from ft_jax.data.crop import center_crop
 cv2.setNumThreads(0)
 # Pillow warns from 89 megapixels on and refuses from 179; here MAX_PIXELS is the limit, and the error names the file.
 PIL.Image.MAX_IMAGE_PIXELS = None
-# Nobody who trains on ten thousand files wants to hear of odd metadata. (A filter around a single call is not thread-safe.)
+# Odd metadata is not worth a warning for each of ten thousand files. (A filter for one call is not thread-safe.)
 warnings.filterwarnings('ignore', category=UserWarning, module=r'PIL\.')
 
 MAX_PIXELS = 200_000_000
-# The formats that are read, whatever the file's name: those that Pillow decodes without other programs, in memory and in bounded
-# time. With their usual endings (without PPM's .pfm: the range of its pixels is not known).
+# The formats that are read, whatever the file's name: those that Pillow decodes without other programs, in memory and
+# in bounded time. With their usual endings (without PPM's .pfm: the range of its pixels is not known).
 FORMATS: dict[str, tuple[str, ...]] = {
     'JPEG': ('.jpg', '.jpeg', '.jpe', '.jfif', '.mpo'), 'PNG': ('.png', '.apng'), 'GIF': ('.gif',), 'WEBP': ('.webp',),
     'BMP': ('.bmp',), 'DIB': ('.dib',), 'TIFF': ('.tif', '.tiff'), 'PPM': ('.ppm', '.pgm', '.pbm', '.pnm'),
@@ -46,15 +46,15 @@ _SCRATCH = _Scratch()
 def decode(image: bytes | np.ndarray, example_id: str, scratch: bool = False) -> np.ndarray:
   """Decodes an image file (or takes decoded pixels) to uint8 `[h, w, 3]`, as an image viewer shows it.
 
-  Grey, palette, CMYK, LAB and 16-bit images become RGB; of an animation the first frame is taken; the camera's orientation is applied.
-  Transparent images are put on a white background: the colours under transparent pixels are whatever the program left there. The
-  format is that of the bytes, whatever the file's name says.
+  Grey, palette, CMYK, LAB and 16-bit images become RGB; of an animation the first frame is taken; the camera's
+  orientation is applied. Transparent images are put on a white background: the colours under transparent pixels are
+  whatever the program left there. The format is that of the bytes, whatever the file's name says.
 
   Args:
     image: the bytes of the file, or uint8 `[h, w]` or `[h, w, 3]`.
     example_id: for messages.
-    scratch: the result may be in memory of this thread that the next such call overwrites. Allocating memory for each image costs a
-      quarter of the decoding time, and threads wait for each other there.
+    scratch: the result may be in memory of this thread that the next such call overwrites. Allocating memory for each
+      image costs a quarter of the decoding time, and threads wait for each other there.
 
   Raises:
     ValueError: not an image, a damaged one, or one of more than MAX_PIXELS pixels; the message names the example.
@@ -66,12 +66,21 @@ def decode(image: bytes | np.ndarray, example_id: str, scratch: bool = False) ->
     if decoded is not None:
       return decoded
   with _open(image, example_id) as picture:
-    try:
-      picture.load()
-      _check_size(*picture.size, example_id)
-      return _upright(_to_rgb(picture), _orientation(picture))
-    except Exception as error:
-      raise _unreadable(example_id, error) from error
+    return from_pillow(picture, example_id)
+
+
+def from_pillow(picture: PIL.Image.Image, example_id: str) -> np.ndarray:
+  """A Pillow image of any mode as uint8 `[h, w, 3]`, the same as `decode` makes of its file.
+
+  Raises:
+    ValueError: a damaged file, pixels of an unknown range, or more than MAX_PIXELS; the message names the example.
+  """
+  try:
+    picture.load()
+    _check_size(*picture.size, example_id)
+    return _upright(_to_rgb(picture), _orientation(picture))
+  except Exception as error:
+    raise _unreadable(example_id, error) from error
 
 
 def dimensions(image: bytes | np.ndarray, example_id: str) -> tuple[int, int]:
@@ -140,7 +149,8 @@ class TooLargeError(ValueError):
 def _check_size(width: int, height: int, example_id: str) -> None:
   if width * height > MAX_PIXELS:
     raise TooLargeError(
-        f'{example_id} is an image of {width} x {height} pixels; expected at most {MAX_PIXELS:,d}. Scale it down or move it')
+        f'{example_id} is an image of {width} x {height} pixels; expected at most {MAX_PIXELS:,d}. Scale it down '
+        'or move it')
 
 
 def _unreadable(example_id: str, error: Exception) -> ValueError:
@@ -161,7 +171,7 @@ def _open(image: bytes, example_id: str) -> PIL.Image.Image:
     picture = PIL.Image.open(io.BytesIO(image), formats=tuple(FORMATS))
     _check_size(*picture.size, example_id)
     return picture
-  except Exception as error:  # damaged files make Pillow's parsers raise almost anything: KeyError, struct.error, zlib.error, ...
+  except Exception as error:  # Pillow's parsers raise almost anything for damaged files: KeyError, struct.error, ...
     raise _unreadable(example_id, error) from error
 
 
@@ -171,7 +181,8 @@ def _to_rgb(picture: PIL.Image.Image) -> np.ndarray:
     # Pillow's own conversion would clip everything above 255.
     return cv2.cvtColor((np.asarray(picture) >> 8).astype(np.uint8), cv2.COLOR_GRAY2RGB)
   if picture.mode in ('I', 'F'):
-    raise ValueError(f'its pixels are of mode {picture.mode}, whose range is not known; save it with 8 or 16 bits per channel')
+    raise ValueError(f'its pixels are of mode {picture.mode}, whose range is not known; save it with 8 or 16 bits '
+                     'per channel')
   if not picture.has_transparency_data:
     return np.asarray(picture.convert('RGB'))
   layer = picture.convert('RGBA')

@@ -1,8 +1,8 @@
 """Back-end for the two image sets of the demo, made of data inside scikit-learn: nothing is downloaded.
 
-The pool has handwritten digits of nine writers, those of every second writer dark on light, and patches of two photographs
-(one class per region); the target has digits of other writers, dark on light and upside down. Every image is 8x8, grey and
-of full contrast, so that neither sharpness nor brightness nor colour gives a class away.
+The pool has handwritten digits of nine writers, those of every second writer dark on light, and patches of two
+photographs (one class per region); the target has digits of other writers, dark on light and upside down. Every image
+is 8x8, grey and of full contrast, so that neither sharpness nor brightness nor colour gives a class away.
 """
 
 import numpy as np
@@ -69,7 +69,7 @@ def _digits(writers: range) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[st
 
 
 def _patches() -> tuple[np.ndarray, np.ndarray, list[str], tuple[str, ...]]:
-  """Random squares of each region of scikit-learn's two photographs, averaged down to 8x8 grey pixels of full contrast."""
+  """Random squares of each region of scikit-learn's two photographs, reduced to 8x8 grey pixels of full contrast."""
   from sklearn import datasets
 
   rng = np.random.default_rng(0)

@@ -45,7 +45,7 @@ def save(what: str, key: str, arrays: Mapping[str, np.ndarray]) -> None:
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f'.{path.stem}.{os.getpid()}.npz')
-    np.savez(temporary, **arrays)
+    np.savez(temporary, **arrays)  # type: ignore[arg-type]  # no array is called allow_pickle, a parameter of savez
     os.replace(temporary, path)
   except OSError:
     pass

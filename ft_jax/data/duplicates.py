@@ -1,10 +1,10 @@
 """Images that two sets have in common under any names: the same bytes, the same pixels, or nearly the same picture.
 
-Nearly the same is decided by a perceptual hash of 128 bits, as in pHash (Zauner 2010) and PDQ (Facebook 2019): the signs of
-the lowest frequencies (discrete cosine transform) of the image at 32 x 32 grey pixels. Recompressing and resizing flip few
-of the signs; mirroring flips exactly those of odd horizontal frequency, so mirrored copies need no hash of their own. A
-second hash, of the middle of the image, finds copies whose borders were cut off. What it finds, and what it mistakes for a
-copy, is measured by benchmarks/duplicates.py; the numbers are in docs/data.md.
+Nearly the same is decided by a perceptual hash of 128 bits, as in pHash (Zauner 2010) and PDQ (Facebook 2019): the
+signs of the lowest frequencies (discrete cosine transform) of the image at 32 x 32 grey pixels. Recompressing and
+resizing flip few of the signs; mirroring flips exactly those of odd horizontal frequency, so mirrored copies need no
+hash of their own. A second hash, of the middle of the image, finds copies whose borders were cut off. What it finds,
+and what it mistakes for a copy, is measured by benchmarks/duplicates.py; the numbers are in docs/data.md.
 """
 
 from collections.abc import Iterator, Sequence
@@ -28,8 +28,8 @@ KINDS = {'exact': 'the same file', 'pixel': 'the same pixels', 'near': 'nearly t
 THRESHOLD = 20
 # Images with a shorter side (in pixels) have no perceptual hash: at 8 x 8 pixels different things look the same.
 LEAST_SIDE = 32
-# Nor do images with little in them, such as plain backgrounds: this many of the 128 frequencies must be stronger than what
-# recompressing adds, in grey levels.
+# Nor do images with little in them, such as plain backgrounds: this many of the 128 frequencies must be stronger than
+# what recompressing adds, in grey levels.
 LEAST_FREQUENCIES, _NOISE = 64, 2.0
 # The fraction of the area that the second hash covers.
 _MIDDLE = 0.9
@@ -46,7 +46,7 @@ def _frequencies() -> tuple[np.ndarray, np.ndarray]:
 
 
 def _cosines() -> np.ndarray:
-  """Rows of the cosine transform `[frequencies, _SIDE]` as whole numbers: their float64 sums are equal on every machine."""
+  """Cosine transform `[frequencies, _SIDE]`, rounded to integers: their float64 sums are equal on every machine."""
   frequencies = np.arange(1 + max(_ROWS.max(), _COLUMNS.max()))
   angles = np.pi * np.outer(frequencies, np.arange(_SIDE) + 0.5) / _SIDE
   return np.round(_UNIT * np.cos(angles))
@@ -121,18 +121,18 @@ def _content_hashes(images: ImageSet) -> np.ndarray:
   if images.contents is not None:
     return images.contents
   read = (images.read(int(row)) for row in images.rows)
-  return np.array([contents.of_array(image) if isinstance(image, np.ndarray) else contents.of_bytes(image) for image in read],
-                  contents.HASH)
+  return np.array([contents.of_image(image) for image in read], contents.HASH)
 
 
-def _hash_all(examples: Sequence[tuple[ImageSet, int]], what: str, chunk: int = 512) -> tuple[dict[str, np.ndarray], bool]:
-  """The arrays of Hashes that need decoding, of examples by set and position; and whether all of their bytes could be read.
+def _hash_all(examples: Sequence[tuple[ImageSet, int]], what: str,
+              chunk: int = 512) -> tuple[dict[str, np.ndarray], bool]:
+  """The arrays of Hashes that need decoding, of examples by set and position; and whether all bytes could be read.
 
   The array `distinctive` is called `told` here, as in the caches of earlier versions.
   """
   if len(examples) > 20_000:  # takes a minute or more
-    progress.log.info('hashing the pixels of %s images of %s to find duplicates, once: later runs find the hashes in the cache',
-                      f'{len(examples):,d}', what)
+    progress.log.info('hashing the pixels of %s images of %s to find duplicates, once: later runs find the hashes '
+                      'in the cache', f'{len(examples):,d}', what)
   found: list[tuple[bytes, np.ndarray, bool] | None] = []
   starts = range(0, len(examples), chunk)
   with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -231,7 +231,8 @@ def _nearest(some: np.ndarray, others: np.ndarray, threshold: int,
     return
   block = max(1, min(256, pairs // len(others)))
   # The middle of an image may be all of another; the two middles say nothing that the whole images do not.
-  views = [(mine, others[:, its] ^ mirror) for mine, its in ((0, 0), (0, 1), (1, 0)) for mirror in (np.uint64(0), _MIRROR)]
+  views = [(mine, others[:, its] ^ mirror) for mine, its in ((0, 0), (0, 1), (1, 0))
+           for mirror in (np.uint64(0), _MIRROR)]
 
   def nearest(start: int) -> tuple[np.ndarray, np.ndarray]:
     part = some[start:start + block]

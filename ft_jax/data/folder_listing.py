@@ -11,14 +11,25 @@ from ft_jax.data.class_names import normalized, spelled_apart
 from ft_jax.data.decode import IMAGE_ENDINGS
 from ft_jax.data.folder_scan import Contents, Findings, has_classes, has_image, scan
 from ft_jax.data.image_set import UNLABELLED
-from ft_jax.data.unused_files import ARCHIVES, BESIDE_SPLITS, Found, is_new, LINKED, OUTSIDE, SECOND_NAME, TOO_DEEP, Unused
+from ft_jax.data.unused_files import (
+  ARCHIVES,
+  BESIDE_SPLITS,
+  Found,
+  is_new,
+  LINKED,
+  OUTSIDE,
+  SECOND_NAME,
+  TOO_DEEP,
+  Unused,
+)
 from ft_jax.progress import log
 
 # What the folder of a split may be called, in upper or lower case.
 SPLIT_NAMES = {'train': ('train', 'training'), 'val': ('val', 'validation', 'valid'), 'test': ('test', 'testing')}
 IMAGENET_VAL = (
     '. ImageNet\'s 50,000 validation images come without folders: sort them into folders named by their WordNet ids '
-    '(valprep.sh of github.com/soumith/imagenetloader.torch does), or prepare tfds:imagenet2012, which knows their classes')
+    '(valprep.sh of github.com/soumith/imagenetloader.torch does), or prepare tfds:imagenet2012, which knows '
+    'their classes')
 
 
 class Listing(NamedTuple):
@@ -45,8 +56,8 @@ def list_classes(root: pathlib.Path, split: str, name: str) -> Listing:
     name: of the set, for messages.
 
   Raises:
-    ValueError: the split does not exist, a folder may be a split or a class, class names look the same, or a class has no image; the
-      message says what to do.
+    ValueError: the split does not exist, a folder may be a split or a class, class names look the same, or a class has
+      no image; the message says what to do.
   """
   in_root = Findings(root)
   contents = scan(root, in_root, is_top=True)
@@ -63,8 +74,8 @@ def list_classes(root: pathlib.Path, split: str, name: str) -> Listing:
   elif contents.images and _split_name(base.name) != 'val':
     classes = {UNLABELLED: contents.images}
   elif contents.images:
-    raise ValueError(f'{name}: {base} has no class folders but {len(contents.images):,d} images; expected <class>/<image> in it'
-                     + IMAGENET_VAL)
+    raise ValueError(f'{name}: {base} has no class folders but {len(contents.images):,d} images; expected '
+                     '<class>/<image> in it' + IMAGENET_VAL)
   else:
     raise ValueError(f'{name}: {base} has no class folders; expected <class>/<image> in it{in_base.summary(root)}')
   return Listing(classes, frozenset(in_root.broken | in_base.broken), Unused(root, {**in_root.found, **in_base.found}))
@@ -80,7 +91,8 @@ def list_images(folder: pathlib.Path) -> Listing:
   return Listing({UNLABELLED: images}, frozenset(findings.broken), Unused(folder, findings.found))
 
 
-def _images_below(folder: pathlib.Path, findings: Findings, parents: tuple[tuple[int, int], ...] = ()) -> Iterator[pathlib.Path]:
+def _images_below(folder: pathlib.Path, findings: Findings,
+                  parents: tuple[tuple[int, int], ...] = ()) -> Iterator[pathlib.Path]:
   stat = os.stat(folder)
   if (stat.st_dev, stat.st_ino) in parents:
     return
@@ -137,8 +149,9 @@ def _base(root: pathlib.Path, folders: Sequence[str], split: str, name: str, fin
 def _splits(root: pathlib.Path, folders: Sequence[str], split: str, name: str, findings: Findings) -> list[str]:
   """Those of the folders in `root` that are splits; none if they are classes.
 
-  A split is a folder of class folders with a name of SPLIT_NAMES. If folders beside it have images themselves, a folder of such a name
-  that has images is a class (bus/, car/, train/). A folder of any other name is a split if it is asked for.
+  A split is a folder of class folders with a name of SPLIT_NAMES. If folders beside it have images themselves, a folder
+  of such a name that has images is a class (bus/, car/, train/). A folder of any other name is a split if it is asked
+  for.
 
   Raises:
     ValueError: one split beside folders that have images: it is not clear which of the two is meant.
@@ -152,8 +165,8 @@ def _splits(root: pathlib.Path, folders: Sequence[str], split: str, name: str, f
   with_classes = [folder for folder in named if has_classes(root / folder)] if beside else named
   if beside and len(with_classes) == 1:
     some = ', '.join(beside[:3]) + (f' and {len(beside) - 3} more' if len(beside) > 3 else '')
-    raise ValueError(f'{name}: {with_classes[0]}/ in it has class folders, as a split does, but folders beside it have images, '
-                     f'as classes do: {some}; expected <split>/<class>/<image> or <class>/<image>. Give '
+    raise ValueError(f'{name}: {with_classes[0]}/ in it has class folders, as a split does, but folders beside it have '
+                     f'images, as classes do: {some}; expected <split>/<class>/<image> or <class>/<image>. Give '
                      f'folder:{root / with_classes[0]} to use that folder alone, or move it or the others elsewhere')
   if not with_classes:
     return []
@@ -218,8 +231,8 @@ def _why_empty(base: pathlib.Path, empty: Sequence[str], contents: dict[str, Con
     fix = f'move what is in {whole} to {base}' if is_split else f'give folder:{whole}'
     return (f'{base} has one folder, {empty[0]}/, and the images are not in that but in folders further down, such as '
             f'{example}; {fix}')
-  return (f'no image in class folder {first}{others}, but there are some in folders further down, such as {example}; expected '
-          '<class>/<image>: move the images up or, if the folders are splits, call them train, val and test')
+  return (f'no image in class folder {first}{others}, but there are some in folders further down, such as {example}; '
+          'expected <class>/<image>: move the images up or, if the folders are splits, call them train, val and test')
 
 
 def _innermost(folder: pathlib.Path) -> pathlib.Path:

@@ -21,7 +21,7 @@ _IGNORED, _IMAGE, _BROKEN, _FOLDER = 'ignored', 'image', 'broken link', 'folder'
 
 
 class Findings:
-  """What scanning a folder finds apart from its images: files that are not used, and links to images that do not exist."""
+  """What a folder has apart from its images: files that are not used, and links to images that do not exist."""
 
   def __init__(self, folder: pathlib.Path):
     self.folder = folder
@@ -82,7 +82,10 @@ def _has_folder(folder: pathlib.Path) -> bool:
 
 
 def _kind(entry: os.DirEntry[str], is_top: bool = False) -> str:
-  """What an entry of a folder is: one of the kinds above, or the ending of its name. A regular image needs no system call."""
+  """What an entry of a folder is: one of the kinds above, or the ending of its name.
+
+  A regular image needs no system call: a pool may have a million files on a slow disk.
+  """
   name, is_link = entry.name.lower(), entry.is_symlink()
   is_hidden, is_named_image = name.startswith('.'), name.endswith(IMAGE_ENDINGS)
   if is_named_image and not is_hidden and not is_link and entry.is_file():

@@ -26,7 +26,8 @@ def parse_split(split: str) -> list[SplitPart]:
   for term in split.split('+'):
     match = re.fullmatch(r'\s*([\w.-]+)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?\s*', term)
     if not match:
-      raise ValueError(f'split {split!r}: expected a name, such as train, or a slice, such as train[:90%] or train[10:]')
+      raise ValueError(f'split {split!r}: expected a name, such as train, or a slice, such as train[:90%] '
+                       'or train[10:]')
     parts.append(SplitPart(*match.groups()))
   return parts
 
@@ -59,7 +60,7 @@ def open_folder(path: str, split: str, data_dir: str) -> ImageSet:
     raise ValueError(f'{name}: split {split!r} has no images; the slice is empty')
   ids = [path.relative_to(root).as_posix() for path in paths]
   broken = frozenset(path.relative_to(root).as_posix() for listing in listings for path in listing.broken)
-  # ImageNet's folders are sorted by WordNet id, as TFDS's labels are; the ids of the examples still have the WordNet ids.
+  # ImageNet's folders are sorted by WordNet id, as TFDS's labels are; the examples' ids keep the WordNet ids.
   class_names = imagenet.human_names(folder_names)
   hashes, sizes = contents.of_files(paths, str(root), f'{name} {split}')
   return ImageSet(

@@ -1,6 +1,7 @@
-"""ImageSet: labels, ids and class names of the examples of a set, and its images, read one by one when they are asked for.
+"""ImageSet: the labels, ids and class names of a set, and its images, each read when it is needed.
 
-What a set is stored in (a folder, a TFDS set, arrays, ...) is the matter of the back-ends, one file each; see `ft_jax.data.BACKENDS`.
+Where the images come from (a folder, a TFDS set, arrays, ...) is the back-ends' matter, one file each: see
+`ft_jax.data.BACKENDS`.
 """
 
 from collections.abc import Callable, Sequence
@@ -38,11 +39,11 @@ class ImageSet:
     ids: str `[n]`, a unique name for each example that is the same whenever the set is opened.
     rows: int64 `[n]`, the row of each example in the underlying store.
     read: returns the image in a row of the store. Called from several threads at once.
-    fingerprint: changes with the bytes of any image, the ids, their order, the labels and the class names, and with nothing else: a
-      copy in another folder or on another machine has the same.
+    fingerprint: changes with the bytes of any image, the ids, their order, the labels and the class names, and with
+      nothing else: a copy in another folder or on another machine has the same.
     contents: `[n]` of dtype `contents.HASH`, a hash of the bytes or pixels of each image; None where it is not known.
-    legacy_fingerprint: the fingerprint of earlier versions, made from ids and file sizes, as it stands in their checkpoints and
-      selections; '' if there is none.
+    legacy_fingerprint: the fingerprint of earlier versions, made from ids and file sizes, which their
+      checkpoints and selections have; '' if there is none.
     broken: ids of images that are known to be unreadable: links to files that do not exist.
     unused: files beside the examples that are not used, if the set is a folder.
   """
@@ -67,7 +68,7 @@ class ImageSet:
   def __getitem__(self, i: int) -> Example:
     return Example(self.read(int(self.rows[i])), int(self.labels[i]), str(self.ids[i]))
 
-  # --- made from ---
+  # --- constructors ---
 
   @classmethod
   def from_folder(cls, path: str | os.PathLike[str], split: str = 'train') -> 'ImageSet':
@@ -104,10 +105,10 @@ class ImageSet:
     """Images in memory. Arrays are not copied, so they must not change afterwards.
 
     Args:
-      images: uint8 `[n, h, w, 3]` (RGB) or `[n, h, w]` (grey), or a list with one image each: uint8 `[h, w, 3]` or `[h, w]` of any
-        size, or the bytes of an image file.
-      labels: the class of each image, by number (0 is the first class) or by name. None makes one class of them, as in a folder
-        without class folders: such a set can be predicted, or be the pool of methods.fixmatch.
+      images: uint8 `[n, h, w, 3]` (RGB) or `[n, h, w]` (grey), or a list with one image each: uint8 `[h, w, 3]` or
+        `[h, w]` of any size, a Pillow image, or the bytes of an image file.
+      labels: the class of each image, by number (0 is the first class) or by name. None makes one class of them, as in
+        a folder without class folders: such a set can be predicted, or be the pool of methods.fixmatch.
       class_names: in the order of the numbers. None takes the names in `labels`, sorted, or '0', '1', ... for numbers.
       name: for messages and reports.
 
@@ -148,7 +149,10 @@ class ImageSet:
     return self.subset(np.flatnonzero(np.isin(self.labels, classes)))
 
   def without(self, names: Sequence[str | int]) -> 'ImageSet':
-    """The set without some classes; the remaining classes are numbered anew. A number stands for the class of that name.
+    """The set without some classes; the remaining classes are renumbered.
+
+    Args:
+      names: of the classes to leave out. A number stands for the class of that name.
 
     Raises:
       ValueError: a class that the set does not have, or all of its classes.
@@ -169,17 +173,18 @@ class ImageSet:
     new_labels = np.full(len(self.class_names), -1, np.int32)
     new_labels[remaining] = np.arange(len(remaining))
     part = self.of_classes(remaining)
-    return dataclasses.replace(part, labels=new_labels[part.labels], class_names=tuple(self.class_names[k] for k in remaining))
+    return dataclasses.replace(part, labels=new_labels[part.labels],
+                               class_names=tuple(self.class_names[k] for k in remaining))
 
   # --- look-ups ---
 
   def at_ids(self, ids: Sequence[str]) -> np.ndarray:
-    """The positions of the examples with these ids, int64 `[len(ids)]`; raises ValueError if any id is not in the set."""
+    """The positions of the examples with these ids, int64 `[len(ids)]`; raises ValueError if one is not in the set."""
     positions = {name: i for i, name in enumerate(self.ids.tolist())}
     missing = [name for name in ids if name not in positions]
     if missing:
-      raise ValueError(f'{len(missing):,d} of {len(ids):,d} ids are not in {self.name}, such as {missing[0]!r}; its ids look like '
-                       f'{str(self.ids[0])!r}')
+      raise ValueError(f'{len(missing):,d} of {len(ids):,d} ids are not in {self.name}, such as {missing[0]!r}; '
+                       f'its ids look like {str(self.ids[0])!r}')
     return np.array([positions[name] for name in ids], np.int64)
 
   def is_known_as(self, fingerprint: str) -> bool:
@@ -190,8 +195,8 @@ class ImageSet:
 def split_off_val(images: ImageSet, fraction: float, seed: int) -> tuple[ImageSet, ImageSet]:
   """Splits a set in two, class by class: (train, val) with about `fraction` of every class in val.
 
-  The choice depends only on the ids and the seed, not on the order of the files. A class of two or more images has at least one in
-  each part; a class of one image has it in train.
+  The choice depends only on the ids and the seed, not on the order of the files. A class of two or more images has at
+  least one in each part; a class of one image has it in train.
 
   Raises:
     ValueError: `fraction` is not between 0 and 1, or val would be empty.
@@ -208,10 +213,10 @@ def split_off_val(images: ImageSet, fraction: float, seed: int) -> tuple[ImageSe
 
 
 def sample_per_class(images: ImageSet, per_class: int, seed: int, fraction: float = 1.0) -> tuple[ImageSet, ImageSet]:
-  """Draws `per_class` examples of every class or, if that is 0, a fraction of them, at least one: (the sample, the rest).
+  """Draws `per_class` examples of every class or, if 0, a fraction of them, at least one: (the sample, the rest).
 
-  The choice depends only on the seed and on what follows the first slash of the ids. What precedes it is the split that an image is
-  stored in (the class, in a folder without splits): whether an image is drawn does not depend on its split.
+  The choice depends only on the seed and on what follows the first slash of the ids. What precedes it is the split that
+  an image is stored in (the class, in a folder without splits): whether an image is drawn does not depend on its split.
 
   Raises:
     ValueError: a class has fewer than `per_class` images.

@@ -1,4 +1,4 @@
-"""Wrong labels for studies of label noise. What happens to an example depends on its id and the seed, not on the order of files."""
+"""Wrong labels for studies of label noise; they depend on the ids of the examples and the seed, not on their order."""
 
 from collections.abc import Sequence
 import csv
@@ -29,16 +29,18 @@ class Noisy(NamedTuple):
 
 def with_noise(images: ImageSet, kind: str, rate: float, seed: int, *, class_map: Sequence[tuple[str, str]] = (),
                predicted: np.ndarray | None = None) -> Noisy:
-  """Redraws the labels of exactly int(rate * n) of the n examples, as RegSL's published code does (Li and Zhang, NeurIPS 2021).
+  """Redraws the labels of exactly int(rate * n) of the n examples, as RegSL's published code does.
 
-  symmetric: any class with the same probability, the true one included: about rate * (1 - 1/K) of the labels are wrong with K
-  classes.
-  nonuniform: any class, with probabilities softmax(u) that are the same for all examples, u uniform in [0, 1] for each class.
-  model: the class that another network predicts (in that code for all examples, which is a rate of 1).
-  asymmetric (Patrini et al., CVPR 2017; not in that code): in each class of the map, exactly int(rate * n) of its n examples
-  become the class that it is mapped to.
+  The code is that of Li and Zhang, NeurIPS 2021. The kinds:
+  - symmetric: any class with the same probability, the true one included: with K classes, about rate * (1 - 1/K) of the
+    labels are wrong.
+  - nonuniform: any class, with probabilities softmax(u) that are the same for all examples, u uniform in [0, 1].
+  - model: the class that another network predicts (in that code for all examples, which is a rate of 1).
+  - asymmetric (Patrini et al., CVPR 2017; not in that code): in each class of the map, exactly int(rate * n) of its n
+    examples become the class that it is mapped to.
 
-  Whether an example is redrawn does not depend on the split that it is stored in, unless two splits have an image of its name.
+  Whether an example is redrawn does not depend on the split that it is stored in, unless two splits have an image of
+  its name.
 
   Args:
     images: the training images.
@@ -68,7 +70,8 @@ def with_noise(images: ImageSet, kind: str, rate: float, seed: int, *, class_map
       positions = [_uniform('label', str(seed), names[row]) for row in rows.tolist()]
       new_labels = np.searchsorted(edges, positions, side='right').astype(np.int32)
   if not len(rows):
-    raise ValueError(f'config.noise.rate is {rate}, which is less than one image of {images.name}; use a higher rate, or 0 for no noise')
+    raise ValueError(f'config.noise.rate is {rate}, which is less than one image of {images.name}; use a higher rate, '
+                     'or 0 for no noise')
   labels = images.labels.copy()
   labels[rows] = new_labels
   noisy = dataclasses.replace(images, labels=labels, fingerprint=digest(images.fingerprint, labels.tobytes()),
@@ -87,32 +90,36 @@ def probabilities(kind: str, classes: int, seed: int) -> np.ndarray:
 def read_predictions(path: str, images: ImageSet) -> np.ndarray:
   """The class of each example of a set, int32 `[n]`, in a CSV file of job predict: columns `file` and `class_1`.
 
-  `file` is the id of an example, or what follows the split in it: a table of the folder `pets/train` fits `folder:pets`.
+  `file` is the id of an example, or what follows the split in it: a table of the folder `pets/train` fits
+  `folder:pets`.
 
   Raises:
     ValueError: the file is not such a table, lacks an example, or has a class that the set lacks.
   """
   field = 'config.noise.labels'
   try:
-    with io.StringIO(epath.Path(path).expanduser().read_bytes().decode('utf-8', 'surrogateescape'), newline='') as stream:
+    text = epath.Path(path).expanduser().read_bytes().decode('utf-8', 'surrogateescape')
+    with io.StringIO(text, newline='') as stream:
       reader = csv.DictReader(stream)
       if not {'file', 'class_1'} <= set(reader.fieldnames or ()):
         columns = ', '.join(reader.fieldnames or ()) or 'of an empty file'
-        raise ValueError(f'{field}: {path} has the columns {columns}; expected file and class_1, as job predict writes them')
+        raise ValueError(f'{field}: {path} has the columns {columns}; expected file and class_1, as job predict '
+                         'writes them')
       found = {from_cell(row['file'] or ''): from_cell(row['class_1'] or '') for row in reader}
   except csv.Error as error:
-    raise ValueError(f'{field}: {path} cannot be read as a table ({error}); give a file that job predict wrote') from error
+    raise ValueError(f'{field}: {path} cannot be read as a table ({error}); give a file that job predict '
+                     'wrote') from error
   ids = images.ids.tolist()
   predicted = [found.get(name, found.get(name.partition('/')[2], '')) for name in ids]
   missing = [name for name, class_name in zip(ids, predicted) if not class_name]
   if missing:
-    raise ValueError(f'{field}: {path} has no class for {len(missing):,d} of the {len(images):,d} images of {images.name}, '
-                     f'such as {missing[0]}; predict all of them')
+    raise ValueError(f'{field}: {path} has no class for {len(missing):,d} of the {len(images):,d} images of '
+                     f'{images.name}, such as {missing[0]}; predict all of them')
   numbers = {name: k for k, name in enumerate(images.class_names)}
   unknown = [class_name for class_name in predicted if class_name not in numbers]
   if unknown:
-    raise ValueError(f'{field}: {path} has the class {unknown[0]!r}, which {images.name} lacks; give predictions of a network '
-                     'of the same classes')
+    raise ValueError(f'{field}: {path} has the class {unknown[0]!r}, which {images.name} lacks; give predictions of '
+                     'a network of the same classes')
   return np.array([numbers[class_name] for class_name in predicted], np.int32)
 
 
@@ -134,5 +141,6 @@ def _class_numbers(images: ImageSet, class_map: Sequence[tuple[str, str]]) -> di
   for name in (name for pair in class_map for name in pair):
     if name not in numbers:
       some = ', '.join(images.class_names[:8]) + (', ...' if len(numbers) > 8 else '')
-      raise ValueError(f'config.noise.map has the class {name!r}, which {images.name} lacks; it has {len(numbers)}: {some}')
+      raise ValueError(f'config.noise.map has the class {name!r}, which {images.name} lacks; it has '
+                       f'{len(numbers)}: {some}')
   return {numbers[one]: numbers[other] for one, other in class_map}

@@ -7,12 +7,15 @@ import numpy as np
 from ft_jax.data.image_set import Labels, UNLABELLED
 
 
-def as_class_labels(labels: Labels | None, class_names: Sequence[str] | None, count: int) -> tuple[np.ndarray, tuple[str, ...]]:
+def as_class_labels(labels: Labels | None, class_names: Sequence[str] | None,
+                    count: int) -> tuple[np.ndarray, tuple[str, ...]]:
   """The labels of `count` images as int32 `[count]`, and the names of the classes.
 
   Args:
-    labels: numbers of classes (0 is the first) or names of classes, one per image. None: all images are of the class UNLABELLED.
-    class_names: the names in the order of the numbers. None: the names in `labels`, sorted, or '0', '1', ... up to the largest number.
+    labels: numbers of classes (0 is the first) or names of classes, one per image. None: all images are of the class
+      UNLABELLED.
+    class_names: the names in the order of the numbers. None: the names in `labels`, sorted, or '0', '1', ... up to the
+      largest number.
     count: how many images there are.
 
   Raises:
@@ -30,19 +33,22 @@ def as_class_labels(labels: Labels | None, class_names: Sequence[str] | None, co
     raise ValueError(f'labels has shape {values.shape}; expected one class per image, [{count}]. '
                      'If the rows are one-hot, give labels.argmax(1)')
   if values.shape != (count,):
-    raise ValueError(f'labels has shape {values.shape}, but there are {count:,d} images; expected one label per image, [{count}]')
+    raise ValueError(f'labels has shape {values.shape}, but there are {count:,d} images; expected one label '
+                     f'per image, [{count}]')
   if values.dtype.kind in 'US':
     return _numbers_of_names(values.astype(str), names)
   if values.dtype.kind not in 'iu':
-    raise ValueError(f'labels has dtype {values.dtype}; expected integers, 0 for the first class, or the names of classes')
+    raise ValueError(f'labels has dtype {values.dtype}; expected integers, 0 for the first class, or the names '
+                     'of classes')
   if values.min() < 0:
     i = int(values.argmin())
-    raise ValueError(f'labels[{i}] is {values[i]}; expected numbers from 0 on. Leave images without a label out')
+    raise ValueError(f'labels[{i}] is {values[i]}; expected numbers of 0 or more. Leave out images without a label')
   if names is None:
     return values.astype(np.int32), tuple(str(k) for k in range(int(values.max()) + 1))
   if values.max() >= len(names):
     i = int(values.argmax())
-    raise ValueError(f'labels[{i}] is {values[i]}, but class_names has {len(names)} names; expected labels from 0 to {len(names) - 1}')
+    raise ValueError(f'labels[{i}] is {values[i]}, but class_names has {len(names)} names; expected labels from 0 to '
+                     f'{len(names) - 1}')
   return values.astype(np.int32), names
 
 
@@ -65,11 +71,12 @@ def _as_array(labels: Labels) -> np.ndarray:
   try:
     values = np.asarray(labels)
   except ValueError as error:  # rows of different lengths
-    raise ValueError('labels has entries of different lengths; expected one number or name of a class per image') from error
+    raise ValueError('labels has entries of different lengths; expected one number or name of a class per '
+                     'image') from error
   if values.dtype.kind == 'O' and values.ndim == 1 and all(isinstance(value, str) for value in values.tolist()):
     return values.astype(str)  # a pandas column of strings
-  mixed = not isinstance(labels, np.ndarray) and values.dtype.kind in 'US' and not all(isinstance(value, str) for value in labels)
-  if mixed:  # numpy would make strings of the numbers
+  became_strings = not isinstance(labels, np.ndarray) and values.dtype.kind in 'US'
+  if became_strings and not all(isinstance(value, str) for value in labels):
     raise ValueError('labels mixes strings with other values; expected either the numbers of classes or their names')
   return values
 

@@ -30,8 +30,9 @@ def cached(image_sets: Mapping[str, ImageSet]) -> dict[str, ImageSet]:
   free = free_memory()
   count = sum(len(images) for images in image_sets.values())
   if needed > _MAX_FRACTION * free:
-    raise ValueError(f'config.data.cache=true: {count:,d} images ({", ".join(image_sets)}) take {_in_gigabytes(needed)} decoded, but '
-                     f'{_in_gigabytes(free)} of memory are free, of which {_MAX_FRACTION:.0%} may be used; use --config.data.cache=false')
+    raise ValueError(f'config.data.cache=true: {count:,d} images ({", ".join(image_sets)}) take '
+                     f'{_in_gigabytes(needed)} decoded, but {_in_gigabytes(free)} of memory are free, of which '
+                     f'{_MAX_FRACTION:.0%} may be used; use --config.data.cache=false')
   progress.log.info('caching %s decoded images in memory (%s): %s of %s free', f'{count:,d}', ', '.join(image_sets),
                     _in_gigabytes(needed), _in_gigabytes(free))
   return {name: _Cache(images).image_set for name, images in image_sets.items()}

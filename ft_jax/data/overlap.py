@@ -73,41 +73,64 @@ def check(rule: str) -> None:
     raise ValueError(f'config.source.duplicates is {rule!r}; known: {", ".join(RULES)}')
 
 
-def find(splits: Splits, pool: ImageSet | None = None) -> dict[str, list[Copy]]:
-  """Copies by the name of the split that they are in, the same on every process; each hashes a share of the pool."""
-  target = {f'target {name}': source for name, source in splits._asdict().items() if source is not None}
-  hashes = dict(zip(target, duplicates.hashes(list(target.values()), 'the target')))
+def find(splits: Splits, pool: ImageSet | None = None, unsampled: Sequence[ImageSet] = ()) -> dict[str, list[Copy]]:
+  """Copies by the name of the split that they are in, the same on every process; each hashes a share of the pool.
+
+  Args:
+    splits: of the target.
+    pool: the pre-training data.
+    unsampled: all images of the target where the splits are a sample of them: for other seeds nothing is hashed, or searched
+      for in the whole pool, again.
+  """
+  target = {f'target {name}': images for name, images in splits._asdict().items() if images is not None}
+  searched = list(unsampled) or list(target.values())
+  everything = _concatenated(duplicates.hashes(searched, 'the target'))
+  places = {name: row for row, name in enumerate(np.concatenate([images.ids for images in searched]).tolist())}
+  hashes = {name: everything.subset(np.array([places[i] for i in images.ids.tolist()], np.int64))
+            for name, images in target.items()}
   found = {}
   for name, others in _COPIES_OF.items():
     others = [other for other in others if other in target]
     if not others or name == POOL and pool is None:
       continue
-    together = duplicates.Hashes(*map(np.concatenate, zip(*(hashes[other] for other in others))))
+    together = _concatenated([hashes[other] for other in others])
     named = [(other, example) for other in others for example in target[other].ids.tolist()]
-    source = pool if name == POOL else target[name]
-    rows = _in_pool(pool, together) if name == POOL else duplicates.matches(hashes[name], together, near=False)
-    found[name] = [Copy(str(source.ids[row]), *named[other], kind, distance) for row, other, kind, distance in rows]
+    if name == POOL and pool is not None:
+      images, matches = pool, _in_pool(pool, together, everything)
+    else:
+      images, matches = target[name], duplicates.matches(hashes[name], together, near=False)
+    found[name] = [Copy(str(images.ids[match.row]), *named[match.other], match.kind, match.distance) for match in matches]
   return {name: [Copy(*copy) for copy in copies] for name, copies in parallel.agreed(found).items() if copies}
 
 
-def settle(work: Workdir, splits: Splits, pool: ImageSet | None, rule: str) -> Overlap:
-  """The overlap of a run, which duplicates.json in its workdir keeps: a run that is resumed, anywhere, keeps the images that it began with.
+def settle(work: Workdir, splits: Splits, pool: ImageSet | None, rule: str,
+           unsampled: Sequence[ImageSet] = ()) -> Overlap:
+  """The overlap of a run; duplicates.json in its workdir records it, so that a resumed run has the images it started with.
 
-  A run with a checkpoint and without that file was begun by an earlier version, which did not look for copies, and keeps them.
+  A run with a checkpoint and without that file was started by an earlier version, which did not look for copies: it keeps them.
+
+  Args:
+    work: the workdir.
+    splits: of the target.
+    pool: the pre-training data.
+    rule: one of RULES; with 'keep' nothing is searched.
+    unsampled: see `find`.
 
   Raises:
     ValueError: as of `resolve`.
   """
-  images = {name: source.fingerprint for name, source in {**splits._asdict(), 'pool': pool}.items() if source is not None}
+  opened = {**splits._asdict(), 'pool': pool}
+  images = {name: each.fingerprint for name, each in opened.items() if each is not None}
   before = parallel.agreed(lambda: read_json(work.duplicates_json) if work.duplicates_json.exists() else None)
   if parallel.agreed(work.has_checkpoint):
     rule = before['rule'] if before else 'keep'
     if not before:
-      log.info('this run was begun by an earlier version, which did not look for copies of target images; it keeps those that there are')
-  if before and before['images'] == images:
+      log.info('this run was started by an earlier version, which did not look for copies of target images; they are kept')
+  found: Mapping[str, list[Copy]] = {}
+  if before and before['images'] == images and (rule == 'keep' or before['rule'] != 'keep'):
     found = {name: [Copy(*copy) for copy in copies] for name, copies in before['found'].items()}
-  else:
-    found = find(splits, pool)
+  elif rule != 'keep':
+    found = find(splits, pool, unsampled)
   overlap = resolve(splits, pool, rule, found)
   record = json.dumps({'format_version': FORMAT_VERSION, 'rule': rule, 'images': images, 'found': found})
   if parallel.is_main() and json.loads(record) != before:
@@ -115,20 +138,28 @@ def settle(work: Workdir, splits: Splits, pool: ImageSet | None, rule: str) -> O
   return overlap
 
 
-def _in_pool(pool: ImageSet, target: duplicates.Hashes) -> list[duplicates.Match]:
-  """The images of the pool that the target has; each process looks through its share."""
+def _concatenated(hashes: Sequence[duplicates.Hashes]) -> duplicates.Hashes:
+  return duplicates.Hashes(*map(np.concatenate, zip(*hashes)))
+
+
+def _in_pool(pool: ImageSet, target: duplicates.Hashes, everything: duplicates.Hashes) -> list[duplicates.Match]:
+  """The images of the pool that the target has; each process searches its share.
+
+  Args:
+    pool: the pre-training data.
+    target: the images of the target, most telling first.
+    everything: these, and those that other seeds would sample.
+  """
   hosts, host = jax.process_count(), jax.process_index()
   first, end = len(pool) * host // hosts, len(pool) * (host + 1) // hosts
   share, = duplicates.hashes([pool.subset(np.arange(first, end))], pool.name)
-  key = digest(str(duplicates.THRESHOLD), *(part.tobytes() for of in (share, target) for part in of))
-
-  def search() -> dict[str, np.ndarray]:
-    matches = duplicates.matches(share, target)
-    return {field: np.array([getattr(match, field) for match in matches]) for field in duplicates.Match._fields}
-
-  matches = cached_arrays('duplicates', key, search)
-  columns = [(matches['row'] + first).astype(int), matches['other'].astype(int), matches['kind'], matches['distance'].astype(int)]
-  return [duplicates.Match(*match) for found in parallel.everyone(list(zip(*(column.tolist() for column in columns)))) for match in found]
+  key = digest(str(duplicates.THRESHOLD), *(part.tobytes() for of in (share, everything) for part in of))
+  search = lambda: {'row': np.array([match.row for match in duplicates.matches(share, everything)], np.int64)}
+  # The long search is the same for every sample of the target.
+  rows = cached_arrays('duplicates', key, search)['row'].astype(np.int64)
+  matches = duplicates.matches(share.subset(rows), target)
+  own = [(int(rows[match.row]) + first, int(match.other), match.kind, int(match.distance)) for match in matches]
+  return [duplicates.Match(*match) for found in parallel.everyone(own) for match in found]
 
 
 def resolve(splits: Splits, pool: ImageSet | None, rule: str, found: Mapping[str, list[Copy]]) -> Overlap:

@@ -1,4 +1,4 @@
-"""Back-end for image files by their paths: those of Python users, and what job predict reads (a folder, an image, or a list of paths)."""
+"""Back-end for image files by their paths: `from_files` for Python users, `open_paths` for job predict."""
 
 from collections.abc import Sequence
 import os
@@ -19,7 +19,7 @@ class PathList(NamedTuple):
   """Images by their paths.
 
   Attributes:
-    names: all of them in order: paths relative to the folder, the image as it was given, or the lines of the list with repetitions.
+    names: all of them in order: paths relative to the folder, the image as given, or the lines of the list.
     images: those that are files, all of one class, with the names as ids.
     problems: what is wrong with the others, by name.
     is_list: whether they come from a list of paths.
@@ -43,7 +43,8 @@ def open_paths(path: str) -> PathList:
     raise ValueError('config.predict.images is empty; give a folder, an image, or a text file of paths, one per line')
   given = pathlib.Path(os.path.expanduser(path))
   # A single image is recognised by its contents too: a list of paths begins differently.
-  is_one_image = not given.is_dir() and (given.name.lower().endswith(IMAGE_ENDINGS) or given.is_file() and is_image(given))
+  looks_like_image = given.name.lower().endswith(IMAGE_ENDINGS) or given.is_file() and is_image(given)
+  is_one_image = looks_like_image and not given.is_dir()
   lines: list[str] = []
   if given.is_dir():
     files = _in_folder(given, path)
@@ -61,8 +62,8 @@ def open_paths(path: str) -> PathList:
   return PathList(lines or list(files), _image_set(path, readable, str(given)), problems, bool(lines))
 
 
-def from_files(paths: Sequence[str | os.PathLike[str]], labels: Labels | None = None, class_names: Sequence[str] | None = None,
-               name: str = 'files') -> ImageSet:
+def from_files(paths: Sequence[str | os.PathLike[str]], labels: Labels | None = None,
+               class_names: Sequence[str] | None = None, name: str = 'files') -> ImageSet:
   """Makes an image set of image files; see `ImageSet.from_files`."""
   if isinstance(paths, (str, bytes, os.PathLike)):
     raise ValueError(f'paths is {paths!r}; expected a list of paths (a folder is for ImageSet.from_folder)')
@@ -77,7 +78,7 @@ def from_files(paths: Sequence[str | os.PathLike[str]], labels: Labels | None = 
     if first.setdefault(path, i) != i:
       raise ValueError(f'paths[{i}] is {path!r}, as is paths[{first[path]}]; give each image once')
   numbers, names = as_class_labels(labels, class_names, len(ids))
-  hashes, _ = contents.of_files(files, name, name)
+  hashes, _ = contents.of_files(files, os.path.commonpath([os.path.abspath(file) for file in files]), name)
   return ImageSet(
       name, names, numbers, np.asarray(ids), np.arange(len(ids)),
       read=lambda row: contents.read_file(files[row]),
@@ -101,7 +102,8 @@ def _in_folder(folder: pathlib.Path, name: str) -> dict[str, pathlib.Path]:
   files = {file.relative_to(folder).as_posix(): file for file in listing.classes[UNLABELLED]}
   if not files:
     holds = f'; it holds {listing.unused}' if listing.unused.found else ''
-    raise ValueError(f'config.predict.images: no image in {name} and its subfolders{holds}; an image ends in {", ".join(IMAGE_ENDINGS)}')
+    raise ValueError(f'config.predict.images: no image in {name} and its subfolders{holds}; an image ends in '
+                     f'{", ".join(IMAGE_ENDINGS)}')
   log_unused(name, [listing.unused])
   return files
 
@@ -112,9 +114,10 @@ def _read_list(path: pathlib.Path, name: str) -> list[str]:
     lines = [line.strip() for line in path.read_text(encoding='utf-8-sig').split('\n') if line.strip()]
   except UnicodeDecodeError as error:
     if path.name.lower().endswith(OTHER_IMAGES):
-      raise ValueError(f'config.predict.images: {name} has a format that is not read; save it as .jpg or .png') from error
-    raise ValueError(f'config.predict.images: {name} is neither text, one path per line, nor does its name end like that of an image: '
-                     f'{", ".join(IMAGE_ENDINGS)}') from error
+      raise ValueError(f'config.predict.images: {name} has a format that is not read; save it as .jpg or '
+                       '.png') from error
+    raise ValueError(f'config.predict.images: {name} is neither text, one path per line, nor does its name end '
+                     f'like that of an image: {", ".join(IMAGE_ENDINGS)}') from error
   if not lines:
     raise ValueError(f'config.predict.images: the list {name} is empty; expected paths of images, one per line')
   return lines

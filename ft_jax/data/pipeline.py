@@ -1,6 +1,7 @@
 """Batches of images. Their order is a function of (seed, step): a run that resumes at a step gets the same batches.
 
-Each host makes its own share of a batch. Threads decode ahead of the training; `_with_timeout` notices when the disk stops answering.
+Each host makes its own share of a batch. Threads decode ahead of the training; `_with_timeout` notices when the disk
+stops answering.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,8 +25,9 @@ from ft_jax.data.image_set import Example, ImageSet
 from ft_jax.data.randaugment import cutout, randaugment
 from ft_jax.progress import log
 
-# The arrays of a batch of b examples by name: `input` uint8 `[b, h, w, 3]`, `label` int32 `[b]`, `row` int32 `[b]` (the position in the
-# image set), `mask` bool `[b]` (False for padding). Further views of the images have their own names and are like `input`.
+# The arrays of a batch of b examples by name: `input` uint8 `[b, h, w, 3]`, `label` int32 `[b]`, `row` int32 `[b]` (the
+# position in the image set), `mask` bool `[b]` (False for padding). Further views of the images have their own names
+# and are like `input`.
 Batch = dict[str, np.ndarray]
 # In seconds: how long a batch may take (see `train_batches`), and after which time the log says what is being read.
 TIMEOUT, SLOW = 600.0, 30.0
@@ -43,7 +45,8 @@ class Transform:
     size: pixels per side of the result.
     scale, ratio: of the random crop (training); see `crop.random_resized_crop`.
     flip: whether half of the training images are flipped left to right.
-    antialias: whether training crops are resized exactly as by Pillow and torchvision, or faster; see `crop.random_resized_crop`.
+    antialias: whether training crops are resized exactly as by Pillow and torchvision, or faster; see
+      `crop.random_resized_crop`.
     short_side: pixels of the short side before the middle is cropped (evaluation).
     randaugment: number of random operations on a training crop; 0 for none.
     magnitude: of these operations, 2 to 10.
@@ -61,7 +64,7 @@ class Transform:
 
   def train(self, example: Example, rng: np.random.Generator, out: np.ndarray | None = None) -> np.ndarray:
     """A random crop with random augmentations; uint8 `[size, size, 3]`, written to `out` if that is given."""
-    # The crop is a copy, so the decoded image may lie in memory that the next one overwrites.
+    # The crop is a copy, so the decoded image may be in memory that the next one overwrites.
     image = decode(example.image, example.id, scratch=True)
     image = crop.random_resized_crop(image, self.size, self.scale, self.ratio, rng, self.antialias, out)
     if self.flip and rng.random() < 0.5:
@@ -97,8 +100,8 @@ def train_batches(images: ImageSet, transform: Transform, batch_size: int, *, st
                   timeout: float = TIMEOUT, cancelled: Callable[[], bool] = lambda: False) -> Iterator[Batch]:
   """Endless training batches, beginning with that of step `start`.
 
-  The order is one permutation of the set after another, each shuffled differently, cut into batches: every example comes once per
-  epoch, even if the batch does not divide the set or is larger than it.
+  The order is one permutation of the set after another, each shuffled differently, cut into batches: every example
+  comes once per epoch, even if the batch does not divide the set or is larger than it.
 
   Args:
     images: the examples.
@@ -108,7 +111,8 @@ def train_batches(images: ImageSet, transform: Transform, batch_size: int, *, st
     seed: of the run.
     start: the first step that is wanted.
     views: further views of each image, by their name in the batch, each with its own random numbers.
-    balanced: draw every class equally often: all classes take turns, and the examples of each come in one permutation after another.
+    balanced: draw every class equally often: all classes take turns, and the examples of each come in one permutation
+      after another.
     skip: positions of batches in the order that are left out; see `place_of`.
     timeout: seconds that a batch may take; 0 for any number.
     cancelled: asked while a batch takes long; the iterator ends if it returns True.
@@ -142,13 +146,14 @@ def train_batches(images: ImageSet, transform: Transform, batch_size: int, *, st
 
 
 def place_of(step: int, skip: Sequence[int]) -> int:
-  """The position in the order of the batch of a step (both counted from 0), if the batches at the positions `skip` are left out."""
+  """The position of the batch of a step in the order (both from 0), if the positions `skip` are left out."""
   for place in sorted(skip):
     step += place <= step
   return step
 
 
-def rows_at(images: ImageSet, place: int, batch_size: int, *, stream: str, seed: int, balanced: bool = False) -> list[int]:
+def rows_at(images: ImageSet, place: int, batch_size: int, *, stream: str, seed: int,
+            balanced: bool = False) -> list[int]:
   """The rows of the batch at a position in the order, on all hosts; arguments as of `train_batches`."""
   row_at = _row_order(images, _order_key(stream, seed), balanced)
   return [row_at(position) for position in range(place * batch_size, (place + 1) * batch_size)]
@@ -159,7 +164,7 @@ def _order_key(stream: str, seed: int) -> int:
 
 
 def _share(first: int, size: int, host: int, hosts: int) -> range:
-  """The positions of a host in a batch that begins at `first`: neighbours, as they lie on its devices."""
+  """The positions of a host in a batch that begins at `first`: neighbours, in the order of its devices."""
   per_host = size // hosts
   return range(first + host * per_host, first + (host + 1) * per_host)
 
@@ -205,7 +210,10 @@ def _balanced_order(images: ImageSet, key: int) -> Callable[[int], int]:
 
 
 class EvalBatches:
-  """Every example once, in order, in batches of one size; the last ones are padded and masked so that all hosts make equally many."""
+  """Every example once, in order, in batches of one size.
+
+  The last ones are padded and masked, so that all hosts make equally many.
+  """
 
   def __init__(self, images: ImageSet, transform: Transform, batch_size: int, timeout: float = TIMEOUT, start: int = 0):
     """Begins with batch `start`.
@@ -261,12 +269,13 @@ class _Reading:
   def __str__(self) -> str:
     # A copy, because the threads change it meanwhile.
     slowest = sorted(self.since.copy().values(), key=lambda row_and_time: row_and_time[1])[:3]
-    return ', '.join(f'{self.images.ids[row]} for {time.monotonic() - began:.0f} s' for row, began in slowest) or 'nothing'
+    now = time.monotonic()
+    return ', '.join(f'{self.images.ids[row]} for {now - began:.0f} s' for row, began in slowest) or 'nothing'
 
 
-def _make_batch(reading: _Reading, rows: Sequence[int], fill: Callable[[int, Example, Mapping[str, np.ndarray]], None], size: int,
-                views: Sequence[str]) -> Batch:
-  """The examples of some rows; `fill` gets the position in the batch, the example, and the arrays to write its views to."""
+def _make_batch(reading: _Reading, rows: Sequence[int], fill: Callable[[int, Example, Mapping[str, np.ndarray]], None],
+                size: int, views: Sequence[str]) -> Batch:
+  """A batch of some rows; `fill` gets a position in the batch, the example, and the arrays to write its views to."""
   images, thread = reading.images, threading.get_ident()
   arrays = {view: np.empty((len(rows), size, size, 3), np.uint8) for view in views}
   labels = np.empty(len(rows), np.int32)
@@ -280,7 +289,7 @@ def _make_batch(reading: _Reading, rows: Sequence[int], fill: Callable[[int, Exa
 
 
 def _prefetched(batches: grain.MapDataset, start: int) -> Iterator[Batch]:
-  """The batches from `start` on, made ahead by threads."""
+  """The batches, beginning with number `start`, made ahead of time by threads."""
   # Each batch is made by one thread: as many at a time as there are cores, and not more than will be needed soon.
   threads = max(1, min(16, os.cpu_count() or 1))
   iterator = iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 1)))
@@ -290,7 +299,7 @@ def _prefetched(batches: grain.MapDataset, start: int) -> Iterator[Batch]:
 
 def _with_timeout(batches: Iterator[Batch], reading: _Reading, timeout: float,
                   cancelled: Callable[[], bool] = lambda: False) -> Iterator[Batch]:
-  """The same batches, fetched by a thread, so that a file system that hangs does not hang the program; see `train_batches`."""
+  """The same batches, fetched by a thread: a disk that hangs does not hang the program; see `train_batches`."""
   pool = concurrent.futures.ThreadPoolExecutor(1, 'batches')
   try:
     while True:
@@ -300,9 +309,11 @@ def _with_timeout(batches: Iterator[Batch], reading: _Reading, timeout: float,
         if cancelled():
           return
         if timeout and waited > timeout:
-          raise Stalled(f'no images of {reading.images.name} came for {waited:.0f} seconds (config.data.timeout); being read: {reading}')
+          raise Stalled(f'no images of {reading.images.name} came for {waited:.0f} seconds (config.data.timeout); '
+                        f'being read: {reading}')
         if waited > log_after:
-          log.warning('warning: waiting for images of %s for %.0f s; being read: %s', reading.images.name, waited, reading)
+          log.warning('warning: waiting for images of %s for %.0f s; being read: %s', reading.images.name, waited,
+                      reading)
           log_after *= 2
       batch = future.result()
       if batch is None:

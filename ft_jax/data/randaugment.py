@@ -1,8 +1,8 @@
 """RandAugment, random operations on a training crop as in FixMatch, and Cutout.
 
-The operations and their strengths are those of the published PyTorch code of FixMatch (Sohn et al., NeurIPS 2020), which Liu
-et al. (NeurIPS 2022) use: each is Pillow's own; geometric ones take the nearest pixel and are black outside the image. They
-differ from RandAugment of Cubuk et al., which applies every operation at one strength.
+The operations and their strengths are those of the published PyTorch code of FixMatch (Sohn et al., NeurIPS 2020),
+which Liu et al. (NeurIPS 2022) use: each is Pillow's own; geometric ones take the nearest pixel and are black outside
+the image. They differ from RandAugment of Cubuk et al., which applies every operation at one strength.
 """
 
 from collections.abc import Callable
@@ -42,7 +42,8 @@ class Operation(NamedTuple):
 def randaugment(image: np.ndarray, count: int, magnitude: int, rng: np.random.Generator) -> np.ndarray:
   """Applies random operations to an image in place, one after the other.
 
-  Each is drawn from OPERATIONS with replacement, and applied with probability 1/2 at a strength from 1 to `magnitude` - 1.
+  Each is drawn from OPERATIONS with replacement, and applied with probability 1/2 at a strength from 1 to
+  `magnitude` - 1.
 
   Args:
     image: uint8 `[h, w, 3]`.
@@ -65,7 +66,7 @@ def randaugment(image: np.ndarray, count: int, magnitude: int, rng: np.random.Ge
 def cutout(image: np.ndarray, fraction: float, rng: np.random.Generator) -> np.ndarray:
   """Puts a grey square on an image in place (DeVries and Taylor, 2017), centred anywhere and cut off at the borders.
 
-  The published code differs: its square is one pixel larger, and is moved inside if it crosses the left or upper border.
+  The published code differs: its square is one pixel larger, and moved inside if it crosses the left or upper border.
 
   Args:
     image: uint8 `[h, w, 3]`.

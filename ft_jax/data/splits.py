@@ -1,6 +1,6 @@
 """The splits of a data set that is trained on: opened, checked, without images that cannot be read."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 import dataclasses
 from typing import Any, NamedTuple
 
@@ -49,6 +49,12 @@ class SplitSettings:
     known = {field.name for field in dataclasses.fields(cls)}
     return cls(**{name: value for name, value in config.to_dict().items() if name in known})
 
+  def of_given(self, images: Collection[str]) -> 'SplitSettings':
+    """The same for image sets that are given for some of train, val and test, under these names."""
+    test = self.test if self.test == 'rest' else ''
+    return dataclasses.replace(
+        self, train='train', val='val' if 'val' in images else '', test='test' if 'test' in images else test)
+
   @property
   def samples(self) -> bool:
     """Whether only some of the images are trained on."""
@@ -76,6 +82,10 @@ class Reading:
     return cls(config.on_error, config.timeout, config.cache)
 
 
+# Image sets that a Python caller gives, by the name of their split.
+Given = Mapping[str, ImageSet]
+
+
 class Splits(NamedTuple):
   """The splits of a data set that is trained on; `test` is None where there is none."""
   train: ImageSet
@@ -83,23 +93,27 @@ class Splits(NamedTuple):
   test: ImageSet | None
 
 
-def open_splits(settings: SplitSettings, data_dir: str, seed: int, images: ImageSet | None = None) -> Splits:
+def open_splits(settings: SplitSettings, data_dir: str, seed: int,
+                images: Given | None = None) -> Splits:
   """Opens train, val (split off from train where it has no name) and test of an image set.
 
   Args:
     settings: which images they are.
     data_dir: where prepared sets are.
     seed: of the images that are sampled or split off.
-    images: an image set in memory, which is used as train: the names in `settings` are not. Its test split is 'rest' or None.
+    images: image sets in place of what `settings` names: train, and val and test if there are any; test may also be 'rest'.
 
   Raises:
     ValueError: a set, split or folder that does not exist or has no classes, or splits of different classes or with images
       in common.
   """
-  named = settings if images is None else dataclasses.replace(
-      settings, val='', test=settings.test if settings.test == 'rest' else '')
-  opened = lambda split: _labelled(open_set(named.name, split, data_dir, quiet=True)).without(named.without)
-  train = opened(named.train) if images is None else _labelled(images).without(named.without)
+  named = settings if images is None else settings.of_given(images)
+
+  def opened(split: str) -> ImageSet:
+    found = open_set(named.name, split, data_dir, quiet=True) if images is None else images[split]
+    return _labelled(found).without(named.without)
+
+  train = opened(named.train)
   rest = None
   if named.samples:
     train, rest = sample_per_class(train, named.train_per_class, seed, named.train_fraction)
@@ -123,6 +137,16 @@ def open_splits(settings: SplitSettings, data_dir: str, seed: int, images: Image
       raise ValueError(f'{one.name} and {other.name} share {len(shared):,d} images, such as {min(shared)}; what is measured on images '
                        'that were trained on means nothing. Give slices that do not overlap, such as train[:80%] and train[80%:]')
   return Splits(train, val, test)
+
+
+def unsampled_sets(settings: SplitSettings, data_dir: str, images: Given | None = None) -> list[ImageSet]:
+  """All images that `open_splits` may sample from or open, whatever the seed; [] where it samples none."""
+  if not settings.samples:
+    return []
+  if images is not None:
+    return list(images.values())
+  names = [name for name in (settings.train, settings.val, settings.test) if name and name != 'rest']
+  return [open_set(settings.name, name, data_dir, quiet=True) for name in dict.fromkeys(names)]
 
 
 def _labelled(source: ImageSet) -> ImageSet:

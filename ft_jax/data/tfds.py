@@ -27,15 +27,17 @@ def open_tfds(name: str, split: str, data_dir: str) -> ImageSet:
   """Opens a split of a prepared set; arguments as of `ft_jax.data.open_set`.
 
   Raises:
-    ValueError: the set is not known, not prepared or not stored as ArrayRecord, has no image and label, or has no such split.
+    ValueError: the set is not known, not prepared or not stored as ArrayRecord, has no image and label, or has no such
+      split.
   """
   builder = tfds_builder(name, data_dir)
   command = prepare_command(name, data_dir)
   if not builder.is_prepared():
     raise ValueError(f'tfds:{name} is not prepared in {builder.data_dir}; prepare it with: {command}')
   if builder.info.file_format not in (tfds.core.FileFormat.ARRAY_RECORD, None):
-    raise ValueError(f'tfds:{name} is stored as {builder.info.file_format.value} in {builder.data_dir}, which has no random access; '
-                     f'write it as ArrayRecord (to another data_dir, or after moving that folder away) with: {command}')
+    raise ValueError(f'tfds:{name} is stored as {builder.info.file_format.value} in {builder.data_dir}, which has no '
+                     'random access; write it as ArrayRecord (to another data_dir, or after moving that folder away) '
+                     f'with: {command}')
   features = builder.info.features
   if not {'image', 'label'} <= set(features):
     raise ValueError(f'tfds:{name} has the features {", ".join(features)}; expected image and label')
@@ -67,7 +69,7 @@ def prepare_command(name: str, data_dir: str) -> str:
 
 
 def tfds_builder(name: str, data_dir: str) -> Any:
-  """TFDS's builder of `name[/config][:version]`. It writes ArrayRecord, unless the set is already there in another format.
+  """TFDS's builder of `name[/config][:version]`. It writes ArrayRecord, unless the set exists in another format.
 
   Raises:
     ValueError: no set of that name, a package that its builder needs is missing, or `data_dir` cannot be used.
@@ -84,8 +86,9 @@ def tfds_builder(name: str, data_dir: str) -> Any:
     package = missing_package(error)
     raise ValueError(f'TFDS needs {package} for tfds:{name}: pip install {package}') from error
   except (tfds.core.registered.DatasetNotFoundError, AssertionError, ValueError) as error:
-    raise ValueError(f'tfds:{name}: {_reason(name, error)} The sets are listed at https://www.tensorflow.org/datasets/catalog; '
-                     f'a set of your own must be prepared in data_dir (now {data_dir or "~/tensorflow_datasets"})') from None
+    raise ValueError(f'tfds:{name}: {_reason(name, error)} The sets are listed at '
+                     'https://www.tensorflow.org/datasets/catalog; a set of your own must be prepared in data_dir '
+                     f'(now {data_dir or "~/tensorflow_datasets"})') from None
 
 
 def _tfds_folder(data_dir: str) -> epath.Path | None:
@@ -96,8 +99,8 @@ def _tfds_folder(data_dir: str) -> epath.Path | None:
   """
   if not data_dir:
     if home_directory() is None and not os.environ.get('TFDS_DATA_DIR'):
-      raise ValueError('there is no home directory for ~/tensorflow_datasets; give the folder of TFDS sets: --config.data_dir=... '
-                       '(for ft_jax.data.prepare: --data_dir=...)')
+      raise ValueError('there is no home directory for ~/tensorflow_datasets; give the folder of TFDS sets: '
+                       '--config.data_dir=... (for ft_jax.data.prepare: --data_dir=...)')
     return None
   folder = located(data_dir)
   name = os.fspath(folder)
@@ -114,7 +117,8 @@ def _reason(name: str, error: Exception) -> str:
   """Why TFDS refuses a name, in one sentence; its own message lists several hundred names, is cut off, or is empty."""
   reason = (str(error).strip() or 'there is no such set, config or version.').splitlines()[0]
   if reason.startswith('Parsing builder name string'):
-    return 'expected tfds:<name>[/config][:version], such as tfds:oxford_iiit_pet or tfds:sun397/standard-part1-120k:4.0.0.'
+    return ('expected tfds:<name>[/config][:version], such as tfds:oxford_iiit_pet or '
+            'tfds:sun397/standard-part1-120k:4.0.0.')
   if re.search(r'BuilderConfig .* not found', reason):
     set_name, config = re.split('[/:]', name)[:2]
     known = [known.name for known in tfds.builder_cls(set_name).BUILDER_CONFIGS]
@@ -138,7 +142,8 @@ def _import_fgvc_aircraft() -> None:
 
 def _undecoded(features: Any) -> dict[str, Any]:
   """TFDS decoders that leave every image as it is, masks and the like too: only `image` is decoded, later."""
-  return {key: tfds.decode.SkipDecoding() for key, feature in features.items() if isinstance(feature, tfds.features.Image)}
+  return {key: tfds.decode.SkipDecoding() for key, feature in features.items()
+          if isinstance(feature, tfds.features.Image)}
 
 
 def _class_names(builder: Any) -> list[str]:
@@ -209,8 +214,14 @@ def _places(instructions: Sequence[Any]) -> Iterator[tuple[str, str]]:
       yield file.split, f'{file.split}/{file.shard_index:05d}/{row}'
 
 
-# Where TFDS's builders put the file name of an image, and whether it needs the class in front (Caltech-101: image_0001.jpg).
-FILE_NAME_FEATURES: dict[str, bool] = {'file_name': False, 'image/filename': False, 'image/file_name': True, 'id': False}
+# Where TFDS's builders put the file name of an image, and whether it needs the class in front (as image_0001.jpg of
+# Caltech-101).
+FILE_NAME_FEATURES: dict[str, bool] = {
+    'file_name': False,
+    'image/filename': False,
+    'image/file_name': True,
+    'id': False,
+}
 
 # Our own builders, for sets that TFDS does not have.
 BUILDERS: dict[str, Callable[[], None]] = {

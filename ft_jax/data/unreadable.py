@@ -35,9 +35,11 @@ def drop(images: ImageSet, what: str, every_class: bool) -> tuple[ImageSet, list
   lost = np.setdiff1d(images.labels, rest.labels)
   if len(lost) and (every_class or not len(rest)):
     names = ', '.join(images.class_names[k] for k in lost[:5].tolist())
-    raise ValueError(f'{what}: no image of class {names} can be read, such as {unreadable[0]}; fix the files, or remove the class')
-  progress.log.warning('warning: %s: %s of %s images cannot be read and are skipped: %s%s', what, f'{len(unreadable):,d}',
-                       f'{len(images):,d}', ', '.join(unreadable[:3]), ', ...' if len(unreadable) > 3 else '')
+    raise ValueError(f'{what}: no image of class {names} can be read, such as {unreadable[0]}; fix the files, '
+                     'or remove the class')
+  first = ', '.join(unreadable[:3]) + (', ...' if len(unreadable) > 3 else '')
+  progress.log.warning('warning: %s: %s of %s images cannot be read and are skipped: %s', what, f'{len(unreadable):,d}',
+                       f'{len(images):,d}', first)
   return rest, unreadable
 
 
@@ -56,7 +58,8 @@ def _unreadable(images: ImageSet, what: str) -> list[str]:
     with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
       for first in progress.bar(chunks, f'trying the images of {what}', len(chunks), f'x {_CHUNK} images'):
         rows = range(first, min(first + _CHUNK, stop))
-        ids += [str(images.ids[i]) for i, readable in zip(rows, pool.map(lambda i: _is_readable(images, i), rows)) if not readable]
+        readable = pool.map(lambda i: _is_readable(images, i), rows)
+        ids += [str(images.ids[i]) for i, ok in zip(rows, readable) if not ok]
     return {'ids': np.asarray(ids, str)}
 
   own = cached_arrays('damaged', key, find)['ids'].tolist()

@@ -1,10 +1,9 @@
-"""What is in the folder of an image set and is not used: files that are not images, images in the wrong place, and what to do about them."""
+"""What is in the folder of an image set and is not used, such as images in the wrong place, and what to do about it."""
 
 from collections.abc import Iterable
 import dataclasses
 import os
 import pathlib
-from typing import NamedTuple
 
 from ft_jax import parallel
 from ft_jax.data.decode import is_image
@@ -12,8 +11,8 @@ from ft_jax.progress import log
 
 # Endings of images in formats that are not read.
 OTHER_IMAGES = (
-    '.heic', '.heif', '.avif', '.avifs', '.jxl', '.jp2', '.j2k', '.jpf', '.jpx', '.svg', '.psd', '.tga', '.ico', '.icns',
-    '.qoi', '.pfm', '.hdr', '.exr', '.dng', '.cr2', '.cr3', '.nef', '.arw', '.orf', '.rw2', '.raf', '.dcm')
+    '.heic', '.heif', '.avif', '.avifs', '.jxl', '.jp2', '.j2k', '.jpf', '.jpx', '.svg', '.psd', '.tga', '.ico',
+    '.icns', '.qoi', '.pfm', '.hdr', '.exr', '.dng', '.cr2', '.cr3', '.nef', '.arw', '.orf', '.rw2', '.raf', '.dcm')
 ARCHIVES = ('.zip', '.tar', '.tgz', '.gz', '.bz2', '.tbz2', '.xz', '.txz', '.zst', '.7z', '.rar')
 TABLES = ('.csv', '.tsv', '.xls', '.xlsx', '.parquet')
 
@@ -28,7 +27,8 @@ _MISPLACED = (TOO_DEEP, OUTSIDE, LINKED, BESIDE_SPLITS, SECOND_NAME)
 _MAX_KINDS = 5
 
 
-class Found(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Found:
   """How many of a kind were found, and the first of them by name."""
   count: int
   first: pathlib.Path
@@ -49,7 +49,7 @@ class Unused:
     return Unused(self.root, {**self.found, **other.found})
 
   def __str__(self) -> str:
-    """One clause per kind, images first, then the most frequent: `12 .heic, such as a/1.heic (save as .jpg or .png)`."""
+    """One clause per kind, images first, then the most frequent: `12 .heic, such as a/1.heic (<what to do>)`."""
     kinds: dict[str, Found] = {}
     for (_, kind), found in self.found.items():
       known = kinds.get(kind, Found(0, found.first))

@@ -9,7 +9,7 @@ import jax
 from ml_collections import ConfigDict
 import numpy as np
 
-from ft_jax import embedding, methods, noise, parallel, selecting
+from ft_jax import embedding, methods, models, noise, parallel, selecting
 from ft_jax.data import open_set, overlap
 from ft_jax.data.image_set import ImageSet
 from ft_jax.data.pipeline import make_transform, Transform
@@ -18,6 +18,7 @@ from ft_jax.data.splits import (
   check_classes,
   check_same_images,
   drop_unreadable,
+  Given,
   log_classes_not_evaluated,
   open_splits,
   Reading,
@@ -25,8 +26,9 @@ from ft_jax.data.splits import (
   split_fingerprints,
   Splits,
   SplitSettings,
+  unsampled_sets,
 )
-from ft_jax.jobs import pretrain, setup
+from ft_jax.jobs import pretrain
 from ft_jax.methods import Method
 from ft_jax.models.network import Network, network_variables
 from ft_jax.pages import report
@@ -102,7 +104,7 @@ class Settings:
 
     Args:
       config: of job finetune.
-      target_given: whether the target is an ImageSet in memory, so that it needs no name.
+      target_given: whether the target is given as image sets, so that it needs no name.
       source_given: likewise for the source.
     """
     check_fields(config)
@@ -177,17 +179,17 @@ class Sets(NamedTuple):
   noise: noise.Noise
 
 
-def run(config: ConfigDict, workdir: epath.PathLike, embeddings: epath.PathLike = '', *, target: ImageSet | None = None,
-        source: ImageSet | None = None) -> dict[str, Any]:
+def run(config: ConfigDict, workdir: epath.PathLike, embeddings: epath.PathLike = '', *, target: Given | None = None,
+        source: Given | None = None) -> dict[str, Any]:
   """Runs the job, or resumes it; returns what results.json holds.
 
   Args:
     config: of the job.
     workdir: where everything is written.
     embeddings: a folder for embeddings; `config.embeddings_dir` comes first, '' is the workdir.
-    target: labelled images in place of `config.target.name`: val is split off from them, and test is what is not drawn
-      for training where `config.target.test` is 'rest'; else there is none.
-    source: pre-training data in place of `config.source.name`.
+    target: image sets in place of `config.target.name`, by split: train, and val and test if there are any; see
+      `open_splits`.
+    source: likewise, in place of `config.source.name`.
 
   Raises:
     ValueError: a setting, image or file that cannot be used.
@@ -197,8 +199,8 @@ def run(config: ConfigDict, workdir: epath.PathLike, embeddings: epath.PathLike 
   return fine_tune(settings, workdir, embeddings, target, source)
 
 
-def fine_tune(settings: Settings, workdir: epath.PathLike, embeddings: epath.PathLike = '', target: ImageSet | None = None,
-              source: ImageSet | None = None) -> dict[str, Any]:
+def fine_tune(settings: Settings, workdir: epath.PathLike, embeddings: epath.PathLike = '', target: Given | None = None,
+              source: Given | None = None) -> dict[str, Any]:
   """See `run`."""
   work = Workdir(workdir, settings.fields)
   done = parallel.agreed(work.results)
@@ -208,7 +210,7 @@ def fine_tune(settings: Settings, workdir: epath.PathLike, embeddings: epath.Pat
   log.info('fine-tuning %s -> %s', settings.fields['model']['name'], work.path)
   sets = _open_sets(settings, work, target, source, check=not done)
   if not done:
-    weights = _weights(settings, work, sets)
+    weights = _weights(settings, work, sets, source)
     folder = storage.located(settings.embeddings_dir or embeddings or work.embeddings)
     chosen = _select(settings, work, sets, weights, folder)
     embedding.remove_partial(work.unfinished)
@@ -235,7 +237,7 @@ def _source_batch(ratio: float, training: Training) -> int:
 def _model(config: ConfigDict, active: Mapping[str, Method], training: Training,
            source_batch: int) -> tuple[Network, Trainable]:
   """The network with all of its heads, and what training does to it; raises ValueError where they or methods do not fit."""
-  network = setup.build_model(config.model, {}, config.image_size, config.train.freeze)
+  network = models.from_config(config.model, {}, config.image_size, config.train.freeze)
   needs = methods.all_needs(active, network)
   unlabelled = _unlabelled(active)
   if unlabelled and config.model.source_head == 'pretrained':
@@ -274,7 +276,7 @@ def _pretrain_config(config: ConfigDict) -> ConfigDict:
   return own
 
 
-def _open_sets(settings: Settings, work: Workdir, target: ImageSet | None, source: ImageSet | None, check: bool) -> Sets:
+def _open_sets(settings: Settings, work: Workdir, target: Given | None, source: Given | None, check: bool) -> Sets:
   """Opens target and source, without images that cannot be read and copies; checks them before any image is read.
 
   Args:
@@ -288,7 +290,7 @@ def _open_sets(settings: Settings, work: Workdir, target: ImageSet | None, sourc
   pool = None
   # Plain fine-tuning uses nothing of the pre-training data, which need not be there.
   if settings.uses_source:
-    pool = open_set(settings.source.name, settings.source.train, settings.data_dir) if source is None else source
+    pool = open_set(settings.source.name, settings.source.train, settings.data_dir) if source is None else source['train']
   if check:
     settings.check_sets(splits, pool)
   splits, readable, skipped = drop_unreadable(splits, 'target', settings.reading.on_error,
@@ -296,7 +298,8 @@ def _open_sets(settings: Settings, work: Workdir, target: ImageSet | None, sourc
   pool = pool if readable is None else readable
   check_same_images(splits, pool)
   opened = {**{f'target {name}': images for name, images in splits._asdict().items()}, overlap.POOL: pool}
-  copies = overlap.settle(work, splits, pool, settings.duplicates)
+  unsampled = unsampled_sets(settings.target, settings.data_dir, target)
+  copies = overlap.settle(work, splits, pool, settings.duplicates, unsampled)
   splits, pool = copies.splits, copies.pool
   if check:
     settings.check_sets(splits, pool)  # what is left of them
@@ -336,7 +339,7 @@ def _log_sets(splits: Splits, pool: ImageSet | None) -> None:
     log.warning('warning: target and source have the same classes; is %s the pre-training data?', pool.name)
 
 
-def _weights(settings: Settings, work: Workdir, sets: Sets) -> Weights | None:
+def _weights(settings: Settings, work: Workdir, sets: Sets, source: Given | None) -> Weights | None:
   """The pre-trained variables, with the source head where it is to come from them; pre-trains where the config says so."""
   if not settings.weights:
     log.warning('warning: config.model.weights is empty, so the network starts from random weights')
@@ -351,7 +354,7 @@ def _weights(settings: Settings, work: Workdir, sets: Sets) -> Weights | None:
                                         classifier=classifier, projection=settings.selection.projects)
   # A run of its own, with its own checkpoints and report.
   folder = work.path / 'pretrain'
-  pretrain.pretrain(settings.pretraining.without(sets.copies.classes), folder, sets.copies.dropped)
+  pretrain.pretrain(settings.pretraining.without(sets.copies.classes), folder, sets.copies.dropped, source)
   return initial_weights.load_weights(str(folder), settings.model, classes=classes, classifier=classifier)
 
 
@@ -369,7 +372,7 @@ def _encoder(settings: Settings, weights: Weights | None, folder: epath.Path,
              unfinished: epath.Path) -> embedding.Encoder:
   """Makes the features that are compared: by the network of the weights."""
   network = settings.model.clone(heads={})
-  variables = setup.init_variables(network, settings.seed, weights.variables if weights else None)
+  variables = initial_weights.init_variables(network, settings.seed, weights.variables if weights else None)
   if settings.selection.projects and weights:
     variables['projection'] = weights.variables['projection']
   random = ''
@@ -408,7 +411,7 @@ def _network(settings: Settings, sets: Sets, weights: Weights | None) -> fit.Ini
   if 'pretrained' in settings.model.heads and start:
     sizes['pretrained'] = start['params']['heads']['pretrained']['bias']
   model = settings.model.clone(heads={head: len(sizes[head]) for head in settings.model.heads})
-  variables = setup.init_variables(model, settings.seed, start or None)
+  variables = initial_weights.init_variables(model, settings.seed, start or None)
   return fit.InitialNetwork(model, variables, start, settings.trainable.factors)
 
 

@@ -8,14 +8,15 @@ from etils import epath
 from ml_collections import ConfigDict
 import numpy as np
 
-from ft_jax import methods, parallel
-from ft_jax.data.image_set import digest, ImageSet
+from ft_jax import methods, models, parallel
+from ft_jax.data.image_set import digest
 from ft_jax.data.pipeline import make_transform, Transform
 from ft_jax.data.splits import (
   cache_in_memory,
   check_classes,
   check_same_images,
   drop_unreadable,
+  Given,
   open_splits,
   Reading,
   skipped_summary,
@@ -23,7 +24,6 @@ from ft_jax.data.splits import (
   Splits,
   SplitSettings,
 )
-from ft_jax.jobs import setup
 from ft_jax.models.network import Network
 from ft_jax.pages import report
 from ft_jax.progress import log
@@ -83,7 +83,7 @@ class Settings:
                        'job pretrain')
     initial_weights.check_weights(config.model)
     training = Training.from_config(config.train)
-    model = setup.build_model(config.model, {'source': UNKNOWN}, config.image_size, config.train.freeze)
+    model = models.from_config(config.model, {'source': UNKNOWN}, config.image_size, config.train.freeze)
     fresh = ('source',) if config.model.weights and config.model.source_head == 'fresh' else ()
     trainable = Trainable.of(training, model, training.batch_size, fresh=fresh)
     return cls(
@@ -99,13 +99,13 @@ class Settings:
     return dataclasses.replace(self, fields=fields, source=dataclasses.replace(self.source, without=tuple(classes)))
 
 
-def run(config: ConfigDict, workdir: epath.PathLike, *, source: ImageSet | None = None) -> dict[str, Any]:
+def run(config: ConfigDict, workdir: epath.PathLike, *, source: Given | None = None) -> dict[str, Any]:
   """Runs the job, or resumes it; returns what results.json holds.
 
   Args:
     config: of the job.
     workdir: where everything is written.
-    source: labelled images in place of `config.source.name`; val is split off from them.
+    source: image sets in place of `config.source.name`, by split; see `open_splits`.
 
   Raises:
     ValueError: a setting, image or file that cannot be used.
@@ -115,7 +115,7 @@ def run(config: ConfigDict, workdir: epath.PathLike, *, source: ImageSet | None 
 
 
 def pretrain(settings: Settings, workdir: epath.PathLike, left_out: Sequence[str] = (),
-             source: ImageSet | None = None) -> dict[str, Any]:
+             source: Given | None = None) -> dict[str, Any]:
   """See `run`; `left_out` are ids of images that are not trained on, as the target of a fine-tuning has them too."""
   work = Workdir(workdir, settings.fields)
   done = parallel.agreed(work.results)
@@ -126,7 +126,7 @@ def pretrain(settings: Settings, workdir: epath.PathLike, left_out: Sequence[str
     classes = len(splits.train.class_names)
     model = settings.model.clone(heads={'source': classes})
     start = weights.variables if weights else None
-    variables = setup.init_variables(model, settings.seed, start)
+    variables = initial_weights.init_variables(model, settings.seed, start)
     streams = {'source': fit.Stream(splits.train, settings.training.batch_size, 1.0)}
     data = fit.TrainingData(streams, splits, settings.transform, settings.seed, settings.reading.timeout)
     results = fit.fit(settings.training, work, data,
@@ -144,7 +144,7 @@ def pretrain(settings: Settings, workdir: epath.PathLike, left_out: Sequence[str
 
 
 def _open_splits(settings: Settings, left_out: Sequence[str],
-                 source: ImageSet | None) -> tuple[Splits, dict[str, list[str]]]:
+                 source: Given | None) -> tuple[Splits, dict[str, list[str]]]:
   """What is trained on, and the ids of images that cannot be read, by split."""
   splits = open_splits(settings.source, settings.data_dir, settings.seed, source)
   if left_out:

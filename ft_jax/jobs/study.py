@@ -16,12 +16,12 @@ import jax
 from ml_collections import ConfigDict
 import numpy as np
 
-from ft_jax import compiled, parallel, trained
+from ft_jax import compiled, models, parallel, trained
 from ft_jax.data import open_set
 from ft_jax.data.image_set import digest
 from ft_jax.data.pipeline import make_transform
 from ft_jax.embedding import Encoder, PRECISION, remove_partial
-from ft_jax.jobs import finetune, setup
+from ft_jax.jobs import finetune
 from ft_jax.models.network import OPTIONS
 from ft_jax.pages import study as study_page
 from ft_jax.pages import study_csv
@@ -126,7 +126,7 @@ class _Study:
     self._config, self._history, self._targets, self._folder = config, kept, targets, folder
     self._owned = own(folder) if parallel.is_main() else None
     self._transform, self._parts = make_transform(config.image_size, config.augment), Parts(folder / 'parts')
-    self._network = setup.build_model(config.model, {}, config.image_size)
+    self._network = models.from_config(config.model, {}, config.image_size)
     self._which = 'centred' if config.study.centred else 'plain'
     self._pool, self._legacy_pool = _pool(config)
     self._prints = history.fingerprints(kept, config.image_size)

@@ -159,7 +159,7 @@ class StepContext(NamedTuple):
     labels: of the target images: int32 `[b]`, or float32 `[b, K]` where images were mixed.
     rows: int32 `[b]`, rows of the target images among the training examples.
     step: int32, number of updates before this one.
-    key: random key of this step and method, the same on every device.
+    key: random key of this step, the same on every device; `relabel` and `loss` get one of the method's own.
     forward: (variables, images) -> (outputs, running statistics averaged over devices): a pass of another network in
       training mode.
   """

@@ -38,10 +38,9 @@ class BiTuning(Method):
   class. They start with random directions.
 
   As in the published code (tllib, regularization/bi_tuning.py): Z is used before the batch's keys are added and H
-    after, the second term
-  does not train the head, and the projection has the learning rate of the backbone. Unlike there, the target head
-  starts as `models.network.Heads` does (there with N(0, 0.01)). The key encoder gets target images alone, also in joint
-  fine-tuning.
+  after, the second term does not train the head, and the projection has the learning rate of the backbone. Unlike
+  there, the target head starts as `models.network.Heads` does (there with N(0, 0.01)). The key encoder gets target
+  images alone, also in joint fine-tuning.
 
   Its state is a copy of the backbone and C * K * (d + 1 + `projection`) numbers: 140 MB for 397 classes and 2048
   features.
@@ -85,8 +84,8 @@ class BiTuning(Method):
     projection = context.params['methods']['bi_tuning']
     key = jax.lax.stop_gradient(self._key(context, projection, state['key']))
     heads = jax.lax.stop_gradient(context.params['heads'])
-    outputs, batch_stats = context.forward({'params': {**key['params'], 'heads': heads}, 'batch_stats': key['batch_stats']},
-                                           context.images[KEY.path])
+    variables = {'params': {**key['params'], 'heads': heads}, 'batch_stats': key['batch_stats']}
+    outputs, batch_stats = context.forward(variables, context.images[KEY.path])
     features, keys = context.outputs['target'].features, jax.lax.stop_gradient(outputs.features)
     of_class = jnp.concatenate([heads['target']['kernel'], heads['target']['bias'][None]]).T
     w = _unit(of_class)[context.labels]
@@ -96,7 +95,8 @@ class BiTuning(Method):
     new_h, new_z, labels = parallel.gather((new_h, new_z, context.labels))
     slots, after = places(labels, state['next'], self.queue)
     put = lambda queue, new: queue.at[labels, slots].set(new, mode='drop')
-    state = {'key': key | {'batch_stats': batch_stats}, 'h': put(state['h'], new_h), 'z': put(state['z'], new_z), 'next': after}
+    state = {'key': key | {'batch_stats': batch_stats}, 'h': put(state['h'], new_h), 'z': put(state['z'], new_z),
+             'next': after}
     by_y = self._divergence(jnp.sum(w * h, -1), w, state['h'], context.labels)
     return LossTerm(self.weight * (by_z + by_y), state, {'by_projection': by_z, 'by_class': by_y})
 
@@ -107,7 +107,8 @@ class BiTuning(Method):
     # In this form equal numbers stay equal to the last bit, as in frozen layers.
     average = lambda old, new: jnp.where(first, new, old + (1.0 - self.momentum) * (new - old))
     averaged = jax.tree.map(average, {name: key[name] for name in now}, now)
-    return {**averaged, 'batch_stats': jax.tree.map(functools.partial(jnp.where, first), context.batch_stats, key['batch_stats'])}
+    batch_stats = jax.tree.map(functools.partial(jnp.where, first), context.batch_stats, key['batch_stats'])
+    return {**averaged, 'batch_stats': batch_stats}
 
   def _divergence(self, current: jax.Array, queries: jax.Array, queue: jax.Array, labels: jax.Array) -> jax.Array:
     """Mean KL divergence of the uniform distribution on a class from the similarities.

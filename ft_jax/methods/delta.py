@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import dataclasses
 import math
 import time
-from typing import Any, ClassVar
+from typing import Any, cast, ClassVar
 
 from flax import linen as nn
 import jax
@@ -28,7 +28,7 @@ from ft_jax.methods.base import (
   StepContext,
   teacher_variables,
 )
-from ft_jax.models.network import Network
+from ft_jax.models.network import Network, Outputs
 from ft_jax.training.forward import forward
 
 
@@ -44,10 +44,10 @@ class Delta(Method):
   classifier on frozen features, but trains the whole network; here the classifier is a logistic regression.
   """
   published: ClassVar = {'weight': 0.48}
-  weight: float = 0.0  # published 0.01 for the sum over 48 images, which is 0.48 for the mean over any number, taken here
+  weight: float = 0.0  # published 0.01 for the sum over 48 images, which is 0.48 for the mean
   head_weight: float = 0.01  # of the fresh heads; published
   form: str = 'attention'  # attention (published), or feature_map: all channels alike
-  layers: tuple = ()  # modules by path, such as ('layer4/1/conv2',); () is the last convolution of each stage, as published (`Network.stage_layers`)
+  layers: tuple = ()  # paths of modules, such as ('layer4/1/conv2',); () is `Network.stage_layers`, as published
   attention_images: int = 320  # training images that attention is measured on; published 10 batches of 32
 
   def check(self, context: SetupContext) -> None:
@@ -65,13 +65,15 @@ class Delta(Method):
       return {}
     rows = np.sort(np.random.default_rng(context.seed).permutation(len(context.labels))[:self.attention_images])
     layers = self.needs(context.model).layers
-    classifier = logistic.fit(context.teacher_outputs('train')['features'], context.labels, context.classes, strength=1 / len(context.labels))
-    rises = loss_rises(context.teacher, teacher_variables(context.start), classifier, context.batches('train', rows), len(rows), layers)
+    features = context.teacher_outputs('train')['features']
+    classifier = logistic.fit(features, context.labels, context.classes, strength=1 / len(context.labels))
+    rises = loss_rises(context.teacher, teacher_variables(context.start), classifier, context.batches('train', rows),
+                       len(rows), layers)
     return {'attention': {_key(layer): attention(rise) for layer, rise in rises.items()}}
 
   def loss(self, context: StepContext, state: State) -> LossTerm:
-    start = flat(context.start['params'])
-    heads: Any = sum(jnp.sum(value ** 2) for path, value in flat(of_network(context.params)).items() if path not in start)
+    start, params = flat(context.start['params']), flat(of_network(context.params))
+    heads: Any = sum(jnp.sum(value ** 2) for path, value in params.items() if path not in start)
     assert context.teacher is not None
     student, teacher = context.outputs['target'].taps, context.teacher.taps
     distance: Any = 0.0
@@ -96,8 +98,9 @@ def attention(rise: np.ndarray) -> np.ndarray:
   return (weights / weights.sum()).astype(np.float32)
 
 
-def loss_rises(model: Network, variables: Mapping[str, Any], classifier: logistic.Classifier, batches: Iterable[Mapping[str, np.ndarray]],
-               count: int, layers: Sequence[str]) -> dict[str, np.ndarray]:
+def loss_rises(model: Network, variables: Mapping[str, Any], classifier: logistic.Classifier,
+               batches: Iterable[Mapping[str, np.ndarray]], count: int,
+               layers: Sequence[str]) -> dict[str, np.ndarray]:
   """How much the mean cross-entropy rises when one channel of a layer gives zero, for each channel.
 
   Channels go through the network side by side, in groups: all layers before this one are computed once a group.
@@ -116,9 +119,12 @@ def loss_rises(model: Network, variables: Mapping[str, Any], classifier: logisti
   examples = _examples(batches, count)
   replicated = parallel.replicate((variables, classifier.weights, classifier.bias))
   a_group = jax.ShapeDtypeStruct(examples['input'].shape[2:], examples['input'].dtype)
-  shapes = {layer: tap.shape for layer, tap in jax.eval_shape(
-      lambda variables, images: forward(model, variables, {'target': images}, train=False, layers=layers)[0]['target'].taps,
-      variables, a_group).items()}
+
+  def taps(variables: Any, images: jax.Array) -> dict[str, jax.Array]:
+    outputs, _ = forward(model, variables, {'target': images}, train=False, layers=layers)
+    return outputs['target'].taps
+
+  shapes = {layer: tap.shape for layer, tap in jax.eval_shape(taps, variables, a_group).items()}
   rises, began, filters = {}, time.perf_counter(), sum(shape[-1] for shape in shapes.values())
   progress.log.info('channel attention: measuring %s filters on %s images', f'{filters:,d}', f'{count:,d}')
   with progress.counter('channel attention', filters, 'filter') as shown:
@@ -138,7 +144,7 @@ def loss_rises(model: Network, variables: Mapping[str, Any], classifier: logisti
 def _examples(batches: Iterable[Mapping[str, np.ndarray]], count: int) -> dict[str, np.ndarray]:
   """This host's examples in groups: `[local devices, groups, images a group, ...]`, masked; as many on every host."""
   batches = list(batches)
-  each = len(batches[0]['mask'])  # of a host; the first one has the most, as the padding is at the end of the last batch
+  each = len(batches[0]['mask'])  # of a host; host 0 has the most examples: the padding is at the end of the last batch
   most = (len(batches) - 1) * each + min(each, count - (len(batches) - 1) * each * jax.process_count())
   kept = [{key: batch[key][batch['mask']] for key in ('input', 'label', 'mask')} for batch in batches]
   examples = {key: np.concatenate([part[key] for part in kept]) for key in kept[0]}
@@ -167,13 +173,14 @@ def _rises(model: Network, layer: str) -> Callable[[Any, Mapping[str, jax.Array]
         return y
 
       with nn.intercept_methods(zeroed):
-        features = model.apply(variables, group['input'], train=False).features
+        features = cast(Outputs, model.apply(variables, group['input'], train=False)).features
       logits = jnp.dot(features, weights, precision='highest') + bias
       return optax.softmax_cross_entropy_with_integer_labels(logits, group['label'])
 
     def of_group(group: Mapping[str, jax.Array]) -> jax.Array:
-      whole, *parts = jnp.split(jax.vmap(without, (0, None))(jnp.append(-1, channels), group), [1])  # no channel is -1
-      return jnp.sum(jnp.where(group['mask'], parts[0] - whole, 0.0), -1)
+      losses = jax.vmap(without, (0, None))(jnp.append(-1, channels), group)  # no channel is -1
+      whole, without_channels = jnp.split(losses, [1])
+      return jnp.sum(jnp.where(group['mask'], without_channels - whole, 0.0), -1)
 
     return jax.lax.psum(jax.lax.map(of_group, examples).sum(0), parallel.AXIS)
 

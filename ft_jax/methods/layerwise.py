@@ -34,7 +34,8 @@ class Layerwise(Method):
   """After each step, every kernel w of a stage goes back to w0 + t * min(1, r / |t|), t = w - w0, with the norm of the
   whole kernel (frobenius) or the L1 norm of the weights into each output (mars); r is D in the first two stages
   (`Network.stage`), D * growth in the third and D * growth^2 in the fourth. Li and Zhang, "Improved Regularization and
-  Robustness for Fine-tuning in Neural Networks" (NeurIPS 2021); MARS-PGM: Gouk, Hospedales and Pontil (ICLR 2021), with one radius for all stages.
+  Robustness for Fine-tuning in Neural Networks" (NeurIPS 2021); MARS-PGM: Gouk, Hospedales and Pontil (ICLR 2021), with
+  one radius for all stages.
 
   As in the published code, shortcut convolutions are constrained, the stem and all biases are free, and for BatchNorm s
   = scale / sqrt(running variance + 1e-6) stays within r of its start, with the current variance. Fresh heads stay
@@ -48,8 +49,8 @@ class Layerwise(Method):
   published: ClassVar[Mapping[str, Any]] = {'distance': 'frobenius'}
   distance: str = ''  # frobenius (of a whole kernel) or mars (L1 of the weights into each output); '' for none
   form: str = 'constraint'  # constraint (projection after each step) or penalty (a term of the loss)
-  radius: float = 0.136810  # constraint: D; published for MIT-Indoor with a ResNet-101 (the median of seven sets); see configs/regsl.py
-  growth: float = 2.528838  # gamma: radius or weight of the third stage over the second's, of the fourth over the third's; published likewise
+  radius: float = 0.136810  # constraint: D; published for MIT-Indoor, ResNet-101; see configs/regsl.py
+  growth: float = 2.528838  # gamma: radius or weight of stages 3 and 4 over the stage before; published likewise
   head_radius: float = 6.407802  # constraint: of the target head; published likewise
   weight: float = 0.01  # penalty: of the first two stages; ours, published ones were not found
   head_weight: float = 0.01  # penalty: of the heads; ours
@@ -81,7 +82,7 @@ class Layerwise(Method):
     first, now, then = flat(start['params']), flat(batch_stats), flat(start['batch_stats'])
     classes = params['heads']['target']['kernel'].shape[-1]
 
-    def projected(path: tuple[str, ...], value: jax.Array) -> jax.Array:
+    def projected(path: tuple[Any, ...], value: jax.Array) -> jax.Array:
       name = '/'.join(path)
       grown, variance = self._grown(model, name), variance_of(name)
       if grown and variance in now:
@@ -117,7 +118,8 @@ def into_ball(value: jax.Array, center: jax.Array, radius: float, norm: Callable
   return jnp.where(length > radius, center + offset * (radius / jnp.maximum(length, radius)), value)
 
 
-def into_interval(scale: jax.Array, variance: jax.Array, first: jax.Array, first_variance: jax.Array, radius: float) -> jax.Array:
+def into_interval(scale: jax.Array, variance: jax.Array, first: jax.Array, first_variance: jax.Array,
+                  radius: float) -> jax.Array:
   """BatchNorm's scale `[c]`, with scale / sqrt(variance) within the radius of its first value; all arrays are `[c]`."""
   deviation = jnp.sqrt(variance + EPSILON)
   center = first / jnp.sqrt(first_variance + EPSILON)

@@ -7,12 +7,14 @@ import re
 from typing import Any
 
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
+from ft_jax import parallel
 from ft_jax.models.network import BATCH_NORMS, FROZEN, Network, OPTIONS
 from ft_jax.models.precision import PRECISIONS
 from ft_jax.models.resnet import BasicBlock, Bottleneck, ResNet
 
-__all__ = ['NETWORKS', 'build']
+__all__ = ['DTYPES', 'NETWORKS', 'build', 'from_config']
 
 
 def build(name: str, heads: Mapping[str, int], *, size: int = 224, dtype: Any = jnp.float32, precision: str = 'default',
@@ -47,6 +49,22 @@ def build(name: str, heads: Mapping[str, int], *, size: int = 224, dtype: Any = 
   return network
 
 
+def from_config(config: ConfigDict, heads: Mapping[str, int], size: int, freeze: str = '') -> Network:
+  """The network of `config.model`.
+
+  Args:
+    config: `config.model`; one of an older version may lack options.
+    heads: number of classes of each head, by name.
+    size: `config.image_size`.
+    freeze: `config.train.freeze`.
+  """
+  if config.dtype not in DTYPES:
+    raise ValueError(f'model.dtype is {config.dtype!r}; known: {", ".join(DTYPES)}')
+  options = {name: config.get(name, default) for name, default in OPTIONS.items()}
+  return build(config.name, heads, size=size, dtype=DTYPES[config.dtype], precision=config.precision, frozen=freeze,
+               batch_norm=config.batch_norm, axis_name=parallel.AXIS if config.sync_batch_norm else None, **options)
+
+
 def _pattern(frozen: str) -> str:
   pattern = FROZEN.get(frozen, frozen)
   try:
@@ -56,6 +74,9 @@ def _pattern(frozen: str) -> str:
                      ) from error
   return pattern
 
+
+# Of the computation; parameters are always float32.
+DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
 
 NETWORKS: dict[str, Callable[..., Network]] = {
     'resnet18': functools.partial(ResNet, (2, 2, 2, 2), BasicBlock),

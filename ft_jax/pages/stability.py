@@ -1,6 +1,8 @@
 """The page of job stability: noise stability, distance from the start and trace of the Hessian of a trained network."""
 
 from collections.abc import Mapping, Sequence
+import csv
+import io
 from typing import Any
 
 from etils import epath
@@ -32,6 +34,20 @@ def write(path: epath.Path, results: Mapping[str, Any], config: Mapping[str, Any
       noise=page.svg(noise(results['noise'])) if results['noise'] else '',
       distance=page.svg(distances(kernels)) if results['start']['from'] else '',
       trace=page.svg(traces(kernels)) if trace else '', vectors=page.svg(vectors(trace)) if trace else ''))
+
+
+def csv_table(parameters: Sequence[Mapping[str, Any]]) -> str:
+  """CSV text, one row for each parameter; what was not measured is empty."""
+  text = io.StringIO()
+  writer = csv.writer(text, lineterminator='\n')
+  writer.writerow(['parameter', 'numbers', 'perturbed', 'distance', 'start_norm', 'relative_distance', 'trace',
+                   'trace_standard_error'])
+  for row in parameters:
+    trace = row['trace'] or {'mean': None, 'standard_error': None}
+    numbers = (row['distance'], row['start'], row['relative'], trace['mean'], trace['standard_error'])
+    cells = ['' if number is None else f'{number:.9g}' for number in numbers]
+    writer.writerow([row['name'], row['numbers'], int(row['perturbed']), *cells])
+  return text.getvalue()
 
 
 def noise(results: Mapping[str, Any]) -> Figure:

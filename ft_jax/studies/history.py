@@ -9,9 +9,8 @@ from etils import epath
 from ml_collections import ConfigDict
 import numpy as np
 
-from ft_jax import progress
+from ft_jax import models, progress
 from ft_jax.data.image_set import digest
-from ft_jax.jobs import setup
 from ft_jax.models import torch_pickle
 from ft_jax.models.weights import check_numbers
 from ft_jax.progress import log
@@ -92,12 +91,12 @@ def load(kept: Kept, network: ConfigDict, image_size: int) -> Loaded:
   Raises:
     ValueError: one that cannot be read, or is of another network; names it.
   """
-  model = setup.build_model(network, {}, image_size)
+  model = models.from_config(network, {}, image_size)
   try:
     path = storage.located(kept.weights)
     variables = (finished_runs.load_variables(path.parent.parent, int(path.name)) if path.is_dir() else initial_weights.read_file(path, model).variables)
     heads = variables['params'].pop('heads', {})
-    merged = setup.init_variables(model, 0, variables)
+    merged = initial_weights.init_variables(model, 0, variables)
   except (ValueError, OSError) as error:
     raise ValueError(f'{kept.name} ({kept.weights}): {error}') from error
   try:

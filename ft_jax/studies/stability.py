@@ -110,13 +110,13 @@ def signs(params: Any, key: jax.Array) -> Any:
 
 
 def curvatures(model: Network, head: str, variables: Any, batches: Iterable[Mapping[str, np.ndarray]], *, seed: int,
-               numbers: Iterable[int], tell: Callable[[], None] = lambda: None) -> Iterator[dict[str, float]]:
+               numbers: Iterable[int], after_batch: Callable[[], object] = lambda: None) -> Iterator[dict[str, float]]:
   """`curvature` of the mean loss over all examples, for each random vector; batches are added up, so that one at a time is in memory.
 
   Args:
     model, head, variables, batches, seed: as of `losses_under_noise`.
     numbers: of the random vectors.
-    tell: called after each batch.
+    after_batch: called after each batch.
   """
   def of_batch(variables: Any, batch: Mapping[str, jax.Array], number: jax.Array) -> dict[str, jax.Array]:
     def loss(params: Any) -> jax.Array:
@@ -133,7 +133,7 @@ def curvatures(model: Network, head: str, variables: Any, batches: Iterable[Mapp
     for result in parallel.read_late(mapped(variables, parallel.shard(batch), number) for batch in batches):
       examples += int(result['examples'])
       total = {path: total.get(path, 0.0) + float(value) for path, value in result['products'].items()}
-      tell()
+      after_batch()
     yield {path: value / examples for path, value in total.items()}
 
 

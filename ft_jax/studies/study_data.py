@@ -12,7 +12,7 @@ import numpy as np
 from ft_jax import parallel
 from ft_jax.data import open_set, overlap, unreadable
 from ft_jax.data.image_set import digest, ImageSet
-from ft_jax.data.splits import check_classes, open_splits, SplitSettings
+from ft_jax.data.splits import check_classes, open_splits, SplitSettings, unsampled_sets
 from ft_jax.studies import spectrum
 from ft_jax.workdir import write_text
 from selection import storage
@@ -64,9 +64,13 @@ def open_target(config: ConfigDict, name: str) -> Target:
     ValueError: as of `data.splits.open_splits`.
   """
   fields = ConfigDict({**config.target.to_dict(), 'name': name})
-  splits = {seed: open_splits(SplitSettings.from_config(fields), config.data_dir, seed) for seed in config.study.seeds}
+  settings = SplitSettings.from_config(fields)
+  splits = {seed: open_splits(settings, config.data_dir, seed) for seed in config.study.seeds}
   rule = config.source.duplicates
-  splits = {seed: overlap.resolve(of_seed, None, rule, overlap.find(of_seed)).splits for seed, of_seed in splits.items()}
+  if rule != 'keep':
+    unsampled = unsampled_sets(settings, config.data_dir)
+    splits = {seed: overlap.resolve(of_seed, None, rule, overlap.find(of_seed, unsampled=unsampled)).splits
+              for seed, of_seed in splits.items()}
   for of_seed in splits.values():
     check_classes(of_seed, 'target.without')
   expressions = dict.fromkeys(split for split in (fields.train, fields.val, fields.test) if split and split != 'rest')

@@ -7,12 +7,14 @@ from typing import Any, NamedTuple
 from etils import epath
 import flax
 import jax
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 import numpy as np
 
+from ft_jax import parallel
 from ft_jax.models import build, hub, NETWORKS, torch_pickle
 from ft_jax.models.network import head_of, Network, network_variables, OPTIONS
-from ft_jax.models.weights import check_numbers, Loaded, read
+from ft_jax.models.weights import check_numbers, Loaded, merge, read
 from ft_jax.names import listed
 from ft_jax.progress import log
 from ft_jax.training.finished_runs import load_variables
@@ -182,6 +184,15 @@ def _source_classes(path: epath.Path) -> tuple[str, ...] | None:
   except (KeyError, TypeError, ValueError) as error:  # of another program, or changed by hand
     log.debug('%s: %s', folder, error)
   return None
+
+
+def init_variables(model: Network, seed: int, weights: Mapping[str, Any] | None) -> dict[str, Any]:
+  """Fresh variables of a network; those that `weights` have come from there, heads included."""
+  if weights is not None and not model.heads:  # nothing is fresh, so shapes are enough; compiling init takes many seconds
+    return merge(model, model.shapes(), weights)
+  example = jnp.zeros(model.example().shape, model.example().dtype)
+  variables = network_variables(parallel.same_arrays(jax.device_get(jax.jit(model.init)(jax.random.key(seed), example))))
+  return variables if weights is None else merge(model, variables, weights)
 
 
 def weights_fingerprint(variables: Mapping[str, Any]) -> str:

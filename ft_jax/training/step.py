@@ -102,10 +102,9 @@ def make_step(model: Network, optimizer: optax.GradientTransformation, loss_weig
   @precision.default_of(model.precision)
   def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     key = jax.random.fold_in(jax.random.key(seed), state.step)
-    keys = {name: _fold_in_name(key, name) for name in methods}
     images = {stream: batch[stream]['input'] for stream in (*loss_weights, *sorted(batch.keys() - loss_weights.keys()))}
     labels = {stream: batch[stream]['label'] for stream in loss_weights}
-    images, labels = mix_target(methods, keys, _fold_in_name(key, 'mix'), images, labels, model)
+    images, labels = mix_target(methods, key, images, labels, model)
     teacher = None
     if needs.teacher:
       teacher = forward(teacher_of(model, state.start), teacher_variables(state.start), {'target': images['target']},
@@ -122,7 +121,7 @@ def make_step(model: Network, optimizer: optax.GradientTransformation, loss_weig
         context = StepContext(model, params, state.batch_stats, state.start, teacher, outputs, views, labels['target'],
                               batch['target']['row'], state.step, key,
                               functools.partial(forward_other, model, functools.partial(run, key=key)))
-      loss, states, metrics = total_loss(methods, keys, loss_weights, outputs, labels, context, state.methods)
+      loss, states, metrics = total_loss(methods, loss_weights, outputs, labels, context, state.methods)
       return loss, (batch_stats, states, {'loss': loss, **metrics})
 
     gradients, (batch_stats, states, metrics) = jax.grad(loss_fn, has_aux=True)(state.params)
@@ -135,29 +134,29 @@ def make_step(model: Network, optimizer: optax.GradientTransformation, loss_weig
   return step
 
 
-def mix_target(methods: Mapping[str, Method], keys: Mapping[str, jax.Array], key: jax.Array,
-               images: dict[str, jax.Array], labels: dict[str, jax.Array],
-               model: Network) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+def mix_target(methods: Mapping[str, Method], key: jax.Array, images: dict[str, jax.Array],
+               labels: dict[str, jax.Array], model: Network) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
   """Images and labels by stream, where the target's are mixed by one of the methods that mix, drawn with `key`.
 
   Without such a method they are returned as they are.
   """
-  mixing = [functools.partial(method.mix, key=keys[name]) for name, method in methods.items() if method.mixes]
+  mixing = [functools.partial(method.mix, key=_fold_in_name(key, name))
+            for name, method in methods.items() if method.mixes]
   if not mixing:
     return images, labels
   target = model.input.normalize(images['target'])
-  chosen = jax.random.randint(key, (), 0, len(mixing))
+  chosen = jax.random.randint(_fold_in_name(key, 'mix'), (), 0, len(mixing))
   mixed, soft = jax.lax.switch(chosen, mixing, target, _distribution(labels['target'], model.heads['target']))
   return images | {'target': mixed}, labels | {'target': soft}
 
 
-def total_loss(methods: Mapping[str, Method], keys: Mapping[str, jax.Array], loss_weights: Mapping[str, float],
-               outputs: Mapping[str, Outputs], labels: Mapping[str, jax.Array], context: StepContext | None,
+def total_loss(methods: Mapping[str, Method], loss_weights: Mapping[str, float], outputs: Mapping[str, Outputs],
+               labels: Mapping[str, jax.Array], context: StepContext | None,
                states: Mapping[str, State]) -> tuple[jax.Array, dict[str, State], Metrics]:
   """The loss, the states of the methods after the step, and the metrics.
 
   Args:
-    methods, keys: the methods that are switched on and the random key of each.
+    methods: the methods that are switched on, by name.
     loss_weights: the weight of each labelled stream.
     outputs: the network's, by stream.
     labels: by labelled stream.
@@ -167,7 +166,7 @@ def total_loss(methods: Mapping[str, Method], keys: Mapping[str, jax.Array], los
   states = dict(states)
   metrics: Metrics = {}
   if context is not None:
-    context, states, metrics = relabel(methods, keys, context, states)
+    context, states, metrics = relabel(methods, context, states)
     labels = {**labels, 'target': context.labels}
   for stream in loss_weights:
     logits, answers = outputs[stream].logits[stream], labels[stream]
@@ -179,16 +178,16 @@ def total_loss(methods: Mapping[str, Method], keys: Mapping[str, jax.Array], los
     metrics[f'loss_{stream}'] = losses.mean()
   loss: Any = sum(weight * metrics[f'loss_{stream}'] for stream, weight in loss_weights.items())
   if context is not None:
-    loss, states, metrics = add_terms(methods, keys, loss, context, states, metrics)
+    loss, states, metrics = add_terms(methods, loss, context, states, metrics)
   return loss, states, metrics
 
 
-def relabel(methods: Mapping[str, Method], keys: Mapping[str, jax.Array], context: StepContext,
+def relabel(methods: Mapping[str, Method], context: StepContext,
             states: dict[str, State]) -> tuple[StepContext, dict[str, State], Metrics]:
   """The context with the target's labels after the methods changed them, the methods' states, and their metrics."""
   metrics: Metrics = {}
   for name, method in methods.items():
-    labels, state, own = method.relabel(detach(context)._replace(key=keys[name]), states[name])
+    labels, state, own = method.relabel(detach(_for_method(context, name)), states[name])
     context, states = context._replace(labels=labels), {**states, name: state}
     metrics |= {f'{name}/{metric}': value for metric, value in own.items()}
   return context, states, metrics
@@ -203,11 +202,11 @@ def reweigh(methods: Mapping[str, Method], losses: jax.Array, context: StepConte
   return losses
 
 
-def add_terms(methods: Mapping[str, Method], keys: Mapping[str, jax.Array], loss: jax.Array, context: StepContext,
-              states: dict[str, State], metrics: Metrics) -> tuple[jax.Array, dict[str, State], Metrics]:
+def add_terms(methods: Mapping[str, Method], loss: jax.Array, context: StepContext, states: dict[str, State],
+              metrics: Metrics) -> tuple[jax.Array, dict[str, State], Metrics]:
   """The loss with the terms of the methods, the methods' states after the step, and all metrics."""
   for name, method in methods.items():
-    term = method.loss(context._replace(key=keys[name]), states[name])
+    term = method.loss(_for_method(context, name), states[name])
     states = {**states, name: jax.lax.stop_gradient(term.state)}
     metrics = metrics | {f'{name}/{metric}': value for metric, value in term.metrics.items()}
     if term.loss is not None:
@@ -282,6 +281,11 @@ def _network_variables(params: Any, batch_stats: Any) -> dict[str, Any]:
 
 def _distribution(labels: jax.Array, classes: int) -> jax.Array:
   return jax.nn.one_hot(labels, classes) if labels.ndim == 1 else labels
+
+
+def _for_method(context: StepContext, name: str) -> StepContext:
+  """The context with a random key of the method's own."""
+  return context._replace(key=_fold_in_name(context.key, name))
 
 
 def _fold_in_name(key: jax.Array, name: str) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Image sets of arrays and encoded files in memory; what cannot be an image or a label is refused with what to do."""
+"""Image sets of arrays and encoded files in memory; what is not an image or a label is refused with a hint."""
 
 import io
 import os
@@ -28,22 +28,26 @@ def encoded(image: np.ndarray, form: str = 'PNG') -> bytes:
 
 
 @pytest.mark.parametrize('images', [
-    photos(), photos(size=(9, 7)), photos(size=(9, 7, 1)), list(photos()), [photos()[0], photos(2, (5, 6))[1], encoded(photos()[2]), photos()[3]],
-    [encoded(image) for image in photos()], photos().astype('u1')[::-1], [photos()[0].tolist()] and [bytearray(encoded(photos()[0]))] * 4])
+    photos(), photos(size=(9, 7)), photos(size=(9, 7, 1)), list(photos()),
+    [photos()[0], photos(2, (5, 6))[1], encoded(photos()[2]), photos()[3]],
+    [encoded(image) for image in photos()], photos().astype('u1')[::-1],
+    [bytearray(encoded(photos()[0]))] * 4, [PIL.Image.fromarray(image) for image in photos()]])
 def test_images_of_every_kind(images):
-  """One array, arrays of different sizes, encoded files, all of them mixed; grey and RGB."""
+  """One array, arrays of different sizes, encoded files, Pillow images, all of them mixed; grey and RGB."""
   made = ImageSet.from_arrays(images, [0, 1, 1, 0], ['cat', 'dog'])
-  assert (len(made), made.class_names, made.labels.tolist(), made.labels.dtype) == (4, ('cat', 'dog'), [0, 1, 1, 0], np.int32)
+  assert (len(made), made.class_names, made.labels.tolist()) == (4, ('cat', 'dog'), [0, 1, 1, 0])
+  assert made.labels.dtype == np.int32
   for i in range(4):
     image = decode(made[i].image, made[i].id)
-    expected = decode(bytes(images[i]), 'x') if isinstance(images[i], (bytes, bytearray)) else images[i]
+    expected = decode(bytes(images[i]), 'x') if isinstance(images[i], (bytes, bytearray)) else np.asarray(images[i])
     expected = expected if expected.ndim == 3 else expected[..., None]
     assert image.dtype == np.uint8 and image.shape[2] == 3
     np.testing.assert_array_equal(image, np.broadcast_to(expected, image.shape))
 
 
 def test_fingerprints_are_those_of_the_contents():
-  """Pixels, order, labels and class names change them, and nothing else: a list of the same arrays, another name, another process."""
+  """Pixels, order, labels and class names change them, and nothing else: a list of the same arrays, another name,
+  another process."""
   images, labels = photos(), ['b', 'a', 'b', 'a']
   made = ImageSet.from_arrays(images, labels)
   same = ImageSet.from_arrays(list(images), np.array([1, 0, 1, 0]), ('a', 'b'), name='mine')
@@ -53,14 +57,17 @@ def test_fingerprints_are_those_of_the_contents():
   others = [ImageSet.from_arrays(changed, labels), ImageSet.from_arrays(images[::-1], labels),
             ImageSet.from_arrays(images, labels[::-1]), ImageSet.from_arrays(images, same.labels, ['a', 'c'])]
   assert len({each.fingerprint for each in [made, *others]}) == 5
-  script = 'import pickle, sys; from ft_jax.data import ImageSet; print(ImageSet.from_arrays(*pickle.load(sys.stdin.buffer)).fingerprint)'
-  run = subprocess.run([sys.executable, '-c', script], input=pickle.dumps((images, labels)), capture_output=True, check=True, cwd=ROOT,
+  script = ('import pickle, sys; from ft_jax.data import ImageSet; '
+            'print(ImageSet.from_arrays(*pickle.load(sys.stdin.buffer)).fingerprint)')
+  run = subprocess.run([sys.executable, '-c', script], input=pickle.dumps((images, labels)), capture_output=True,
+                       check=True, cwd=ROOT,
                        env={**os.environ, 'PYTHONHASHSEED': '7'})
   assert run.stdout.decode().strip() == made.fingerprint
 
 
 def test_ids_are_positions_and_differ_between_sets():
-  """Train and test of the same arrays share an id only if they share an image at the same place; a repeated image has two ids."""
+  """Train and test of the same arrays share an id only if they share an image at the same place; a repeated image has
+  two ids."""
   made, other = ImageSet.from_arrays(photos(8)), ImageSet.from_arrays(photos(9)[1:])
   assert [name.partition('-')[0] for name in made.ids.tolist()] == [str(i) for i in range(8)]
   assert set(made.ids.tolist()).isdisjoint(other.ids.tolist())
@@ -86,8 +93,10 @@ def test_labels_are_numbers_or_names(labels, class_names, numbers, names):
 
 
 @pytest.mark.parametrize('images,words', [
-    (photos() / np.float32(255), r'images has dtype float32; expected uint8 .*, 0 to 255: convert them with \(255 \* images\)'),
-    (photos().astype(float), r'images has dtype float64; expected uint8 .*: convert them with images.round\(\).astype\(np.uint8\)'),
+    (photos() / np.float32(255), r'images has dtype float32; expected uint8 .*, 0 to 255: convert them with \(255 \* '
+                                 r'images\)'),
+    (photos().astype(float), r'images has dtype float64; expected uint8 .*: convert them with '
+                             r'images.round\(\).astype\(np.uint8\)'),
     (np.full((4, 9, 7, 3), np.nan), 'images contains NaN; expected uint8'),
     (photos().astype(np.int64), 'images has dtype int64; expected uint8'),
     (photos() > 9, 'images has dtype bool; expected uint8'),
@@ -95,7 +104,8 @@ def test_labels_are_numbers_or_names(labels, class_names, numbers, names):
     (photos()[0, :, :, 0], r'images has shape \(9, 7\); expected uint8 \[n, h, w, 3\]'),
     (photos()[None], r'images has shape \(1, 4, 9, 7, 3\); expected uint8 \[n, h, w, 3\]'),
     (photos().transpose(0, 3, 1, 2), r'If the channels come first, give images.transpose\(0, 2, 3, 1\)'),
-    (photos(size=(9, 7, 4)), r'\(4, 9, 7, 4\); .* Put a transparent image on a background first, or give images\[\.\.\., :3\]'),
+    (photos(size=(9, 7, 4)), r'\(4, 9, 7, 4\); .* Put a transparent image on a background first, or give '
+                             r'images\[\.\.\., :3\]'),
     (photos(size=(9, 7, 2)), r'images has shape \(4, 9, 7, 2\); expected uint8 \[n, h, w, 3\], or grey \[n, h, w\]$'),
     (photos(size=(0, 7, 3)), 'has no pixels'),
     (photos(0), 'images is empty; expected at least one image'), ([], 'images is empty'),
@@ -103,14 +113,15 @@ def test_labels_are_numbers_or_names(labels, class_names, numbers, names):
     (encoded(photos()[0]), 'images is of type bytes; expected uint8 .* or a list of images'),
     ([photos()[0], photos()[1].astype(float)], r'images\[1\] has dtype float64; expected uint8 \[h, w, 3\]'),
     ([photos()[0], photos()], r'images\[1\] has shape \(4, 9, 7, 3\); expected uint8 \[h, w, 3\]'),
-    ([photos()[0].transpose(2, 0, 1)], r'images\[0\] has shape .* If the channels come first, give image.transpose\(1, 2, 0\)'),
+    ([photos()[0].transpose(2, 0, 1)], r'images\[0\] has shape .* If the channels come first, give image.transpose\(1, '
+                                       r'2, 0\)'),
     ([photos(size=(9, 7, 4))[0]], r'images\[0\] .* give image\[\.\.\., :3\]'),
     ([photos()[0][:0]], r'images\[0\] has shape \(0, 7, 3\), which has no pixels'),
     ([photos()[0], 'a.jpg'], r'images\[1\] is of type str; .*paths of files are for ImageSet.from_files'),
     ([pathlib.Path('a.jpg')], r'images\[0\] is of type PosixPath; .*paths of files are for ImageSet.from_files'),
     ([None], r'images\[0\] is of type NoneType; expected uint8'),
     ([b''], r'images\[0\] has no bytes'),
-    ([PIL.Image.new('L', (3, 3))], r"images\[0\] is of type Image; .* np.asarray\(image.convert\('RGB'\)\)")])
+    ([PIL.Image.new('F', (3, 3))], r'images\[0\] cannot be read as an image .*mode F, whose range is not known')])
 def test_what_is_not_an_image(images, words):
   with pytest.raises(ValueError, match=words) as caught:
     ImageSet.from_arrays(images, None)
@@ -122,11 +133,12 @@ def test_what_is_not_an_image(images, words):
     (np.eye(4, dtype=int), None, r'labels has shape \(4, 4\); .* If the rows are one-hot, give labels.argmax\(1\)'),
     (3, None, r'labels has shape \(\), but there are 4 images'),
     ('abcd', None, "labels is the string 'abcd'; expected one label per image, 4 in all"),
-    ([0.0, 1.0, 0.0, 1.0], None, 'labels has dtype float64; expected integers, 0 for the first class, or the names of classes'),
+    ([0.0, 1.0, 0.0, 1.0], None, 'labels has dtype float64; expected integers, 0 for the first class, or the names of '
+                                 'classes'),
     ([True, False, True, True], None, 'labels has dtype bool; expected integers'),
     ([0, 1, None, 1], None, 'labels has dtype object; expected integers'),
     ([[0], [1, 2], [0], [1]], None, 'labels has entries of different lengths'),
-    ([0, 1, -1, 1], None, r'labels\[2\] is -1; expected numbers from 0 on'),
+    ([0, 1, -1, 1], None, r'labels\[2\] is -1; expected numbers of 0 or more'),
     ([0, 1, 2, 1], ['a', 'b'], r'labels\[2\] is 2, but class_names has 2 names; expected labels from 0 to 1'),
     (['a', 'b', 'x', 'a'], ['a', 'b'], r"labels\[2\] is 'x', which class_names does not have; it has 2: a, b$"),
     (['a', '', 'b', 'a'], None, r'labels\[1\] is empty'),

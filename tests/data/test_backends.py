@@ -1,4 +1,4 @@
-"""The table of back-ends: an unknown name is refused, opening the table imports nothing heavy, and a new back-end is one row."""
+"""The table of back-ends: unknown names are refused, the package is light, and a new back-end is one row."""
 
 import json
 import pathlib
@@ -49,14 +49,17 @@ def table(photos, tmp_path, monkeypatch) -> pathlib.Path:
   return tmp_path / 'photos.csv'
 
 
+@pytest.mark.slow
 def test_a_new_back_end_is_one_file_and_one_row(table, photos, pool, tmp_path):
   """It is fine-tuned on, with a selection from a folder; its splits are those of the folder it lists."""
   assert len(CSV.strip().splitlines()) < 30
   config = miniature.get_config('finetune')
   with config.unlocked():
     config.update_from_flattened_dict({
-        'target.name': 'csv:photos.csv', 'data_dir': str(tmp_path), 'source.name': f'folder:{pool}', 'model.weights': '',
-        'model.width': 4, 'image_size': 32, 'augment.short_side': 36, 'selection.size': 2.0, 'train.steps': 2, 'train.batch_size': 8})
+        'target.name': 'csv:photos.csv', 'data_dir': str(tmp_path), 'source.name': f'folder:{pool}',
+        'model.weights': '',
+        'model.width': 4, 'image_size': 32, 'augment.short_side': 36, 'selection.size': 2.0, 'train.steps': 2,
+        'train.batch_size': 8})
   finetune.run(config, tmp_path / 'run')
   results = json.loads((tmp_path / 'run' / 'results.json').read_text())
   assert results['test']['images'] == 20 and len(results['test']['per_class']) == 4
@@ -75,6 +78,8 @@ def test_an_unknown_name_is_refused_with_what_is_known(name):
 def test_the_package_is_light(photos):
   """Readers are imported when a set of their kind is opened."""
   script = ('import sys; from ft_jax.data import ImageSet, open_set; '
-            'heavy = {"tensorflow_datasets", "tensorflow", "grain", "cv2", "sklearn", "jax"}; assert not heavy & set(sys.modules); '
-            'open_set(sys.argv[1], "train"); assert not {"tensorflow_datasets", "tensorflow", "grain"} & set(sys.modules)')
+            'heavy = {"tensorflow_datasets", "tensorflow", "grain", "cv2", "sklearn", "jax"}; assert not heavy & '
+            'set(sys.modules); '
+            'open_set(sys.argv[1], "train"); assert not {"tensorflow_datasets", "tensorflow", "grain"} & '
+            'set(sys.modules)')
   subprocess.run([sys.executable, '-c', script, f'folder:{photos}'], check=True, cwd=ROOT)

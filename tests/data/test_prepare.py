@@ -1,5 +1,4 @@
-"""Sets are written from the files that they are published as, packed or unpacked, by TFDS's own builders and without
-TensorFlow; what is missing, cut short or interrupted is named and mended."""
+"""Sets are written from their published files by TFDS's builders, without TensorFlow; what is wrong is named."""
 
 from collections.abc import Callable, Mapping, Sequence
 import hashlib
@@ -168,8 +167,10 @@ def write_objects(folder: pathlib.Path) -> Labels:
 
 SETS: dict[str, tuple[Callable[[pathlib.Path], Labels], dict[str, tuple[str, ...]]]] = {
     'oxford_iiit_pet': (write_pets, {'images.tar.gz': ('images',), 'annotations.tar.gz': ('annotations',)}),
-    'caltech_birds2011': (write_birds, {'CUB_200_2011.tgz': ('CUB_200_2011',), 'segmentations.tgz': ('segmentations',)}),
-    'cars196': (write_cars, {'cars_train.tgz': ('cars_train',), 'cars_test.tgz': ('cars_test',), 'car_devkit.tgz': ('devkit',)}),
+    'caltech_birds2011': (write_birds, {'CUB_200_2011.tgz': ('CUB_200_2011',),
+                                        'segmentations.tgz': ('segmentations',)}),
+    'cars196': (write_cars, {'cars_train.tgz': ('cars_train',), 'cars_test.tgz': ('cars_test',),
+                             'car_devkit.tgz': ('devkit',)}),
     'fgvc_aircraft': (write_aircraft, {'fgvc-aircraft-2013b.tar.gz': ('fgvc-aircraft-2013b',)}),
     'stanford_dogs': (write_dogs, {'images.tar': ('Images',), 'annotation.tar': ('Annotation',),
                                    'lists.tar': ('train_list.mat', 'test_list.mat')}),
@@ -179,8 +180,10 @@ SETS: dict[str, tuple[Callable[[pathlib.Path], Labels], dict[str, tuple[str, ...
 
 
 ID_FORMS = {
-    'oxford_iiit_pet': r'train/[A-Za-z_]+_\d+.jpg', 'caltech_birds2011': r'train/CUB_200_2011/images/.+/.+.jpg', 'cars196': r'train/\d{5}',
-    'fgvc_aircraft': r'train/\d{7}.jpg', 'stanford_dogs': r'train/Images/n02.+/n02.+.jpg', 'dtd': r'train/[a-z]+/[a-z]+_.+.jpg',
+    'oxford_iiit_pet': r'train/[A-Za-z_]+_\d+.jpg', 'caltech_birds2011': r'train/CUB_200_2011/images/.+/.+.jpg',
+    'cars196': r'train/\d{5}',
+    'fgvc_aircraft': r'train/\d{7}.jpg', 'stanford_dogs': r'train/Images/n02.+/n02.+.jpg',
+    'dtd': r'train/[a-z]+/[a-z]+_.+.jpg',
     'caltech101': r'train/[a-z_]+/image_\d{4}.jpg'}
 
 
@@ -221,7 +224,7 @@ def assert_alike(image: bytes, pixels: np.ndarray) -> None:
 @pytest.mark.parametrize('form', ['unpacked', 'packed'])
 @pytest.mark.parametrize('name', SETS)
 def test_from_published_files(name, form, tmp_path):
-  """Every image is in its split with its class, its bytes untouched; nothing is written beside the user's files."""
+  """Every image is in its split and class with its bytes unchanged; nothing is written to the user's folder."""
   write, archives = SETS[name]
   given = tmp_path / 'given'
   labels = write(given)
@@ -241,8 +244,8 @@ def test_from_published_files(name, form, tmp_path):
   assert re.fullmatch(ID_FORMS[name], ids[0]), ids[0]  # the file, so that a drawn subset and a report name images
 
 
-def test_images_that_tfds_encodes_anew(tmp_path):
-  """Twelve files of Pets are damaged or no JPEG; TFDS writes them again, here by Pillow. Nothing else is touched."""
+def test_images_that_tfds_re_encodes(tmp_path):
+  """Twelve files of Pets are damaged or not JPEG; TFDS re-encodes them, here with Pillow. Others are unchanged."""
   write_pets(tmp_path / 'given')
   png = np.dstack([Photos().pixels(), np.full((40, 50), 255, np.uint8)])
   for listed, file in (('trainval', 'Abyssinian_5'), ('test', 'Egyptian_Mau_14')):
@@ -293,7 +296,8 @@ def tar_of(files: Mapping[str, bytes], path: pathlib.Path, mode: str = 'w') -> N
       add(tar, name, data)
 
 
-def real_images(shared: pathlib.Path, name: str, most: int, classes: Sequence[str] = ()) -> dict[str, dict[str, dict[str, bytes]]]:
+def real_images(shared: pathlib.Path, name: str, most: int,
+                classes: Sequence[str] = ()) -> dict[str, dict[str, dict[str, bytes]]]:
   """Split -> class -> file -> bytes: the first files of each class."""
   found = {'train': {}, 'test': {}}
   with tarfile.open(shared / 'data' / f'{name}.tar.gz') as tar:
@@ -328,7 +332,7 @@ def pets_dir(shared, tmp_path_factory) -> pathlib.Path:
 
 
 def test_real_pets(pets_dir):
-  """TFDS's own builder on real images: both splits, all breeds, the name of a file says which."""
+  """TFDS's own builder on real images: both splits and all breeds, as the file names say."""
   for split in ('train', 'test'):
     source = open_set('tfds:oxford_iiit_pet', split, str(pets_dir))
     assert np.bincount(source.labels).tolist() == [2] * 37
@@ -340,21 +344,23 @@ def test_real_pets(pets_dir):
 
 @pytest.mark.slow
 def test_the_pets_config_runs_on_prepared_pets(pets_dir, tmp_path):
-  """`--config=configs/pets.py` with a prepared data_dir, made tiny: results.json has the numbers of the test split."""
+  """`--config=configs/pets.py` with a prepared data_dir, made tiny: results.json has the test results."""
   values = {
-      'data_dir': pets_dir, 'image_size': 32, 'source.name': '', 'selection.method': 'none', 'model.weights': '', 'model.width': 4,
+      'data_dir': pets_dir, 'image_size': 32, 'source.name': '', 'selection.method': 'none', 'model.weights': '',
+      'model.width': 4,
       'model.name': 'resnet18', 'target.val_fraction': 0.5, 'train.batch_size': 8, 'train.steps': 2}
   run = subprocess.run([sys.executable, 'main.py', '--config=configs/pets.py', f'--workdir={tmp_path / "run"}',
                         *(f'--config.{field}={value}' for field, value in values.items())],
                        # Compiling is most of it.
-                       cwd=ROOT, env=os.environ | {'JAX_DISABLE_MOST_OPTIMIZATIONS': '1'}, capture_output=True, text=True, check=False)
+                       cwd=ROOT, env=os.environ | {'JAX_DISABLE_MOST_OPTIMIZATIONS': '1'}, capture_output=True,
+                       text=True, check=False)
   assert run.returncode == 0, run.stderr
   results = json.loads((tmp_path / 'run' / 'results.json').read_text())
   assert results['test']['images'] == 74 and len(results['test']['per_class']) == 37
 
 
 def test_real_caltech101(shared, tmp_path):
-  """An archive in an archive; 30 random images of each class are train, drawn by TFDS the same way every time."""
+  """An archive in an archive; TFDS draws 30 images of each class for train, the same ones every time."""
   images = real_images(shared, 'caltech101', 30, ('accordion', 'faces_easy', 'wild_cat'))
   files, classes = {}, {}
   for split in images:
@@ -371,7 +377,8 @@ def test_real_caltech101(shared, tmp_path):
     prepare.prepare('tfds:caltech101', str(tmp_path / place), str(tmp_path / 'files'))
     train, test = (open_set('tfds:caltech101', split, str(tmp_path / place)) for split in ('train', 'test'))
     assert np.bincount(train.labels)[np.unique(train.labels)].tolist() == [30] * 3
-    assert {key(example.image): source.class_names[example.label] for source in (train, test) for example in source} == classes
+    assert {key(example.image): source.class_names[example.label] for source in (train, test)
+            for example in source} == classes
     drawn.append([key(example.image) for example in train])
   assert drawn[0] == drawn[1]
 
@@ -381,7 +388,8 @@ WNIDS = ('n02123394', 'n02123045', 'n02124075', 'n01443537')  # not in the order
 
 @pytest.fixture(scope='module')
 def imagenet(shared, tmp_path_factory) -> tuple[pathlib.Path, pathlib.Path, dict[str, str]]:
-  """ImageNet of four classes: (folder of the two published archives, the usual folder, validation file -> WordNet id)."""
+  """ImageNet of four classes: (folder of the two published archives, the usual folder, validation file -> WordNet
+  id)."""
   root = tmp_path_factory.mktemp('imagenet')
   found = real_images(shared, 'tiny_imagenet', 6)
   train = {wnid: found['train'][name] for wnid in WNIDS for name in found['train'] if name.startswith(wnid)}
@@ -395,7 +403,8 @@ def imagenet(shared, tmp_path_factory) -> tuple[pathlib.Path, pathlib.Path, dict
       (root / 'usual' / 'train' / wnid).mkdir(parents=True, exist_ok=True)
       (root / 'usual' / 'train' / wnid / file).write_bytes(data)
   tar_of(inner, root / 'files' / 'ILSVRC2012_img_train.tar')
-  # TFDS gives the validation images, sorted by name, the labels of a list that it has; the order in the archive is another.
+  # TFDS gives the validation images, sorted by name, the labels of a list that it has; the order in the archive is
+  # another.
   listed = tfds.core.tfds_path('datasets/imagenet2012/validation_labels.txt').read_text().split()
   images = [data for files in found['test'].values() for data in files.values()][:len(WNIDS) * 3]
   val = {f'ILSVRC2012_val_{k:08d}.JPEG': data for k, data in enumerate(images, 1)}
@@ -408,7 +417,7 @@ def imagenet(shared, tmp_path_factory) -> tuple[pathlib.Path, pathlib.Path, dict
 
 
 def test_imagenet_from_its_archives_and_as_a_folder(imagenet, tmp_path):
-  """Same images, human names and order of classes both ways; the WordNet id stays in the id of each image."""
+  """The same images, class names and order both ways; the id of each image has its WordNet id."""
   files, usual, wnids = imagenet
   prepare.prepare('tfds:imagenet2012', str(tmp_path), str(files))
   stored, folder = open_set('tfds:imagenet2012', 'train', str(tmp_path)), open_set(f'folder:{usual}', 'train')
@@ -430,9 +439,10 @@ def test_imagenet_from_its_archives_and_as_a_folder(imagenet, tmp_path):
 
 
 def test_imagenet_by_hand(imagenet, tmp_path):
-  """One message: which files, how large, from where, to where; and the unpacked form is pointed to `folder:`."""
+  """One message says which files, how large, from where and to where; unpacked ImageNet is sent to `folder:`."""
   files, usual, _ = imagenet
-  with pytest.raises(ValueError, match=r'(?s)by hand.*ILSVRC2012_img_train.tar \(147.9 GB\) and ILSVRC2012_img_val.tar \(6.7 GB\)'
+  with pytest.raises(ValueError, match=r'(?s)by hand.*ILSVRC2012_img_train.tar \(147.9 GB\) and ILSVRC2012_img_val.tar '
+                                       r'\(6.7 GB\)'
                                        r'.*Register at https://image-net.org.*downloads/manual'):
     prepare.prepare('imagenet2012', str(tmp_path))
   with pytest.raises(ValueError, match='the usual folder of ImageNet.*folder:'):
@@ -459,7 +469,7 @@ def run(arguments: list[str], code: str = '') -> subprocess.CompletedProcess:
 
 
 def test_killed_in_the_middle(tmp_path):
-  """kill -9 while records are written: the next run starts clean and finishes, one more says that the set is there."""
+  """After a kill -9 while records are written, the next run starts clean; another one has nothing to do."""
   labels = write_aircraft(tmp_path / 'given')
   arguments = ['tfds:fgvc_aircraft', f'--data_dir={tmp_path / "data"}', f'--from={tmp_path / "given"}']
   die = '''
@@ -494,7 +504,8 @@ FgvcAircraft._generate_examples = part
     ('tfds:', 'the name of the set is empty; expected tfds:'),
     ('tfds:a/b/c', 'tfds:a/b/c: expected tfds:<name>.*, such as'),
     ('oxford_iiit_pet/foo', "the set has no config 'foo'; it has none: use tfds:oxford_iiit_pet[.] The sets"),
-    ('sun397/foo:4.0.0', "the set has no config 'foo'; known: tfds, standard-part1-120k, .*standard-part10-120k[.] The sets"),
+    ('sun397/foo:4.0.0', "the set has no config 'foo'; known: tfds, standard-part1-120k, .*standard-part10-120k[.] The "
+                         "sets"),
     ('dtd:9.9.9', 'tfds:dtd:9.9.9: Dataset dtd cannot be loaded at version 9.9.9')])
 def test_a_wrong_name_is_one_whole_sentence(name, words, tmp_path):
   with pytest.raises(ValueError, match=words) as raised:
@@ -505,7 +516,7 @@ def test_a_wrong_name_is_one_whole_sentence(name, words, tmp_path):
 @pytest.mark.parametrize('data,words', [
     (b'', 'is empty .0 bytes.: get it again'), (b'<html>moved</html>', 'damaged or cut short .*; 18 bytes')])
 def test_what_is_no_archive_is_one_line(data, words, tmp_path):
-  """tarfile itself says a line for every way of packing."""
+  """tarfile itself has a line for every compression that it tried."""
   for archive in ('images.tar.gz', 'annotations.tar.gz'):
     (tmp_path / archive).write_bytes(data)
   with pytest.raises(ValueError, match=words) as raised:
@@ -516,29 +527,34 @@ def test_what_is_no_archive_is_one_line(data, words, tmp_path):
 def test_two_at_a_time_are_refused(tmp_path):
   write_aircraft(tmp_path / 'given')
   builder = tfds.builder_cls('dtd')(data_dir=tmp_path / 'data')
-  with write._locked(builder, tmp_path / 'data'), pytest.raises(ValueError, match='another process is preparing tfds:dtd'):
+  refused = pytest.raises(ValueError, match='another process is preparing tfds:dtd')
+  with write._locked(builder, tmp_path / 'data'), refused:
     prepare.prepare('dtd', str(tmp_path / 'data'), str(tmp_path / 'given'))
 
 
 def test_a_folder_without_the_files_is_named(tmp_path):
-  """What was looked for, what is there, and where the file is published; whatever a builder trips over names the set."""
+  """What was looked for, what is there, and where the file is published; other errors name the set."""
   (tmp_path / 'given' / 'holiday').mkdir(parents=True)
-  with pytest.raises(ValueError, match=r'have neither annotations.tar.gz nor annotations. There is: holiday. .*thor.robots.ox.ac.uk'):
+  with pytest.raises(ValueError, match=r'have neither annotations.tar.gz nor annotations. There is: holiday. '
+                                       r'.*thor.robots.ox.ac.uk'):
     prepare.prepare('oxford_iiit_pet', str(tmp_path / 'data'), str(tmp_path / 'given'))
-  with pytest.raises(ValueError, match='there is no folder .*nowhere; expected one with .*images.tar.gz and annotations.tar.gz'):
+  with pytest.raises(ValueError, match='there is no folder .*nowhere; expected one with .*images.tar.gz and '
+                                       'annotations.tar.gz'):
     prepare.prepare('oxford_iiit_pet', str(tmp_path / 'data'), str(tmp_path / 'nowhere'))
   write_pets(tmp_path / 'given')
   (tmp_path / 'given' / 'images' / 'Abyssinian_11.jpg').unlink()
-  with pytest.raises(ValueError, match='tfds:oxford_iiit_pet cannot be written from .*FileNotFoundError.*Abyssinian_11.jpg'):
+  with pytest.raises(ValueError, match='tfds:oxford_iiit_pet cannot be written from '
+                                       '.*FileNotFoundError.*Abyssinian_11.jpg'):
     prepare.prepare('oxford_iiit_pet', str(tmp_path / 'data'), str(tmp_path / 'given'))
   assert not list((tmp_path / 'data' / 'oxford_iiit_pet').glob('*'))
 
 
 @pytest.mark.parametrize('name,archive,keep', [
-    ('oxford_iiit_pet', 'images.tar.gz', 0.6), ('stanford_dogs', 'images.tar', 0.5), ('stanford_dogs', 'lists.tar', 0.2),
+    ('oxford_iiit_pet', 'images.tar.gz', 0.6), ('stanford_dogs', 'images.tar', 0.5),
+    ('stanford_dogs', 'lists.tar', 0.2),
     ('caltech101', 'caltech-101.zip', 0.7)])
 def test_an_archive_that_is_cut_short_is_named(name, archive, keep, tmp_path):
-  """gzip notices by itself; a plain tar that ends between two files would pass for a whole one."""
+  """gzip notices by itself; a plain tar that ends between two files would pass as complete."""
   write, archives = SETS[name]
   write(tmp_path / 'given')
   pack(tmp_path / 'given', archives, tmp_path / 'packed')
@@ -555,14 +571,15 @@ def test_an_archive_that_is_cut_short_is_named(name, archive, keep, tmp_path):
 
 
 def test_a_link_that_does_not_answer(tmp_path, monkeypatch):
-  """One request, no minutes of retries: what failed, that it is known, and what to do instead."""
+  """One request, no minutes of retries; the message says what failed, what is known of it, and what to do."""
   import requests
 
   class Answer(io.BytesIO):
     status_code, reason = 404, 'Not Found'
 
   monkeypatch.setattr(requests, 'get', lambda *_, **__: Answer())
-  with pytest.raises(ValueError, match=r'(?s)jkrause.* answers 404 Not Found.*Known: the pages of Stanford Cars answer 404 since 2023'
+  with pytest.raises(ValueError, match=r'(?s)jkrause.* answers 404 Not Found.*Known: the pages of Stanford Cars answer '
+                                       r'404 since 2023'
                                        r'.*cars_test_annos_withlabels.mat.*--from=FOLDER'):
     prepare.prepare('cars196', str(tmp_path))
 
@@ -574,30 +591,32 @@ def test_a_link_that_does_not_answer(tmp_path, monkeypatch):
 
 
 def test_a_download_of_something_else(tmp_path, monkeypatch):
-  """A page where the archive was: TFDS's checksum notices, and what to do by hand is said."""
+  """A web page instead of the archive: TFDS's checksum notices, and the message says what to do by hand."""
   import requests
 
   monkeypatch.setattr(originals, 'check_address', lambda url: None)
   page = requests.Response()
   page.status_code, page.url, page.raw = 200, 'https://x.org/dtd-r1.0.1.tar.gz', io.BytesIO(b'<html>moved</html>')
   monkeypatch.setattr(requests.Session, 'get', lambda *_, **__: page)
-  with pytest.raises(ValueError, match=r'(?s)tfds:dtd: the download failed: .*dtd-r1.0.1.tar.gz.*wrong checksum.*--from=FOLDER'):
+  with pytest.raises(ValueError, match=r'(?s)tfds:dtd: the download failed: .*dtd-r1.0.1.tar.gz.*wrong '
+                                       r'checksum.*--from=FOLDER'):
     prepare.prepare('dtd', str(tmp_path))
 
 
 @pytest.mark.skipif(util.find_spec('tensorflow') is not None, reason='TensorFlow is installed')
 def test_a_builder_that_needs_more_of_tensorflow(tmp_path, monkeypatch):
-  """What is not replaced is asked of TensorFlow, and the package is named where it is not there."""
+  """What is not replaced comes from TensorFlow; if that is missing, the message names the package."""
   from tensorflow_datasets.datasets.oxford_iiit_pet import oxford_iiit_pet_dataset_builder as pets
 
   write_pets(tmp_path / 'given')
   monkeypatch.setattr(pets.Builder, '_generate_examples', lambda self, **_: iter(pets.tf.strings.split('a b')))
-  with pytest.raises(ValueError, match='TFDS needs tensorflow to write tfds:oxford_iiit_pet; for this step alone: pip install tensorflow'):
+  with pytest.raises(ValueError, match='TFDS needs tensorflow to write tfds:oxford_iiit_pet; for this step alone: pip '
+                                       'install tensorflow'):
     prepare.prepare('oxford_iiit_pet', str(tmp_path / 'data'), str(tmp_path / 'given'))
 
 
 def test_no_room(tmp_path, monkeypatch):
-  """Said before anything is fetched."""
+  """Refused before anything is downloaded."""
   monkeypatch.setattr(originals, 'check_address', lambda url: None)
   monkeypatch.setattr(download.shutil, 'disk_usage', lambda _: types.SimpleNamespace(free=10**9))
   with pytest.raises(ValueError, match='625 MB to download.* take about 1.9 GB, .* 1.0 GB free'):
@@ -605,7 +624,7 @@ def test_no_room(tmp_path, monkeypatch):
 
 
 def test_a_download(tmp_path, monkeypatch):
-  """TFDS's own download, from a server on this machine: fetched, unpacked, written, without TensorFlow; not fetched twice."""
+  """TFDS's own download from a server on this machine, written without TensorFlow; not downloaded twice."""
   import functools
   import http.server
   import threading
@@ -621,7 +640,8 @@ def test_a_download(tmp_path, monkeypatch):
     def log_message(self, *_):
       asked.append(self.path)
 
-  with http.server.ThreadingHTTPServer(('127.0.0.1', 0), functools.partial(Handler, directory=tmp_path / 'packed')) as server:
+  handler = functools.partial(Handler, directory=tmp_path / 'packed')
+  with http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler) as server:
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setattr(fgvc_aircraft, 'URL', f'http://127.0.0.1:{server.server_port}/fgvc-aircraft-2013b.tar.gz')
     prepare.prepare('fgvc_aircraft', str(tmp_path / 'data'))

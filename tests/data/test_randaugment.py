@@ -1,4 +1,4 @@
-"""RandAugment and Cutout: each operation is Pillow's with the published value, drawn as published; the grey square is exact."""
+"""RandAugment and Cutout: Pillow's operations with the published values; the grey square is exact."""
 
 import collections
 import dataclasses
@@ -26,14 +26,17 @@ def published(name: str, image: PIL.Image.Image, v: int, sign: int) -> PIL.Image
   w, h = image.size
   affine = lambda *a: image.transform((w, h), PIL.Image.Transform.AFFINE, a)
   return {
-      'AutoContrast': lambda: ImageOps.autocontrast(image), 'Equalize': lambda: ImageOps.equalize(image), 'Identity': lambda: image,
+      'AutoContrast': lambda: ImageOps.autocontrast(image), 'Equalize': lambda: ImageOps.equalize(image),
+      'Identity': lambda: image,
       'Brightness': lambda: ImageEnhance.Brightness(image).enhance(0.09 * v + 0.05),
       'Color': lambda: ImageEnhance.Color(image).enhance(0.09 * v + 0.05),
       'Contrast': lambda: ImageEnhance.Contrast(image).enhance(0.09 * v + 0.05),
       'Sharpness': lambda: ImageEnhance.Sharpness(image).enhance(0.09 * v + 0.05),
-      'Posterize': lambda: ImageOps.posterize(image, 4 + 4 * v // 10), 'Solarize': lambda: ImageOps.solarize(image, 256 - 256 * v // 10),
+      'Posterize': lambda: ImageOps.posterize(image, 4 + 4 * v // 10),
+      'Solarize': lambda: ImageOps.solarize(image, 256 - 256 * v // 10),
       'Rotate': lambda: image.rotate(sign * 3 * v),
-      'ShearX': lambda: affine(1, sign * 0.03 * v, 0, 0, 1, 0), 'ShearY': lambda: affine(1, 0, 0, sign * 0.03 * v, 1, 0),
+      'ShearX': lambda: affine(1, sign * 0.03 * v, 0, 0, 1, 0),
+      'ShearY': lambda: affine(1, 0, 0, sign * 0.03 * v, 1, 0),
       'TranslateX': lambda: affine(1, 0, sign * int(0.03 * v * w), 0, 1, 0),
       'TranslateY': lambda: affine(1, 0, 0, 0, 1, sign * int(0.03 * v * h)),
   }[name]()
@@ -52,13 +55,14 @@ class Numbers:
 
 @pytest.mark.parametrize('name', randaugment.OPERATIONS)
 def test_operations_are_pillows(photo, name):
-  """Every operation, strength and sign, drawn by the numbers that mean it; and none of it where its coin falls the other way."""
+  """Every operation, strength and sign; and nothing if the coin says so."""
   kind = (list(randaugment.OPERATIONS).index(name) + 0.5) / 14
   for v in range(1, 10):
     for sign in (-1, 1):
       numbers = (kind, 0.49, (v - 0.5) / 9, 0.5 - 0.1 * (sign < 0))
       made = randaugment.randaugment(photo.copy(), 1, 10, Numbers(numbers))
-      np.testing.assert_array_equal(made, published(name, PIL.Image.fromarray(photo), v, sign), err_msg=f'{name} {v} {sign}')
+      np.testing.assert_array_equal(made, published(name, PIL.Image.fromarray(photo), v, sign),
+                                    err_msg=f'{name} {v} {sign}')
   assert len(randaugment.OPERATIONS) == 14
   np.testing.assert_array_equal(randaugment.randaugment(photo.copy(), 1, 10, Numbers((kind, 0.5, 0.9, 0.1))), photo)
   # Two in a row: the second one works on what the first one made.
@@ -85,7 +89,7 @@ def test_what_is_drawn(photo, monkeypatch):
 
 
 def test_cutout(photo):
-  """A grey square of exactly the side, its middle everywhere alike, cut off at the borders."""
+  """A grey square of exactly the given side, centred anywhere, cut off at the borders."""
   rng, height, width = np.random.default_rng(0), *photo.shape[:2]
   covered = np.zeros((height, width))
   for _ in range(4000):
@@ -97,13 +101,14 @@ def test_cutout(photo):
     assert len(rows) == 20 or 10 <= len(rows) and (rows[0] == 0 or rows[-1] == height - 1)
     assert len(columns) == 20 or 10 <= len(columns) and (columns[0] == 0 or columns[-1] == width - 1)
     covered += grey
-  # The middle of a column of pixels is covered by squares whose middle is within 10 pixels, a corner by a quarter of those.
+  # The middle of a column of pixels is covered by squares whose middle is within 10 pixels, a corner by a quarter of
+  # those.
   assert covered[24, 20] / 4000 == pytest.approx(20 / 48 * 20 / 40, rel=0.1)
   assert covered[0, 0] / 4000 == pytest.approx(10 / 48 * 10 / 40, rel=0.25)
 
 
 def test_training_crops(photos):
-  """The same batches again whatever the threads do, into the batch's own memory; evaluation sees nothing of it; off is as it was."""
+  """The same batches whatever the threads do; evaluation is unchanged, and so is training without both."""
   source = open_set(f'folder:{photos}', 'train')
   plain = Transform(32, short_side=36)
   strong = dataclasses.replace(plain, randaugment=2, cutout=0.5)
@@ -130,8 +135,10 @@ def test_training_crops(photos):
 
 
 @pytest.mark.parametrize('field,value,words', [
-    ('randaugment', -1, 'expected a whole number from 0 .*; 0 is none'), ('magnitude', 1, 'expected a whole number from 2 to 10'),
-    ('magnitude', 11, 'expected a whole number from 2 to 10'), ('cutout', 1.5, 'expected a number from 0 to 1, a fraction of the side'),
+    ('randaugment', -1, 'expected a whole number from 0 .*; 0 is none'),
+    ('magnitude', 1, 'expected a whole number from 2 to 10'),
+    ('magnitude', 11, 'expected a whole number from 2 to 10'),
+    ('cutout', 1.5, 'expected a number from 0 to 1, a fraction of the side'),
     ('cutout', -0.1, 'expected a number from 0 to 1')])
 def test_wrong_settings(field, value, words):
   config = default.get_config()

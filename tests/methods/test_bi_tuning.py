@@ -1,4 +1,6 @@
-"""Bi-Tuning: both divergences, the key encoder and the queues, against the formulas written out example by example in float64."""
+"""Bi-Tuning: both divergences, the key encoder and the queues, against the formulas written out example by example in
+float64.
+"""
 
 import functools
 
@@ -67,14 +69,17 @@ def term(network, projection, heads, features, state, view, labels, step):
   """The method's term; the network is one matrix."""
   params = {'layer': network, 'heads': {'target': heads}, 'methods': {'bi_tuning': projection}}
   forward = lambda variables, images: (Outputs(images @ variables['params']['layer'], {}, {}), variables['batch_stats'])
-  seen = StepContext(NETWORK, params, {'mean': np.zeros(1)}, {}, None, {'target': Outputs(features, {}, {})}, {'target/key': view}, labels, labels, step,
+  context = StepContext(NETWORK, params, {'mean': np.zeros(1)}, {}, None, {'target': Outputs(features, {}, {})},
+                     {'target/key': view}, labels, labels, step,
               jax.random.key(0), forward)
-  loss = lambda state: METHOD.loss(seen, state)[:2]
+  loss = lambda state: METHOD.loss(context, state)[:2]
   return jax.tree.map(lambda x: x[0], jax.vmap(loss, in_axes=None, axis_size=1, axis_name=AXIS)(state))
 
 
 def test_against_the_formulas():
-  """Over some steps: losses, queues (also where a class comes more often than its queue is long) and their places; gradients in float64."""
+  """Over some steps: losses, queues (also where a class comes more often than its queue is long) and their places;
+  gradients in float64.
+  """
   rng = np.random.default_rng(0)
   draw = lambda *shape: rng.normal(size=shape)
   state = METHOD.setup(context())
@@ -86,19 +91,22 @@ def test_against_the_formulas():
     gradient = jax.jit(jax.value_and_grad(term, (0, 1, 2, 3), has_aux=True))
     state = jax.tree.map(lambda x: x if x.dtype == np.int32 else x.astype(np.float64), state)
     for step, labels in enumerate(([0, 1, 2, 0, 1, 0, 1], [2, 2, 2, 2, 2, 0, 0], [1, 1, 1, 0, 0, 2, 0])):
-      network, kernel, bias, head, head_bias = draw(5, WIDTH), draw(WIDTH, 6), draw(6), draw(WIDTH, CLASSES), draw(CLASSES)
+      network, kernel, bias = draw(5, WIDTH), draw(WIDTH, 6), draw(6)
+      head, head_bias = draw(WIDTH, CLASSES), draw(CLASSES)
       features, view, labels = draw(BATCH, WIDTH), draw(BATCH, 5), np.asarray(labels, np.int32)
       inputs = network, {'kernel': kernel, 'bias': bias}, {'kernel': head, 'bias': head_bias}, features
       rest = state, view, labels, step
       (loss, after), slopes = gradient(*inputs, *rest)
-      np.testing.assert_allclose(loss, reference.step(features, view, (network, kernel, bias, head, head_bias), labels), rtol=1e-10)
+      np.testing.assert_allclose(loss, reference.step(features, view, (network, kernel, bias, head, head_bias), labels),
+                                 rtol=1e-10)
       for name, rings in (('h', reference.h), ('z', reference.z)):
         np.testing.assert_allclose(after[name], np.array(rings), atol=1e-10)
       assert after['next'].tolist() == reference.next
       # Keys and the head are not trained: it is the features and the projection that have a gradient.
       assert not np.any(slopes[0]) and not np.any(slopes[2]['kernel']) and not np.any(slopes[2]['bias'])
       directions = {'kernel': draw(WIDTH, 6), 'bias': draw(6)}, draw(BATCH, WIDTH)
-      slope = sum(np.sum(a * np.asarray(b)) for a, b in zip(jax.tree.leaves(directions), jax.tree.leaves((slopes[1], slopes[3]))))
+      slope = sum(np.sum(a * np.asarray(b)) for a, b in zip(jax.tree.leaves(directions),
+                                                            jax.tree.leaves((slopes[1], slopes[3]))))
       # The key encoder, which follows the trained projection, is held where it was.
       held = lambda projection, key=after['key'], network=network: {
           'params': {'layer': (key['params']['layer'] - 0.2 * network) / 0.8}, 'batch_stats': key['batch_stats'],
@@ -106,7 +114,8 @@ def test_against_the_formulas():
       ends = []
       for end in (1e-6, -1e-6):
         projection, moved = jax.tree.map(lambda x, d, end=end: x + end * d, (inputs[1], features), directions)
-        ends.append(gradient(network, projection, inputs[2], moved, state | {'key': held(projection)}, view, labels, 1)[0][0])
+        ends.append(gradient(network, projection, inputs[2], moved, state | {'key': held(projection)}, view, labels,
+                             1)[0][0])
       np.testing.assert_allclose(slope, (ends[0] - ends[1]) / 2e-6, rtol=1e-6)
       state = after
 
@@ -118,7 +127,8 @@ def test_key_encoder_starts_as_the_network_and_follows_it():
   jax.tree.map(np.testing.assert_array_equal, key['batch_stats'], began['batch_stats'])
   after, _ = method_case.run(STEP, model=NETWORK, state=state)
   moved = after.methods['bi_tuning']['key']
-  follow = functools.partial(jax.tree.map, lambda old, new, got: np.testing.assert_allclose(got, 0.5 * (old + new), atol=1e-7))
+  follow = functools.partial(jax.tree.map, lambda old, new, got: np.testing.assert_allclose(got, 0.5 * (old + new),
+                                                                                            atol=1e-7))
   follow(key['params'], {name: state.params[name] for name in key['params']}, moved['params'])
   follow(key['projection'], state.params['methods']['bi_tuning'], moved['projection'])
 

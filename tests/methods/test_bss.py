@@ -1,4 +1,5 @@
-"""BSS: the sum of the smallest squared singular values and its gradient are those of a float64 SVD, however the singular values lie.
+"""BSS: the sum of the smallest squared singular values and its gradient are those of a float64 SVD, however the
+singular values lie.
 
 That they are of the whole batch on any number of devices is in test_bi_tuning.py, with one compilation for both.
 """
@@ -43,7 +44,9 @@ def test_against_singular_values(shape, all_of_them, seed):
 
 @pytest.mark.parametrize('k', [1, 3, 5])
 def test_equal_singular_values(k):
-  """Five equal ones: the gradient is finite, has the length of that of any k of them, and is exact where all five are taken."""
+  """Five equal ones: the gradient is finite, has the length of that of any k of them, and is exact where all five are
+  taken.
+  """
   rng = np.random.default_rng(0)
   u, v = (np.linalg.qr(rng.normal(size=(n, n)))[0] for n in (8, 12))
   features = ((u * [9, 7, 5, 2, 2, 2, 2, 2]) @ v[:8]).astype(np.float32)
@@ -55,14 +58,17 @@ def test_equal_singular_values(k):
 
 
 def test_lost_directions():
-  """Features of nothing, of one image many times, and of a spectrum from 1 to 1e-4: no NaN, and float32 keeps the smallest one."""
+  """Features of nothing, of one image many times, and of a spectrum from 1 to 1e-4: no NaN, and float32 keeps the
+  smallest one.
+  """
   for features in (np.zeros((8, 12), np.float32), np.ones((8, 12), np.float32)):
     value, gradient = both(features, 3)
     np.testing.assert_allclose(value, 0.0, atol=1e-8)
     np.testing.assert_allclose(gradient, 0.0, atol=1e-4)
   rng = np.random.default_rng(0)
   u, v = (np.linalg.qr(rng.normal(size=(n, n)))[0] for n in (16, 16))
-  features = ((u * np.geomspace(100, 0.01, 16)) @ v).astype(np.float32)  # the Gram matrix has 1e-8 of its largest eigenvalue there
+  # the Gram matrix has 1e-8 of its largest eigenvalue there
+  features = ((u * np.geomspace(100, 0.01, 16)) @ v).astype(np.float32)
   value, gradient = both(features, 1)
   expected, slope = reference(features, 1)
   np.testing.assert_allclose(value, expected, rtol=2e-2)
@@ -71,7 +77,8 @@ def test_lost_directions():
 
 def test_bad_settings():
   context = method_case.context(method_case.network(), pretrained=False)
-  for settings_, message in ((dict(weight=1.0, k=0), 'methods.bss.k is 0; expected 1 to 16, .* a batch of 16 with 32 features each'),
+  for settings_, message in ((dict(weight=1.0, k=0),
+                              'methods.bss.k is 0; expected 1 to 16, .* a batch of 16 with 32 features each'),
                              (dict(weight=1.0, k=17), 'methods.bss.k is 17; expected 1 to 16'),
                              (dict(weight=-1.0), 'methods.bss.weight is -1.0')):
     with pytest.raises(ValueError, match=message):

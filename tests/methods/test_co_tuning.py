@@ -1,4 +1,6 @@
-"""Co-Tuning: the term is the formula for hard and soft labels; the relation of classes is the paper's, whatever classes lack images."""
+"""Co-Tuning: the term is the formula for hard and soft labels; the relation of classes is the paper's, whatever classes
+lack images.
+"""
 
 import dataclasses
 
@@ -20,8 +22,9 @@ from ft_jax.models.resnet import Outputs
 K, S = 5, 8
 
 
-def seen(logits: np.ndarray, labels: np.ndarray) -> StepContext:
-  return StepContext(None, {}, {}, {}, None, {'target': Outputs(None, {'pretrained': logits}, {})}, {}, labels, None, None, None, None)
+def step_context(logits: np.ndarray, labels: np.ndarray) -> StepContext:
+  return StepContext(None, {}, {}, {}, None, {'target': Outputs(None, {'pretrained': logits}, {})}, {}, labels, None,
+                     None, None, None)
 
 
 @settings(max_examples=10, deadline=None, derandomize=True)
@@ -31,15 +34,17 @@ def test_term_and_gradient(seed, weight):
   rng, count = np.random.default_rng(seed), 6
   logits, relation = 3 * rng.normal(size=(count, S)), rng.dirichlet(np.ones(S), K)
   labels, soft = rng.integers(0, K, count), rng.dirichlet(np.ones(K), count)
-  term = lambda logits, said: weight * np.mean(np.sum(-said * special.log_softmax(logits, 1), 1))
-  for given_labels, said in ((labels, relation[labels]), (soft, soft @ relation)):
-    loss = lambda logits, labels=given_labels: CoTuning(weight).loss(seen(logits, labels), {'relation': relation}).loss
+  term = lambda logits, targets: weight * np.mean(np.sum(-targets * special.log_softmax(logits, 1), 1))
+  for given_labels, targets in ((labels, relation[labels]), (soft, soft @ relation)):
+    loss = lambda logits, labels=given_labels: CoTuning(weight).loss(step_context(logits, labels),
+                                                                     {'relation': relation}).loss
     with jax.enable_x64(True):
       value, gradient = jax.device_get(jax.value_and_grad(loss)(logits))
-    np.testing.assert_allclose(value, term(logits, said), rtol=1e-9)
-    np.testing.assert_allclose(gradient, weight / count * (special.softmax(logits, 1) - said), rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(value, term(logits, targets), rtol=1e-9)
+    np.testing.assert_allclose(gradient, weight / count * (special.softmax(logits, 1) - targets), rtol=1e-6, atol=1e-9)
     step = 1e-5 * rng.normal(size=logits.shape)
-    np.testing.assert_allclose(np.sum(gradient * 2 * step), term(logits + step, said) - term(logits - step, said), rtol=1e-4, atol=1e-11)
+    np.testing.assert_allclose(np.sum(gradient * 2 * step), term(logits + step, targets) - term(logits - step, targets),
+                               rtol=1e-4, atol=1e-11)
 
 
 def examples(count: int, classes: list[int], seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -54,7 +59,8 @@ def published(train, train_labels, val, val_labels):
   """The paper's procedure with scikit-learn, in float64, for classes that all have images."""
   best = None
   for c in sorted(co_tuning.STRENGTHS, reverse=True):
-    fitted = linear_model.LogisticRegression(C=c, fit_intercept=False, tol=1e-8, max_iter=20000).fit(train, train_labels)
+    fitted = linear_model.LogisticRegression(C=c, fit_intercept=False, tol=1e-8,
+                                             max_iter=20000).fit(train, train_labels)
     right = fitted.score(val, val_labels)
     if best is None or right > best[0]:
       best = right, fitted.coef_.T
@@ -87,7 +93,9 @@ def test_direct_relation_is_the_mean_of_each_class():
 
 
 def test_classes_without_images():
-  """A class without training images has the mean of all; val images of such a class are left out; one image of a class is enough."""
+  """A class without training images has the mean of all; val images of such a class are left out; one image of a class
+  is enough.
+  """
   train, labels = examples(40, [0, 1, 3], 0)
   labels[0], labels[1:][labels[1:] == 3] = 3, 1
   val, val_labels = examples(30, [0, 1, 2, 3], 1)
@@ -103,7 +111,8 @@ def test_classes_without_images():
   prior = np.concatenate([train, val]).mean(0) / np.concatenate([train, val[kept]]).mean(0)
   expected = without * prior / (without * prior).sum(1, keepdims=True)
   np.testing.assert_allclose(relation[[0, 1, 3]], expected, rtol=1e-3, atol=1e-6)
-  with pytest.raises(ValueError, match=r'none is of a class with training images; use --config.methods.co_tuning.relation=direct'):
+  with pytest.raises(ValueError,
+                     match=r'none is of a class with training images; use --config.methods.co_tuning.relation=direct'):
     co_tuning.calibrated(train, labels, val[~kept], val_labels[~kept], K)
 
 
@@ -113,5 +122,6 @@ def test_bad_settings():
                           (CoTuning(1.0, scale=0.0), r'scale is 0.0; expected a number above 0')):
     with pytest.raises(ValueError, match=f'methods.co_tuning.{message}'):
       methods.check({'co_tuning': method}, context)
-  with pytest.raises(ValueError, match=r'methods.co_tuning needs a pre-trained classifier, but config.model.weights is empty'):
+  with pytest.raises(ValueError,
+                     match=r'methods.co_tuning needs a pre-trained classifier, but config.model.weights is empty'):
     methods.check({'co_tuning': CoTuning(1.0)}, dataclasses.replace(context, pretrained=False))

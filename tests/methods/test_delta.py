@@ -1,4 +1,6 @@
-"""DELTA: the term is the formula in both forms; attention is what zeroed filters cost; with Co-Tuning and LwF the teacher runs once."""
+"""DELTA: the term is the formula in both forms; attention is what zeroed filters cost; with Co-Tuning and LwF the
+teacher runs once.
+"""
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -42,42 +44,53 @@ def test_term_and_gradient(form, seed, weight, head_weight):
   """Of the pre-trained head nothing is taken."""
   rng = np.random.default_rng(seed)
   method = Delta(weight, head_weight, form, LAYERS)
-  taps, teacher = ({layer: rng.normal(size=(3, *shape)) for layer, shape in zip(LAYERS, ((4, 2, 5), (1, 1, 7)))} for _ in range(2))
+  taps, teacher = ({layer: rng.normal(size=(3, *shape)) for layer, shape in zip(LAYERS, ((4, 2, 5), (1, 1, 7)))}
+                   for _ in range(2))
   weights = {layer: rng.dirichlet(np.ones(taps[layer].shape[-1])) for layer in LAYERS}
   fresh, kept = {'kernel': rng.normal(size=(7, 2)), 'bias': rng.normal(size=2)}, {'bias': rng.normal(size=4)}
-  params = {'layer1': rng.normal(size=3), 'heads': {'target': fresh, 'pretrained': kept}, 'methods': {'other': rng.normal(size=3)}}
+  params = {'layer1': rng.normal(size=3), 'heads': {'target': fresh, 'pretrained': kept},
+            'methods': {'other': rng.normal(size=3)}}
   start = {'params': {'layer1': rng.normal(size=3), 'heads': {'pretrained': kept}}}
-  state = {'attention': {layer.replace('/', '.'): value for layer, value in weights.items()}} if form == 'attention' else {}
+  state = {'attention': {layer.replace('/', '.'): value
+                         for layer, value in weights.items()}} if form == 'attention' else {}
 
   def loss(taps, params):
-    seen = StepContext(None, params, {}, start, Outputs(None, {}, teacher), {'target': Outputs(None, {}, taps)}, {}, *[None] * 5)
-    return method.loss(seen, state).loss
+    context = StepContext(None, params, {}, start, Outputs(None, {}, teacher), {'target': Outputs(None, {}, taps)}, {},
+                       *[None] * 5)
+    return method.loss(context, state).loss
 
   with jax.enable_x64(True):
     value, (of_taps, of_params) = jax.device_get(jax.value_and_grad(loss, (0, 1))(taps, params))
   np.testing.assert_allclose(value, term(method, taps, teacher, weights, fresh), rtol=1e-5)
-  np.testing.assert_allclose(of_params['heads']['target']['kernel'], head_weight * fresh['kernel'], rtol=1e-6)
-  assert not any(np.any(part) for part in (of_params['layer1'], of_params['heads']['pretrained']['bias'], of_params['methods']['other']))
+  np.testing.assert_allclose(of_params['heads']['target']['kernel'], head_weight * fresh['kernel'], rtol=1e-6,
+                             atol=1e-12)
+  assert not any(np.any(part) for part in (of_params['layer1'], of_params['heads']['pretrained']['bias'],
+                                           of_params['methods']['other']))
   step = {layer: 1e-3 * rng.normal(size=maps.shape) for layer, maps in taps.items()}
   moved = ({layer: taps[layer] + sign * step[layer] for layer in LAYERS} for sign in (1, -1))
   more, less = (term(method, maps, teacher, weights, fresh) for maps in moved)
-  np.testing.assert_allclose(sum(np.sum(of_taps[layer] * 2 * step[layer]) for layer in LAYERS), more - less, rtol=1e-3, atol=1e-6)
+  np.testing.assert_allclose(sum(np.sum(of_taps[layer] * 2 * step[layer]) for layer in LAYERS), more - less, rtol=1e-3,
+                             atol=1e-6)
 
 
 def test_rises_of_the_loss_are_those_of_zeroed_filters(monkeypatch):
-  """Each filter's weights set to zero, as the published code does it, on one image after the other; in groups of images and filters."""
+  """Each filter's weights set to zero, as the published code does it, on one image after the other; in groups of images
+  and filters.
+  """
   monkeypatch.setattr(delta, '_IMAGES', 2)
   monkeypatch.setattr(delta, '_ELEMENTS', 4 * 4 * 4 * 2 * 3)
   model = method_case.network({})
   variables = teacher_variables(method_case.start_of(model))
   variables['params'].pop('heads')
   rng = np.random.default_rng(0)
-  classifier = Classifier(0.3 * rng.normal(size=(32, 4)).astype(np.float32), rng.normal(size=4).astype(np.float32), 0.0, 1, True)
+  classifier = Classifier(0.3 * rng.normal(size=(32, 4)).astype(np.float32), rng.normal(size=4).astype(np.float32), 0.0,
+                          1, True)
   examples = method_case.images(10, 4)
   layers = ('layer1/0/conv2', 'layer4/0/conv2')
   batches = method_case.context(model, {}, examples).batches('train')
   found = delta.loss_rises(model, variables, classifier, batches, 10, layers)
-  features = jax.jit(lambda variables: model.apply(variables, examples['input']).features, compiler_options=method_case.QUICK)
+  features = jax.jit(lambda variables: model.apply(variables, examples['input']).features,
+                     compiler_options=method_case.QUICK)
 
   def loss(variables):
     logits = np.asarray(features(variables), np.float64) @ classifier.weights + classifier.bias
@@ -100,8 +113,8 @@ def test_rises_of_the_loss_are_those_of_zeroed_filters(monkeypatch):
 
 @pytest.mark.slow
 def test_together_with_one_teacher(monkeypatch):
-  """From where they start, features and answers are the teacher's: what is left are the heads, and the relation of classes. Same whatever
-  the split; the network runs twice in a step, once as the teacher.
+  """From where they start, features and answers are the teacher's: what is left are the heads, and the relation of
+  classes. Same whatever the split; the network runs twice in a step, once as the teacher.
   """
   passes = []
 
@@ -110,7 +123,8 @@ def test_together_with_one_teacher(monkeypatch):
     return forward.forward(*args, **kwargs)
 
   monkeypatch.setattr(step_module, 'forward', counted)
-  active = {'delta': Delta(0.48, attention_images=10, layers=('layer3/0/conv2',)), 'co_tuning': CoTuning(2.3), 'lwf': LwF(4.0)}
+  active = {'delta': Delta(0.48, attention_images=10, layers=('layer3/0/conv2',)), 'co_tuning': CoTuning(2.3),
+            'lwf': LwF(4.0)}
   start = method_case.start_of(method_case.network())
   state, _ = method_case.run(active, start=start, steps=0)  # set up once
   _, history = method_case.run(active, state=state)
@@ -122,9 +136,11 @@ def test_together_with_one_teacher(monkeypatch):
   np.testing.assert_allclose(history[0]['loss_delta'], decay, rtol=1e-4)
   relation = state.methods['co_tuning']['relation']
   given = method_case.batch()['target']
-  said = method_case.context(method_case.network(), start).teacher_outputs('train')['logits']
+  logits = method_case.context(method_case.network(), start).teacher_outputs('train')['logits']
   np.testing.assert_allclose(
-      history[0]['loss_co_tuning'], -2.3 * np.mean(np.sum(relation[given['label']] * special.log_softmax(said, 1), 1)), rtol=1e-4)
+      history[0]['loss_co_tuning'], -2.3 * np.mean(np.sum(relation[given['label']] * special.log_softmax(logits, 1),
+                                                          1)),
+      rtol=1e-4)
   attention = state.methods['delta']['attention']
   assert list(attention) == ['layer3.0.conv2'] and np.ptp(attention['layer3.0.conv2']) > 0.01
   np.testing.assert_allclose(attention['layer3.0.conv2'].sum(), 1.0, rtol=1e-6)
@@ -140,8 +156,10 @@ def test_layers_of_each_network():
     (dict(form='maps'), r"delta.form is 'maps'; known: attention, feature_map"),
     (dict(head_weight=-1.0), r'delta.head_weight is -1.0; expected a number from 0'),
     (dict(attention_images=0), r'delta.attention_images is 0; expected a number of images from 1'),
-    (dict(layers=('layer4/3/conv2',)), r"delta.layers has 'layer4/3/conv2', which the network lacks; known there: layer4/0$"),
-    (dict(layers=('layer1', 'layer5')), r"has 'layer5', which .* lacks; known there: bn1, conv1, layer1, layer2, layer3, layer4$"),
+    (dict(layers=('layer4/3/conv2',)),
+     r"delta.layers has 'layer4/3/conv2', which the network lacks; known there: layer4/0$"),
+    (dict(layers=('layer1', 'layer5')),
+     r"has 'layer5', which .* lacks; known there: bn1, conv1, layer1, layer2, layer3, layer4$"),
     (dict(layers=('layer4/0/conv2/kernel',)), r'known there: layer4/0/conv2$'),
     (dict(layers='layer4'), r"delta.layers is 'layer4'; expected a tuple of paths")])
 def test_bad_settings(fields, message):

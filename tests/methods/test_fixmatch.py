@@ -1,4 +1,6 @@
-"""FixMatch: the loss is the formula over the images that all devices keep, teaches the strong view alone, and is 0 where none is kept."""
+"""FixMatch: the loss is the formula over the images that all devices keep, teaches the strong view alone, and is 0
+where none is kept.
+"""
 
 import dataclasses
 
@@ -34,11 +36,13 @@ def reference(method: FixMatch, weak: np.ndarray, strong: np.ndarray) -> tuple[f
   return (method.weight * total / kept if kept else 0.0), kept / len(weak)
 
 
-def term(method: FixMatch, weak: np.ndarray, strong: np.ndarray, devices: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+def term(method: FixMatch, weak: np.ndarray, strong: np.ndarray,
+         devices: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
   """The loss and the metrics on each device."""
 
   def of_device(weak, strong):
-    outputs = {name: Outputs(None, {'target': logits}, {}) for name, logits in (('source', weak), ('source/strong', strong))}
+    outputs = {name: Outputs(None, {'target': logits}, {}) for name, logits in (('source', weak),
+                                                                                ('source/strong', strong))}
     made = method.loss(StepContext(*[None] * 5, outputs, *[None] * 6), {})
     return made.loss, made.metrics
 
@@ -47,10 +51,13 @@ def term(method: FixMatch, weak: np.ndarray, strong: np.ndarray, devices: int) -
 
 
 @settings(max_examples=8, deadline=None, derandomize=True)
-@given(st.integers(0, 10**6), st.sampled_from(['soft', 'hard']), st.sampled_from([0.0, 0.6, 0.9]), st.sampled_from([0.5, 1.0, 2.0]),
+@given(st.integers(0, 10**6), st.sampled_from(['soft', 'hard']), st.sampled_from([0.0, 0.6, 0.9]),
+       st.sampled_from([0.5, 1.0, 2.0]),
        st.sampled_from([1, 4]))
 def test_formula(seed, labels, threshold, temperature, devices):
-  """The mean over devices is that over all kept images, and its gradient the strong view's; float64, against finite differences."""
+  """The mean over devices is that over all kept images, and its gradient the strong view's; float64, against finite
+  differences.
+  """
   method = FixMatch(0.7, threshold, labels, temperature)
   rng = np.random.default_rng(seed)
   weak, strong, direction = rng.normal(size=(3, 8, 5)) * np.array([2.0, 2.0, 1.0])[:, None, None]
@@ -59,7 +66,8 @@ def test_formula(seed, labels, threshold, temperature, devices):
     expected, kept = reference(method, weak, strong)
     np.testing.assert_allclose(np.mean(loss), expected, rtol=1e-12, atol=1e-12)
     np.testing.assert_allclose(metrics['kept'], kept)
-    of_weak, of_strong = jax.grad(lambda *logits: term(method, *logits, devices)[0].mean(), argnums=(0, 1))(weak, strong)
+    of_weak, of_strong = jax.grad(lambda *logits: term(method, *logits, devices)[0].mean(),
+                                  argnums=(0, 1))(weak, strong)
     assert not np.any(of_weak)
     h = 1e-5
     ahead, behind = (reference(method, weak, strong + sign * h * direction)[0] for sign in (1, -1))
@@ -79,7 +87,8 @@ def test_none_is_kept():
 
 
 def test_same_whatever_the_split():
-  """The whole step: source images have no head, their labels no say, and images kept are unequally many on each device."""
+  """The whole step: source images have no head, their labels no say, and images kept are unequally many on each device.
+  """
   batch = method_case.batch()
   # Unlike labels would change the step where they had a say.
   wrong = {**batch, 'source': {**batch['source'], 'label': np.full(method_case.BATCH, 10**6, np.int32)}}
@@ -89,8 +98,10 @@ def test_same_whatever_the_split():
 
 def test_bad_settings():
   context = method_case.context(method_case.network(), pretrained=False)
-  for fields, words in ((dict(labels='firm'), "labels is 'firm'; known: soft, hard"), (dict(threshold=1.0), 'threshold is 1.0; expected'),
-                        (dict(threshold=-0.1), 'threshold is -0.1'), (dict(temperature=0.0), 'temperature is 0.0; expected')):
+  for fields, words in ((dict(labels='firm'), "labels is 'firm'; known: soft, hard"),
+                        (dict(threshold=1.0), 'threshold is 1.0; expected'),
+                        (dict(threshold=-0.1), 'threshold is -0.1'),
+                        (dict(temperature=0.0), 'temperature is 0.0; expected')):
     with pytest.raises(ValueError, match=f'methods.fixmatch.{words}'):
       methods.check(methods.active({'fixmatch': {'weight': 1.0, **fields}}), context)
   on = methods.active({'fixmatch': {'weight': 1.0}})
@@ -100,7 +111,9 @@ def test_bad_settings():
 
 
 def test_pools_that_do_not_fit(photos, pool):
-  """Images without classes are chosen by cluster or example and used without labels; a source head has nothing to learn there."""
+  """Images without classes are chosen by cluster or example and used without labels; a source head has nothing to learn
+  there.
+  """
   config = miniature.get_config('finetune')
   config.target.name, config.model.weights, config.selection.size = f'folder:{photos}', '', 2
   alone = open_set(f'folder:{pool}/a', 'train')
@@ -113,7 +126,8 @@ def test_pools_that_do_not_fit(photos, pool):
   config.selection.by, config.selection.clusters = 'cluster', 5
   finetune.Settings.from_config(config).check_sets(splits, alone)
   config.model.weights, config.model.source_head = 'pretrain', 'pretrained'
-  with pytest.raises(ValueError, match="source_head is 'pretrained', but with methods.fixmatch source images have no labels"):
+  with pytest.raises(ValueError,
+                     match="source_head is 'pretrained', but with methods.fixmatch source images have no labels"):
     finetune.Settings.from_config(config)
 
 

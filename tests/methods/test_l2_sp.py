@@ -12,13 +12,16 @@ from ft_jax.methods.l2_sp import L2SP
 
 
 def test_step_is_the_plain_one_and_the_pull():
-  """After a step of gradient descent, parameters differ from those of the plain step by rate * weight * (w - w0); heads by rate * w."""
+  """After a step of gradient descent, parameters differ from those of the plain step by rate * weight * (w - w0); heads
+  by rate * w.
+  """
   start, moved = method_case.start_of(method_case.network()), method_case.start_of(method_case.network(), seed=5)
   plain, _ = method_case.run({}, start=moved, rate=0.1)
   state = plain.replace(start=start)
   before = flat(state.params)
   after = flat(method_case.run({}, state=state, rate=0.1)[0].params)
-  drawn_state, history = method_case.run({'l2_sp': L2SP(0.3, 0.2)}, state=state.replace(methods={'l2_sp': {}}), rate=0.1)
+  drawn_state, history = method_case.run({'l2_sp': L2SP(0.3, 0.2)}, state=state.replace(methods={'l2_sp': {}}),
+                                         rate=0.1)
   drawn, w0 = flat(drawn_state.params), flat(start['params'])
   loss = 0.0
   for path, w in before.items():

@@ -1,4 +1,6 @@
-"""RegSL's constraints: projections are the formula, of the right tensors with the right radii, and hold after steps of any optimizer."""
+"""RegSL's constraints: projections are the formula, of the right tensors with the right radii, and hold after steps of
+any optimizer.
+"""
 
 import dataclasses
 import functools
@@ -52,10 +54,13 @@ def test_reference_arrays(shared, norm, key):
 
 
 @many
-@given(seed=st.integers(0, 10**6), norm=st.sampled_from(sorted(NORMS)), radius=st.floats(1e-3, 30.0), dense=st.booleans(),
+@given(seed=st.integers(0, 10**6), norm=st.sampled_from(sorted(NORMS)), radius=st.floats(1e-3, 30.0),
+       dense=st.booleans(),
        away=st.sampled_from([0.0, 1e-3, 0.1, 3.0]))
 def test_ball(seed, norm, radius, dense, away):
-  """The formula; the radius is kept; once more changes nothing that rounding does not; what is inside stays bit for bit."""
+  """The formula; the radius is kept; once more changes nothing that rounding does not; what is inside stays bit for
+  bit.
+  """
   rng = np.random.default_rng(seed)
   shape = (5, 4) if dense else (3, 3, 2, 4)
   center = rng.normal(size=shape).astype(np.float32)
@@ -72,7 +77,8 @@ def test_ball(seed, norm, radius, dense, away):
 @many
 @given(seed=st.integers(0, 10**6), radius=st.floats(1e-3, 5.0))
 def test_interval(seed, radius):
-  """BatchNorm's rule with the current variance in float64: each s within the radius of s0; the others stay bit for bit."""
+  """BatchNorm's rule with the current variance in float64: each s within the radius of s0; the others stay bit for bit.
+  """
   rng = np.random.default_rng(seed)
   scale, first = (rng.normal(1.0, 1.0, 9).astype(np.float32) for _ in range(2))
   now, then = (rng.uniform(0.05, 4.0, 9).astype(np.float32) for _ in range(2))
@@ -96,7 +102,8 @@ def far_away():
   model = method_case.network({'target': 4, 'source': 9, 'pretrained': 8})
   start = method_case.start_of(model)
   moved = method_case.variables(model, 7)
-  params = jax.tree.map(lambda x: 3 * x, moved['params']) | {'methods': {'other': {'kernel': np.full((3, 3), 9.0, np.float32)}}}
+  params = jax.tree.map(lambda x: 3 * x, moved['params']) | {'methods': {'other': {'kernel': np.full((3, 3), 9.0,
+                                                                                                     np.float32)}}}
   return start, params, moved['batch_stats']
 
 
@@ -116,7 +123,9 @@ def radii(method, classes=4):
 
 @pytest.mark.parametrize('norm', sorted(NORMS))
 def test_which_tensors_and_how_far(norm):
-  """Kernels and scales of the four stages with shortcuts, heads around their own start or zero; stem, biases and methods are free."""
+  """Kernels and scales of the four stages with shortcuts, heads around their own start or zero; stem, biases and
+  methods are free.
+  """
   method = Layerwise(norm, radius=0.3, growth=1.7, head_radius=0.8)
   start, params, stats = far_away()
   project = jax.jit(functools.partial(method.project, method_case.network()), compiler_options=method_case.QUICK)
@@ -144,15 +153,20 @@ def test_which_tensors_and_how_far(norm):
 
 @pytest.mark.parametrize('norm,kind,rate', [('frobenius', 'amsgrad', 0.05), ('mars', 'sgd', 0.2)])
 def test_holds_after_steps(norm, kind, rate):
-  """Of both optimizers on several devices, with BatchNorm in training: everything is inside, and most of it was stopped at the border."""
+  """Of both optimizers on several devices, with BatchNorm in training: everything is inside, and most of it was stopped
+  at the border.
+  """
   method = Layerwise(norm, radius=0.05, growth=1.5, head_radius=0.6)
   model = one_stage()
   start = method_case.start_of(model)
-  params = method_case.variables(model, 2)['params'] | {key: value for key, value in start['params'].items() if key != 'heads'}
+  params = method_case.variables(model, 2)['params'] | {key: value for key, value in start['params'].items()
+                                                        if key != 'heads'}
   tx = make_optimizer(kind, lambda step: rate, parameter_factors(params))
-  step = jax.jit(jax.vmap(make_step(model, tx, {'target': 1.0, 'source': 0.5}, methods={'layerwise': method}), in_axes=(None, 0),
+  step = jax.jit(jax.vmap(make_step(model, tx, {'target': 1.0, 'source': 0.5}, methods={'layerwise': method}),
+                          in_axes=(None, 0),
                           axis_name=AXIS), compiler_options=method_case.QUICK)
-  state = create_state({'params': params, 'batch_stats': start['batch_stats']}, tx, start=start, methods={'layerwise': {}})
+  state = create_state({'params': params, 'batch_stats': start['batch_stats']}, tx, start=start,
+                       methods={'layerwise': {}})
   for number in range(3):
     state, _ = step(state, jax.tree.map(lambda x: x.reshape(2, -1, *x.shape[1:]), method_case.batch(seed=number)))
     jax.tree.map(lambda x: np.testing.assert_array_equal(x[0], x[1]), state)
@@ -164,10 +178,12 @@ def test_holds_after_steps(norm, kind, rate):
       continue
     if path.endswith('scale'):
       here, there = (flat(stats)[f'{path[:-5]}var'] for stats in (state.batch_stats, start['batch_stats']))
-      offset = after[path] / np.sqrt(here + 1e-6, dtype=np.float64) - first[path] / np.sqrt(there + 1e-6, dtype=np.float64)
+      offset = after[path] / np.sqrt(here + 1e-6, dtype=np.float64) - first[path] / np.sqrt(there + 1e-6,
+                                                                                            dtype=np.float64)
       farthest = np.abs(offset).max()
     else:
-      radius = 0.6 * ((after[path].shape[-1] / 4)**0.5 if norm == 'frobenius' else 1.0) if path.startswith('heads') else radius
+      radius = 0.6 * ((after[path].shape[-1] / 4)**0.5 if norm == 'frobenius'
+                      else 1.0) if path.startswith('heads') else radius
       farthest = length(after[path].astype(np.float64) - first.get(path, 0.0), norm).max()
     assert farthest <= radius * (1 + 1e-4), path
     at_the_border += farthest > radius * (1 - 1e-4)
@@ -194,13 +210,16 @@ def test_penalty(norm):
   first = flat(start['params'])
   size = {'frobenius': lambda t: np.sum(t**2), 'mars': lambda t: length(t, 'mars').max()}[norm]
   weights = {'layer1': 0.3, 'layer2': 0.3, 'layer3': 0.3 * 1.7, 'layer4': 0.3 * 1.7**2, 'heads': 0.2}
-  expected = sum(weights[path.split('/')[0]] * size(value.astype(np.float64) - first.get(path, 0.0)) for path, value in flat(params).items()
+  expected = sum(weights[path.split('/')[0]] * size(value.astype(np.float64) - first.get(path, 0.0))
+                 for path, value in flat(params).items()
                  if path.split('/')[0] in weights and not path.endswith('bias'))
-  pass_of = lambda params: methods.StepContext(method_case.network(), params, stats, start, None, {}, {}, None, None, None, None, None)
+  step_context = lambda params: methods.StepContext(method_case.network(), params, stats, start, None, {}, {}, None,
+                                                    None,
+                                               None, None, None)
   assert method.project(method_case.network(), params, stats, start) is params
   with jax.enable_x64():
     wide = jax.tree.map(lambda x: x.astype(np.float64), params)
-    loss = lambda params: method.loss(pass_of(params), {}).loss
+    loss = lambda params: method.loss(step_context(params), {}).loss
     gradient = jax.jit(jax.grad(loss), compiler_options=method_case.QUICK)(wide)
     rng = np.random.default_rng(0)
     direction = jax.tree.map(lambda x: rng.normal(size=x.shape), wide)
@@ -218,7 +237,8 @@ def test_same_whatever_the_split():
 
 def test_bad_settings():
   context = method_case.context(method_case.network())
-  for fields, message in ((dict(distance='frob'), r"layerwise.distance is 'frob'; known: frobenius, mars, or '' for none"),
+  for fields, message in ((dict(distance='frob'),
+                           r"layerwise.distance is 'frob'; known: frobenius, mars, or '' for none"),
                           (dict(form='ball'), r"layerwise.form is 'ball'; known: constraint, penalty"),
                           (dict(radius=0.0), r'layerwise.radius is 0.0; expected a number above 0'),
                           (dict(radius=-1.0), r'layerwise.radius is -1.0; expected a number above 0'),
@@ -228,5 +248,6 @@ def test_bad_settings():
     with pytest.raises(ValueError, match=message):
       methods.check(methods.active({'layerwise': {'distance': 'mars', **fields}}), context)
   assert not methods.active({'layerwise': {'radius': 3.0}})
-  with pytest.raises(ValueError, match='methods.layerwise needs pre-trained weights, but config.model.weights is empty'):
+  with pytest.raises(ValueError,
+                     match='methods.layerwise needs pre-trained weights, but config.model.weights is empty'):
     methods.check(methods.active({'layerwise': {'distance': 'mars'}}), dataclasses.replace(context, pretrained=False))

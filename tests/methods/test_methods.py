@@ -1,4 +1,6 @@
-"""All methods together: each pair trains or says why not, each state survives a restart, each field is documented, none costs nothing."""
+"""All methods together: each pair trains or says why not, each state survives a restart, each field is documented, none
+costs nothing.
+"""
 
 import dataclasses
 import inspect
@@ -43,7 +45,8 @@ def test_every_pair_trains_or_says_why_not(names):
   try:
     active = published(*names)
   except ValueError as error:
-    assert re.fullmatch(rf'methods\.({"|".join(names)}) and methods\.({"|".join(names)}) cannot be combined: .{{20,}}', str(error))
+    assert re.fullmatch(rf'methods\.({"|".join(names)}) and methods\.({"|".join(names)}) cannot be combined: .{{20,}}',
+                        str(error))
     return
   state, history = method_case.run(active, steps=12, model=tiny(), rate=0.02)
   assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
@@ -52,7 +55,7 @@ def test_every_pair_trains_or_says_why_not(names):
 
 
 def groups() -> list[list[str]]:
-  """The methods in few sets of such as can be together."""
+  """The methods in a few sets whose members can be combined."""
   found: list[list[str]] = []
   for name in METHODS:
     for group in found:
@@ -70,7 +73,8 @@ def groups() -> list[list[str]]:
 @pytest.mark.slow
 @pytest.mark.parametrize('names', groups(), ids='+'.join)
 def test_interrupted_equals_uninterrupted(names, tmp_path):
-  """Two steps, a checkpoint, and two steps more are four steps, bit for bit: parameters and the state of every method."""
+  """Two steps, a checkpoint, and two steps more are four steps, bit for bit: parameters and the state of every method.
+  """
   active = published(*names)
   batches = lambda first: lambda number: method_case.batch(seed=first + number)
   whole, _ = method_case.run(active, steps=4, batches=batches(0))
@@ -129,7 +133,8 @@ def test_two_normalisation_layers_are_refused():
   both = {**published('stoch_norm'), 'other_norm': OtherNorm()}
   context = method_case.context(method_case.network())
   methods.check(published('stoch_norm'), context)
-  with pytest.raises(ValueError, match='methods.stoch_norm and methods.other_norm cannot be combined: each replaces BatchNorm'):
+  with pytest.raises(ValueError,
+                     match='methods.stoch_norm and methods.other_norm cannot be combined: each replaces BatchNorm'):
     methods.check(both, context)
   with pytest.raises(ValueError, match='methods.stoch_norm and methods.other_norm'):  # where nothing checked them
     step.make_step(method_case.network(), None, {'target': 1.0}, methods=both)
@@ -155,7 +160,9 @@ class OtherView(methods.Method):
 def test_two_recipes_of_one_view_are_refused():
   """A batch has one array of that name."""
   both = {**published('fixmatch'), 'other_view': OtherView()}
-  with pytest.raises(ValueError, match="methods.fixmatch and methods.other_view cannot be combined: each needs a view 'source/strong'"):
+  with pytest.raises(ValueError,
+                     match='methods.fixmatch and methods.other_view cannot be combined: each needs a view '
+                           "'source/strong'"):
     methods.check(both, method_case.context(method_case.network()))
 
 

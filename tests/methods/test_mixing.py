@@ -1,4 +1,6 @@
-"""Mixup, CutMix and label smoothing: images and labels are mixed by the same share, the same way on any number of devices."""
+"""Mixup, CutMix and label smoothing: images and labels are mixed by the same share, the same way on any number of
+devices.
+"""
 
 from collections.abc import Callable
 import functools
@@ -22,7 +24,8 @@ from ft_jax.training.step import mix_target
 CLASSES = 5
 
 
-def mixed(method: methods.Method, images: np.ndarray, labels: np.ndarray, seed: int, devices: int = 1) -> tuple[np.ndarray, np.ndarray]:
+def mixed(method: methods.Method, images: np.ndarray, labels: np.ndarray, seed: int,
+          devices: int = 1) -> tuple[np.ndarray, np.ndarray]:
   """Images and labels (distributions) of the whole batch after mixing."""
   split = lambda x: jnp.asarray(x).reshape(devices, -1, *x.shape[1:])
   one_hot = np.eye(CLASSES, dtype=np.float32)[labels]
@@ -32,7 +35,8 @@ def mixed(method: methods.Method, images: np.ndarray, labels: np.ndarray, seed: 
 
 @functools.cache
 def mapped(method: methods.Method, devices: int) -> Callable[..., Any]:
-  return jax.jit(jax.vmap(method.mix, in_axes=(0, 0, None), axis_name=AXIS, axis_size=devices), compiler_options=method_case.QUICK)
+  return jax.jit(jax.vmap(method.mix, in_axes=(0, 0, None), axis_name=AXIS, axis_size=devices),
+                 compiler_options=method_case.QUICK)
 
 
 @settings(max_examples=4, deadline=None, derandomize=True)
@@ -51,14 +55,17 @@ def test_images_and_labels_are_mixed_by_the_same_share(seed, kind):
     np.testing.assert_array_equal(got, np.where(box[..., None], images[::-1], images))
     rows, columns = box.any(1), box.any(0)
     np.testing.assert_array_equal(box, rows[:, None] & columns)
-    assert np.sum(np.abs(np.diff(rows.astype(int)))) <= 2 and np.sum(np.abs(np.diff(columns.astype(int)))) <= 2  # one box
+    # one box
+    assert np.sum(np.abs(np.diff(rows.astype(int)))) <= 2 and np.sum(np.abs(np.diff(columns.astype(int)))) <= 2
     np.testing.assert_allclose(1 - share, box.mean(), atol=1e-6)
   for a, b in zip(mixed(kind(0.7), images, labels, seed, devices=4), (got, soft)):
     np.testing.assert_array_equal(a, b)
 
 
 def test_shares_are_drawn_from_the_distribution():
-  """Beta(a, a) has variance 1 / (8 a + 4); a box is centred anywhere, has the asked part of both sides, and comes as often as asked."""
+  """Beta(a, a) has variance 1 / (8 a + 4); a box is centred anywhere, has the asked part of both sides, and comes as
+  often as asked.
+  """
   keys = jax.random.split(jax.random.key(0), 4000)
   ends = jnp.array([1.0, 0.0])
   mix = jax.vmap(lambda key: Mixup(0.2).mix(ends, ends, key)[1][0], axis_name=AXIS, axis_size=1, in_axes=None)
@@ -74,15 +81,16 @@ def test_shares_are_drawn_from_the_distribution():
 
 
 def test_one_of_two_mixes_each_step():
-  """What a step makes of both is what it makes of either alone, both come, and four devices make of a batch what one does."""
+  """What a step makes of both is what it makes of either alone, both come, and four devices make of a batch what one
+  does.
+  """
   both = {'cutmix': CutMix(1.0), 'mixup': Mixup(1.0)}
   batch = method_case.images(8, CLASSES)
 
   def run(active: dict[str, methods.Method], map_over: Callable[..., Any], devices: int) -> np.ndarray:
 
     def mix(images: jax.Array, labels: jax.Array, key: jax.Array) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-      keys = {name: jax.random.fold_in(key, i) for i, name in enumerate(both)}
-      return mix_target(active, keys, key, {'target': images}, {'target': labels}, {'target': CLASSES})
+      return mix_target(active, key, {'target': images}, {'target': labels}, method_case.network({'target': CLASSES}))
 
     step = map_over(mix, in_axes=(0, 0, None), axis_name=AXIS)
     split = [batch[name].reshape(devices, -1, *batch[name].shape[1:]) for name in ('input', 'label')]
@@ -92,15 +100,17 @@ def test_one_of_two_mixes_each_step():
 
   of_one = lambda function, **kwargs: jax.jit(jax.vmap(function, **kwargs), compiler_options=method_case.QUICK)
   of_both = run(both, of_one, 1)
-  same = [np.all(np.isclose(of_both, run({name: method}, of_one, 1), atol=1e-5), axis=(1, 2, 3, 4)) for name, method in both.items()]
+  same = [np.all(np.isclose(of_both, run({name: method}, of_one, 1), atol=1e-5), axis=(1, 2, 3, 4))
+          for name, method in both.items()]
   np.testing.assert_array_equal(same[0], ~same[1])
   assert same[0].any() and same[1].any()
   np.testing.assert_allclose(run(both, jax.pmap, 4), of_both, atol=1e-6)
 
 
 def test_same_whatever_the_split():
-  """Through the whole step: partners are those of the whole batch, mixed before it is cut into parts."""
-  method_case.assert_same_whatever_the_split({'label_smoothing': LabelSmoothing(0.1), 'mixup': Mixup(0.4), 'cutmix': CutMix(1.0)})
+  """Through the whole step: partners are those of the whole batch, mixed before it is divided into microbatches."""
+  method_case.assert_same_whatever_the_split({'label_smoothing': LabelSmoothing(0.1), 'mixup': Mixup(0.4),
+                                              'cutmix': CutMix(1.0)})
 
 
 def test_smoothed_labels():
@@ -110,10 +120,13 @@ def test_smoothed_labels():
 
 def test_bad_settings():
   context = method_case.context(method_case.network(), pretrained=False)
-  for settings_, message in (({'label_smoothing': {'amount': 1.0}}, 'label_smoothing.amount is 1.0; expected a number below 1'),
-                             ({'cutmix': {'alpha': 1.0, 'probability': 0.0}}, 'cutmix.probability is 0.0; expected a number above 0'),
+  for settings_, message in (({'label_smoothing': {'amount': 1.0}},
+                              'label_smoothing.amount is 1.0; expected a number below 1'),
+                             ({'cutmix': {'alpha': 1.0, 'probability': 0.0}},
+                              'cutmix.probability is 0.0; expected a number above 0'),
                              ({'mixup': {'alpha': -1.0}}, 'mixup.alpha is -1.0; expected a number above 0')):
     with pytest.raises(ValueError, match=message):
       methods.check(methods.active(settings_), context)
-  with pytest.raises(ValueError, match='methods.bi_tuning and methods.mixup cannot be combined: .* no class of its own'):
+  with pytest.raises(ValueError,
+                     match='methods.bi_tuning and methods.mixup cannot be combined: .* no class of its own'):
     methods.active({'bi_tuning': {'weight': 1.0}, 'mixup': {'alpha': 1.0}})

@@ -1,4 +1,6 @@
-"""RegSL's label correction and reweighting: labels, weights and temperature are those of a plain loop in float64, on any devices."""
+"""RegSL's label correction and reweighting: labels, weights and temperature are those of a plain loop in float64, on
+any devices.
+"""
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,16 +21,19 @@ def context(labels, true_labels=None, batch_size=8):
   """What a method is set up with, where only labels matter."""
   labels = np.asarray(labels, np.int32)
   true_labels = labels if true_labels is None else true_labels
-  return method_case.context(method_case.network(), classes=4, labels=labels, true_labels=true_labels, batch_size=batch_size)
+  return method_case.context(method_case.network(), classes=4, labels=labels, true_labels=true_labels,
+                             batch_size=batch_size)
 
 
-def pass_of(logits, index, labels, step):
+def step_context(logits, index, labels, step):
   outputs = {'target': Outputs(jnp.zeros((len(logits), 1)), {'target': logits}, {})}
   return methods.StepContext(None, {}, {}, {}, None, outputs, {}, labels, index, step, None, None)
 
 
 def on_devices(function, devices):
-  """As in a step: batches split over devices, state and step the same on each, what comes out of the first one or put together."""
+  """As in a step: batches split over devices, state and step the same on each, what comes out of the first one or put
+  together.
+  """
   mapped = jax.jit(jax.vmap(function, in_axes=(0, None, None), axis_name=AXIS), compiler_options=method_case.QUICK)
 
   def call(batch, state, step):
@@ -46,7 +51,9 @@ def test_reference_weights(shared, devices, temperature):
   losses = arrays['per_sample_loss'].astype(np.float32)
   method = SelfLabel(True, reweight_epoch=1, temperature=temperature)
   state = method.setup(context(np.zeros(32), batch_size=32))
-  weigh = on_devices(lambda batch, state, step: method.weigh(batch, pass_of(batch[:, None], None, None, step), state), devices)
+  weigh = on_devices(lambda batch, state, step: method.weigh(batch, step_context(batch[:, None], None, None, step),
+                                                             state),
+                     devices)
   weights = weigh(losses, state, 0).reshape(-1)
   np.testing.assert_allclose(weights / 32, arrays[f'w_T{temperature}'], rtol=2e-6)
   np.testing.assert_allclose(np.mean(weights * losses), arrays[f'loss_T{temperature}'], rtol=1e-6)
@@ -59,7 +66,9 @@ def test_reference_schedule(shared):
   # What the weights of two losses say of the temperature: log(w1 / w2) = (l2 - l1) / tau. Epochs of 2.5 steps.
   method = SelfLabel(True, reweight_epoch=5, temperature=2.0)
   state = method.setup(context(np.zeros(20)))
-  weigh = on_devices(lambda batch, state, step: method.weigh(batch, pass_of(batch[:, None], None, None, step), state), 1)
+  weigh = on_devices(lambda batch, state, step: method.weigh(batch, step_context(batch[:, None], None, None, step),
+                                                             state),
+                     1)
   for step in range(75):
     (first, second), = weigh(np.array([0.3, 1.8], np.float32), state, step)
     epoch = step * 8 // 20 + 1  # of the first image of the step
@@ -91,25 +100,31 @@ def simulated(method, labels, batches, batch_size):
 
 
 @settings(max_examples=12, deadline=None, derandomize=True)
-@given(seed=st.integers(0, 10**6), devices=st.sampled_from([1, 2, 8]), reweight=st.integers(1, 3), correct=st.integers(1, 3),
+@given(seed=st.integers(0, 10**6), devices=st.sampled_from([1, 2, 8]), reweight=st.integers(1, 3),
+       correct=st.integers(1, 3),
        threshold=st.sampled_from([0.5, 0.9]), known=st.booleans())
 def test_some_steps(seed, devices, reweight, correct, threshold, known):
-  """Labels (of rows that come twice in a batch, too), losses, weights and metrics of nine steps of two steps an epoch and a bit."""
+  """Labels (of rows that come twice in a batch, too), losses, weights and metrics of nine steps of two steps an epoch
+  and a bit.
+  """
   rng = np.random.default_rng(seed)
   method = SelfLabel(True, reweight, correct, threshold, 1.5)
   true, given = rng.integers(0, 4, 19).astype(np.int32), rng.integers(0, 4, 19).astype(np.int32)
-  batches = [(rng.integers(0, 19, 8).astype(np.int32), (4 * rng.normal(size=(8, 4))).astype(np.float32)) for _ in range(9)]
+  batches = [(rng.integers(0, 19, 8).astype(np.int32), (4 * rng.normal(size=(8, 4))).astype(np.float32))
+             for _ in range(9)]
   state = method.setup(context(given, true if known else None))
 
   def step_of(batch, state, step):
-    seen = pass_of(batch['logits'], batch['index'], batch['labels'], step)
-    labels, state, metrics = method.relabel(seen, state)
+    context = step_context(batch['logits'], batch['index'], batch['labels'], step)
+    labels, state, metrics = method.relabel(context, state)
     losses = -jnp.take_along_axis(jax.nn.log_softmax(batch['logits']), labels[:, None], 1)[:, 0]
-    return labels, losses, method.weigh(losses, seen._replace(labels=labels), state), state, metrics
+    return labels, losses, method.weigh(losses, context._replace(labels=labels), state), state, metrics
 
   run = on_devices(step_of, devices)
-  for step, ((index, logits), (labels, losses, weights)) in enumerate(zip(batches, simulated(method, given, batches, 8))):
-    used, found_losses, found_weights, states, metrics = run({'logits': logits, 'index': index, 'labels': given[index]}, state, step)
+  for step, ((index, logits), (labels, losses, weights)) in enumerate(zip(batches, simulated(method, given, batches,
+                                                                                             8))):
+    used, found_losses, found_weights, states, metrics = run({'logits': logits, 'index': index, 'labels': given[index]},
+                                                             state, step)
     jax.tree.map(lambda x: np.testing.assert_array_equal(x, np.broadcast_to(x[:1], x.shape)), (states, metrics))
     state, metrics = jax.tree.map(lambda x: x[0], (states, metrics))
     np.testing.assert_array_equal(state['labels'], labels)
@@ -120,7 +135,8 @@ def test_some_steps(seed, devices, reweight, correct, threshold, known):
     assert metrics['corrected'] == changed.sum()
     if known:
       np.testing.assert_allclose(metrics['true'], np.mean(labels == true), rtol=1e-6)
-      np.testing.assert_allclose(metrics['precision'], np.mean(labels[changed] == true[changed]) if changed.any() else 0.0, rtol=1e-6)
+      np.testing.assert_allclose(metrics['precision'], np.mean(labels[changed] == true[changed]) if changed.any()
+                                 else 0.0, rtol=1e-6)
     else:
       assert set(metrics) == {'corrected'}
 
@@ -133,7 +149,9 @@ def test_the_last_sure_view_counts():
     logits = np.stack([*(sure(k) for k in views), np.zeros(4, np.float32), sure(3)])
     index = np.array([0, 0, 0, 1], np.int32)
     for devices in (1, 2, 4):
-      run = on_devices(lambda batch, state, step: method.relabel(pass_of(*batch, batch[1], step), state)[1]['labels'], devices)
+      run = on_devices(lambda batch, state, step: method.relabel(step_context(*batch, batch[1], step),
+                                                                 state)[1]['labels'],
+                       devices)
       labels = run((logits, index), method.setup(context([0, 2, 2])), 0)
       np.testing.assert_array_equal(labels, np.tile([expected, 3, 2], (devices, 1)))
 
@@ -168,7 +186,8 @@ def test_bad_settings():
   context = method_case.context(method_case.network(), pretrained=False)
   for fields, message in ((dict(reweight_epoch=0), 'self_label.reweight_epoch is 0; expected an epoch from 1'),
                           (dict(correct_epoch=-2), 'self_label.correct_epoch is -2; expected an epoch from 1'),
-                          (dict(threshold=1.0), 'self_label.threshold is 1.0; expected a probability from 0 to below 1'),
+                          (dict(threshold=1.0),
+                           'self_label.threshold is 1.0; expected a probability from 0 to below 1'),
                           (dict(threshold=-0.1), 'self_label.threshold is -0.1; expected a probability'),
                           (dict(temperature=0.0), 'self_label.temperature is 0.0; expected a number above 0')):
     with pytest.raises(ValueError, match=message):

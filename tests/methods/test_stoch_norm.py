@@ -1,4 +1,6 @@
-"""StochNorm: channels take the batch's or the running statistics, drawn alike everywhere; running statistics are updated all the same."""
+"""StochNorm: channels take the batch's or the running statistics, drawn alike everywhere; running statistics are
+updated all the same.
+"""
 
 import dataclasses
 import functools
@@ -39,13 +41,15 @@ plain = functools.partial(BatchNorm, train=True, momentum=0.9, epsilon=1e-5)
 
 def reference(x: np.ndarray, variables: dict) -> np.ndarray:
   """Normalised by running statistics and by those of the batch, `[2, ...]`, in float64."""
-  x, scale, bias, mean, var = (a.astype(np.float64) for a in (x, *variables['params'].values(), *variables['batch_stats'].values()))
+  x, scale, bias, mean, var = (a.astype(np.float64) for a in (x, *variables['params'].values(),
+                                                              *variables['batch_stats'].values()))
   statistics = ((mean, var), (x.mean((0, 1, 2)), x.var((0, 1, 2))))
   return np.stack([(x - m) / np.sqrt(v + 1e-5) * scale + bias for m, v in statistics])
 
 
 def test_channels_take_either_statistics():
-  """Each channel is one of both formulas, as often as asked; statistics before the update; another draw gives others."""
+  """Each channel is one of both formulas, as often as asked; statistics before the update; another draw gives others.
+  """
   x, variables = case()
   running, batch = reference(x, variables)
   shares, draws = [], set()
@@ -60,7 +64,9 @@ def test_channels_take_either_statistics():
 
 
 def test_ends_of_the_probability():
-  """1 is BatchNorm, bit by bit, also its gradient; 0 takes running statistics alone; both update them as BatchNorm does."""
+  """1 is BatchNorm, bit by bit, also its gradient; 0 takes running statistics alone; both update them as BatchNorm
+  does.
+  """
   x, variables = case()
   y, stats = apply(plain(), variables, x)
   for probability in (0.0, 0.5, 1.0):
@@ -108,15 +114,18 @@ def test_devices_draw_alike():
 
 
 def test_parts_of_a_batch_draw_alike():
-  """A pass in two parts is two passes with the same draw, the second one with the statistics that the first one left."""
+  """A pass in two parts is two passes with the same draw, the second one with the statistics that the first one left.
+  """
   model = resnet.ResNet((1,), resnet.BasicBlock, heads={}, width=4, stem='3x3', norm=StochNorm(True).norm())
   variables, images = method_case.variables(model), method_case.images(8, 4)['input']
-  run = jax.jit(lambda variables, images, parts: forward(model, variables, {'target': images}, key=jax.random.key(3), parts=parts),
+  run = jax.jit(lambda variables, images, parts: forward(model, variables, {'target': images}, key=jax.random.key(3),
+                                                         parts=parts),
                 static_argnums=2, compiler_options=method_case.QUICK)
   whole, whole_stats = run(variables, images, 2)
   first, stats = run(variables, images[:4], 1)
   second, stats = run(variables | {'batch_stats': stats}, images[4:], 1)
-  np.testing.assert_allclose(whole['target'].features, np.concatenate([first['target'].features, second['target'].features]), atol=1e-5)
+  np.testing.assert_allclose(whole['target'].features, np.concatenate([first['target'].features,
+                                                                       second['target'].features]), atol=1e-5)
   jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), whole_stats, stats)
 
 
@@ -131,12 +140,13 @@ class Shifted(BatchNorm):
 
 @pytest.mark.parametrize('norm', [StochNorm(True).norm(), Shifted, BatchNorm])
 @pytest.mark.parametrize('parts', [1, 2])
-def test_taps_of_a_layer_are_what_the_network_goes_on_with(norm, parts):
+def test_taps_are_the_outputs_that_the_next_layer_gets(norm, parts):
   """A block is relu(input + bn2): so the tap of bn2 is not the output of one of the calls that it is made of."""
   model = resnet.ResNet((2,), resnet.BasicBlock, heads={}, width=4, stem='3x3', norm=norm)
   variables, images = method_case.variables(model), method_case.images(8, 4)['input']
   layers = ('layer1/0', 'layer1/1/bn2', 'layer1/1')
-  run = jax.jit(lambda variables, images: forward(model, variables, {'target': images}, key=jax.random.key(3), layers=layers, parts=parts),
+  run = jax.jit(lambda variables, images: forward(model, variables, {'target': images}, key=jax.random.key(3),
+                                                  layers=layers, parts=parts),
                 compiler_options=method_case.QUICK)
   taps = run(variables, images)[0]['target'].taps
   np.testing.assert_allclose(np.maximum(taps['layer1/0'] + taps['layer1/1/bn2'], 0), taps['layer1/1'], atol=1e-6)

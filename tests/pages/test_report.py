@@ -7,8 +7,8 @@ from matplotlib.figure import Figure
 import numpy as np
 import pytest
 
-from ft_jax.pages import comparison, page, report
 from ft_jax.metrics import MetricsWriter
+from ft_jax.pages import comparison, page, report
 from ft_jax.workdir import Workdir, write_results
 
 HOSTILE = '<script>alert(1)</script> & "quoted" $^$'

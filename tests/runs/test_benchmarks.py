@@ -30,7 +30,8 @@ def test_benchmark_of_selection():
 @pytest.mark.slow
 def test_benchmark_of_the_pipeline():
   """One short round, whose numbers say nothing."""
-  run = subprocess.run([sys.executable, '-W', 'error', 'benchmarks/pipeline.py', '--rounds=1', '--files=512', '--only-ours'],
+  run = subprocess.run([sys.executable, '-W', 'error', 'benchmarks/pipeline.py', '--rounds=1', '--files=512',
+                        '--only-ours'],
                        cwd=ROOT, capture_output=True, text=True, check=False)
   assert run.returncode == 0, run.stderr
   assert 'ours ' in run.stdout and 'with config.data.cache: ' in run.stdout
@@ -42,7 +43,8 @@ def test_benchmark_of_duplicates(tmp_path):
   for seed, name in enumerate(('pool', 'target')):
     for split in ('train', 'test'):
       write_images(tmp_path / name / split, {'a': 6, 'b': 6}, seed=2 * seed + (split == 'test'))
-  run = subprocess.run([sys.executable, '-W', 'error', 'benchmarks/duplicates.py', str(tmp_path), '--sets=pool,target', '--images=10',
+  run = subprocess.run([sys.executable, '-W', 'error', 'benchmarks/duplicates.py', str(tmp_path), '--sets=pool,target',
+                        '--images=10',
                         '--rows', '300', '50'], cwd=ROOT, capture_output=True, text=True, check=False)
   assert run.returncode == 0, run.stderr
   rows = {row[1].strip(): row[2:-1] for row in (line.split('|') for line in run.stdout.splitlines()) if len(row) > 2}
@@ -55,7 +57,8 @@ def test_benchmark_of_studies():
   run = subprocess.run([sys.executable, '-W', 'error', 'benchmarks/studies.py', '--small', '--rounds', '1'],
                        cwd=ROOT, capture_output=True, text=True, check=False)
   assert run.returncode == 0, run.stderr
-  rows = [line.split('|') for line in run.stdout.splitlines() if line.startswith('|  ')]  # neither titles nor the line below them
+  # neither titles nor the line below them
+  rows = [line.split('|') for line in run.stdout.splitlines() if line.startswith('|  ')]
   assert len(rows) == 3 and all(abs(float(row[3])) < 1e-4 and abs(float(row[6])) < 1e-4 for row in rows)
   assert 'not at equal loss' not in run.stdout
   assert 'below 2,000 MB: met' in run.stdout and 'logme' in run.stdout
@@ -68,10 +71,12 @@ def test_what_a_step_sends_is_read_right():
     return total, jax.lax.all_gather(x['c'], 'batch')
 
   shapes = {'a': (4, 10, 3), 'b': (4, 7), 'c': (4, 5)}
-  compiled = jax.pmap(function, axis_name='batch').lower({name: np.zeros(shape, np.float32) for name, shape in shapes.items()}).compile()
+  compiled = jax.pmap(function, axis_name='batch').lower({name: np.zeros(shape, np.float32)
+                                                          for name, shape in shapes.items()}).compile()
   found = scaling.sent(compiled.as_text())
   assert found['all-gather'].size == 4 * 5 * 4 and found['all-gather'].operations == 1
   reduced = found['all-reduce']
   assert reduced.arrays == 2 and reduced.size in (30 * 4 + 7 * 2, 30 * 4 + 7 * 4)  # a CPU may sum bfloat16 as float32
-  tuple_of = '%x = (f32[2,3]{1,0}, s32[]) all-reduce-start(%a, %b), channel_id=1\n%y = (f32[2,3]{1,0}, s32[]) all-reduce-done(%x)'
+  tuple_of = ('%x = (f32[2,3]{1,0}, s32[]) all-reduce-start(%a, %b), channel_id=1\n'
+              '%y = (f32[2,3]{1,0}, s32[]) all-reduce-done(%x)')
   assert scaling.sent(tuple_of) == {'all-reduce': scaling.Sent(1, 2, 28)}

@@ -1,4 +1,5 @@
-"""What a run does when something goes wrong: it diverges, images stop coming, the number of devices is another one, it is killed."""
+"""What a run does when something goes wrong: it diverges, images stop coming, the number of devices is another one, it
+is killed."""
 
 import dataclasses
 import json
@@ -19,7 +20,7 @@ from ft_jax.data import open_set, pipeline
 from ft_jax.data.pipeline import place_of, rows_at, Stalled, train_batches, Transform
 from ft_jax.data.splits import open_splits, SplitSettings
 from ft_jax.embedding import Encoder, remove_partial
-from ft_jax.jobs import finetune, setup
+from ft_jax.jobs import finetune
 from ft_jax.training import fit
 from ft_jax.training.loop import Diverged
 from selection import journal
@@ -30,8 +31,10 @@ def run(photos, workdir, **fields):
   config = miniature.get_config('finetune')
   with config.unlocked():
     config.update_from_flattened_dict({
-        'source.name': '', 'selection.method': 'none', 'target.name': f'folder:{photos}', 'model.weights': '', 'model.width': 4,
-        'image_size': 32, 'augment.short_side': 36, 'train.steps': 8, 'train.batch_size': 8, 'train.eval_every': 2, 'train.log_every': 1,
+        'source.name': '', 'selection.method': 'none', 'target.name': f'folder:{photos}', 'model.weights': '',
+        'model.width': 4,
+        'image_size': 32, 'augment.short_side': 36, 'train.steps': 8, 'train.batch_size': 8, 'train.eval_every': 2,
+        'train.log_every': 1,
         'train.keep_epochs': (0.8,), 'model.sync_batch_norm': True, 'target.val_fraction': 0.25, **fields})
   return finetune.run(config, workdir)
 
@@ -44,7 +47,8 @@ def state(workdir, step=8):
 def lines(workdir):
   """Metrics without the clock."""
   read = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
-  return [{key: value for key, value in line.items() if key not in ('waiting_share', 'images_per_second')} for line in read]
+  return [{key: value for key, value in line.items() if key not in ('waiting_share', 'images_per_second')}
+          for line in read]
 
 
 @pytest.fixture(scope='module')
@@ -65,16 +69,17 @@ def begun(whole, workdir):
 
 
 def test_embeddings_that_were_killed_go_on(pool, tmp_path, monkeypatch):
-  """Each by itself, bit for bit, reading again no more than one batch of what is embedded; nothing of it is left in the end."""
+  """Each by itself, bit for bit, reading again no more than one batch of what is embedded; nothing of it is left in the
+  end."""
   monkeypatch.setattr(journal, 'SECONDS', 0.0)
   network, source = default.get_config().model, open_set(f'folder:{pool}', 'train')
   network.name, network.width = 'resnet18', 4
-  variables = setup.init_variables(setup.build_model(network, {}, 32), 0, None)
+  variables = initial_weights.init_variables(models.from_config(network, {}, 32), 0, None)
 
   def run(folder, read):
     """Of a first set, and then of a second one, which is read by `read`."""
     place, sets = epath.Path(tmp_path), (source, dataclasses.replace(source.subset(range(60)), read=read))
-    encoder = Encoder(network.name, setup.build_model(network, {}, 32), variables, Transform(size=32, short_side=36), 8,
+    encoder = Encoder(network.name, models.from_config(network, {}, 32), variables, Transform(size=32, short_side=36), 8,
                       folder=place / folder, unfinished=place / 'unfinished')
     found = [encoder.embed(images, 'source', means=True) for images in sets]
     remove_partial(place / 'unfinished')
@@ -91,7 +96,8 @@ def test_embeddings_that_were_killed_go_on(pool, tmp_path, monkeypatch):
   found = run('killed', lambda row: again.append(row) or source.read(row))
   # The fifth batch was with the devices when the sixth could not be read, and the fourth is compared.
   assert sorted(again) == list(range(24, 60)) and found.features.tobytes() == expected.features.tobytes()
-  assert {path.name for path in tmp_path.iterdir()} == {'undisturbed', 'killed'} and len(list((tmp_path / 'killed').iterdir())) == 2
+  assert {path.name for path in tmp_path.iterdir()} == {'undisturbed', 'killed'}
+  assert len(list((tmp_path / 'killed').iterdir())) == 2
 
 
 def training_rows(place, monkeypatch):
@@ -109,7 +115,8 @@ def training_rows(place, monkeypatch):
 
 
 def test_a_batch_that_diverges_is_named_or_left_out(photos, whole, tmp_path, monkeypatch, caplog):
-  """The run ends with the ids of the batch and the last good checkpoint; told to, it goes on without the batch as if it had never been."""
+  """The run ends with the ids of the batch and the last good checkpoint; told to, it goes on without the batch as if it
+  had never been."""
   with monkeypatch.context() as patched:
     batch, made = training_rows(4, patched), fit.make_train_step
 
@@ -126,7 +133,8 @@ def test_a_batch_that_diverges_is_named_or_left_out(photos, whole, tmp_path, mon
 
     patched.setattr(fit, 'make_train_step', make)
     workdir = tmp_path / 'run'
-    with pytest.raises(Diverged, match='the loss is nan at step 5 .*state is the checkpoint of step 4 .*skip_diverged=1') as error:
+    with pytest.raises(
+        Diverged, match='the loss is nan at step 5 .*state is the checkpoint of step 4 .*skip_diverged=1') as error:
       run(photos, workdir)
     assert all(name in str(error.value) for name in batch['ids'][:3])
     told, = json.loads((workdir / 'diverged.json').read_text())
@@ -155,21 +163,25 @@ class Spoils(methods.Method):
 
 
 def test_a_step_that_is_not_finite_leaves_nothing_behind(photos, tmp_path, monkeypatch):
-  """Of the real step, whose update is applied before anybody reads the loss: the run goes back, and ends with a finite state."""
+  """Of the real step, whose update is applied before anybody reads the loss: the run goes back, and ends with a finite
+  state."""
   monkeypatch.setitem(methods.METHODS, 'spoils', Spoils)
   config = default.get_config().target
   config.name, config.val_fraction = f'folder:{photos}', 0.25
   source = open_splits(SplitSettings.from_config(config), '', 0).train
   rows = tuple(rows_at(source, 4, 8, stream='target', seed=0))
-  results = run(photos, tmp_path / 'run', **{'methods.spoils.rows': rows, 'train.skip_diverged': 1, 'train.ema_decay': 0.5})
+  results = run(photos, tmp_path / 'run',
+                **{'methods.spoils.rows': rows, 'train.skip_diverged': 1, 'train.ema_decay': 0.5})
   told, = json.loads((tmp_path / 'run' / 'diverged.json').read_text())
   assert (told['step'], told['skipped'], results['skipped_batches'], results['steps']) == (5, True, 1, 8)
   assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state(tmp_path / 'run')))
 
 
 def test_parameters_that_are_not_finite_are_never_saved(photos, tmp_path):
-  """An update too large for its loss to show it in time; there is no checkpoint, and so nothing to go on from but the beginning."""
-  with pytest.raises(Diverged, match='(parameter is not finite any more|loss on val is (nan|inf)|is nan) at step [12] .*no checkpoint yet'):
+  """An update too large for its loss to show it in time; there is no checkpoint, and so nothing to go on from but the
+  beginning."""
+  with pytest.raises(Diverged, match='(parameter is not finite any more|loss on val is (nan|inf)|is nan) at step [12] '
+                                     '.*no checkpoint yet'):
     run(photos, tmp_path / 'run', **{'train.learning_rate': 1e38, 'train.optimizer': 'sgd', 'train.eval_every': 1})
   assert not list((tmp_path / 'run' / 'checkpoints').iterdir())
 
@@ -243,10 +255,11 @@ def test_statistics_of_each_device_change_with_their_number(caplog):
     tell(False, start=30)  # that was said before
     assert not caplog.text
     tell(False)
-  assert 'on 4 devices now, 8 before: BatchNorm takes its statistics from the 8 images of each device now, from 4 before' in caplog.text
+  assert 'on 4 devices now, 8 before: BatchNorm takes its statistics from the 8 images of each device' in caplog.text
+  assert 'of each device now, from 4 before' in caplog.text
 
 
 def fit_model(config, sync):
   with config.unlocked():
     config.sync_batch_norm = sync
-  return setup.build_model(config, {'target': 2}, 32)
+  return models.from_config(config, {'target': 2}, 32)

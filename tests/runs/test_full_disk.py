@@ -1,7 +1,8 @@
-"""A full or read-only disk, a folder that vanishes, a permission that is missing: the run ends with one line that says what happened, what
-is whole stays whole, and the same command goes on once it is mended.
+"""A full or read-only disk, a folder that vanishes, a permission that is missing: the run ends with one line that says
+what happened, what is whole stays whole, and the same command goes on once it is mended.
 
-The disks are small and in memory, in a mount namespace of a process of their own: run as a script, this file is that process.
+The disks are small and in memory, in a mount namespace of a process of their own: run as a script, this file is that
+  process.
 """
 
 import contextlib
@@ -18,7 +19,8 @@ import pytest
 pytestmark = pytest.mark.slow
 
 ROOT = pathlib.Path(__file__).parents[2]
-FIELDS = {'model.width': 4, 'image_size': 16, 'augment.short_side': 16, 'model.weights': '', 'source.name': '', 'selection.method': 'none',
+FIELDS = {'model.width': 4, 'image_size': 16, 'augment.short_side': 16, 'model.weights': '', 'source.name': '',
+          'selection.method': 'none',
           'train.steps': 12, 'train.eval_every': 4, 'train.log_every': 2, 'train.batch_size': 16,
           'train.learning_rate_groups': (('.*', 1.0),)}
 # Room for no checkpoint of such a run (480 kB), and for one, but not for two.
@@ -29,16 +31,19 @@ IN_NAMESPACE = ['unshare', '--user', '--map-root-user', '--mount']
 def child(*arguments: str) -> subprocess.CompletedProcess:
   """This file as a script."""
   # The exception is ml_collections' own, when it reads a config on Python 3.11.
-  env = {**os.environ, 'XLA_FLAGS': '--xla_backend_optimization_level=0', 'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(ROOT),
+  env = {**os.environ, 'XLA_FLAGS': '--xla_backend_optimization_level=0', 'JAX_PLATFORMS': 'cpu',
+         'PYTHONPATH': str(ROOT),
          'PYTHONWARNINGS': 'error,ignore:the load_module() method is deprecated:DeprecationWarning'}
-  return subprocess.run([*arguments[:-2], sys.executable, __file__, *arguments[-2:]], cwd=ROOT, env=env, capture_output=True, text=True,
+  return subprocess.run([*arguments[:-2], sys.executable, __file__, *arguments[-2:]], cwd=ROOT, env=env,
+                        capture_output=True, text=True,
                         check=False)
 
 
 @pytest.fixture(scope='module')
 def found(tmp_path_factory):
   """What the runs on small disks said and left behind."""
-  probe = subprocess.run([*IN_NAMESPACE, 'mount', '-t', 'tmpfs', 'tmpfs', '/mnt'], capture_output=True, text=True, check=False) \
+  probe = subprocess.run([*IN_NAMESPACE, 'mount', '-t', 'tmpfs', 'tmpfs', '/mnt'], capture_output=True, text=True,
+                         check=False) \
       if shutil.which('unshare') else None
   if probe is None or probe.returncode:
     pytest.skip(f'no mount namespace here ({probe.stderr.strip() if probe else "unshare is not installed"})')
@@ -48,32 +53,37 @@ def found(tmp_path_factory):
 
 
 def test_a_full_disk_ends_the_run(found):
-  """The first checkpoint is written in the background, so its error comes late, from a thread; every line of metrics stays."""
+  """The first checkpoint is written in the background, so its error comes late, from a thread; every line of metrics
+  stays."""
   first = found['full']
   assert first['status'] == 1 and 'Traceback' not in first['printed'] and first['printed'].count('\nerror: ') == 1
   error = first['printed'].splitlines()[-1]
   assert 'PLACE/run/checkpoints/4 cannot be written: the disk is full (' in error and ' are free)' in error
   assert error.endswith('What was written before stays as it was; make room there, and the same command resumes')
-  assert first['steps'] == [] and len(first['lines']) >= 2 and first['lines'] == found['undisturbed']['lines'][:len(first['lines'])]
+  assert first['steps'] == [] and len(first['lines']) >= 2
+  assert first['lines'] == found['undisturbed']['lines'][:len(first['lines'])]
 
 
 def test_too_little_room_for_a_second_checkpoint(found):
   """It is foreseen; the one before it stays."""
   error, left = found['small']
   assert 'PLACE/run/checkpoints/8 cannot be written: the disk is full (' in error
-  assert error.endswith('the newest whole checkpoint is PLACE/run/checkpoints/4; make room there, and the same command resumes')
+  assert error.endswith(
+      'the newest whole checkpoint is PLACE/run/checkpoints/4; make room there, and the same command resumes')
   assert left['steps'] == [4] and [line['step'] for line in left['lines']] == [2, 4, 6, 8]
 
 
 def test_a_disk_that_becomes_read_only(found):
   assert 'run/checkpoints/8 cannot be written: the disk is read-only. ' in found['read-only']
-  assert found['read-only'].endswith('newest whole checkpoint is PLACE/run/checkpoints/4; make it writable, and the same command resumes')
+  assert found['read-only'].endswith(
+      'newest whole checkpoint is PLACE/run/checkpoints/4; make it writable, and the same command resumes')
 
 
 def test_a_workdir_that_vanishes(found):
   """It is not made anew without its beginning; where it comes back, the run goes on from it."""
   error, there = found['vanished']
-  assert 'cannot be written: its folder is not there any more. ' in error and 'bring it back, and the same command resumes' in error
+  assert 'cannot be written: its folder is not there any more. ' in error
+  assert 'bring it back, and the same command resumes' in error
   assert not there
 
 
@@ -83,7 +93,8 @@ def test_after_all_this_the_run_is_as_an_undisturbed_one(found):
 
 
 def test_whatever_is_written_is_whole_or_as_before(found):
-  """On a disk without a free byte: each file says that it cannot be written, and holds what it held; nothing is left beside it."""
+  """On a disk without a free byte: each file says that it cannot be written, and holds what it held; nothing is left
+  beside it."""
   assert set(found['files']) == {'metrics', 'results', 'selection', 'embeddings', 'journal', 'append'}
   for name, (error, same) in found['files'].items():
     assert 'the disk is full (0 bytes are free)' in error and '\n' not in error and same, name
@@ -91,7 +102,8 @@ def test_whatever_is_written_is_whole_or_as_before(found):
 
 def test_a_first_folder_that_cannot_be_made(found):
   assert found['first'][0].startswith('PLACE/new/run cannot be written: the disk is read-only. ')
-  assert found['first'][1].startswith("workdir 'PLACE/new/run' cannot be made (PLACE/new/run cannot be written: the disk is read-only. ")
+  assert found['first'][1].startswith(
+      "workdir 'PLACE/new/run' cannot be made (PLACE/new/run cannot be written: the disk is read-only. ")
 
 
 def test_without_permission(tmp_path):
@@ -131,8 +143,10 @@ def left(workdir: pathlib.Path) -> dict:
   steps = sorted(int(path.name) for path in (workdir / 'checkpoints').iterdir() if path.name.isdigit())
   lines = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
   results = json.loads((workdir / 'results.json').read_text()) if (workdir / 'results.json').exists() else {}
-  return {'steps': steps, 'lines': [{k: v for k, v in line.items() if k not in ('images_per_second', 'waiting_share')} for line in lines],
-          'digest': steps and json.loads((workdir / 'checkpoints' / str(steps[-1]) / 'about' / 'metadata').read_text())['digest'],
+  return {'steps': steps, 'lines': [{k: v for k, v in line.items() if k not in ('images_per_second', 'waiting_share')}
+                                    for line in lines],
+          'digest': steps
+          and json.loads((workdir / 'checkpoints' / str(steps[-1]) / 'about' / 'metadata').read_text())['digest'],
           'results': {k: v for k, v in results.items() if k != 'command'}}
 
 
@@ -220,7 +234,8 @@ def files_of(place: pathlib.Path) -> dict:
              'append': lambda: journal.scores('scores').append(np.arange(2000))}
   for write in written.values():
     write()
-  contents = lambda: {str(path): path.read_bytes() for path in place.rglob('*') if path.is_file() and path.name != 'filling'}
+  contents = lambda: {str(path): path.read_bytes() for path in place.rglob('*') if path.is_file()
+                      and path.name != 'filling'}
   before = contents()
   with contextlib.suppress(OSError), open(place / 'filling', 'wb', buffering=0) as filling:
     while True:

@@ -20,11 +20,13 @@ import selection
 
 ROOT = pathlib.Path(__file__).parents[2]
 
-TINY = ['--config=configs/digits.py', '--config.model.width=4', '--config.image_size=16', '--config.augment.short_side=16',
+TINY = ['--config=configs/digits.py', '--config.model.width=4', '--config.image_size=16',
+        '--config.augment.short_side=16',
         '--config.selection.size=5']
 PRETRAIN = ['--config.job=pretrain', '--config.model.weights=', "--config.train.learning_rate_groups=(('.*',1.0),)",
             '--config.train.steps=20', '--config.train.eval_every=10']
-FINETUNE = ['--config.train.steps=24', '--config.train.eval_every=8', '--config.train.log_every=4', '--config.train.batch_size=16',
+FINETUNE = ['--config.train.steps=24', '--config.train.eval_every=8', '--config.train.log_every=4',
+            '--config.train.batch_size=16',
             '--config.train.keep_epochs=(1.2,)']  # step 6
 
 
@@ -40,7 +42,8 @@ def command(workdir, *flags: str) -> list[str]:
 
 
 def main(workdir, *flags: str, devices: int = 2, optimize: bool = False) -> subprocess.CompletedProcess:
-  return subprocess.run(command(workdir, *flags), cwd=ROOT, env=environment(devices, optimize), capture_output=True, text=True, check=False)
+  return subprocess.run(command(workdir, *flags), cwd=ROOT, env=environment(devices, optimize), capture_output=True,
+                        text=True, check=False)
 
 
 @pytest.fixture(scope='module')
@@ -64,16 +67,19 @@ def finished(weights, tmp_path_factory) -> tuple[pathlib.Path, str]:
 def test_workdir_holds_what_the_readme_says(finished):
   workdir, printed = finished
   assert {p.name for p in workdir.iterdir()} == {
-      'config.json', 'duplicates.json', 'selection.json', 'embeddings', 'metrics.jsonl', 'tensorboard', 'checkpoints', 'results.json',
+      'config.json', 'duplicates.json', 'selection.json', 'embeddings', 'metrics.jsonl', 'tensorboard', 'checkpoints',
+      'results.json',
       'report.html'}
   results = json.loads((workdir / 'results.json').read_text())
   for split, images in (('val', 130), ('test', 252)):
     assert results[split]['images'] == images == sum(row['images'] for row in results[split]['per_class'])
     assert results[split]['top1'] == sum(row['right'] for row in results[split]['per_class']) / images
     assert {'top1', 'mean_per_class', 'loss'} <= set(results[split])
-  assert results['best_step'] in (6, 8, 16, 24) and results['seed'] == 0 and results['versions']['jax'] == jax.__version__
+  assert results['best_step'] in (6, 8, 16, 24) and results['seed'] == 0
+  assert results['versions']['jax'] == jax.__version__
   assert results['batch_norm'] == 'statistics of each of 2 devices'
-  commit = subprocess.run(['git', 'rev-parse', 'HEAD'], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip() or None
+  commit = subprocess.run(['git', 'rev-parse', 'HEAD'], cwd=ROOT, capture_output=True, text=True,
+                          check=False).stdout.strip() or None
   assert results['commit'] in (commit, f'{commit}+')
   assert results['weights']['revision'] is None and len(results['weights']['fingerprint']) == 16
   assert 'tensors used; dropped: optimizer (of that training); heads/source (old classifier)' in printed
@@ -102,14 +108,16 @@ def test_report_opens_offline_and_shows_everything(finished):
 def test_a_finished_run_is_not_run_again(finished):
   """The same command says so and changes nothing; a lost report is made again; another config is refused."""
   workdir, _ = finished
-  flags = [*TINY, *FINETUNE, '--config.model.weights=' + json.loads((workdir / 'config.json').read_text())['model']['weights']]
+  flags = [*TINY, *FINETUNE,
+           '--config.model.weights=' + json.loads((workdir / 'config.json').read_text())['model']['weights']]
   before = (workdir / 'results.json').read_bytes()
   (workdir / 'report.html').unlink()
   run = main(workdir, *flags)
   assert run.returncode == 0 and 'training' not in run.stderr and (workdir / 'report.html').exists()
   assert (workdir / 'results.json').read_bytes() == before
   other = main(workdir, *flags, '--config.seed=7')
-  assert other.returncode == 1 and 'config.seed is 0 there and 7 here' in other.stderr and 'Traceback' not in other.stderr
+  assert other.returncode == 1 and 'config.seed is 0 there and 7 here' in other.stderr
+  assert 'Traceback' not in other.stderr
 
 
 def comparable(workdir: pathlib.Path) -> tuple[dict, list[dict], dict]:
@@ -127,7 +135,8 @@ def comparable(workdir: pathlib.Path) -> tuple[dict, list[dict], dict]:
 def test_interrupted_equals_uninterrupted(finished, weights, tmp_path):
   """Asked to stop in the middle and started again: the same parameters bit for bit, each step once.
 
-  It also finds its newest checkpoint damaged, and goes on from the one before. Of runs that are killed, tests/test_kills.py says the same.
+  It also finds its newest checkpoint damaged, and goes on from the one before. Of runs that are killed,
+  tests/test_kills.py says the same.
   """
   whole, _ = finished
   workdir = tmp_path / 'run'
@@ -141,35 +150,42 @@ def test_interrupted_equals_uninterrupted(finished, weights, tmp_path):
   _, printed = process.communicate(timeout=120)
   assert not (workdir / 'results.json').exists()
   assert process.returncode == 128 + signal.SIGTERM and 'the same command resumes from there' in printed
-  newest = max((path for path in (workdir / 'checkpoints').iterdir() if path.name.isdigit()), key=lambda path: int(path.name))
+  newest = max((path for path in (workdir / 'checkpoints').iterdir() if path.name.isdigit()),
+               key=lambda path: int(path.name))
   largest = max((newest / 'state' / 'd').iterdir(), key=lambda path: path.stat().st_size)
   largest.write_bytes(largest.read_bytes()[:-100])
   again = main(workdir, *flags)
-  assert again.returncode == 0 and re.search(r'going on from step \d+ of 24', again.stderr), again.stderr
+  assert again.returncode == 0 and re.search(r'resuming from step \d+ of 24', again.stderr), again.stderr
   assert f'It is set aside in {workdir / "damaged" / newest.name}' in again.stderr
   (state, lines, results), (whole_state, whole_lines, whole_results) = comparable(workdir), comparable(whole)
   assert {'params', 'batch_stats', 'opt_state', 'step'} <= set(state)
   jax.tree.map(np.testing.assert_array_equal, state, whole_state)
   assert results == whole_results
   assert {p.name for p in (workdir / 'checkpoints').iterdir()} == {p.name for p in (whole / 'checkpoints').iterdir()}
-  # A stop on request ends a window early, so the means of the training batches may be over other windows; nothing else may differ.
-  evaluated = lambda lines: [{k: v for k, v in line.items() if not k.startswith('train/')} for line in lines if 'val/top1' in line]
+  # A stop on request ends a window early, so the means of the training batches may be over other windows; nothing else
+  # may differ.
+  evaluated = lambda lines: [{k: v for k, v in line.items() if not k.startswith('train/')} for line in lines
+                             if 'val/top1' in line]
   assert evaluated(lines) == evaluated(whole_lines)
   assert [line['step'] for line in lines] == sorted({line['step'] for line in lines})
 
 
 @pytest.mark.slow
 def test_a_mistake_behind_the_pre_training_does_not_cost_it(tmp_path):
-  """What is pre-trained within a run is there again when another setting had to be mended; its head and statistics go on."""
-  flags = [*TINY, *FINETUNE, '--config.pretrain.epochs=0', '--config.pretrain.steps=8', '--config.pretrain.eval_every=8',
+  """What is pre-trained within a run is there again when another setting had to be mended; its head and statistics go
+  on."""
+  flags = [*TINY, *FINETUNE, '--config.pretrain.epochs=0', '--config.pretrain.steps=8',
+           '--config.pretrain.eval_every=8',
            '--config.model.source_head=pretrained', '--config.model.batch_norm=frozen']
   first = main(tmp_path / 'run', *flags, '--config.selection.epsilon=0.0001')
   assert first.returncode == 1 and 'epsilon 0.0001 is too small' in first.stderr and 'training 8 steps' in first.stderr
   again = main(tmp_path / 'run', *flags)
-  assert again.returncode == 0 and 'training 8 steps' not in again.stderr and 'training 24 steps' in again.stderr, again.stderr
+  assert again.returncode == 0 and 'training 8 steps' not in again.stderr, again.stderr
+  assert 'training 24 steps' in again.stderr, again.stderr
   assert 'Pre-training on digits:pool' in (tmp_path / 'run' / 'pretrain' / 'report.html').read_text()
   assert '102 tensors used; dropped: optimizer (of that training)\n' in again.stderr
-  norms = [json.loads((path / 'results.json').read_text())['batch_norm'] for path in (tmp_path / 'run' / 'pretrain', tmp_path / 'run')]
+  norms = [json.loads((path / 'results.json').read_text())['batch_norm']
+           for path in (tmp_path / 'run' / 'pretrain', tmp_path / 'run')]
   assert norms == ['statistics of each of 2 devices', 'frozen: statistics, scales and biases of the weights']
 
 
@@ -179,7 +195,8 @@ def test_going_on_with_other_images_is_refused(photos, pool, tmp_path):
   shutil.copytree(photos, tmp_path / 'photos')
   flags = ['--config=configs/miniature.py:finetune', '--config.selection.method=none', '--config.source.name=',
            f'--config.target.name=folder:{tmp_path / "photos"}', '--config.model.weights=', '--config.model.width=4',
-           '--config.image_size=32', '--config.augment.short_side=36', '--config.train.steps=4', '--config.train.batch_size=8']
+           '--config.image_size=32', '--config.augment.short_side=36', '--config.train.steps=4',
+           '--config.train.batch_size=8']
   broken = sorted((tmp_path / 'photos' / 'test' / 'sky').iterdir())[0]
   good = broken.read_bytes()
   broken.write_bytes(b'no image')
@@ -195,16 +212,18 @@ def test_going_on_with_other_images_is_refused(photos, pool, tmp_path):
   for path, data in zip(gone, kept):
     path.write_bytes(data)
   third = main(tmp_path / 'run', *flags)
-  assert third.returncode == 0 and 'going on from step 4 of 4' in third.stderr, third.stderr
+  assert third.returncode == 0 and 'resuming from step 4 of 4' in third.stderr, third.stderr
 
 
 @pytest.mark.slow
 def test_finetune_and_compare_on_folders(photos, pool, tmp_path):
   """Everything from folders, from random weights: each method and seed once, embeddings shared, a table in the end."""
   run = main(tmp_path / 'compare', '--config=configs/miniature.py', f'--config.source.name=folder:{pool}',
-             f'--config.target.name=folder:{photos}', '--config.model.weights=', '--config.model.width=4', '--config.image_size=32',
+             f'--config.target.name=folder:{photos}', '--config.model.weights=', '--config.model.width=4',
+             '--config.image_size=32',
              '--config.augment.short_side=36', "--config.compare.methods=('none','uot')", '--config.compare.seeds=(3,)',
-             '--config.selection.size=2', '--config.train.steps=4', '--config.train.batch_size=8', '--config.source_ratio=0.5')
+             '--config.selection.size=2', '--config.train.steps=4', '--config.train.batch_size=8',
+             '--config.source_ratio=0.5')
   assert run.returncode == 0, run.stderr
   results = json.loads((tmp_path / 'compare' / 'results.json').read_text())
   assert [row['method'] for row in results['rows']] == ['none', 'uot'] and results['images'] == 20
@@ -220,8 +239,10 @@ def test_finetune_and_compare_on_folders(photos, pool, tmp_path):
 def fine_tune_by(photos, pool, workdir, by: str, *flags: str) -> tuple[dict, str]:
   """Two steps with what is selected by image or cluster: the results, and what was printed."""
   run = main(workdir, '--config=configs/miniature.py:finetune', f'--config.source.name=folder:{pool}',
-             f'--config.target.name=folder:{photos}', '--config.model.weights=', '--config.model.width=4', '--config.image_size=32',
-             '--config.augment.short_side=36', f'--config.selection.by={by}', '--config.train.steps=2', '--config.train.batch_size=4',
+             f'--config.target.name=folder:{photos}', '--config.model.weights=', '--config.model.width=4',
+             '--config.image_size=32',
+             '--config.augment.short_side=36', f'--config.selection.by={by}', '--config.train.steps=2',
+             '--config.train.batch_size=4',
              *flags)
   assert run.returncode == 0, run.stderr
   results = json.loads((workdir / 'results.json').read_text())
@@ -241,27 +262,35 @@ def test_clusters(photos, pool, tmp_path):
 
 @pytest.mark.slow
 def test_single_images_of_sets_with_damaged_files(photos, pool, tmp_path):
-  """Selected one by one; the files that cannot be read are counted, and the others used and kept in memory as if these were not there."""
+  """Selected one by one; the files that cannot be read are counted, and the others used and kept in memory as if these
+  were not there."""
   shutil.copytree(photos, tmp_path / 'photos')
   shutil.copytree(pool, tmp_path / 'pool')
   for name in ('photos/train/sky/2.jpg', 'photos/train/sky/7.jpg', 'photos/test/wall/1.jpg', 'pool/c/4.jpg'):
     (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:300])
-  results, printed = fine_tune_by(tmp_path / 'photos', tmp_path / 'pool', tmp_path / 'run', 'example', '--config.selection.size=0.25',
+  results, printed = fine_tune_by(tmp_path / 'photos', tmp_path / 'pool', tmp_path / 'run', 'example',
+                                  '--config.selection.size=0.25',
                                   '--config.data.on_error=skip', '--config.data.cache=true')
   chosen = json.loads((tmp_path / 'run' / 'selection.json').read_text())
-  assert set(chosen['ids']) < {path.relative_to(tmp_path / 'pool').as_posix() for path in (tmp_path / 'pool').glob('*/*.jpg')}
-  assert '1 image of target test could not be read and was left out (test/wall/1.jpg)' in (tmp_path / 'run' / 'report.html').read_text()
+  assert set(chosen['ids']) < {path.relative_to(tmp_path / 'pool').as_posix()
+                               for path in (tmp_path / 'pool').glob('*/*.jpg')}
+  assert '1 image of target test could not be read and was left out (test/wall/1.jpg)' in (
+      tmp_path / 'run' / 'report.html').read_text()
   skipped = results['skipped']
   # Which of train's were set aside for val is not known here.
-  assert sorted(skipped.pop('target train', {'first': []})['first'] + skipped.pop('target val', {'first': []})['first']) == [
+  assert sorted(skipped.pop('target train', {'first': []})['first'] +
+                skipped.pop('target val', {'first': []})['first']) == [
       'train/sky/2.jpg', 'train/sky/7.jpg']
-  assert skipped == {'source pool': {'images': 1, 'first': ['c/4.jpg']}, 'target test': {'images': 1, 'first': ['test/wall/1.jpg']}}
-  assert (results['test']['images'], results['target']['train'] + results['target']['val'], results['source']['images']) == (19, 46, 59)
+  assert skipped == {'source pool': {'images': 1, 'first': ['c/4.jpg']},
+                     'target test': {'images': 1, 'first': ['test/wall/1.jpg']}}
+  assert (results['test']['images'], results['target']['train'] + results['target']['val'],
+          results['source']['images']) == (19, 46, 59)
   assert results['precision'] == {'training': 'default', 'embeddings': 'highest'}
   assert 'source pool: 1 of 60 images cannot be read and are skipped: c/4.jpg' in printed
   assert 'keeping 46 decoded images in memory (target train, target val): ' in printed
   lines = [json.loads(line) for line in (tmp_path / 'run' / 'metrics.jsonl').read_text().splitlines()]
-  assert 'waiting_share' not in lines[0] and 'images_per_second' not in lines[0]  # the first step is compiled, and a window of its own
+  # the first step is compiled, and a window of its own
+  assert 'waiting_share' not in lines[0] and 'images_per_second' not in lines[0]
   assert all(0 <= line['waiting_share'] <= 1 and line['images_per_second'] > 0 for line in lines[1:])
 
 
@@ -272,9 +301,11 @@ def test_same_images_on_both_sides_are_refused(photos, tmp_path):
   assert 'Traceback' not in run.stderr
 
 
-@pytest.mark.skipif('FT_JAX_STRESS' not in os.environ, reason='FT_JAX_STRESS is not set: the whole demo is a part of make stress')
+@pytest.mark.skipif('FT_JAX_STRESS' not in os.environ,
+                    reason='FT_JAX_STRESS is not set: the whole demo is a part of make stress')
 def test_the_demo(tmp_path):
-  """The README's first command, whole: optimal transport puts the ten digits above the sixteen patches, and the target is learnt."""
+  """The README's first command, whole: optimal transport puts the ten digits above the sixteen patches, and the target
+  is learnt."""
   run = main(tmp_path / 'demo', '--config=configs/digits.py', devices=1, optimize=True)
   assert run.returncode == 0, run.stderr
   selection = json.loads((tmp_path / 'demo' / 'selection.json').read_text())
@@ -285,16 +316,21 @@ def test_the_demo(tmp_path):
 
 
 def test_results_say_where_they_come_from(finished, weights):
-  """Versions, commit, devices, and fingerprints of all images, weights and what was chosen, of the fine-tuning and of its pre-training."""
-  results, before = (json.loads((pathlib.Path(folder) / 'results.json').read_text()) for folder in (finished[0], weights))
+  """Versions, commit, devices, and fingerprints of all images, weights and what was chosen, of the fine-tuning and of
+  its pre-training."""
+  results, before = (json.loads((pathlib.Path(folder) / 'results.json').read_text())
+                     for folder in (finished[0], weights))
   fingerprint = re.compile('[0-9a-f]{16}')
   for told, data in ((results, 'target'), (before, 'source')):
-    assert {'python', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy', 'pillow', 'simplejpeg'} <= told['versions'].keys()
-    assert told['versions']['jax'] == jax.__version__ and told['devices'].startswith('2 x ') and told['command'] and told['seed'] == 0
+    assert {'python', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy', 'pillow',
+            'simplejpeg'} <= told['versions'].keys()
+    assert told['versions']['jax'] == jax.__version__ and told['devices'].startswith('2 x ') and told['command']
+    assert told['seed'] == 0
     in_git = (ROOT / '.git').exists()
     assert bool(told['commit']) == in_git and (not in_git or re.fullmatch(r'[0-9a-f]{40,64}\+?', told['commit']))
     splits = told[data]['fingerprints']
-    assert set(splits) == {'train', 'val', 'test'} and len({*splits.values()}) == 3  # a split that is not there has none
+    # a split that is not there has none
+    assert set(splits) == {'train', 'val', 'test'} and len({*splits.values()}) == 3
     assert all(value is None or fingerprint.fullmatch(value) for value in splits.values())
   named = [results['source']['fingerprint'], results['selection']['fingerprint'], results['weights']['fingerprint']]
   assert len({*named}) == 3 and all(map(fingerprint.fullmatch, named))

@@ -1,5 +1,7 @@
-"""A run that is killed again and again ends as the one that nobody disturbed; the long form of this is `make stress`."""
+"""A run that is killed again and again ends as the one that nobody disturbed; the long form of this is `make
+stress`."""
 
+import ast
 import shutil
 import signal
 
@@ -11,10 +13,9 @@ from orbax import checkpoint as ocp
 import pytest
 from stress import WORKLOADS
 
-pytestmark = pytest.mark.slow
-
 FLAGS = WORKLOADS['short'].flags
-# One after the other in one run; what is finished before a moment is not done again, so each is the first chance of its kind.
+# One after the other in one run; what is finished before a moment is not done again, so each is the first chance of its
+# kind.
 MOMENTS = (
     # The first checkpoint of the pre-training is written and not yet in its place.
     (Moment(kind='checkpoint', count=20), 'checkpoint being written'),
@@ -33,8 +34,10 @@ def whole(tmp_path_factory):
   return folder / 'whole', folder / 'compiled'
 
 
+@pytest.mark.slow
 def test_killed_again_and_again(whole, tmp_path):
-  """By kill -9 between the halves of writing a file, and in the middle of writing: nothing differs, no file is ever half there."""
+  """By kill -9 between the halves of writing a file, and in the middle of writing: nothing differs, no file is ever
+  half there."""
   expected, cache = whole
   workdir = tmp_path / 'run'
   for moment, met in MOMENTS:
@@ -46,6 +49,7 @@ def test_killed_again_and_again(whole, tmp_path):
   assert killed.differences(workdir, expected) == []
 
 
+@pytest.mark.slow
 def test_differences_are_seen(whole, tmp_path):
   """One number of one array, a step that is there twice, another result."""
   expected, _ = whole
@@ -61,6 +65,13 @@ def test_differences_are_seen(whole, tmp_path):
     assert killed.differences(run, expected) == []
     change(run)
     assert any(words in line for line in killed.differences(run, expected)), words
+
+
+def test_phases_name_functions_that_exist():
+  """A phase whose function is renamed or moved would never be met."""
+  for file, function, *_ in (*killed.PHASES, killed.LOOP, killed.PRETRAIN):
+    tree = ast.parse((killed.ROOT / file).read_text())
+    assert function in {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}, (file, function)
 
 
 def _edit(path, change):

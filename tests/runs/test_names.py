@@ -1,4 +1,5 @@
-"""Names that a file system allows: what is written below such folders is read again, or refused before anything begins."""
+"""Names that a file system allows: what is written below such folders is read again, or refused before anything
+begins."""
 
 import errno
 import json
@@ -11,29 +12,31 @@ from ml_collections import ConfigDict
 import numpy as np
 import optax
 import pytest
+from torch_weights import RESNET
 
 from configs import export as export_config
 from configs import predict as predict_config
 from ft_jax.jobs import export, finetune, predict
-from ft_jax.training import checkpoint_files
-from ft_jax.training import initial_weights
+from ft_jax.training import checkpoint_files, initial_weights
 from ft_jax.training.checkpoints import Checkpoints, Damaged
 from ft_jax.training.finished_runs import history, load_variables
 from ft_jax.training.step import create_state
 from ft_jax.workdir import Workdir
 from selection import storage
-from torch_weights import RESNET
 
 # What URLs, patterns, formats and shells read in another way, and letters in two forms.
-ALLOWED = ['C#', 'a?b', '100%', 'a%20b', '%', '#', '?', '[1]', '[', 'run*', '*', '{x}', '{', 'a|b', 'a|ocdbt:', 'blank ', ' blank',
-           'new\nline', 'caf\u00e9', 'cafe\u0301', '\u6c49\u5b57', '\U0001f600', '-dash', 'gs:x', 's3:', 'file:', '~', '$HOME', "quo'te",
+ALLOWED = ['C#', 'a?b', '100%', 'a%20b', '%', '#', '?', '[1]', '[', 'run*', '*', '{x}', '{', 'a|b', 'a|ocdbt:',
+           'blank ', ' blank',
+           'new\nline', 'caf\u00e9', 'cafe\u0301', '\u6c49\u5b57', '\U0001f600', '-dash', 'gs:x', 's3:', 'file:', '~',
+           '$HOME', "quo'te",
            'quo"te', '\x1b[31m', '...', 'x.orbax-checkpoint-tmp', '5', 'x' * 255]
 REFUSED = {'back\\slash': 'backslash', '\\': 'backslash', 'gs:': "ends in 'gs:'", 'logs:': "ends in 'gs:'",
            os.fsdecode(b'latin\xe9'): 'not UTF-8'}
 
 
 def state_at(step: int):
-  variables = {'params': {'a': {'kernel': np.full((2, 3), step, np.float32)}}, 'batch_stats': {'a': {'mean': np.zeros(3, np.float32)}}}
+  variables = {'params': {'a': {'kernel': np.full((2, 3), step, np.float32)}},
+               'batch_stats': {'a': {'mean': np.zeros(3, np.float32)}}}
   return jax.device_get(create_state(variables, optax.trace(0.9)).replace(step=jnp.int32(step)))
 
 
@@ -127,12 +130,14 @@ def test_what_may_not_be_read_is_not_taken_for_damaged(tmp_path, monkeypatch, co
   saved(tmp_path, 1, 2)
 
   def opened(spec):
-    raise ValueError(f'PERMISSION_DENIED: Error reading local file "manifest.ocdbt": {reason} [os_error_code=\'{code}\']')
+    raise ValueError(
+        f'PERMISSION_DENIED: Error reading local file "manifest.ocdbt": {reason} [os_error_code=\'{code}\']')
 
   monkeypatch.setattr(checkpoint_files.tensorstore.KvStore, 'open', opened)
   checkpoints = Checkpoints(tmp_path)
   for read in (lambda: checkpoints.restore(2, state_at(0)), lambda: load_variables(tmp_path)):
-    with pytest.raises(OSError, match=f'cannot be read here .{reason}., which does not mean that it is damaged; it is left as it is'):
+    with pytest.raises(
+        OSError, match=f'cannot be read here .{reason}., which does not mean that it is damaged; it is left as it is'):
       read()
   checkpoints.close()
   assert sorted(os.listdir(tmp_path / 'checkpoints')) == ['1', '2']
@@ -163,9 +168,11 @@ def test_a_whole_run_in_the_worst_of_folders(tmp_path, photos):
   data.mkdir()
   (data / 'photos*').symlink_to(photos)
   run = quick_main(
-      '--config=configs/miniature.py:finetune', '--config.source.name=', '--config.selection.method=none', '--config.model.weights=',
+      '--config=configs/miniature.py:finetune', '--config.source.name=', '--config.selection.method=none',
+      '--config.model.weights=',
       f'--config.target.name=folder:{data / "photos*"}', '--config.model.width=4', '--config.image_size=32',
-      '--config.augment.short_side=36', '--config.train.steps=2', '--config.train.batch_size=8', '--config.train.eval_every=2',
+      '--config.augment.short_side=36', '--config.train.steps=2', '--config.train.batch_size=8',
+      '--config.train.eval_every=2',
       f'--workdir={workdir}')
   assert run.returncode == 0 and f'report: {workdir}/report.html' in run.stderr, run.stderr
   results = json.loads((workdir / 'results.json').read_text())
@@ -173,7 +180,8 @@ def test_a_whole_run_in_the_worst_of_folders(tmp_path, photos):
   config = ConfigDict(json.loads((workdir / 'config.json').read_text()))
   assert finetune.run(config, workdir)['test'].keys() == results['test'].keys()
   kernel = lambda variables: variables['params']['conv1']['kernel']
-  np.testing.assert_array_equal(kernel(initial_weights.load_weights(str(workdir), RESNET).variables), kernel(load_variables(workdir)))
+  np.testing.assert_array_equal(kernel(initial_weights.load_weights(str(workdir), RESNET).variables),
+                                kernel(load_variables(workdir)))
 
   predicting = predict_config.get_config()
   predicting.workdir, predicting.predict.images = str(workdir), str(data / 'photos*' / 'test')

@@ -1,4 +1,5 @@
-"""A workdir that an older version wrote is opened by every later one: shown again, resumed, used. See old_workdirs.py."""
+"""A workdir that an older version wrote is opened by every later one: shown again, resumed, used. See
+old_workdirs.py."""
 
 import json
 import logging
@@ -8,6 +9,7 @@ import tarfile
 from ml_collections import ConfigDict
 import old_workdirs
 import pytest
+from torch_weights import RESNET
 
 from configs import default
 from ft_jax import trained
@@ -15,7 +17,6 @@ from ft_jax.jobs import export, finetune, predict, pretrain
 from ft_jax.studies import history
 from ft_jax.training import fit, initial_weights
 import selection
-from torch_weights import RESNET
 
 JOBS = {'pretrained': pretrain, 'finished': finetune, 'interrupted': finetune, 'interrupted_random': finetune}
 
@@ -44,8 +45,9 @@ def test_an_interrupted_run_resumes_to_its_end(old, name, caplog):
   caplog.set_level(logging.INFO)
   chosen = (old / name / 'selection.json').read_bytes()
   results = JOBS[name].run(old_workdirs.config(name), name)
-  assert results['steps'] == 4 and 'going on from step 2 of 4' in caplog.text
-  assert (old / name / 'selection.json').read_bytes() == chosen and results['selection']['images'] == (6 if 'random' in name else 8)
+  assert results['steps'] == 4 and 'resuming from step 2 of 4' in caplog.text
+  assert (old / name / 'selection.json').read_bytes() == chosen
+  assert results['selection']['images'] == (6 if 'random' in name else 8)
   assert [json.loads(line)['step'] for line in (old / name / 'metrics.jsonl').read_text().splitlines()] == [1, 2, 3, 4]
 
 
@@ -53,7 +55,8 @@ def test_an_interrupted_run_resumes_to_its_end(old, name, caplog):
 @pytest.mark.parametrize('name', ['pretrained', 'finished'])
 def test_an_old_run_is_used_by_every_job_that_takes_one(old, name):
   run = trained.load(name)
-  assert run.config.augment.short_side == run.transform.size == 32 and run.class_names == tuple('abc' if name == 'pretrained' else 'xyz')
+  assert run.config.augment.short_side == run.transform.size == 32
+  assert run.class_names == tuple('abc' if name == 'pretrained' else 'xyz')
   assert initial_weights.load_weights(name, RESNET).about['fingerprint']
   job = ConfigDict(default.get_config().to_dict())
   job.workdir, job.predict.images = name, 'images/target/test'

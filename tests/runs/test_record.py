@@ -1,4 +1,5 @@
-"""Whole runs by the command line give what they gave: the record in tests/fixtures/record.json, which tests/record.py wrote."""
+"""Whole runs by the command line give what they gave: the record in tests/fixtures/record.json, which tests/record.py
+wrote."""
 
 import json
 
@@ -8,9 +9,9 @@ import record
 
 pytestmark = pytest.mark.slow
 
-# The record was compared with itself made for AVX2 and for SSE4.2 instead of AVX-512, and on Python 3.13 with jax 0.12: losses differed
-# by 5e-6 at most, scores by 2e-6, arrays by 6e-3 of their norm. (Those are biases of BatchNorm, which begin at zero: it is 6e-3 of
-# the way that they went. All others differed by 6e-6.)
+# The record was compared with itself made for AVX2 and for SSE4.2 instead of AVX-512, and on Python 3.13 with jax 0.12:
+# losses differed by 5e-6 at most, scores by 2e-6, arrays by 6e-3 of their norm. (Those are biases of BatchNorm, which
+# begin at zero: it is 6e-3 of the way that they went. All others differed by 6e-6.)
 LOSSES, SCORES, ARRAYS = 5e-5, 2e-5, 3e-2
 
 
@@ -28,4 +29,5 @@ def test_a_run_gives_what_it_gave(found, name):
   np.testing.assert_allclose(now.get('scores', []), expected.get('scores', []), rtol=SCORES)
   assert set(now['variables']) == set(expected['variables'])
   for path, (norm, product) in expected['variables'].items():
-    np.testing.assert_allclose(now['variables'][path], (norm, product), rtol=0, atol=ARRAYS * norm + 1e-12, err_msg=path)
+    np.testing.assert_allclose(now['variables'][path], (norm, product), rtol=0, atol=ARRAYS * norm + 1e-12,
+                               err_msg=path)

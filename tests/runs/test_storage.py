@@ -1,6 +1,8 @@
-"""Workdirs, selections and embeddings on object storage: no object is renamed or added to, and none is seen before it is whole.
+"""Workdirs, selections and embeddings on object storage: no object is renamed or added to, and none is seen before it
+is whole.
 
-The clients are the real ones (gcsfs, google-cloud-storage, tensorstore); the storage is that of tests/object_storage.py.
+The clients are the real ones (gcsfs, google-cloud-storage, tensorstore); the storage is that of
+tests/object_storage.py.
 """
 
 import asyncio
@@ -20,29 +22,32 @@ import numpy as np
 from object_storage import serve
 import optax
 import pytest
+from torch_weights import RESNET
 
 from configs import miniature
 from ft_jax import metrics
 from ft_jax.jobs import finetune
+from ft_jax.metrics import MetricsWriter
 from ft_jax.training import initial_weights
 from ft_jax.training.checkpoints import Checkpoints, Damaged
 from ft_jax.training.finished_runs import history, load_variables
 from ft_jax.training.step import create_state
-from ft_jax.metrics import MetricsWriter
 from ft_jax.workdir import saved_steps, Workdir, write_results
 from selection import Embeddings, Selection, storage
 from selection.journal import Journal
-from torch_weights import RESNET
 
-FLAGS = ['--config=configs/digits.py', '--config.model.width=4', '--config.image_size=16', '--config.augment.short_side=16',
+FLAGS = ['--config=configs/digits.py', '--config.model.width=4', '--config.image_size=16',
+         '--config.augment.short_side=16',
          '--config.model.weights=', "--config.train.learning_rate_groups=(('.*',1.0),)", '--config.selection.size=5',
-         '--config.selection.method=random', '--config.train.steps=12', '--config.train.eval_every=4', '--config.train.log_every=2',
+         '--config.selection.method=random', '--config.train.steps=12', '--config.train.eval_every=4',
+         '--config.train.log_every=2',
          '--config.train.batch_size=16']
 real_sleep = asyncio.sleep
 FIELDS = {'job': 'finetune', 'seed': 0, 'train': {'steps': 5}}
 
 # Of gcsfs, after a write that failed; see `checkpoints._quieten`.
-pytestmark = pytest.mark.filterwarnings('ignore:Exception ignored in. <_io.BytesIO:pytest.PytestUnraisableExceptionWarning')
+pytestmark = pytest.mark.filterwarnings(
+    'ignore:Exception ignored in. <_io.BytesIO:pytest.PytestUnraisableExceptionWarning')
 
 
 @pytest.fixture
@@ -70,7 +75,8 @@ def forget_clients() -> None:
 
 
 def state_at(step: int):
-  variables = {'params': {'a': {'kernel': np.full((2, 3), step, np.float32)}}, 'batch_stats': {'a': {'mean': np.zeros(3, np.float32)}}}
+  variables = {'params': {'a': {'kernel': np.full((2, 3), step, np.float32)}},
+               'batch_stats': {'a': {'mean': np.zeros(3, np.float32)}}}
   return jax.device_get(create_state(variables, optax.trace(0.9)).replace(step=jnp.int32(step)))
 
 
@@ -94,7 +100,8 @@ def test_names_that_cannot_hold_checkpoints_are_refused_at_once(bucket, name):
 def test_a_selection_and_embeddings_come_back(bucket):
   chosen = Selection.of_rows([3, 1], ['a', 'b', 'c', 'd'])
   chosen.save('gs://bucket/some/selection.json')
-  embeddings = Embeddings(np.arange(12, dtype=np.float32).reshape(4, 3), [0, 0, 1, 1], ('x', 'y'), ids=['a', 'b', 'c', 'd'])
+  embeddings = Embeddings(np.arange(12, dtype=np.float32).reshape(4, 3), [0, 0, 1, 1], ('x', 'y'),
+                          ids=['a', 'b', 'c', 'd'])
   embeddings.save('gs://bucket/some/target.npz')
   assert bucket.names() == ['some/selection.json', 'some/target.npz']
   assert Selection.load('gs://bucket/some/selection.json').ids.tolist() == ['d', 'b']
@@ -114,7 +121,8 @@ def test_what_fails_half_way_leaves_the_object_that_was_there(bucket):
     raise RuntimeError
   assert bucket.read('a') == b'before'
   bucket.denied = 'a'
-  with pytest.raises(storage.Unwritable, match='^gs://bucket/a cannot be written: .*storage.objects.create access.*start again$'):
+  with pytest.raises(storage.Unwritable,
+                     match='^gs://bucket/a cannot be written: .*storage.objects.create access.*start again$'):
     storage.write_whole('gs://bucket/a', b'after')
   assert bucket.read('a') == b'before'
 
@@ -154,7 +162,8 @@ def test_metrics_are_written_as_a_whole_when_asked_and_from_time_to_time(bucket,
 
 
 def test_checkpoints_come_back_and_damaged_ones_are_set_aside(bucket):
-  """One whose upload was cut off by a kill is none: orbax writes under the last name, and says at the end that all is there."""
+  """One whose upload was cut off by a kill is none: orbax writes under the last name, and says at the end that all is
+  there."""
   checkpoints = Checkpoints('gs://bucket/run')
   for step, score in ((1, 0.9), (2, 0.2)):
     checkpoints.save(step, state_at(step), {'score': score, 'loss': 1.0})
@@ -167,7 +176,8 @@ def test_checkpoints_come_back_and_damaged_ones_are_set_aside(bucket):
   assert saved_steps('gs://bucket/run') == [1, 2]
   checkpoints = Checkpoints('gs://bucket/run')
   assert (checkpoints.latest_step, checkpoints.best_step) == (2, 1)
-  checkpoints.save(3, state_at(3), {'score': 0.1, 'loss': 1.0})  # waits for orbax's thread, which removes what the killed one left
+  # waits for orbax's thread, which removes what the killed one left
+  checkpoints.save(3, state_at(3), {'score': 0.1, 'loss': 1.0})
   checkpoints.wait()
   assert 'run/checkpoints/3/state/remains' not in bucket.names()
   jax.tree.map(np.testing.assert_array_equal, checkpoints.restore(3, state_at(0)), state_at(3))
@@ -202,12 +212,14 @@ def test_weights_in_an_object(bucket, tmp_path):
 
 
 def test_a_bucket_that_cannot_be_reached(bucket, monkeypatch):
-  with pytest.raises(OSError, match='gs://other/run/config.json cannot be written: there is no bucket other, or it may not be seen from'):
+  with pytest.raises(OSError, match='gs://other/run/config.json cannot be written: there is no bucket other, or it may '
+                                    'not be seen from'):
     Workdir('gs://other/run', FIELDS)
   monkeypatch.setenv('STORAGE_EMULATOR_HOST', 'http://127.0.0.1:9')
   monkeypatch.setattr('gcsfs.retry.asyncio.sleep', lambda seconds: real_sleep(0))
   forget_clients()
-  with pytest.raises(OSError, match=r'gs://bucket/run cannot be reached \(.*is there a bucket bucket, and may this machine use it'):
+  with pytest.raises(
+      OSError, match=r'gs://bucket/run cannot be reached \(.*is there a bucket bucket, and may this machine use it'):
     Workdir('gs://bucket/run', FIELDS)
 
 
@@ -217,7 +229,8 @@ def test_what_is_missing_is_said_at_the_start(monkeypatch, path, says):
   monkeypatch.setattr(storage.importlib.util, 'find_spec', lambda name: None)
   config = miniature.get_config('finetune')
   config.embeddings_dir = path
-  for use in (lambda: Workdir(path, FIELDS), lambda: finetune.Settings.from_config(config), lambda: Embeddings.load(path),
+  for use in (lambda: Workdir(path,
+                              FIELDS), lambda: finetune.Settings.from_config(config), lambda: Embeddings.load(path),
               lambda: Selection.of_rows([0], ['a']).save(path)):
     with pytest.raises(ValueError, match=says):
       use()
@@ -240,7 +253,8 @@ def test_paths_on_a_disk(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_whole_run_is_killed_and_goes_on(bucket, tmp_path):
   """Selection, embedding, training, report, all on object storage, with warnings as errors; each step once."""
-  # What it compiles is kept elsewhere: a process that is killed may leave half of a program there, for all others to read.
+  # What it compiles is kept elsewhere: a process that is killed may leave half of a program there, for all others to
+  # read.
   env = {**os.environ, 'JAX_COMPILATION_CACHE_DIR': str(tmp_path), 'JAX_PLATFORMS': 'cpu',
          'XLA_FLAGS': '--xla_backend_optimization_level=0',
          'PYTHONWARNINGS': 'error,ignore:the load_module() method is deprecated:DeprecationWarning'}
@@ -254,12 +268,13 @@ def test_a_whole_run_is_killed_and_goes_on(bucket, tmp_path):
   process.communicate()
   assert 'runs/one/results.json' not in bucket.names()
   run = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
-  assert run.returncode == 0 and 'going on from step ' in run.stderr and 'embedding' not in run.stderr, run.stderr
+  assert run.returncode == 0 and 'resuming from step ' in run.stderr and 'embedding' not in run.stderr, run.stderr
   lines = [json.loads(line) for line in bucket.read('runs/one/metrics.jsonl').splitlines()]
   assert [line['step'] for line in lines] == [2, 4, 6, 8, 10, 12]
   results = json.loads(bucket.read('runs/one/results.json'))
   assert results['test']['images'] == 252 and saved_steps('gs://bucket/runs/one')[-1] == 12
   assert b'</html>' in bucket.read('runs/one/report.html') and not bucket.refused
   assert {name.split('/')[2] for name in bucket.names('runs/one/')} == {
-      'config.json', 'selection.json', 'embeddings', 'metrics.jsonl', 'tensorboard', 'checkpoints', 'duplicates.json', 'results.json',
+      'config.json', 'selection.json', 'embeddings', 'metrics.jsonl', 'tensorboard', 'checkpoints', 'duplicates.json',
+      'results.json',
       'report.html'}

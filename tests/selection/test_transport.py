@@ -60,12 +60,14 @@ def test_large_rhos_take_no_longer(memory, rho):
   tau = rho / (rho + 0.1)
   log_u = -tau * scipy.special.logsumexp(-cost / 0.1 + potentials.log_v, axis=1)
   # Masses of 61 and 7 that nearly hold: u and v are far apart, by hundreds in their logarithms.
-  np.testing.assert_allclose(-tau * scipy.special.logsumexp(-cost / 0.1 + log_u[:, None], axis=0), potentials.log_v, rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(-tau * scipy.special.logsumexp(-cost / 0.1 + log_u[:, None], axis=0), potentials.log_v,
+                             rtol=1e-5, atol=1e-5)
 
 
 @SOLVERS
 @settings(max_examples=10, deadline=None)
-@given(shape=st.sampled_from([(3, 2), (12, 5), (5, 30), (61, 7)]), epsilon=st.floats(0.05, 1.0), rho_source=st.floats(0.05, 2.0),
+@given(shape=st.sampled_from([(3, 2), (12, 5), (5, 30), (61, 7)]), epsilon=st.floats(0.05, 1.0),
+       rho_source=st.floats(0.05, 2.0),
        rho_target=st.floats(0.05, 10.0), seed=st.integers(0, 99))
 def test_equals_pot(pot, memory, shape, epsilon, rho_source, rho_target, seed):
   """Random problems against POT in float64: the plan itself, not only its shares; chunks of 16 rows, the last one cut short."""
@@ -74,7 +76,8 @@ def test_equals_pot(pot, memory, shape, epsilon, rho_source, rho_target, seed):
   assert potentials.converged
   # With masses of one, relative entropy and entropy are the same problem.
   expected = pot.unbalanced.sinkhorn_knopp_unbalanced(
-      np.ones(shape[0]), np.ones(shape[1]), cost, epsilon, (rho_source, rho_target), reg_type='kl', numItermax=20_000, stopThr=1e-12)
+      np.ones(shape[0]), np.ones(shape[1]), cost, epsilon, (rho_source, rho_target), reg_type='kl', numItermax=20_000,
+      stopThr=1e-12)
   np.testing.assert_allclose(plan, expected, rtol=0, atol=2e-5 * expected.max())
   np.testing.assert_allclose(transport.target_mass(potentials), expected.sum(0) / expected.sum(), rtol=1e-4)
 
@@ -113,8 +116,10 @@ def test_not_converged_is_said(memory):
 
 @SOLVERS
 @pytest.mark.parametrize('kwargs,words', [
-    ({'epsilon': 0.001}, 'epsilon 0.001 is too small for costs up to .*use at least 0.02'), ({'epsilon': 0.0}, 'epsilon is 0.0'),
-    ({'rho_source': -1.0}, 'rho_source is -1.0; expected a number above 0'), ({'rho_target': float('nan')}, 'rho_target is nan'),
+    ({'epsilon': 0.001}, 'epsilon 0.001 is too small for costs up to .*use at least 0.02'),
+    ({'epsilon': 0.0}, 'epsilon is 0.0'),
+    ({'rho_source': -1.0}, 'rho_source is -1.0; expected a number above 0'),
+    ({'rho_target': float('nan')}, 'rho_target is nan'),
     ({'rho_source': 1e18, 'rho_target': 1e18}, 'so large that both marginals hold exactly')])
 def test_parameters_that_cannot_be(memory, kwargs, words):
   cost = np.full((4, 3), 2.0)

@@ -1,4 +1,4 @@
-"""The newest and the best checkpoint stay, and come back as they were."""
+"""The newest and the best checkpoint are kept and restored exactly; damage is noticed."""
 
 import shutil
 
@@ -66,7 +66,7 @@ def test_equal_scores_go_by_loss_and_then_to_the_later_step(tmp_path):
 
 
 def test_a_stop_without_evaluation_is_the_newest_and_never_the_best(tmp_path):
-  """Saved on a signal: it is where the run goes on, and goes when a newer one is there."""
+  """Saved on a signal: the run resumes there, and it is removed when a newer one is saved."""
   checkpoints = save(tmp_path, {1: {'score': 0.2, 'loss': 1.0}, 2: None})
   assert (checkpoints.best_step, checkpoints.latest_step) == (1, 2)
   checkpoints.save(3, state_at(3), {'score': 0.1, 'loss': 1.0})
@@ -75,7 +75,8 @@ def test_a_stop_without_evaluation_is_the_newest_and_never_the_best(tmp_path):
 
 
 def test_metrics_come_later_without_the_state_being_written_again(tmp_path):
-  """Stopped in an evaluation and started again: the newest state is there all the while, and may be the best one then."""
+  """Stopped in an evaluation and started again: the newest state is there all the while, and may be the best one then.
+  """
   checkpoints = save(tmp_path, {1: {'score': 0.2, 'loss': 1.0}, 2: None})
   written = {path: path.stat().st_mtime_ns for path in (tmp_path / 'checkpoints' / '2').rglob('*') if path.is_file()}
   checkpoints.save(2, state_at(2), {'score': 0.3, 'loss': 1.0})
@@ -89,8 +90,8 @@ def test_metrics_come_later_without_the_state_being_written_again(tmp_path):
   checkpoints.close()
 
 
-def test_a_half_removed_checkpoint_goes(tmp_path):
-  """What kill -9 leaves behind in the middle of removing an old one; the newest, the best and those to be kept stay."""
+def test_a_half_removed_checkpoint_is_removed(tmp_path):
+  """What kill -9 leaves in the middle of removing an old one; the newest, the best and those to be kept stay."""
   scores = {1: 0.1, 2: 0.9, 3: 0.3}
   save(tmp_path, {step: {'score': score, 'loss': 1.0} for step, score in scores.items()}).close()
   half = tmp_path / 'checkpoints' / '1'
@@ -104,7 +105,7 @@ def test_a_half_removed_checkpoint_goes(tmp_path):
 
 
 def test_a_half_written_checkpoint_is_not_seen(tmp_path):
-  """What kill -9 leaves behind in the middle of a save."""
+  """What kill -9 leaves in the middle of a save."""
   save(tmp_path, {1: {'score': 0.2, 'loss': 1.0}}).close()
   (tmp_path / 'checkpoints' / '2.orbax-checkpoint-tmp').mkdir()
   checkpoints = Checkpoints(tmp_path)
@@ -113,7 +114,7 @@ def test_a_half_written_checkpoint_is_not_seen(tmp_path):
 
 
 def test_reading_leaves_a_save_in_progress_alone(tmp_path):
-  """Weights are taken from a pre-training that may still be running."""
+  """Weights may be read from a pre-training that is still running."""
   save(tmp_path, {1: {'score': 0.2, 'loss': 1.0}}).close()
   (tmp_path / 'checkpoints' / '2.orbax-checkpoint-tmp').mkdir()
   load_variables(tmp_path)
@@ -121,7 +122,7 @@ def test_reading_leaves_a_save_in_progress_alone(tmp_path):
 
 
 def test_other_data_than_before_is_refused(tmp_path):
-  """Going on with other images under the same names would mix two runs."""
+  """Resuming with other images under the same names would mix two runs."""
   checkpoints = Checkpoints(tmp_path, {'target images': 'a', 'val images': 'b'})
   checkpoints.save(1, state_at(1), {'score': 0.2, 'loss': 1.0})
   checkpoints.close()
@@ -181,10 +182,11 @@ def damage(folder, file, how):
   {'cut': lambda: path.write_bytes(cut), 'flipped': lambda: path.write_bytes(data), 'gone': path.unlink}[how]()
 
 
-@pytest.mark.parametrize('file, how', [('data', 'cut'), ('data', 'flipped'), ('data', 'gone'), ('metadata', 'cut'), ('metadata', 'gone'),
-                                       ('about', 'cut'), ('about', 'gone')])
+@pytest.mark.parametrize('file, how', [
+    ('data', 'cut'), ('data', 'flipped'), ('data', 'gone'), ('metadata', 'cut'), ('metadata', 'gone'), ('about', 'cut'),
+    ('about', 'gone')])
 def test_damage_is_seen_and_set_aside(tmp_path, file, how):
-  """The one before is there to go on from; the last one is never given up for a fresh start."""
+  """The run can resume from the one before; the last one is never given up for a fresh start."""
   save(tmp_path, {1: {'score': 0.9, 'loss': 1.0}, 2: {'score': 0.2, 'loss': 1.0}}).close()
   damage(tmp_path / 'checkpoints' / '2', file, how)
   with pytest.raises(Damaged, match='checkpoints/2 '):
@@ -206,7 +208,9 @@ def test_damage_is_seen_and_set_aside(tmp_path, file, how):
 
 
 def test_damage_that_another_process_sees_is_damage_here(tmp_path, monkeypatch):
-  """Whatever is asked of a checkpoint: where one process sets it aside and another reads on, each waits for the other for ever."""
+  """Whatever is asked of a checkpoint: where one process sets it aside and another reads on, each waits for the other
+  for ever.
+  """
   checkpoints = save(tmp_path, {1: {'score': 0.5, 'loss': 1.0}})
   monkeypatch.setattr(checkpoints_module.parallel, 'everyone', lambda value: [value, (True, 'damaged there')])
   for ask in (lambda: checkpoints.structure(1), lambda: checkpoints.restore(1, state_at(0))):
@@ -227,7 +231,9 @@ def test_metrics_that_cannot_be_read(tmp_path):
 
 
 def test_a_step_that_was_saved_before_it_was_evaluated(tmp_path):
-  """Stopped before its evaluation and evaluated at the next start, it has metrics then; what has them is not saved again."""
+  """Stopped before its evaluation and evaluated at the next start, it has metrics then; what has them is not saved
+  again.
+  """
   checkpoints = Checkpoints(tmp_path)
   checkpoints.save(4, state_at(4), {'score': 0.1, 'loss': 1.0})
   checkpoints.save(5, state_at(5), None)

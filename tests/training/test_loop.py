@@ -86,7 +86,8 @@ def run_loop(monkeypatch, tmp_path):
   def run(steps=10, start=0, losses=None, norms=None, stop=(), log_every=3, eval_every=4, keep=(), last=1000,
           stopped_in_evaluation=(), stalled_in_evaluation=(), val_loss=None, evaluated=True, clock=lambda: 0.0,
           batches=None, step=None, evaluate=lambda: None):
-    """What the loop did: its state or the error that ended it, lines, evaluations, saved states and the progress bar."""
+    """What the loop did: its state or the error that ended it, lines, evaluations, saved states and the progress bar.
+    """
     work = Workdir(tmp_path / str(len(list(tmp_path.iterdir()))), {'job': 'finetune', 'seed': 0, 'train': {}})
     checkpoints, bar, evaluations = Checkpoints(work, evaluated), Bar(start), []
 
@@ -132,8 +133,8 @@ def run_loop(monkeypatch, tmp_path):
       state = train(whole, step or count, state, start, (), clock)
     except (Interrupted, Stalled, Diverged) as ended:
       error = ended
-    lines = [{name: value for name, value in line.items() if name not in ('learning_rate', 'val/top1', 'val/mean_per_class')}
-             for line in work.metrics()]
+    others = ('learning_rate', 'val/top1', 'val/mean_per_class')
+    lines = [{name: value for name, value in line.items() if name not in others} for line in work.metrics()]
     return types.SimpleNamespace(state=state.step, error=error, lines=lines, evaluations=evaluations,
                                  saved=checkpoints.saved, shown=bar.shown)
 
@@ -206,7 +207,8 @@ def test_images_that_stop_coming_right_after_the_missing_evaluation(run_loop):
 def test_ends_when_loss_or_gradient_are_not_finite(run_loop, what, at):
   """With the number of its step, and before any of its metrics are written or its state is saved."""
   done = run_loop(**{what: [float('nan') if k == at else 1.0 for k in range(10)]})
-  assert isinstance(done.error, Diverged) and done.error.step == at + 1 and str(done.error).endswith(f'at step {at + 1}')
+  assert isinstance(done.error, Diverged) and done.error.step == at + 1
+  assert str(done.error).endswith(f'at step {at + 1}')
   assert all(line['step'] <= at for line in done.lines) and all(step <= at for step, _, _ in done.saved)
 
 

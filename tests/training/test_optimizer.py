@@ -10,7 +10,8 @@ import pytest
 from ft_jax.models.resnet import BasicBlock, ResNet
 from ft_jax.training import optimizer
 
-PARAMS = {'conv1': {'kernel': np.full((2, 2), 0.5, np.float32)}, 'heads': {'target': {'bias': np.full(3, -1.0, np.float32)}}}
+PARAMS = {'conv1': {'kernel': np.full((2, 2), 0.5, np.float32)},
+          'heads': {'target': {'bias': np.full(3, -1.0, np.float32)}}}
 
 
 def make(**kwargs):
@@ -21,11 +22,13 @@ def make(**kwargs):
 
 @pytest.mark.parametrize('nesterov', [True, False])
 def test_equals_torchs_formula(nesterov):
-  """g += decay * w; buffer = momentum * buffer + g; step along g + momentum * buffer (Nesterov) or buffer; in float64."""
+  """g += decay * w; buffer = momentum * buffer + g; step along g + momentum * buffer (Nesterov) or buffer; in float64.
+  """
   tx = make(nesterov=nesterov)
   params, state = jax.tree.map(jnp.asarray, PARAMS), None
   state = tx.init(params)
-  w = {'kernel': PARAMS['conv1']['kernel'].astype(np.float64), 'bias': PARAMS['heads']['target']['bias'].astype(np.float64)}
+  w = {'kernel': PARAMS['conv1']['kernel'].astype(np.float64),
+       'bias': PARAMS['heads']['target']['bias'].astype(np.float64)}
   buffers = {key: np.zeros_like(value) for key, value in w.items()}
   rng = np.random.default_rng(0)
   for _ in range(5):
@@ -69,7 +72,8 @@ def test_schedules():
 
 def test_milestones_on_one_step_multiply_the_rate_each():
   """In any order: three decays are three, however short the run is."""
-  np.testing.assert_allclose(rates('milestones', milestones=(0.8, 0.3, 0.304))[[29, 30, 79, 80]], [1, 0.01, 0.01, 0.001], rtol=1e-5)
+  np.testing.assert_allclose(rates('milestones', milestones=(0.8, 0.3, 0.304))[[29, 30, 79, 80]],
+                             [1, 0.01, 0.01, 0.001], rtol=1e-5)
   short = optimizer.make_schedule('milestones', 1.0, 2, milestones=(0.4, 0.5, 0.6), decay=0.1, warmup=0.0)
   np.testing.assert_allclose([short(0), short(1)], [1, 1e-3], rtol=1e-5)
 
@@ -89,21 +93,24 @@ def test_every_warmup_and_length_makes_a_schedule(kind):
 def test_layers_decay_with_their_distance_from_the_heads():
   """Heads at the full rate, the last block once, each block before it once more, the stem most."""
   model = ResNet((2, 1), BasicBlock, heads={})
-  paths = ('conv1/kernel', 'layer1/0/conv1/kernel', 'layer1/1/bn2/scale', 'layer2/0/downsample/0/kernel', 'heads/target/bias',
+  paths = ('conv1/kernel', 'layer1/0/conv1/kernel', 'layer1/1/bn2/scale', 'layer2/0/downsample/0/kernel',
+           'heads/target/bias',
            'methods/own/kernel')
   params = flax.traverse_util.unflatten_dict({path: jnp.zeros(2) for path in paths}, sep='/')
   factors = optimizer.parameter_factors(params, (('heads/.*', 10.0), ('.*', 1.0)), depth=model.depth, layer_decay=0.5)
   tx = optimizer.make_optimizer('sgd', optax.constant_schedule(1.0), factors, momentum=0.0, nesterov=False)
   updates, _ = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
   steps = {path: -float(value[0]) for path, value in flax.traverse_util.flatten_dict(updates, sep='/').items()}
-  assert steps == {'heads/target/bias': 10.0, 'methods/own/kernel': 1.0, 'layer2/0/downsample/0/kernel': 0.5, 'layer1/1/bn2/scale': 0.25,
+  assert steps == {'heads/target/bias': 10.0, 'methods/own/kernel': 1.0, 'layer2/0/downsample/0/kernel': 0.5,
+                   'layer1/1/bn2/scale': 0.25,
                    'layer1/0/conv1/kernel': 0.125, 'conv1/kernel': 0.0625}
 
 
 def test_clipping_is_of_the_gradient_alone():
   """Scaled to the norm over all parameters, before the weight decay is added; a smaller gradient stays."""
   params = {'a': {'kernel': jnp.array([3.0])}, 'b': {'kernel': jnp.array([4.0])}}
-  tx = optimizer.make_optimizer('sgd', optax.constant_schedule(1.0), optimizer.parameter_factors(params), momentum=0.0, nesterov=False,
+  tx = optimizer.make_optimizer('sgd', optax.constant_schedule(1.0), optimizer.parameter_factors(params), momentum=0.0,
+                                nesterov=False,
                                 weight_decay=0.1, clip_norm=0.5)
   for scale, expected in ((1.0, 0.5 / 5), (0.05, 0.05)):
     updates, _ = tx.update(jax.tree.map(lambda x, s=scale: s * x, params), tx.init(params), params)
@@ -115,7 +122,8 @@ def test_clipping_is_of_the_gradient_alone():
 def test_adam_equals_torchs_formula(kind):
   """adam adds the decay to the gradient, adamw to the update (Loshchilov and Hutter, ICLR 2019); in float64."""
   params, state = {'a': {'kernel': jnp.array([0.5, -1.0])}}, None
-  tx = optimizer.make_optimizer(kind, optax.constant_schedule(0.1), optimizer.parameter_factors(params), weight_decay=0.1)
+  tx = optimizer.make_optimizer(kind, optax.constant_schedule(0.1), optimizer.parameter_factors(params),
+                                weight_decay=0.1)
   state, w, m, v = tx.init(params), np.array([0.5, -1.0]), np.zeros(2), np.zeros(2)
   rng = np.random.default_rng(0)
   for t in range(1, 6):
@@ -131,13 +139,15 @@ def test_adam_equals_torchs_formula(kind):
 
 def test_amsgrad_equals_torchs_formula():
   """The maximum is of the second moments before their correction, unlike optax's; in float64."""
-  tx = optimizer.make_optimizer('amsgrad', optax.constant_schedule(0.01), optimizer.parameter_factors(PARAMS), weight_decay=0.02)
+  tx = optimizer.make_optimizer('amsgrad', optax.constant_schedule(0.01), optimizer.parameter_factors(PARAMS),
+                                weight_decay=0.02)
   params = jax.tree.map(jnp.asarray, PARAMS)
   state, w = tx.init(params), PARAMS['conv1']['kernel'].astype(np.float64)
   m = v = most = np.zeros_like(w)
   rng = np.random.default_rng(0)
   for t in range(1, 41):
-    g = rng.normal(size=(2, 2)) * (100.0 if t < 3 else 1.0)  # the largest second moments lie behind: the maximum matters
+    # the largest second moments lie behind: the maximum matters
+    g = rng.normal(size=(2, 2)) * (100.0 if t < 3 else 1.0)
     grads = {'conv1': {'kernel': g.astype(np.float32)}, 'heads': {'target': {'bias': np.zeros(3, np.float32)}}}
     updates, state = tx.update(grads, state, params)
     params = optax.apply_updates(params, updates)

@@ -19,7 +19,8 @@ LAMBDA = 0.3
 
 
 def batch_of(rng, size, classes):
-  return {'input': rng.integers(0, 255, (size, 16, 16, 3)).astype(np.uint8), 'label': rng.integers(0, classes, size).astype(np.int32)}
+  return {'input': rng.integers(0, 255, (size, 16, 16, 3)).astype(np.uint8),
+          'label': rng.integers(0, classes, size).astype(np.int32)}
 
 
 @pytest.fixture(scope='module')
@@ -46,12 +47,15 @@ def test_step_on_four_devices_is_the_formula_on_the_whole_batch(setting):
 
   def loss_fn(params):
     images = np.concatenate([batch['target']['input'], batch['source']['input']])
-    outputs, updates = alone.apply({'params': params, 'batch_stats': variables['batch_stats']}, images, train=True, mutable=['batch_stats'])
+    outputs, updates = alone.apply({'params': params, 'batch_stats': variables['batch_stats']}, images, train=True,
+                                   mutable=['batch_stats'])
     losses = [-jnp.mean(jax.nn.log_softmax(logits)[jnp.arange(len(labels)), labels]) for logits, labels in (
-        (outputs.logits['target'][:8], batch['target']['label']), (outputs.logits['source'][8:], batch['source']['label']))]
+        (outputs.logits['target'][:8], batch['target']['label']),
+        (outputs.logits['source'][8:], batch['source']['label']))]
     return losses[0] + LAMBDA * losses[1], (losses, updates['batch_stats'], outputs.logits['target'][:8])
 
-  (loss, (losses, batch_stats, logits)), gradients = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(variables['params'])
+  (loss, (losses, batch_stats,
+          logits)), gradients = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(variables['params'])
   np.testing.assert_allclose(metrics['loss'], loss, rtol=1e-5)
   np.testing.assert_allclose([metrics['loss_target'], metrics['loss_source']], losses, rtol=1e-5)
   np.testing.assert_allclose(metrics['top1_target'], np.mean(np.argmax(logits, -1) == batch['target']['label']))
@@ -59,7 +63,8 @@ def test_step_on_four_devices_is_the_formula_on_the_whole_batch(setting):
   assert all((new != old).any() for new, old in zip(jax.tree.leaves([state.params, state.batch_stats]), jax.tree.leaves(
       [variables['params'], variables['batch_stats']]))), 'BatchNorm is not frozen here'
   # The first Nesterov step is 1.9 times the gradient.
-  jax.tree.map(lambda new, old, g: np.testing.assert_allclose((old - new) / 0.19, g, rtol=1e-3, atol=2e-4 * float(jnp.abs(g).max()) + 1e-6),
+  jax.tree.map(lambda new, old, g: np.testing.assert_allclose((old - new) / 0.19, g, rtol=1e-3,
+                                                              atol=2e-4 * float(jnp.abs(g).max()) + 1e-6),
                state.params, variables['params'], gradients)
   assert state.step == 1
 
@@ -69,14 +74,16 @@ def test_batch_norm_of_each_device_is_the_mean_over_devices(setting):
   _, variables, batch = setting
   model = build('resnet18', {'target': 3, 'source': 5}, width=4)
   state, _ = step_once(model, variables, batch)
-  parts = [np.concatenate([batch['target']['input'][2 * d:2 * d + 2], batch['source']['input'][4 * d:4 * d + 4]]) for d in range(4)]
+  parts = [np.concatenate([batch['target']['input'][2 * d:2 * d + 2], batch['source']['input'][4 * d:4 * d + 4]])
+           for d in range(4)]
   apply = jax.jit(lambda images: model.apply(variables, images, train=True, mutable=['batch_stats'])[1]['batch_stats'])
   stats = [apply(part) for part in parts]
-  jax.tree.map(lambda mean, *each: np.testing.assert_allclose(mean, np.mean(each, 0), rtol=1e-4, atol=1e-5), state.batch_stats, *stats)
+  jax.tree.map(lambda mean, *each: np.testing.assert_allclose(mean, np.mean(each, 0), rtol=1e-4, atol=1e-5),
+               state.batch_stats, *stats)
 
 
 def test_state_may_be_built_from_arrays_that_are_used_again(setting):
-  """A donated step must not eat the variables that it was made from."""
+  """A donated step must not destroy the variables that it was made of."""
   model, variables, batch = setting
   on_device = jax.tree.map(jnp.asarray, variables)
   first = step_once(model, on_device, batch)[0]
@@ -85,13 +92,17 @@ def test_state_may_be_built_from_arrays_that_are_used_again(setting):
 
 
 def test_steps_equal_torchs(tmp_path):
-  """Two Nesterov steps of torch.optim.SGD with weight decay on one device: gradients, statistics and parameters on four here."""
+  """Two Nesterov steps of torch.optim.SGD with weight decay on one device: gradients, statistics and parameters on four
+  here.
+  """
   record = Record('resnet18')
   variables = record.variables(tmp_path)
   model = build('resnet18', {'source': 7}, width=2, axis_name=parallel.AXIS)
   # Keeps the gradients of a step beside what the optimiser keeps.
-  keep = optax.GradientTransformation(lambda params: params, lambda gradients, state, params=None: (gradients, gradients))
-  tx = optax.chain(keep, make_optimizer('sgd', optax.constant_schedule(0.05), parameter_factors(variables['params']), momentum=0.9,
+  keep = optax.GradientTransformation(lambda params: params, lambda gradients, state,
+                                      params=None: (gradients, gradients))
+  tx = optax.chain(keep, make_optimizer('sgd', optax.constant_schedule(0.05), parameter_factors(variables['params']),
+                                        momentum=0.9,
                                         nesterov=True, weight_decay=0.02))
   step = make_train_step(model, tx, {'source': 1.0})
   state = parallel.replicate(create_state(variables, tx))
@@ -100,7 +111,8 @@ def test_steps_equal_torchs(tmp_path):
   first = parallel.unreplicate(state)
   state, _ = step(state, batch)
   second = parallel.unreplicate(state)
-  for kind, values in (('gradients', {'params': first.opt_state[0]}), ('statistics', {'batch_stats': first.batch_stats}),
+  for kind, values in (('gradients', {'params': first.opt_state[0]}),
+                       ('statistics', {'batch_stats': first.batch_stats}),
                        ('after', {'params': second.params})):
     values = export.state_dict(RESNET, values, 'source')
     errors = {key: error(values[key], expected) for key, expected in record.tensors(kind).items()}
@@ -123,7 +135,8 @@ def test_frozen_batch_norm_keeps_every_bit(setting):
   flat = lambda params, stats: flax.traverse_util.flatten_dict({'params': params, 'batch_stats': stats}, sep='/')
   before, copies = flat(noisy['params'], noisy['batch_stats']), flat(state.params, state.batch_stats)
   normalisation = {key for key in before
-                   if key.startswith('batch_stats') or not key.startswith('params/heads') and key.endswith(('scale', 'bias'))}
+                   if key.startswith('batch_stats') or not key.startswith('params/heads')
+                   and key.endswith(('scale', 'bias'))}
   assert len(normalisation) == 20 * 4 and len(before) == 20 * 4 + 20 + 4
   for key, copy in copies.items():
     kept = all(np.asarray(shard.data).tobytes() == before[key].tobytes() for shard in copy.addressable_shards)
@@ -141,10 +154,12 @@ def test_frozen_batch_norm_normalises_with_running_statistics(setting):
 
 
 def test_averages_and_what_is_evaluated():
-  """Each step moves the averages by 1 - min(average, (1 + step) / (10 + step)) of the way; they are what is evaluated."""
+  """Each step moves the averages by 1 - min(average, (1 + step) / (10 + step)) of the way; they are what is evaluated.
+  """
   start = method_case.start_of(method_case.network())
   plain = method_case.run({}, start=start)[0]
-  step = jax.jit(jax.vmap(make_step(method_case.network(), optax.sgd(0.05), {'target': 1.0, 'source': 0.5}, ema_decay=0.25),
+  step = jax.jit(jax.vmap(make_step(method_case.network(), optax.sgd(0.05), {'target': 1.0, 'source': 0.5},
+                                    ema_decay=0.25),
                           in_axes=(None, 0), axis_name=parallel.AXIS), compiler_options=method_case.QUICK)
   first = {'params': plain.params, 'batch_stats': plain.batch_stats}
   state, expected, weights = plain.replace(step=0, average=first), first, (0.1, 2 / 11, 0.25, 0.25)
@@ -161,7 +176,9 @@ def test_averages_and_what_is_evaluated():
 @pytest.mark.parametrize('pattern,stays', [
     ('backbone', ('bn1', 'conv1', 'layer')), ('conv1/.*|bn1/.*|layer[12]/.*', ('bn1', 'conv1', 'layer1', 'layer2'))])
 def test_what_is_frozen_keeps_every_bit(pattern, stays):
-  """Parameters and running statistics under the pattern, with weight decay and averages of several devices; all else moves."""
+  """Parameters and running statistics under the pattern, with weight decay and averages of several devices; all else
+  moves.
+  """
   model = build('resnet18', {}, frozen=pattern)
   model = method_case.network(frozen=model.frozen)
   start = method_case.start_of(model)
@@ -180,7 +197,7 @@ def test_parts_are_the_whole_batch_but_for_batch_norm():
   model = method_case.network()
   start = method_case.start_of(model)
   whole, _ = method_case.run({}, start=start, model=model, rate=0.0)
-  parts, _ = method_case.run({}, start=start, model=model, rate=0.0, microbatches=2)
+  divided, _ = method_case.run({}, start=start, model=model, rate=0.0, microbatches=2)
   batch = method_case.batch()
   forward = jax.jit(lambda stats, images: model.clone(heads={}).apply(
       {'params': start['params'], 'batch_stats': stats}, images, train=True, mutable=['batch_stats'])[1]['batch_stats'],
@@ -189,5 +206,5 @@ def test_parts_are_the_whole_batch_but_for_batch_norm():
   for rows in (slice(0, 8), slice(8, 16)):
     images = np.concatenate([batch[stream]['input'][rows] for stream in ('target', 'source')])
     stats = forward(stats, images)
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), parts.batch_stats, stats)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), divided.batch_stats, stats)
   assert any((a != b).any() for a, b in zip(jax.tree.leaves(whole.batch_stats), jax.tree.leaves(stats)))

@@ -3,8 +3,8 @@
     python -m ft_jax.data.prepare tfds:oxford_iiit_pet --data_dir=/data/tfds
     python -m ft_jax.data.prepare tfds:cars196 --from=/downloads/stanford_cars --data_dir=/data/tfds
 
-The files are downloaded, or taken from a folder that has them as they are published: the archives, or what is in them. A set
-that exists already is left as it is; an interrupted run is simply started again. See docs/data.md.
+The files are downloaded, or taken from a folder that has them as they are published: the archives, or what is in them.
+A set that exists already is left as it is; an interrupted run is simply started again. See docs/data.md.
 """
 
 import argparse

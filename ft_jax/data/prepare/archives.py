@@ -1,4 +1,4 @@
-"""Archives, and folders that stand for one: their files one by one, and what is wrong with an archive that is damaged."""
+"""The files in archives, and in folders that replace an archive; damaged archives are named."""
 
 from collections.abc import Iterator
 import contextlib
@@ -39,7 +39,7 @@ def iter_folder(folder: pathlib.Path) -> Iterator[tuple[str, LazyFile]]:
 
 
 def iter_archive(archive: pathlib.Path, stream: BinaryIO, method: Any) -> Iterator[tuple[str, BinaryIO]]:
-  """The files in an archive, read by TFDS (which leaves out absolute paths and `..`) from a stream opened without TensorFlow.
+  """The files in an archive, read by TFDS, which leaves out absolute paths and `..`; opened without TensorFlow.
 
   Raises:
     ValueError: the archive is damaged.
@@ -58,7 +58,8 @@ def naming_damage(archive: pathlib.Path) -> Iterator[None]:
       raise  # the disk is at fault, not the archive
     # tarfile has a line for every compression that it tried.
     reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(':')
-    raise ValueError(f'{archive} is damaged or cut short ({reason}; {archive.stat().st_size:,d} bytes): get it again') from error
+    size = archive.stat().st_size
+    raise ValueError(f'{archive} is damaged or cut short ({reason}; {size:,d} bytes): get it again') from error
 
 
 def check_archive(archive: pathlib.Path, published: int | None) -> None:

@@ -62,7 +62,8 @@ class Originals(tfds.download.DownloadManager):
     self._check_before_download(jax.tree.leaves(url_or_urls))
     try:
       return super().download(url_or_urls)
-    except (OSError, tfds.download.DownloadError, tfds.core.download.download_manager.NonMatchingChecksumError) as error:
+    except (OSError, tfds.download.DownloadError,
+            tfds.core.download.download_manager.NonMatchingChecksumError) as error:
       raise DownloadFailed(f'the download failed: {str(error).strip().splitlines()[0]}') from error
 
   def extract(self, path_or_paths: Any) -> Any:
@@ -129,7 +130,7 @@ class Originals(tfds.download.DownloadManager):
                      f'{name} is published at {url}')
 
   def _link(self, name: str, paths: Mapping[str, pathlib.Path]) -> pathlib.Path:
-    """A folder that looks like the unpacked archive and has nothing else in it: builders use everything that they find."""
+    """A folder that looks like the unpacked archive, with nothing else in it: builders use all files that they find."""
     root = self._links / name
     for place, path in paths.items():
       (root / place).parent.mkdir(parents=True, exist_ok=True)
@@ -188,8 +189,8 @@ def _names_in(folder: pathlib.Path, most: int = 8) -> str:
   return ', '.join(names[:most]) + more if names else 'nothing'
 
 
-# What may be in a folder instead of an archive: alternatives, each with the names to look for, by where they would be in the
-# unpacked archive.
+# What may be in a folder instead of an archive: alternatives, each with the names to look for, by where they would be
+# in the unpacked archive.
 UNPACKED: dict[str, tuple[dict[str, str], ...]] = {
     # Oxford-IIIT Pets
     'images.tar.gz': ({'images': 'images'},),
@@ -215,5 +216,6 @@ UNPACKED: dict[str, tuple[dict[str, str], ...]] = {
     'dtd-r1.0.1.tar.gz': ({'dtd/images': 'images', 'dtd/labels': 'labels'},),
     # SUN397
     'SUN397.tar.gz': ({'SUN397': 'SUN397'},),
-    'Partitions.zip': ({f'{part}_{k:02d}.txt': f'{part}_{k:02d}.txt' for part in ('Training', 'Testing') for k in range(1, 11)},),
+    'Partitions.zip': ({f'{part}_{k:02d}.txt': f'{part}_{k:02d}.txt' for part in ('Training', 'Testing')
+                        for k in range(1, 11)},),
 }

@@ -1,4 +1,4 @@
-"""What is known of the sets of the paper as they are published: the number of their images, their files, and dead links."""
+"""The sets of the paper as they are published: the number of their images, their files, and dead links."""
 
 from typing import NamedTuple
 
@@ -27,7 +27,8 @@ def how_to_get_by_hand(set_name: str, name: str) -> str:
   """What to do if a set cannot be downloaded; `name` may have a config and a version."""
   known = SETS.get(set_name)
   dead = f'Known: {known.dead}. ' if known and known.dead else ''
-  return (f'{dead}If you have or get the files elsewhere ({files_of(set_name)}), packed or unpacked, give their folder:\n'
+  return (f'{dead}If you have or get the files elsewhere ({files_of(set_name)}), packed or unpacked, give '
+          'their folder:\n'
           f'  python -m ft_jax.data.prepare tfds:{name} --from=FOLDER --data_dir=...')
 
 

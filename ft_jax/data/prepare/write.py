@@ -35,8 +35,8 @@ def prepare(name: str, data_dir: str = '', originals_dir: str = '') -> str:
     The folder of the set.
 
   Raises:
-    ValueError: TFDS does not know the set, it exists in another format, or it cannot be written; if files have to be fetched by
-      hand, the message says which and where to put them.
+    ValueError: TFDS does not know the set, it exists in another format, or it cannot be written; if files have to be
+      fetched by hand, the message says which and where to put them.
   """
   name = name.removeprefix('tfds:')
   kind, _, rest = name.partition(':')
@@ -44,20 +44,24 @@ def prepare(name: str, data_dir: str = '', originals_dir: str = '') -> str:
     raise ValueError(f'{name} needs no preparation: it is read as it is, with target.name={kind}:{rest or "..."} '
                      'or source.name=...')
   if not name:
-    raise ValueError('the name of the set is empty; expected tfds:<name>[/config][:version], such as tfds:oxford_iiit_pet')
+    raise ValueError('the name of the set is empty; expected tfds:<name>[/config][:version], such as '
+                     'tfds:oxford_iiit_pet')
   builder = tfds_builder(name, data_dir)
   if builder.is_prepared():
     file_format = builder.info.file_format.value
     if file_format != 'array_record':
-      raise ValueError(f'{builder.data_dir} has tfds:{name} as {file_format}; move that folder away, or give another --data_dir')
+      raise ValueError(f'{builder.data_dir} has tfds:{name} as {file_format}; move that folder away, or give '
+                       'another --data_dir')
     progress.log.info('tfds:%s exists already: %s', name, _counts(builder))
     return str(builder.data_dir)
   root = pathlib.Path(os.path.expanduser(builder.data_dir_root))
   if pathlib.Path(builder.data_dir).exists():
-    raise ValueError(f'{builder.data_dir} exists, but the set in it is not complete; move that folder away and start again')
+    raise ValueError(f'{builder.data_dir} exists, but the set in it is not complete; move that folder away '
+                     'and start again')
   folder = pathlib.Path(os.path.expanduser(originals_dir)) if originals_dir else None
   if folder and not folder.is_dir():
-    raise ValueError(f'--from: there is no folder {folder}; expected one with the files of tfds:{name}: {files_of(builder.name)}')
+    raise ValueError(f'--from: there is no folder {folder}; expected one with the files of tfds:{name}: '
+                     f'{files_of(builder.name)}')
   manual_dir = folder or root / 'downloads' / 'manual'
   if builder.name == 'imagenet2012':
     _check_imagenet(manual_dir, root)

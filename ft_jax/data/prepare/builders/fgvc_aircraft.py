@@ -25,6 +25,9 @@ CITATION = """\
 }"""
 
 
+_Examples = Iterator[tuple[str, dict[str, Any]]]
+
+
 class FgvcAircraft(tfds.core.GeneratorBasedBuilder):
   """Images, variants as labels, and file names; written without TensorFlow."""
 
@@ -42,14 +45,15 @@ class FgvcAircraft(tfds.core.GeneratorBasedBuilder):
             'file_name': tfds.features.Text(),  # such as 0034309.jpg
         }))
 
-  def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator[tuple[str, dict[str, Any]]]]:
+  def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, _Examples]:
     data = dl_manager.download_and_extract(URL) / 'fgvc-aircraft-2013b' / 'data'
     # The names come with the archive, in the order of their labels; TFDS stores them with the set.
-    self.info.features['label'].names = [line.strip() for line in (data / 'variants.txt').read_text().strip().splitlines()]
+    variants = (data / 'variants.txt').read_text().strip().splitlines()
+    self.info.features['label'].names = [line.strip() for line in variants]
     return {split: self._generate_examples(data, f'images_variant_{part}.txt')
             for split, part in (('train', 'train'), ('validation', 'val'), ('test', 'test'))}
 
-  def _generate_examples(self, data: epath.Path, images_file: str) -> Iterator[tuple[str, dict[str, Any]]]:
+  def _generate_examples(self, data: epath.Path, images_file: str) -> _Examples:
     for line in (data / images_file).read_text().splitlines():
       number, variant = line.split(' ', 1)
       name = f'{number}.jpg'
