@@ -29,7 +29,7 @@ from ft_jax.pages.page import format_percent
 from ft_jax.progress import log
 from ft_jax.settings import check_fields, defaults, flat, MAY_CHANGE, RENAMED
 from ft_jax.studies import history, probe, spectrum, study_results, transferability
-from ft_jax.studies.study_data import changed, described, Frozen, open_target, Parts, Target
+from ft_jax.studies.study_data import describe_spectra, FrozenFeatures, measure_change, open_target, Parts, Target
 from ft_jax.workdir import check_name, own, read_config, run_fields, write_bytes, write_text
 from selection import storage
 
@@ -56,7 +56,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
   if read_config(folder):
     raise ValueError(f'--workdir={workdir} holds a run, whose files would be mixed with those of the study; give another --workdir')
   parallel.check_shared(folder, '--workdir')
-  log.info('study of %d checkpoints of %s (%s) on %s -> %s', len(kept.kept), kept.path, ', '.join(entry.name for entry in kept.kept),
+  log.info('study of %d checkpoints of %s (%s) on %s -> %s', len(kept.checkpoints), kept.path, ', '.join(entry.name for entry in kept.checkpoints),
            ', '.join(target.name for target in targets), folder)
   if kept.image_size not in (0, config.image_size):
     log.warning('warning: %s was trained at %d pixels, and config.image_size is %d', kept.path, kept.image_size, config.image_size)
@@ -89,7 +89,7 @@ def check(config: ConfigDict, kept: history.History) -> None:
   if not _names(config):
     raise ValueError('config.target.name is empty; name your images, such as folder:/data/pets or tfds:oxford_iiit_pet')
   for name in _names(config):
-    finetune.Settings.from_config(_own(config, name, settings.seeds[0], kept.kept[0].weights))
+    finetune.Settings.from_config(_own(config, name, settings.seeds[0], kept.checkpoints[0].weights))
 
 
 def _names(config: ConfigDict) -> list[str]:
@@ -130,7 +130,7 @@ class _Study:
     self._which = 'centred' if config.study.centred else 'plain'
     self._pool, self._legacy_pool = _pool(config)
     self._prints = history.fingerprints(kept, config.image_size)
-    self._found = [[{'about': None, 'change': None, 'probes': {}, 'ft': {}, 'ft_change': {}} for _ in kept.kept] for _ in targets]
+    self._found = [[{'about': None, 'change': None, 'probes': {}, 'ft': {}, 'ft_change': {}} for _ in kept.checkpoints] for _ in targets]
     for t, c, seed in self._fine_tunings():
       for what, made_of in (('ft', self._tuned), ('ft_change', self._tuned_change)):
         # The second name is that of earlier versions.
@@ -139,7 +139,7 @@ class _Study:
 
   def _fine_tunings(self) -> list[tuple[int, int, int]]:
     """(target, checkpoint, seed): a seed of all before the next one."""
-    return [(t, c, seed) for seed in self._config.study.seeds for t in range(len(self._targets)) for c in range(len(self._history.kept))]
+    return [(t, c, seed) for seed in self._config.study.seeds for t in range(len(self._targets)) for c in range(len(self._history.checkpoints))]
 
   # What parts are made of.
 
@@ -161,14 +161,14 @@ class _Study:
 
   # Features.
 
-  def _frozen(self, target: Target, checkpoint: int) -> Frozen:
-    entry = self._history.kept[checkpoint]
+  def _frozen(self, target: Target, checkpoint: int) -> FrozenFeatures:
+    entry = self._history.checkpoints[checkpoint]
 
     def make() -> np.ndarray:
       variables = history.load(entry, self._config.model, self._config.image_size).variables
       return self._embedded(self._folder / 'features', target, variables, entry.name)
 
-    return Frozen(make)
+    return FrozenFeatures(make)
 
   def _embedded(self, folder: epath.Path | None, target: Target, variables: Mapping[str, Any], network: str) -> np.ndarray:
     unfinished = self._folder / 'unfinished'
@@ -181,11 +181,11 @@ class _Study:
     remove_partial(unfinished)
     return features
 
-  # Frozen.
+  # FrozenFeatures.
 
   def freeze(self) -> None:
     """All that frozen features tell: of each target and checkpoint once."""
-    began, entries, seeds = time.perf_counter(), self._history.kept, self._config.study.seeds
+    began, entries, seeds = time.perf_counter(), self._history.checkpoints, self._config.study.seeds
     for t, target in enumerate(self._targets):
       before = None
       for c, entry in enumerate(entries):
@@ -203,13 +203,13 @@ class _Study:
     log.info('frozen features: %.0f s', time.perf_counter() - began)
     self.write()
 
-  def _about(self, target: Target, checkpoint: int, frozen: Frozen) -> dict[str, Any]:
+  def _about(self, target: Target, checkpoint: int, frozen: FrozenFeatures) -> dict[str, Any]:
     """Spectra and scores, of what the first seed learns from."""
     seed = self._config.study.seeds[0]
     key = ('features', self._prints[checkpoint], *self._seen(target, seed))
     if part := self._parts.get(*key):
       return part
-    entry, rows = self._history.kept[checkpoint], target.rows[seed].learnt
+    entry, rows = self._history.checkpoints[checkpoint], target.rows[seed].learnt
     classifier = history.load(entry, self._config.model, self._config.image_size).classifier
     probabilities = None if classifier is None else _softmax(frozen.features[rows], classifier)
     try:
@@ -217,10 +217,10 @@ class _Study:
       spectra = frozen.spectra(rows)
     except ValueError as error:
       raise ValueError(f'{target.name} by {entry.name}: {error}') from error
-    return self._parts.put(*key, found={'spectrum': described(spectra, self._config.study.threshold), 'scores': scores,
+    return self._parts.put(*key, found={'spectrum': describe_spectra(spectra, self._config.study.threshold), 'scores': scores,
                                         'note': spectra['plain'].note})
 
-  def _probe(self, target: Target, checkpoint: int, frozen: Frozen, seed: int) -> dict[str, Any]:
+  def _probe(self, target: Target, checkpoint: int, frozen: FrozenFeatures, seed: int) -> dict[str, Any]:
     """Each classifier on the features, and the linear one on each part of them."""
     key = ('frozen', self._prints[checkpoint], *self._seen(target, seed), self._config.target.metric)
     if part := self._parts.get(*key):
@@ -252,12 +252,12 @@ class _Study:
     return {'val': self._score(truth[val], of_val, classes), 'test': self._score(truth[test], of_test, classes),
             'wrong': test[of_test != truth[test]].tolist()}
 
-  def _changed(self, target: Target, checkpoint: int, before: Frozen, after: Frozen) -> dict[str, Any]:
+  def _changed(self, target: Target, checkpoint: int, before: FrozenFeatures, after: FrozenFeatures) -> dict[str, Any]:
     """The change since the checkpoint before, of what the first seed learns from."""
     seed = self._config.study.seeds[0]
     key = ('change', *self._prints[checkpoint - 1:checkpoint + 1], *self._seen(target, seed))
     return self._parts.get(*key) or self._parts.put(
-        *key, found=changed(before, after, target.rows[seed].learnt, self._which, self._config.study.threshold))
+        *key, found=measure_change(before, after, target.rows[seed].learnt, self._which, self._config.study.threshold))
 
   # Fine-tuned.
 
@@ -265,15 +265,15 @@ class _Study:
     """From each checkpoint on each target with each seed."""
     todo = self._fine_tunings()
     for count, (t, c, seed) in enumerate(todo):
-      own = _own(self._config, self._targets[t].name, seed, self._history.kept[c].weights)
+      own = _own(self._config, self._targets[t].name, seed, self._history.checkpoints[c].weights)
       name = digest(*map(str, self._tuned(t, c, seed)), _fields(own.to_dict()))
-      folder = self._folder / 'fine_tuned' / f'{self._history.kept[c].name.replace(" ", "-")}-seed-{seed}-{name}'
+      folder = self._folder / 'fine_tuned' / f'{self._history.checkpoints[c].name.replace(" ", "-")}-seed-{seed}-{name}'
       if seed not in self._found[t][c]['ft']:
-        log.info('[%d/%d] %s from %s, seed %d', count + 1, len(todo), self._targets[t].name, self._history.kept[c].name, seed)
+        log.info('[%d/%d] %s from %s, seed %d', count + 1, len(todo), self._targets[t].name, self._history.checkpoints[c].name, seed)
         self._fine_tune(own, t, c, seed, folder)
         compiled.clear_compiled()
         # Its pictures take longer than a short fine-tuning; behind the last one all is written anyway.
-        self.write(page=c == len(self._history.kept) - 1 and count < len(todo) - 1)
+        self.write(page=c == len(self._history.checkpoints) - 1 and count < len(todo) - 1)
       if parallel.is_main() and (folder / 'checkpoints').exists():
         (folder / 'checkpoints').rmtree()  # only now: what was found with it is kept
 
@@ -284,10 +284,10 @@ class _Study:
     finetune.run(own, folder, self._folder / 'embeddings')
     tuned, target = trained.load(str(folder)), self._targets[t]
     head = tuned.variables['params'].pop('heads')[tuned.head]
-    after = Frozen(lambda: self._embedded(None, target, tuned.variables, f'the network of {folder}'))
+    after = FrozenFeatures(lambda: self._embedded(None, target, tuned.variables, f'the network of {folder}'))
     predictions = (after.features @ head['kernel'] + head['bias']).argmax(1)
     rows, found = target.rows[seed], self._found[t][c]
-    change = changed(self._frozen(target, c), after, rows.learnt, self._which, self._config.study.threshold)
+    change = measure_change(self._frozen(target, c), after, rows.learnt, self._which, self._config.study.threshold)
     found['ft_change'][seed] = self._parts.put(*self._tuned_change(t, c, seed), found=change)
     found['ft'][seed] = self._parts.put(*self._tuned(t, c, seed), found={
         **self._scored(target, seed, predictions[rows.val], predictions[rows.test]), 'report': f'fine_tuned/{folder.name}/report.html'})
@@ -303,8 +303,8 @@ class _Study:
         'precision': {'training': self._config.model.precision, 'embeddings': PRECISION},
         'source': kept.source, 'metric': self._config.target.metric, 'seeds': list(settings.seeds), 'threshold': settings.threshold,
         'parts_of': self._which, 'devices': f'{jax.device_count()} x {jax.devices()[0].device_kind}',
-        'history': [{name: getattr(entry, name) for name in ('name', 'epoch', 'step', 'source')} for entry in kept.kept],
-        'targets': [study_results.told(target, settings.seeds, [entry.name for entry in kept.kept], [entry.source for entry in kept.kept],
+        'history': [{name: getattr(entry, name) for name in ('name', 'epoch', 'step', 'source')} for entry in kept.checkpoints],
+        'targets': [study_results.target_results(target, settings.seeds, [entry.name for entry in kept.checkpoints], [entry.source for entry in kept.checkpoints],
                                        found, self._per_class, bool(self._config.target.val))
                     for target, found in zip(self._targets, self._found)]}
     write_text(self._folder / 'study.json', json.dumps(results, indent=1, allow_nan=False) + '\n')
