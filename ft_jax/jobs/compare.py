@@ -1,4 +1,4 @@
-"""Job compare: the same fine-tuning with each selection, fine-tuning method and seed; means, standard errors, differences."""
+"""Job compare: the same fine-tuning with each selection, fine-tuning method and seed, and their mean differences."""
 
 from collections.abc import Collection, Mapping, Sequence
 import dataclasses
@@ -18,7 +18,7 @@ from ft_jax.workdir import Workdir, write_results
 
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
-  """Runs every fine-tuning that is not finished yet, each in a workdir of its own inside; returns what results.json holds."""
+  """Runs every fine-tuning that is not finished, each in a workdir inside; returns what results.json holds."""
   check(config)
   methods, seeds = config.compare.methods, config.compare.seeds
   first = {method: finetune.Settings.from_config(config_of_run(config, method, seeds[0])) for method in methods}
@@ -78,18 +78,20 @@ def summarize(runs: Mapping[str, Sequence[Mapping[str, Any]]], seeds: Sequence[i
       for method, of_method in runs.items()]
   for row in rows:
     row['gain'] = [a - b for a, b in zip(row['top1'], rows[0]['top1'])]
-  return {'job': 'compare', 'split': split, 'seeds': list(seeds), 'images': runs[baseline][0][split]['images'], 'rows': rows}
+  images = runs[baseline][0][split]['images']
+  return {'job': 'compare', 'split': split, 'seeds': list(seeds), 'images': images, 'rows': rows}
 
 
 def _switches(added: Sequence[str], named: Collection[str],
               settings: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
   """Fields of the fine-tuning methods that any entry names: off except for those `added` in this one.
 
-  These have the fields of `settings` where they switch it on, else the published ones. Other methods are as in the config.
+  These have the fields of `settings` where they switch it on, else the published ones. Other methods are as in the
+  config.
   """
   if unknown := sorted(name for name in named if name not in METHODS):
-    raise ValueError(f'config.compare.methods names the fine-tuning method {unknown[0]!r}; known: {", ".join(METHODS)} (and '
-                     'it is written after a selection: none+l2_sp)')
+    raise ValueError(f'config.compare.methods names the fine-tuning method {unknown[0]!r}; known: '
+                     f'{", ".join(METHODS)} (and it is written after a selection: none+l2_sp)')
   on = {name: settings[name] if METHODS[name](**settings[name]).active else METHODS[name].published for name in added}
   switches = {name: dataclasses.fields(METHODS[name])[0] for name in named}
   return {name: on[name] if name in added else {switch.name: switch.default} for name, switch in switches.items()}

@@ -1,8 +1,9 @@
 """Job study: which checkpoint of a pre-training to start from, on frozen features (FE) and by fine-tuning (FT).
 
-After Deng et al., "Towards Inadequately Pre-trained Models in Transfer Learning" (ICCV 2023): checkpoints from the middle of a pre-training
-can have the better features, while fine-tuning goes on to gain from more of it. Their targets, recipes and tables are not public in code;
-the protocol is ours and is said in full in docs/checkpoints.md and in `ft_jax.studies`.
+After Deng et al., "Towards Inadequately Pre-trained Models in Transfer Learning" (ICCV 2023): checkpoints from the
+middle of a pre-training can have the better features, while fine-tuning goes on to gain from more of it. Their targets,
+recipes and tables are not public in code; the protocol is ours and is said in full in docs/checkpoints.md and in
+`ft_jax.studies`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -37,8 +38,8 @@ from selection import storage
 _ELSEWHERE = ('checkpoints', 'compare', 'predict', 'pretrain', 'stability', 'study', 'workdir')
 # Fields that do not change what comes of it: a finished one stays where they are changed.
 _WITHOUT_EFFECT = ('data', 'data_dir', 'embeddings_dir')
-# Fields, by path, that came after the first version of the parts. At their defaults they are left out of what a part is made of: so the
-# parts that were made before are found. tests/jobs/test_study.py says where one is missing here.
+# Fields, by path, that came after the first version of the parts. At their defaults they are left out of what a part is
+# made of: so the parts that were made before are found. tests/jobs/test_study.py says where one is missing here.
 ADDED: tuple[str, ...] = ('model.precision', 'source.duplicates')
 
 
@@ -54,7 +55,8 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
   targets = [open_target(config, name) for name in _names(config)]
   folder = trained.output_folder(workdir)
   if read_config(folder):
-    raise ValueError(f'--workdir={workdir} holds a run, whose files would be mixed with those of the study; give another --workdir')
+    raise ValueError(f'--workdir={workdir} holds a run, whose files would be mixed with those of the study; give '
+                     'another --workdir')
   parallel.check_shared(folder, '--workdir')
   log.info('study of %d checkpoints of %s (%s) on %s -> %s', len(kept.kept), kept.path, ', '.join(entry.name for entry in kept.kept),
            ', '.join(target.name for target in targets), folder)
@@ -78,7 +80,8 @@ def check(config: ConfigDict, kept: history.History) -> None:
   """Raises ValueError for settings that cannot be right."""
   settings = config.study
   if not settings.seeds:
-    raise ValueError('config.study.seeds is empty; expected at least one seed (three give a standard error worth the name)')
+    raise ValueError('config.study.seeds is empty; expected at least one seed (three give a standard error worth '
+                     'the name)')
   for name in ('seeds', 'targets', 'epochs'):
     if twice := [value for value in settings[name] if list(settings[name]).count(value) > 1]:
       raise ValueError(f'config.study.{name} has {twice[0]!r} twice; once is enough')
