@@ -1,21 +1,24 @@
 """README.md, CONTRIBUTING.md and docs/: what they name exists, and what exists they name."""
 
+import ast
 import dataclasses
 import importlib
 import importlib.util
+import inspect
 import itertools
 import json
 import pathlib
 import re
 import shlex
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from absl import flags
 from ml_collections import config_flags
 import pytest
 
 from configs import default
-from ft_jax import settings
+import ft_jax
+from ft_jax import config_files, settings
 from ft_jax.methods import METHODS
 from ft_jax.workdir import Workdir
 import main  # noqa: F401  # defines the flags
@@ -63,9 +66,8 @@ def expanded(path: str) -> list[str]:
 
 
 def main_commands(page: pathlib.Path) -> list[list[str]]:
-  """The arguments of each `python main.py ...`."""
-  found = [re.search(r'python main\.py (.*?)(?:$|&&)', command) for command in commands(page)]
-  found += [re.match(r'python main\.py (--.*)', text) for text in quoted(page)]
+  """The arguments of each `python main.py ...` or `ft-jax ...`."""
+  found = [re.search(r'(?:python main\.py|ft-jax) (--.*?)(?:$|&&)', text) for text in [*commands(page), *quoted(page)]]
   return [shlex.split(match[1].rstrip("' ").replace('...', '')) for match in found if match]
 
 
@@ -79,22 +81,22 @@ def test_readme_is_short():
 def test_commands_can_be_run(page, monkeypatch):
   """Each command for main.py has a config that is there and flags that are accepted."""
   monkeypatch.chdir(ROOT)
-  for arguments in main_commands(page):
+  for given in main_commands(page):
     known = flags.FlagValues()
     for name in ('workdir', 'traceback', 'coordinator', 'num_processes', 'process_id'):
       known[name] = flags.FLAGS[name]
-    argv = ['main.py', *arguments]
+    argv = ['main.py', *(re.sub(r'(?<=^--config=).*', lambda name: config_files.find(name[0]), flag) for flag in given)]
     config_flags.DEFINE_config_file('config', flag_values=known, sys_argv=argv)
-    assert known(argv) == ['main.py'], arguments
-    assert known.config is not None, arguments
+    assert known(argv) == ['main.py'], given
+    assert known.config is not None, given
     settings.check_fields(known.config)
 
 
 def test_commands_are_found():
   """The test above has something to test."""
-  found = [arguments for page in PAGES for arguments in main_commands(page)]
+  found = [given for page in PAGES for given in main_commands(page)]
   assert len(found) > 30
-  assert any('--config=configs/pets.py' in arguments for arguments in found)
+  assert any('--config=configs/pets.py' in given for given in found)
 
 
 @each_page
@@ -236,3 +238,36 @@ def test_benchmarks_are_on_one_page():
     text = page.read_text()
     if page.name not in ('speed.md', 'scaling.md', 'CONTRIBUTING.md'):
       assert 'python benchmarks/' not in text, page.name
+
+
+def python_examples(page: pathlib.Path) -> list[str]:
+  """Blocks that show how to call the packages; those that a test runs have a name."""
+  return re.findall(r'^```python\n(.*?)^```$', page.read_text(), re.M | re.S)
+
+
+@each_page
+def test_python_examples_use_what_exists(page):
+  """Functions with the arguments that they take, attributes of a run and of a selection."""
+  from ft_jax import arguments
+
+  for code in python_examples(page):
+    kinds: dict[str, Any] = {'ft_jax': ft_jax, 'run': ft_jax.Run, 'again': ft_jax.Run, 'selection': selection,
+                             'chosen': selection.Selection}
+    for node in ast.walk(ast.parse(code)):
+      if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in kinds:
+        kind = kinds[node.value.id]
+        assert hasattr(kind, node.attr) or node.attr in kind.__annotations__, f'{node.value.id}.{node.attr}'
+      if isinstance(node, ast.Call) and ast.unparse(node.func) == 'ft_jax.finetune':
+        given = {keyword.arg: ast.literal_eval(keyword.value) for keyword in node.keywords}
+        bound = inspect.signature(ft_jax.finetune).bind(**given)
+        arguments.make_config('default', 'finetune', bound.arguments.get('settings', {}))
+
+
+def test_the_python_page_has_the_whole_interface():
+  """What `ft_jax` offers, and what a run does."""
+  text = (ROOT / 'docs' / 'python.md').read_text()
+  for name in ft_jax.__all__:
+    assert f'ft_jax.{name}' in text or name == 'Run', name
+  public = {*vars(ft_jax.Run), *ft_jax.Run.__annotations__}
+  for name in {name for name in public if not name.startswith('_')}:
+    assert re.search(rf'`run\.{name}\b', text), name
