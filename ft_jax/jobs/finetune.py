@@ -133,7 +133,7 @@ class Settings:
     model, trainable = _model(config, active, training, source_batch)
     pretraining = None
     if config.model.weights == 'pretrain':
-      pretraining = pretrain.Settings.from_config(_pretrain_config(config))
+      pretraining = pretrain.Settings.from_config(_pretrain_config(config), source_given)
     return cls(
         fields=config.to_dict(), seed=config.seed, data_dir=config.data_dir, target=target,
         balanced=config.target.balanced,
@@ -216,9 +216,11 @@ def fine_tune(settings: Settings, workdir: epath.PathLike, embeddings: epath.Pat
   sets = _open_sets(settings, work, target, source, check=not done)
   if not done:
     weights = _weights(settings, work, sets, source)
+    # Embeddings of target and source, and the selection.
     folder = storage.located(settings.embeddings_dir or embeddings or work.embeddings)
     chosen = _select(settings, work, sets, weights, folder)
     embedding.remove_partial(work.unfinished)
+    # Joint fine-tuning, from the first batch to the test split.
     streams = _streams(settings, sets, chosen)
     network = _network(settings, sets, weights)
     data = fit.TrainingData(streams, sets.splits, settings.transform, settings.seed, settings.reading.timeout,
@@ -396,7 +398,7 @@ def _streams(settings: Settings, sets: Sets, chosen: selection.Selection | None)
   if chosen is None or sets.pool is None:
     return streams
   pool = sets.pool
-  rows = [] if chosen.rows is None else chosen.rows
+  rows = np.zeros(0, int) if chosen.rows is None else chosen.rows
   images = pool.of_classes(chosen.classes) if chosen.by == 'class' else pool.subset(rows)
   if not len(images):
     raise ValueError(f'the selection ({settings.selection.file or "selection.json"}) has no image of {pool.name}; '
