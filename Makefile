@@ -49,7 +49,7 @@ stress: $(VENV)/.installed-dev
 	@echo "== the demo, and the benchmark of selection"
 	@FT_JAX_STRESS=1 $(RUN) -m pytest tests/runs/test_jobs.py tests/runs/test_benchmarks.py -k "demo or benchmark_of_selection"
 	@echo "== files and names that are out to do harm, 3,000 of each kind"
-	@FT_JAX_FUZZ=3000 $(RUN) -m pytest --numprocesses=logical tests/runs/test_trust.py -k "not shows_names"
+	@FT_JAX_FUZZ=3000 $(RUN) -m pytest --numprocesses=logical tests/trust -k "not shows_names"
 
 lint: $(VENV)/.installed-dev
 	@$(VENV)/bin/ruff check .

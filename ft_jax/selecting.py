@@ -69,7 +69,8 @@ class SelectionSettings:
   def from_config(cls, config: ConfigDict) -> 'SelectionSettings':
     """Of the fields of `config.selection`, which `settings.check_fields` has checked one by one."""
     fields = config.to_dict()
-    parameters = {name: fields[name] for name in strategies.defaults(config.method) if name in fields}
+    known = strategies.defaults(config.method) if config.method in selection.STRATEGIES else ()
+    parameters = {name: fields[name] for name in known if name in fields}
     own = {field.name: fields[field.name] for field in dataclasses.fields(cls) if field.name != 'parameters'}
     return cls(**own, parameters=parameters)
 

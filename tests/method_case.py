@@ -104,7 +104,7 @@ def run(active: Mapping[str, methods.Method], *, steps: int = 1, devices: int = 
     batches: gives the batch of a step; the same one by default.
     rate: of gradient descent.
     start: pre-trained variables; those of `start_of` by default.
-    state: goes on from there.
+    state: the state to start from.
     loss_weights: of the labelled streams.
     examples: see `context`.
   """
@@ -151,7 +151,7 @@ def compiled(model: resnet.ResNet, heads: tuple[tuple[str, int], ...], rate: flo
 
 
 def assert_same_whatever_the_split(active: Mapping[str, methods.Method], rtol: float = 1e-4, **kwargs: Any) -> None:
-  """Two steps on one device, and on four with the batch of each in two parts: losses, parameters and states agree."""
+  """Two steps on one device, and on four with two microbatches each: losses, parameters and states agree."""
   state, history = run(active, steps=2, **kwargs)
   other, metrics = run(active, steps=2, devices=4, microbatches=2, **kwargs)
   for a, b in zip(history, metrics):

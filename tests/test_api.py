@@ -22,12 +22,15 @@ import selection
 
 ROOT = pathlib.Path(__file__).parents[1]
 SETTINGS = {
-    'image_size': 16, 'augment': {'short_side': 16, 'scale': (0.6, 1.0), 'flip': False}, 'model': {'name': 'resnet18', 'width': 8},
-    'selection': {'size': 3}, 'train': {'steps': 4, 'batch_size': 16, 'eval_every': 2, 'log_every': 1}}
-FLAGS = ['--config=default', '--config.image_size=16', '--config.augment.short_side=16', '--config.augment.scale=(0.6,1.0)',
-         '--config.augment.flip=false', '--config.model.name=resnet18', '--config.model.width=8', '--config.selection.size=3',
-         '--config.train.steps=4', '--config.train.batch_size=16', '--config.train.eval_every=2', '--config.train.log_every=1',
-         '--config.target.name=digits:target', '--config.target.val=val', '--config.source.name=digits:pool']
+    'image_size': 16, 'augment': {'short_side': 16, 'scale': (0.6, 1.0), 'flip': False},
+    'model': {'name': 'resnet18', 'width': 8}, 'selection': {'size': 3},
+    'train': {'steps': 4, 'batch_size': 16, 'eval_every': 2, 'log_every': 1}}
+FLAGS = [
+    '--config=default', '--config.image_size=16', '--config.augment.short_side=16', '--config.augment.scale=(0.6,1.0)',
+    '--config.augment.flip=false', '--config.model.name=resnet18', '--config.model.width=8',
+    '--config.selection.size=3', '--config.train.steps=4', '--config.train.batch_size=16',
+    '--config.train.eval_every=2', '--config.train.log_every=1', '--config.target.name=digits:target',
+    '--config.target.val=val', '--config.source.name=digits:pool']
 DIGITS = {'target': {'name': 'digits:target', 'val': 'val'}, 'source': 'digits:pool'}
 
 
@@ -68,7 +71,8 @@ def test_import_is_light():
 def test_a_run_has_what_its_files_hold(run):
   results = json.loads((run.workdir / 'results.json').read_text())
   assert (run.test.top1, run.test.loss, run.test.images) == (results['test']['top1'], results['test']['loss'], 50)
-  assert run.val.mean_per_class == results['val']['mean_per_class'] and list(run.test.per_class) == list(run.class_names)
+  assert run.val.mean_per_class == results['val']['mean_per_class']
+  assert list(run.test.per_class) == list(run.class_names)
   assert isinstance(run.selection, selection.Selection) and len(run.selection.units) == 3
   assert run.report.exists() and run.results == results
   metrics = run.metrics if isinstance(run.metrics, list) else run.metrics.to_dict('records')
@@ -97,8 +101,9 @@ def test_the_same_call_returns_the_finished_run(run, sets, capsys):
 
 def test_another_call_in_that_workdir_is_refused(run, sets):
   other = {**SETTINGS, 'train': {**SETTINGS['train'], 'steps': 5}, 'seed': 1}
-  with pytest.raises(ValueError, match=r"another config \(seed is 0 there and 1 here; train\['steps'\] is 4 there and 5 here\); "
-                     'give another workdir$'):
+  message = (r"another config \(seed is 0 there and 1 here; train\['steps'\] is 4 there and 5 here\); "
+             'give another workdir$')
+  with pytest.raises(ValueError, match=message):
     ft_jax.finetune(**sets, **other, workdir=run.workdir)
   images = {'target': {**sets['target'], 'train': image_set('target', 'train', 60)}, 'source': sets['source']}
   with pytest.raises(ValueError, match=r"target\['train'\] is 'images:\w+' there and 'images:\w+' here"):
@@ -158,8 +163,8 @@ def test_nothing_stays_of_a_call(run, sets):
 
 
 def test_plain_fine_tuning_needs_no_source(sets, tmp_path):
-  plain = ft_jax.finetune(sets['target']['train'], **{**SETTINGS, 'selection': {}, 'train': {'steps': 2, 'batch_size': 16}},
-                          workdir=tmp_path / 'plain')
+  settings = {**SETTINGS, 'selection': {}, 'train': {'steps': 2, 'batch_size': 16}}
+  plain = ft_jax.finetune(sets['target']['train'], **settings, workdir=tmp_path / 'plain')
   assert plain.selection is None and plain.test is None and plain.val.images > 0 and 'val top-1' in repr(plain)
 
 
@@ -176,7 +181,8 @@ def test_pretrain_makes_weights(sets, tmp_path):
 
 def test_a_call_that_trains_its_weights_first(sets, tmp_path):
   """On the source that it was given."""
-  tuned = ft_jax.finetune(**sets, **SETTINGS, weights='pretrain', pretrain={'steps': 2, 'batch_size': 16}, workdir=tmp_path / 'run')
+  tuned = ft_jax.finetune(**sets, **SETTINGS, weights='pretrain', pretrain={'steps': 2, 'batch_size': 16},
+                          workdir=tmp_path / 'run')
   assert ft_jax.load(tmp_path / 'run' / 'pretrain').results['source']['name'] == 'my pool' and tuned.results['weights']
 
 
@@ -193,10 +199,11 @@ def test_predictions_do_not_depend_on_how_images_are_given(run, sets, tmp_path):
   assert expected.probabilities.shape == (5, 10) and expected.probabilities.dtype == np.float32
   assert expected.class_names == [run.class_names[k] for k in expected.probabilities.argmax(1)]
   np.testing.assert_allclose(expected.probabilities.sum(1), 1, rtol=1e-5)
-  for given in (np.stack(arrays), arrays, paths, [str(path) for path in paths], tmp_path, [PIL.Image.open(path) for path in paths],
-                [arrays[0], *paths[1:]]):
+  features = run.features(test.subset(range(5)))
+  for given in (np.stack(arrays), arrays, paths, [str(path) for path in paths], tmp_path,
+                [PIL.Image.open(path) for path in paths], [arrays[0], *paths[1:]]):
     np.testing.assert_allclose(run.predict(given).probabilities, expected.probabilities, rtol=1e-4)
-    np.testing.assert_allclose(run.features(given), run.features(test.subset(range(5))), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(run.features(given), features, rtol=1e-4, atol=1e-6)
   for one in (arrays[0], paths[0], PIL.Image.open(paths[0]), [arrays[0]]):
     np.testing.assert_allclose(run.predict(one).probabilities, expected.probabilities[:1], rtol=1e-4)
   assert run.predict(tmp_path).ids == [path.name for path in paths]
@@ -216,9 +223,13 @@ def test_no_images(run):
 @pytest.mark.parametrize('mode', ['1', 'L', 'LA', 'P', 'PA', 'RGB', 'RGBA', 'CMYK', 'YCbCr', 'LAB', 'HSV', 'I;16'])
 def test_pillow_images_of_any_mode(run, mode):
   grey = np.linspace(0, 255, 64).reshape(8, 8).astype(np.uint8)
-  picture = PIL.Image.fromarray(grey.astype(np.uint16) * 257) if mode == 'I;16' else PIL.Image.fromarray(np.stack([grey] * 3, -1))
-  picture = picture if mode == 'I;16' else picture.convert('L' if mode in ('PA', 'LA') else mode).convert(mode) if mode != 'LAB' else picture
-  assert len(run.predict(picture).class_names) == 1
+  if mode == 'I;16':
+    picture = PIL.Image.fromarray(grey.astype(np.uint16) * 257)
+  elif mode == 'LAB':
+    picture = PIL.Image.frombytes('LAB', (8, 8), np.stack([grey, 0 * grey, 0 * grey], -1).tobytes())
+  else:
+    picture = PIL.Image.fromarray(grey).convert('P' if mode == 'PA' else 'RGB').convert(mode)
+  assert picture.mode == mode and len(run.predict(picture).class_names) == 1
 
 
 @pytest.mark.parametrize('images,message', [
@@ -249,14 +260,10 @@ def test_export(run, tmp_path):
     ({'selection': {'size': 27}}, r"^selection\['size'\] is 27; expected 1 to 26"),
     ({'selection': {'method': 'best'}}, r"'best'; known: uot, ot"),
     ({'source': ''}, r"^selection\['method'\] is 'uot' but source is empty; name the pre-training data, or use "
-     r"selection={'method': 'none'}"),
+                     r"selection={'method': 'none'}"),
     ({'target': ''}, '^target is empty; name your images'),
     ({'target': 'folder:/no/such'}, 'there is no folder /no/such'),
     ({'target': 3}, '^target is of type int; expected text such as folder:photos, an ft_jax.ImageSet'),
-    ({'target': {'test': image_set('target', 'test', 9)}}, '^target has image sets for test; expected one for train, too'),
-    ({'target': {'train': image_set('target', 'test', 9), 'val': 'val'}}, r"^target\['val'\] is 'val'; expected an image set"),
-    ({'target': {'train': image_set('target', 'test', 9), 'metric': image_set('target', 'test', 9)}},
-     r"^target\['metric'\] is an image set; expected one only for train, val, test"),
     ({'weights': 'no.pth'}, '^weights: there is no file or folder no.pth'),
     ({'model': 'vgg'}, r"^model\['name'\] is 'vgg'; known: resnet18"),
     ({'config': 'nothing'}, '^there is no file nothing; known configs: aircraft'),
@@ -265,6 +272,15 @@ def test_wrong_arguments_are_refused(given, message, tmp_path):
   selected = {'method': 'uot', **SETTINGS['selection'], **given.get('selection', {})}
   with pytest.raises(ValueError, match=message):
     ft_jax.finetune(**{**DIGITS, **SETTINGS, **given, 'selection': selected}, workdir=tmp_path / 'run')
+
+
+def test_image_sets_for_some_splits_only(tmp_path):
+  few = image_set('target', 'test', 9)
+  for target, message in (({'test': few}, '^target has image sets for test; expected one for train, too'),
+                          ({'train': few, 'val': 'val'}, r"^target\['val'\] is 'val'; expected an image set"),
+                          ({'train': few, 'metric': few}, r"^target\['metric'\] is an image set; expected one")):
+    with pytest.raises(ValueError, match=message):
+      ft_jax.finetune(target, workdir=tmp_path / 'run')
 
 
 def test_an_argument_that_does_not_exist(tmp_path):

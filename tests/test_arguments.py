@@ -23,8 +23,8 @@ def test_arguments_are_the_fields_of_the_config():
   expected.methods.bss.weight = 0.02
   expected.methods.self_label.enabled = True
   expected.embeddings_dir = 'cache'
-  given = made(seed=np.int64(3), target={'name': 'folder:photos'}, train={'epochs': 20, 'milestones': [0.5]}, model='resnet18',
-               methods={'l2_sp': 0.01, 'bss': {'weight': 0.02}, 'self_label': True},
+  given = made(seed=np.int64(3), target={'name': 'folder:photos'}, train={'epochs': 20, 'milestones': [0.5]},
+               model='resnet18', methods={'l2_sp': 0.01, 'bss': {'weight': 0.02}, 'self_label': True},
                embeddings_dir=pathlib.Path('cache'))
   assert given.to_dict() == expected.to_dict()
 
@@ -40,7 +40,7 @@ def test_the_config_that_they_change_has_a_name():
     ({'train': {'epochs': 'many'}}, r"train\['epochs'\] is 'many'; expected a number"),
     ({'train': {'batch_size': 2.5}}, r"train\['batch_size'\] is 2.5; expected a whole number"),
     ({'train': 5}, 'train is 5; expected a dict of its fields: accumulate_steps, batch_size, '),
-    ({'train': {'epoch': 1}}, r"train has no field 'epoch'; did you mean 'epochs'\?; known: accumulate_steps, batch_size, "),
+    ({'train': {'epoch': 1}}, r"train has no field 'epoch'; did you mean 'epochs'\?; known: accumulate_steps, "),
     ({'train': {'clip': 1.0}}, r"train\['clip'\] is now called train\['clip_norm'\]"),
     ({'methods': {'l2sp': 1}}, r"methods has no field 'l2sp'; did you mean 'l2_sp'\?; known: "),
     ({'methods': {'l2_sp': {'beta': 1.0}}}, r"methods\['l2_sp'\] has no field 'beta'; known: "),
@@ -54,10 +54,11 @@ def test_wrong_values_are_refused(given, message):
 
 
 @pytest.mark.parametrize('given,message', [
-    ({'sead': 1}, r"finetune\(\) has no argument 'sead'; did you mean 'seed'\?; known: workdir, weights, config, augment, "),
+    ({'sead': 1}, r"finetune\(\) has no argument 'sead'; did you mean 'seed'\?; known: workdir, weights, config, "),
     ({'predict': {}}, r"finetune\(\) has no argument 'predict'"),
     ({'epochs': 20}, r"finetune\(\) has no argument 'epochs'; did you mean train={'epochs': ...}\?; known: "),
-    ({'temperature': 20}, r"finetune\(\) has no argument 'temperature'; did you mean methods={'\w+': {'temperature': ...}}\?")])
+    ({'temperature': 20},
+     r"finetune\(\) has no argument 'temperature'; did you mean methods={'\w+': {'temperature': ...}}\?")])
 def test_arguments_that_do_not_exist(given, message):
   with pytest.raises(TypeError, match=f'^{message}'):
     made(**given)
@@ -66,13 +67,16 @@ def test_arguments_that_do_not_exist(given, message):
 @pytest.mark.parametrize('message,expected', [
     ('config.train.epochs is -1', "train['epochs'] is -1"),
     ('train.steps and train.epochs are both 0', "train['steps'] and train['epochs'] are both 0"),
-    ('config.source.name is empty, or use --config.selection.method=none.', "source is empty, or use selection={'method': 'none'}."),
-    ('(--config.selection.by=cluster --config.selection.clusters=...)', "(selection={'by': 'cluster'} selection={'clusters': ...})"),
+    ('config.source.name is empty, or use --config.selection.method=none.',
+     "source is empty, or use selection={'method': 'none'}."),
+    ('(--config.selection.by=cluster --config.selection.clusters=...)',
+     "(selection={'by': 'cluster'} selection={'clusters': ...})"),
     ('use --config.model.weights= for a fresh network', "use weights='' for a fresh network"),
     ('--config.target.without="(\'a\', \'b\')"', "target={'without': ('a', 'b')}"),
     ("--config.compile_cache='' goes without", "compile_cache='' goes without"),
     ('small targets --config.data.cache=true', "small targets data={'cache': True}"),
-    ('methods.fixmatch and --config.methods.fixmatch.weight=1', "methods['fixmatch'] and methods={'fixmatch': {'weight': 1}}"),
+    ('methods.fixmatch and --config.methods.fixmatch.weight=1',
+     "methods['fixmatch'] and methods={'fixmatch': {'weight': 1}}"),
     ('give another --workdir; the same command resumes', 'give another workdir; the same call resumes'),
     ('give the run, such as --workdir=runs/pets', "give the run, such as workdir='runs/pets'"),
     ('config.predict.images: there is no file', 'images: there is no file'),

@@ -1,4 +1,4 @@
-"""Back-end for images in memory: one array, a list of arrays of different sizes, or a list of encoded files."""
+"""Back-end for images in memory: one array, or a list of arrays, Pillow images or the bytes of image files."""
 
 from collections.abc import Sequence
 import os
@@ -7,6 +7,7 @@ import numpy as np
 import PIL.Image
 
 from ft_jax.data import contents
+from ft_jax.data.decode import from_pillow
 from ft_jax.data.image_set import digest, Image, ImageSet, Labels
 from ft_jax.data.labels import as_class_labels
 
@@ -57,14 +58,17 @@ def _check_batch(array: np.ndarray) -> np.ndarray:
 
 
 def _check_image(image: object, i: int) -> Image:
-  """One image of a list: bytes of a file, or uint8 `[h, w, 3]` or `[h, w]`."""
+  """One image of a list: the bytes of a file, or uint8 `[h, w, 3]` or `[h, w]`."""
   what, expected = f'images[{i}]', 'expected uint8 [h, w, 3], or grey [h, w], or the bytes of an image file'
   if isinstance(image, (bytes, bytearray, memoryview)):
     if not len(image):
       raise ValueError(f'{what} has no bytes; {expected}')
     return bytes(image)
+  if isinstance(image, PIL.Image.Image):
+    return from_pillow(image, what)
   if not hasattr(image, 'shape'):
-    raise ValueError(f'{what} is of type {type(image).__name__}; {expected}{_type_hint(image)}')
+    hint = '; paths of files are for ImageSet.from_files' if isinstance(image, (str, os.PathLike)) else ''
+    raise ValueError(f'{what} is of type {type(image).__name__}; {expected}{hint}')
   array = np.asarray(image)
   if array.ndim not in (2, 3):
     raise ValueError(f'{what} has shape {array.shape}; {expected}')
@@ -89,15 +93,6 @@ def _check_pixels(array: np.ndarray, what: str, expected: str) -> None:
     raise ValueError(f'{what} has dtype {array.dtype}; {expected}, 0 to 255: convert them with {fix}')
   if array.dtype != np.uint8:
     raise ValueError(f'{what} has dtype {array.dtype}; {expected}, 0 to 255')
-
-
-def _type_hint(image: object) -> str:
-  """What to do about an object that is not an array."""
-  if isinstance(image, (str, os.PathLike)):
-    return '; paths of files are for ImageSet.from_files'
-  if isinstance(image, PIL.Image.Image):
-    return "; give np.asarray(image.convert('RGB')) of a Pillow image"
-  return ''
 
 
 def _shape_hint(shape: tuple[int, ...], name: str, order: str) -> str:

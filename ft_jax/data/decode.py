@@ -66,19 +66,14 @@ def decode(image: bytes | np.ndarray, example_id: str, scratch: bool = False) ->
     if decoded is not None:
       return decoded
   with _open(image, example_id) as picture:
-    try:
-      picture.load()
-      _check_size(*picture.size, example_id)
-      return _upright(_to_rgb(picture), _orientation(picture))
-    except Exception as error:
-      raise _unreadable(example_id, error) from error
+    return from_pillow(picture, example_id)
 
 
 def from_pillow(picture: PIL.Image.Image, example_id: str) -> np.ndarray:
-  """A Pillow image of any mode to uint8 `[h, w, 3]`, as `decode` does with its file.
+  """A Pillow image of any mode as uint8 `[h, w, 3]`, the same as `decode` makes of its file.
 
   Raises:
-    ValueError: a damaged file, unknown range of pixels, or more than 200 megapixels; the message names the example.
+    ValueError: a damaged file, pixels of an unknown range, or more than MAX_PIXELS; the message names the example.
   """
   try:
     picture.load()

@@ -42,8 +42,8 @@ class ImageSet:
     fingerprint: changes with the bytes of any image, the ids, their order, the labels and the class names, and with
       nothing else: a copy in another folder or on another machine has the same.
     contents: `[n]` of dtype `contents.HASH`, a hash of the bytes or pixels of each image; None where it is not known.
-    legacy_fingerprint: the fingerprint of earlier versions, made from ids and file sizes, as it stands in their
-      checkpoints and selections; '' if there is none.
+    legacy_fingerprint: the fingerprint of earlier versions, made from ids and file sizes, which their
+      checkpoints and selections have; '' if there is none.
     broken: ids of images that are known to be unreadable: links to files that do not exist.
     unused: files beside the examples that are not used, if the set is a folder.
   """
@@ -68,7 +68,7 @@ class ImageSet:
   def __getitem__(self, i: int) -> Example:
     return Example(self.read(int(self.rows[i])), int(self.labels[i]), str(self.ids[i]))
 
-  # --- made from ---
+  # --- constructors ---
 
   @classmethod
   def from_folder(cls, path: str | os.PathLike[str], split: str = 'train') -> 'ImageSet':
@@ -106,10 +106,9 @@ class ImageSet:
 
     Args:
       images: uint8 `[n, h, w, 3]` (RGB) or `[n, h, w]` (grey), or a list with one image each: uint8 `[h, w, 3]` or
-        `[h, w]` of any size, or the bytes of an image file.
+        `[h, w]` of any size, a Pillow image, or the bytes of an image file.
       labels: the class of each image, by number (0 is the first class) or by name. None makes one class of them, as in
-        a folder
-        without class folders: such a set can be predicted, or be the pool of methods.fixmatch.
+        a folder without class folders: such a set can be predicted, or be the pool of methods.fixmatch.
       class_names: in the order of the numbers. None takes the names in `labels`, sorted, or '0', '1', ... for numbers.
       name: for messages and reports.
 
@@ -150,7 +149,7 @@ class ImageSet:
     return self.subset(np.flatnonzero(np.isin(self.labels, classes)))
 
   def without(self, names: Sequence[str | int]) -> 'ImageSet':
-    """The set without some classes; the remaining classes are numbered anew.
+    """The set without some classes; the remaining classes are renumbered.
 
     Args:
       names: of the classes to leave out. A number stands for the class of that name.

@@ -42,7 +42,7 @@ def as_class_labels(labels: Labels | None, class_names: Sequence[str] | None,
                      'of classes')
   if values.min() < 0:
     i = int(values.argmin())
-    raise ValueError(f'labels[{i}] is {values[i]}; expected numbers from 0 on. Leave images without a label out')
+    raise ValueError(f'labels[{i}] is {values[i]}; expected numbers of 0 or more. Leave out images without a label')
   if names is None:
     return values.astype(np.int32), tuple(str(k) for k in range(int(values.max()) + 1))
   if values.max() >= len(names):

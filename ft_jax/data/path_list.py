@@ -78,7 +78,7 @@ def from_files(paths: Sequence[str | os.PathLike[str]], labels: Labels | None = 
     if first.setdefault(path, i) != i:
       raise ValueError(f'paths[{i}] is {path!r}, as is paths[{first[path]}]; give each image once')
   numbers, names = as_class_labels(labels, class_names, len(ids))
-  hashes, _ = contents.of_files(files, name, name)
+  hashes, _ = contents.of_files(files, os.path.commonpath([os.path.abspath(file) for file in files]), name)
   return ImageSet(
       name, names, numbers, np.asarray(ids), np.arange(len(ids)),
       read=lambda row: contents.read_file(files[row]),

@@ -64,7 +64,7 @@ class Transform:
 
   def train(self, example: Example, rng: np.random.Generator, out: np.ndarray | None = None) -> np.ndarray:
     """A random crop with random augmentations; uint8 `[size, size, 3]`, written to `out` if that is given."""
-    # The crop is a copy, so the decoded image may lie in memory that the next one overwrites.
+    # The crop is a copy, so the decoded image may be in memory that the next one overwrites.
     image = decode(example.image, example.id, scratch=True)
     image = crop.random_resized_crop(image, self.size, self.scale, self.ratio, rng, self.antialias, out)
     if self.flip and rng.random() < 0.5:
@@ -164,7 +164,7 @@ def _order_key(stream: str, seed: int) -> int:
 
 
 def _share(first: int, size: int, host: int, hosts: int) -> range:
-  """The positions of a host in a batch that begins at `first`: neighbours, as they lie on its devices."""
+  """The positions of a host in a batch that begins at `first`: neighbours, in the order of its devices."""
   per_host = size // hosts
   return range(first + host * per_host, first + (host + 1) * per_host)
 
@@ -289,7 +289,7 @@ def _make_batch(reading: _Reading, rows: Sequence[int], fill: Callable[[int, Exa
 
 
 def _prefetched(batches: grain.MapDataset, start: int) -> Iterator[Batch]:
-  """The batches from `start` on, made ahead by threads."""
+  """The batches, beginning with number `start`, made ahead of time by threads."""
   # Each batch is made by one thread: as many at a time as there are cores, and not more than will be needed soon.
   threads = max(1, min(16, os.cpu_count() or 1))
   iterator = iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 1)))

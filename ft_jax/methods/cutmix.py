@@ -16,10 +16,9 @@ class CutMix(Method):
   target images.
 
   Section 3.1 of the paper: l ~ Beta(alpha, alpha) once a step, a box of sqrt(1 - l) of each side around a uniform
-    pixel, clipped at the
-  borders, after which l is computed from what is left. The j-th image is the i-th of the whole batch in reverse order
-  (as in timm; the published code shuffles), so that the result does not depend on the number of devices. Where Mixup is
-  on too, each step applies one of the two, each equally often.
+  pixel, clipped at the borders, after which l is computed from what is left. The j-th image is the i-th of the whole
+  batch in reverse order (as in timm; the published code shuffles), so that the result does not depend on the number of
+  devices. Where Mixup is on too, each step applies one of the two, each equally often.
   """
   published: ClassVar = {'alpha': 1.0}
   mixes: ClassVar = True

@@ -178,8 +178,9 @@ def _rises(model: Network, layer: str) -> Callable[[Any, Mapping[str, jax.Array]
       return optax.softmax_cross_entropy_with_integer_labels(logits, group['label'])
 
     def of_group(group: Mapping[str, jax.Array]) -> jax.Array:
-      whole, *parts = jnp.split(jax.vmap(without, (0, None))(jnp.append(-1, channels), group), [1])  # no channel is -1
-      return jnp.sum(jnp.where(group['mask'], parts[0] - whole, 0.0), -1)
+      losses = jax.vmap(without, (0, None))(jnp.append(-1, channels), group)  # no channel is -1
+      whole, without_channels = jnp.split(losses, [1])
+      return jnp.sum(jnp.where(group['mask'], without_channels - whole, 0.0), -1)
 
     return jax.lax.psum(jax.lax.map(of_group, examples).sum(0), parallel.AXIS)
 

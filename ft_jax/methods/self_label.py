@@ -27,11 +27,10 @@ class SelfLabel(Method):
   Zhang, "Improved Regularization and Robustness for Fine-tuning in Neural Networks" (NeurIPS 2021), and its code.
 
   p comes from the training step: training mode, augmented image. The batch is that of all devices. The epoch of a step,
-    counted from 1, is
-  that of its first image. An example that occurs twice in a batch gets the label of the last sure view. Metrics:
-    `corrected`, the number of
-  labels that differ from the given ones; where label noise was added, `precision`, the fraction of them that are true
-  now (0 while there are none), and `true`, the fraction of all labels that are true.
+  counted from 1, is that of its first image. An example that occurs twice in a batch gets the label of the last sure
+  view. Metrics: `corrected`, the number of labels that differ from the given ones; where label noise was added,
+  `precision`, the fraction of them that are true now (0 while there are none), and `true`, the fraction of all labels
+  that are true.
   """
   published: ClassVar[Mapping[str, Any]] = {'enabled': True}
   excludes: ClassVar[Mapping[str, str]] = {'mixup': MIXED, 'cutmix': MIXED}

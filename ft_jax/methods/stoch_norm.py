@@ -20,11 +20,10 @@ class StochNorm(Method):
   in each step.
 
   As in the published code (thuml/StochNorm): the running statistics are those before the batch is added to them,
-    gradients go through
-  the batch's statistics where these are used, and scale and bias are the same either way. All devices and all
-  microbatches of a step draw the same. Unlike there, the gradient of channels with running statistics is that of the
-  forward pass (there these statistics are overwritten before the backward pass reads them); unlike in tllib, where
-  --prob has no effect, `probability` is used.
+  gradients go through the batch's statistics where these are used, and scale and bias are the same either way. All
+  devices and all microbatches of a step draw the same. Unlike there, the gradient of channels with running statistics
+  is that of the forward pass (there these statistics are overwritten before the backward pass reads them); unlike in
+  tllib, where --prob has no effect, `probability` is used.
   """
   published: ClassVar = {'enabled': True}
   enabled: bool = False  # switches it on

@@ -22,12 +22,12 @@ from ft_jax.data.image_set import ImageSet
 from ft_jax.data.pipeline import EvalBatches, Stalled, TIMEOUT, train_batches, Transform
 from ft_jax.data.splits import Splits
 from ft_jax.methods import View
+from ft_jax.metrics import MetricsWriter
 from ft_jax.progress import log
 from ft_jax.training.checkpoints import Checkpoints
 from ft_jax.training.evaluate import evaluate, Evaluation, PredictFn
 from ft_jax.training.settings import Plan
 from ft_jax.training.step import Batch, Metrics, StepFn, TrainState
-from ft_jax.metrics import MetricsWriter
 from ft_jax.workdir import Workdir
 
 # A device that waits for images is worth a log line from this fraction of the time on, and after so many steps.
@@ -171,6 +171,7 @@ def train(run: Run, step: StepFn, state: TrainState, start: int, skip: Sequence[
       state, done, complete, stops = parallel.replicate(state), start, False, False
       evaluates = plan.due(start) and not checkpoints.evaluated(start)
       while True:
+        # The end of a window of metrics; an evaluation and a stop end one too.
         if evaluates or stops or done % plan.log_every == 0:
           metrics, val = window.means(), None
           if evaluates and not stops:

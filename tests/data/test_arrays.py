@@ -1,4 +1,4 @@
-"""Image sets of arrays and encoded files in memory; what cannot be an image or a label is refused with what to do."""
+"""Image sets of arrays and encoded files in memory; what is not an image or a label is refused with a hint."""
 
 import io
 import os
@@ -31,15 +31,15 @@ def encoded(image: np.ndarray, form: str = 'PNG') -> bytes:
     photos(), photos(size=(9, 7)), photos(size=(9, 7, 1)), list(photos()),
     [photos()[0], photos(2, (5, 6))[1], encoded(photos()[2]), photos()[3]],
     [encoded(image) for image in photos()], photos().astype('u1')[::-1],
-    [photos()[0].tolist()] and [bytearray(encoded(photos()[0]))] * 4])
+    [bytearray(encoded(photos()[0]))] * 4, [PIL.Image.fromarray(image) for image in photos()]])
 def test_images_of_every_kind(images):
-  """One array, arrays of different sizes, encoded files, all of them mixed; grey and RGB."""
+  """One array, arrays of different sizes, encoded files, Pillow images, all of them mixed; grey and RGB."""
   made = ImageSet.from_arrays(images, [0, 1, 1, 0], ['cat', 'dog'])
-  assert (len(made), made.class_names, made.labels.tolist(), made.labels.dtype) == (4, ('cat', 'dog'), [0, 1, 1, 0],
-                                                                                    np.int32)
+  assert (len(made), made.class_names, made.labels.tolist()) == (4, ('cat', 'dog'), [0, 1, 1, 0])
+  assert made.labels.dtype == np.int32
   for i in range(4):
     image = decode(made[i].image, made[i].id)
-    expected = decode(bytes(images[i]), 'x') if isinstance(images[i], (bytes, bytearray)) else images[i]
+    expected = decode(bytes(images[i]), 'x') if isinstance(images[i], (bytes, bytearray)) else np.asarray(images[i])
     expected = expected if expected.ndim == 3 else expected[..., None]
     assert image.dtype == np.uint8 and image.shape[2] == 3
     np.testing.assert_array_equal(image, np.broadcast_to(expected, image.shape))
@@ -57,7 +57,8 @@ def test_fingerprints_are_those_of_the_contents():
   others = [ImageSet.from_arrays(changed, labels), ImageSet.from_arrays(images[::-1], labels),
             ImageSet.from_arrays(images, labels[::-1]), ImageSet.from_arrays(images, same.labels, ['a', 'c'])]
   assert len({each.fingerprint for each in [made, *others]}) == 5
-  script = 'import pickle, sys; from ft_jax.data import ImageSet; print(ImageSet.from_arrays(*pickle.load(sys.stdin.buffer)).fingerprint)'
+  script = ('import pickle, sys; from ft_jax.data import ImageSet; '
+            'print(ImageSet.from_arrays(*pickle.load(sys.stdin.buffer)).fingerprint)')
   run = subprocess.run([sys.executable, '-c', script], input=pickle.dumps((images, labels)), capture_output=True,
                        check=True, cwd=ROOT,
                        env={**os.environ, 'PYTHONHASHSEED': '7'})
@@ -120,7 +121,7 @@ def test_labels_are_numbers_or_names(labels, class_names, numbers, names):
     ([pathlib.Path('a.jpg')], r'images\[0\] is of type PosixPath; .*paths of files are for ImageSet.from_files'),
     ([None], r'images\[0\] is of type NoneType; expected uint8'),
     ([b''], r'images\[0\] has no bytes'),
-    ([PIL.Image.new('L', (3, 3))], r"images\[0\] is of type Image; .* np.asarray\(image.convert\('RGB'\)\)")])
+    ([PIL.Image.new('F', (3, 3))], r'images\[0\] cannot be read as an image .*mode F, whose range is not known')])
 def test_what_is_not_an_image(images, words):
   with pytest.raises(ValueError, match=words) as caught:
     ImageSet.from_arrays(images, None)
@@ -137,7 +138,7 @@ def test_what_is_not_an_image(images, words):
     ([True, False, True, True], None, 'labels has dtype bool; expected integers'),
     ([0, 1, None, 1], None, 'labels has dtype object; expected integers'),
     ([[0], [1, 2], [0], [1]], None, 'labels has entries of different lengths'),
-    ([0, 1, -1, 1], None, r'labels\[2\] is -1; expected numbers from 0 on'),
+    ([0, 1, -1, 1], None, r'labels\[2\] is -1; expected numbers of 0 or more'),
     ([0, 1, 2, 1], ['a', 'b'], r'labels\[2\] is 2, but class_names has 2 names; expected labels from 0 to 1'),
     (['a', 'b', 'x', 'a'], ['a', 'b'], r"labels\[2\] is 'x', which class_names does not have; it has 2: a, b$"),
     (['a', '', 'b', 'a'], None, r'labels\[1\] is empty'),

@@ -1,5 +1,4 @@
-"""The table of back-ends: an unknown name is refused, opening the table imports nothing heavy, and a new back-end is
-one row."""
+"""The table of back-ends: unknown names are refused, the package is light, and a new back-end is one row."""
 
 import json
 import pathlib
@@ -50,6 +49,7 @@ def table(photos, tmp_path, monkeypatch) -> pathlib.Path:
   return tmp_path / 'photos.csv'
 
 
+@pytest.mark.slow
 def test_a_new_back_end_is_one_file_and_one_row(table, photos, pool, tmp_path):
   """It is fine-tuned on, with a selection from a folder; its splits are those of the folder it lists."""
   assert len(CSV.strip().splitlines()) < 30

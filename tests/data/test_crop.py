@@ -1,4 +1,4 @@
-"""Crops are what torchvision would cut, bit for bit where that is asked for."""
+"""Crops are those of torchvision, bit for bit with antialias."""
 
 import numpy as np
 import PIL.Image
@@ -10,7 +10,7 @@ from ft_jax.data.decode import decode
 
 
 def test_random_resized_crop_draws_as_torchvision():
-  """Area uniform in the scale, shape log-uniform in the ratio, position uniform: read off an image of coordinates."""
+  """Area uniform, ratio log-uniform, position uniform, as read off crops of an image of coordinates."""
   height, width = 120, 160
   y, x = np.mgrid[:height, :width].astype(np.uint8)
   image = np.stack([y, x, np.zeros_like(y)], -1)
@@ -38,14 +38,13 @@ def drawn_part(height, width, random_crop, monkeypatch):
 @pytest.mark.parametrize('height,width,size', [
     (375, 500, 224), (375, 500, 32), (60, 80, 96), (427, 640, 300), (40, 400, 64), (400, 40, 64)])
 def test_an_antialiased_crop_is_pillows(height, width, size, tmp_path, monkeypatch):
-  """From the bytes of a JPEG file on, bit for bit: Pillow's decoder, crop, and antialiased bilinear filter, as
-  torchvision uses them.
+  """Bit for bit from the bytes of a JPEG file: Pillow's decoder, crop and antialiased bilinear filter.
 
-  Crops that grow, shrink a little, shrink much, and shrink along one side alone; without antialias they are others.
+  Crops that grow, shrink a little, shrink much, and shrink in one direction only; without antialias they differ.
   """
   from sklearn import datasets
-  PIL.Image.fromarray(datasets.load_sample_images().images[0]).resize((width, height)).save(tmp_path / 'photo.jpg',
-                                                                                            quality=92)
+  photo = PIL.Image.fromarray(datasets.load_sample_images().images[0]).resize((width, height))
+  photo.save(tmp_path / 'photo.jpg', quality=92)
   image = decode((tmp_path / 'photo.jpg').read_bytes(), 'photo.jpg')
 
   def random_crop(image, antialias=True):
@@ -59,7 +58,7 @@ def test_an_antialiased_crop_is_pillows(height, width, size, tmp_path, monkeypat
 
 @pytest.mark.parametrize('side,averaged', [(48, False), (96, True)])
 def test_a_crop_that_shrinks_much_is_averaged(side, averaged):
-  """To 32 pixels without antialias: beyond a factor of two each is the mean over its area."""
+  """To 32 pixels without antialias: beyond a factor of two each pixel is the mean over its area."""
   noise = np.random.default_rng(0).integers(0, 256, (side, side, 3)).astype(np.uint8)
   found = random_resized_crop(noise, 32, (1.0, 1.0), (1.0, 1.0), np.random.default_rng(0))
   fine = noise.repeat(96 // side, 0).repeat(96 // side, 1).astype(float)
@@ -80,8 +79,8 @@ def test_center_crop_is_that_of_the_weights(size, short_side):
   photographs = datasets.load_sample_images().images
   rng = np.random.default_rng(0)
   images = [photographs[k % 2][:h, :w] for k, (h, w) in enumerate(rng.integers(40, (427, 640), (12, 2)))]
-  images += [np.resize(photographs[0], (*shape, 3)) for shape in ((1, 1), (1, 300), (300, 1), (2, 500), (700, 7),
-                                                                  (size, size))]
+  shapes = (1, 1), (1, 300), (300, 1), (2, 500), (700, 7), (size, size)
+  images += [np.resize(photographs[0], (*shape, 3)) for shape in shapes]
   for image in images:
     height, width = image.shape[:2]
     h, w = int(short_side * height / min(height, width)), int(short_side * width / min(height, width))
@@ -94,7 +93,7 @@ def test_center_crop_is_that_of_the_weights(size, short_side):
 
 
 def test_center_crop_of_a_strip_computes_the_square_alone():
-  """Scaled whole, this one would be 256 x 12,800,000 pixels: ten gigabytes."""
+  """Resized as a whole, this image would have 256 x 12,800,000 pixels: ten gigabytes."""
   strip = np.zeros((1, 50_000, 3), np.uint8)
   strip[:, 24_000:26_000] = 200
   assert (center_crop(strip, 224, 256) == 200).all()

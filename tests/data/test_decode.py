@@ -44,8 +44,7 @@ def grey(photo: np.ndarray) -> np.ndarray:
     ('TIFF', 'YCbCr', 3, {}), ('TIFF', 'RGB', 0, {'compression': 'tiff_lzw'}), ('PPM', 'RGB', 0, {}),
     ('PPM', 'L', 0, {})])
 def test_formats(photo, form, mode, error, options):
-  """Every format gives the same picture, as far as the format can (a palette loses colour), whatever the file is
-  called."""
+  """Every format gives the same picture within what it can store (a palette loses colours)."""
   picture = PIL.Image.fromarray(photo)
   picture = convert_to_lab(picture) if mode == 'LAB' else picture.convert(mode)
   data = encoded(picture, form, **options)
@@ -94,7 +93,7 @@ def test_colours_of_printing_are_those_of_pillow(photo):
 
 
 def test_an_ordinary_jpeg_is_read_as_pillow_reads_it(photo):
-  """Two decoders, one result: what a file is does not depend on the path that it takes."""
+  """Both decoders give the same pixels."""
   for options in ({}, {'quality': 50}, {'progressive': True}, {'subsampling': 0}):
     data = encoded(PIL.Image.fromarray(photo), 'JPEG', **options)
     with PIL.Image.open(io.BytesIO(data)) as picture:
@@ -104,7 +103,7 @@ def test_an_ordinary_jpeg_is_read_as_pillow_reads_it(photo):
 @pytest.mark.parametrize('form,mode', [
     ('PNG', 'RGBA'), ('PNG', 'LA'), ('PNG', 'P'), ('GIF', 'P'), ('WEBP', 'RGBA'), ('TIFF', 'RGBA'), ('TIFF', 'LA')])
 def test_what_is_transparent_is_white(form, mode):
-  """As on a page, whatever colour lies under it; half transparent is half of both."""
+  """Whatever colour is stored under transparent pixels; half transparent ones are mixed with white."""
   if mode == 'P':
     picture = PIL.Image.new('P', (24, 8), 1)
     picture.putpalette([10, 20, 30, 90, 90, 90])
@@ -123,7 +122,7 @@ def test_what_is_transparent_is_white(form, mode):
 @pytest.mark.parametrize('orientation', range(1, 9))
 @pytest.mark.parametrize('form', ['JPEG', 'PNG', 'WEBP', 'TIFF'])
 def test_the_cameras_orientation_is_applied(form, orientation):
-  """The picture that a viewer shows; the four quarters differ, so every turn and mirror image is told apart."""
+  """As an image viewer shows it; the four quarters differ, so that each rotation and flip is recognised."""
   upright = np.kron(np.uint8([[20, 90], [160, 240]]), np.ones((16, 32), np.uint8))[..., None].repeat(3, -1)
   stored = {1: lambda x: x, 2: np.fliplr, 3: lambda x: np.rot90(x, 2), 4: np.flipud, 5: lambda x: x.swapaxes(0, 1),
             6: np.rot90, 7: lambda x: np.rot90(x, 2).swapaxes(0, 1), 8: lambda x: np.rot90(x, -1)}[orientation](upright)
@@ -151,7 +150,7 @@ def test_the_first_frame_of_an_animation(form):
 @pytest.mark.parametrize('form', ['JPEG', 'PNG', 'GIF', 'WEBP', 'BMP', 'TIFF', 'PPM'])
 @pytest.mark.parametrize('shape', [(1, 1), (1, 40), (40, 1)])
 def test_one_pixel_wide(form, shape):
-  """Read, and through the crops of training and evaluation."""
+  """Through decoding and the crops of training and evaluation."""
   image = decode.decode(encoded(PIL.Image.new('RGB', shape[::-1], (90, 90, 90)), form), 'x')
   assert image.shape == (*shape, 3) and np.abs(image.astype(int) - 90).max() <= 2
   random = random_resized_crop(image, 16, (0.08, 1.0), (3 / 4, 4 / 3), np.random.default_rng(0))
@@ -172,7 +171,7 @@ def damaged(photo: np.ndarray) -> dict[str, bytes]:
 
 
 def test_sixteen_bits_are_scaled_and_unknown_ranges_refused():
-  """Medical images: Pillow's own conversion makes them white."""
+  """Such as medical images, which Pillow's own conversion makes white."""
   ramp = np.linspace(0, 65535, 40 * 60).reshape(40, 60)
   image = decode.decode(encoded(PIL.Image.fromarray(ramp.astype(np.uint16)), 'PNG'), 'x')
   assert image.shape == (40, 60, 3) and np.abs(image[..., 0] - ramp / 257).max() <= 1
@@ -209,7 +208,7 @@ def heads(width: int, height: int) -> dict[str, bytes]:
 
 @pytest.mark.parametrize('form', ['JPEG', 'PNG', 'TIFF', 'PPM', 'GIF'])
 def test_too_many_pixels_are_refused_by_the_head_of_the_file(form):
-  """Before anything is decoded, which would end in another error: there are no pixels."""
+  """Before decoding, which would raise another error: these files have no pixels."""
   for read in (decode.decode, decode.dimensions):
     with pytest.raises(ValueError, match=r'a/big.jpg is an image of 20000 x 10001 pixels; expected at most '
                                          r'200,000,000'):
@@ -217,7 +216,7 @@ def test_too_many_pixels_are_refused_by_the_head_of_the_file(form):
 
 
 @pytest.mark.parametrize('form', ['JPEG', 'PNG', 'TIFF', 'PPM', 'GIF'])
-def test_a_large_image_is_no_news(form):
+def test_large_images_are_read_without_a_warning(form):
   """Above the limits at which Pillow warns (89 megapixels) and refuses (179)."""
   for height, width in ((9_500, 9_600), (13_500, 14_000)):
     assert decode.dimensions(heads(width, height)[form], 'x') == (height, width)
@@ -254,15 +253,15 @@ for n in range(1500):
     assert str(error).startswith(('the/file cannot be read as an image', 'the/file is an image of')), error
     refused += 1
   else:
-    assert image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3 and 0 < image.size <= 3 * decode.MAX_PIXELS
+    assert image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3
+    assert 0 < image.size <= 3 * decode.MAX_PIXELS
     read += 1
 print(read, refused)
 """
 
 
 def test_damaged_files_of_all_formats_give_an_image_or_an_error(photo, tmp_path):
-  """1,500 mutants of real files, in a process of its own: no crash, no other exception, no warning even where they are
-  errors."""
+  """1,500 damaged copies of real files, in another process: no crash, no other exception, no warning."""
   picture = PIL.Image.fromarray(photo).resize((60, 45))
   exif = PIL.Image.Exif()
   exif[0x0112], exif[0x010F] = 6, 'maker'

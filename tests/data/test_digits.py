@@ -6,7 +6,7 @@ from ft_jax.data import open_set
 
 
 def test_digits():
-  """The demo's sets: no writer on both sides, at least 25 pool classes, few target images a class."""
+  """No writer is in two sets; the pool has 26 classes, the target eight training images per class."""
   pool, train, val, test = (open_set(*args) for args in (
       ('digits:pool', 'train'), ('digits:target', 'train'), ('digits:target', 'val'), ('digits:target', 'test')))
   assert len(pool.class_names) == 26 and (np.bincount(pool.labels) >= 60).all()

@@ -1,5 +1,4 @@
-"""Copies of the target's images never train what is measured on them: found under other names, forms and sizes, and
-left out or refused."""
+"""Copies of evaluation images are found under any name, format and size, and are not trained on."""
 
 import dataclasses
 import json
@@ -86,8 +85,8 @@ def opened(sets):
   return open_splits(SplitSettings.from_config(fields.target), '', 0), open_set(fields.source.name, 'train')
 
 
-def test_copies_are_found_whatever_was_done_to_them(sets):
-  """Under other names, in another format, recompressed, resized, mirrored, without a border; and nothing else is."""
+def test_copies_are_found_after_any_change(sets):
+  """Renamed, in another format, recompressed, resized, mirrored, without a border; and nothing else is found."""
   found = overlap.find(*opened(sets))
   assert set(found) == {overlap.POOL}
   assert {copy.id.removeprefix('a/'): copy.kind for copy in found[overlap.POOL]} == PLANTED
@@ -95,9 +94,8 @@ def test_copies_are_found_whatever_was_done_to_them(sets):
 
 
 @pytest.mark.slow
-def test_a_whole_run_drops_tells_and_shows_them(sets, caplog):
-  """They are in no class mean, batch or number of images; results.json and the page tell. 'keep' keeps them, 'refuse'
-  stops."""
+def test_a_whole_run_drops_and_reports_copies(sets, caplog):
+  """They are in no class mean, batch or count, and are reported; 'keep' keeps them, 'refuse' stops the run."""
   with caplog.at_level('INFO', 'ft_jax'):
     results = finetune.run(config(sets), sets / 'run')
   told = results['duplicates']
@@ -110,8 +108,8 @@ def test_a_whole_run_drops_tells_and_shows_them(sets, caplog):
   chosen = json.loads((sets / 'run' / 'selection.json').read_text())
   assert chosen['counts'] == [7, 7, 7]
   page = (sets / 'run' / 'report.html').read_text()
-  assert 'Images shared by training and evaluation' in page and all(f'a/{name}' in page
-                                                                    for name in PLANTED) and 'the same pixels' in page
+  assert 'Images shared by training and evaluation' in page and 'the same pixels' in page
+  assert all(f'a/{name}' in page for name in PLANTED)
   splits, whole = opened(sets)
   kept = overlap.resolve(splits, whole, 'keep', overlap.find(splits, whole))
   assert kept.pool is whole and not kept.dropped and kept.summary() == {**told, 'rule': 'keep'}
@@ -122,8 +120,7 @@ def test_a_whole_run_drops_tells_and_shows_them(sets, caplog):
 
 
 def test_no_copy_changes_nothing(photos, pool):
-  """Sets that share no image come out as the same objects, so that nothing of a run without copies is another than
-  before."""
+  """Sets that share no image come out as the same objects: a run without copies is unchanged."""
   splits = open_splits(SplitSettings.from_config(config(photos, **{'target.name': f'folder:{photos}'}).target), '', 0)
   pool = open_set(f'folder:{pool}', 'train')
   common = overlap.resolve(splits, pool, 'drop', overlap.find(splits, pool))
@@ -131,34 +128,34 @@ def test_no_copy_changes_nothing(photos, pool):
 
 
 def test_digits_are_too_small_to_look_alike():
-  """At 8 x 8 pixels different images look the same: only the same pixels count, and the demo has none."""
+  """At 8 x 8 pixels different images look the same: only equal pixels count, and the demo has none."""
   splits = Splits(*(open_set('digits:target', split) for split in ('train', 'val', 'test')))
   assert overlap.find(splits, open_set('digits:pool', 'train')) == {}
 
 
 def test_train_loses_what_val_and_test_have(sets, caplog):
-  """By what the files hold, not by their names; test loses nothing."""
+  """By the contents of the files, not by their names; test loses nothing."""
   target = sets / 'target'
   shutil.copy(target / 'test' / 'one' / '0.jpg', target / 'train' / 'one' / 'other.jpg')
   PIL.Image.fromarray(decode.decode((target / 'test' / 'two' / '0.jpg').read_bytes(),
                                     '')).save(target / 'train' / 'two' / 'other.png')
-  for i in range(4):  # of train among itself, some of which val is carved from
+  for i in range(4):  # copies within train, some of which are split off as val
     shutil.copy(target / 'train' / 'one' / '1.jpg', target / 'train' / 'one' / f'again{i}.jpg')
   splits, _ = opened(sets)
   found = overlap.find(splits)
   common = overlap.resolve(splits, None, 'drop', found)
   train, val, test = (split.contents.tolist() for split in common.splits)
   assert not set(train) & set(val) and not set(train + val) & set(test) and len(test) == 6
-  assert {copy.kind for copies in found.values() for copy in copies if copy.split == 'target test'} == {'exact',
-                                                                                                        'pixel'}
+  kinds = {copy.kind for copies in found.values() for copy in copies if copy.split == 'target test'}
+  assert kinds == {'exact', 'pixel'}
   assert 'target train: ' in caplog.text and 'left out' in caplog.text
   with pytest.raises(ValueError, match='images are copies of images of the target'):
     overlap.resolve(splits, None, 'refuse', found)
   assert overlap.resolve(splits, None, 'keep', found).splits is splits
 
 
-def test_nothing_left_is_said(sets):
-  """A target whose train is in test again, and a pool that is the target."""
+def test_a_set_with_nothing_left_is_refused(sets):
+  """A target whose training images are all in test, and a pool that is the target."""
   shutil.rmtree(sets / 'target' / 'train' / 'one')
   shutil.copytree(sets / 'target' / 'test' / 'one', sets / 'target' / 'train' / 'one')
   splits, pool = opened(sets)
@@ -179,7 +176,7 @@ def test_a_class_of_the_pool_that_was_the_targets_is_gone(sets, caplog):
 
 @pytest.mark.slow
 def test_the_pre_training_of_a_run_loses_them_too(sets):
-  """It would have seen the test images otherwise, and a pre-training of another pool is not taken for this one."""
+  """It must not see test images; and a pre-training on another pool is not mistaken for this one."""
   fields = {'model.weights': 'pretrain', 'pretrain.steps': 2, 'pretrain.eval_every': 1, 'pretrain.batch_size': 8,
             'train.batch_size': 8, 'selection.method': 'none'}
   results = finetune.run(config(sets, **fields), sets / 'run')
@@ -196,24 +193,23 @@ def test_a_selection_file_may_name_copies(sets, caplog):
   listed = sets / 'ids.txt'
   listed.write_text('a/bytes.jpg\na/0.jpg\nb/0.jpg\n')
   given = selecting.read(str(listed), common.pool, {'cannot be read': (), 'are in the target too': common.dropped})
-  assert given.ids.tolist() == ['a/0.jpg',
-                                'b/0.jpg'] and '1 of 3 images of' in caplog.text and 'are in the target too' in caplog.text
+  assert given.ids.tolist() == ['a/0.jpg', 'b/0.jpg']
+  assert '1 of 3 images of' in caplog.text and 'are in the target too' in caplog.text
 
 
 def test_what_cannot_be_read_breaks_nothing(sets):
-  """Nor is a broken file of the pool a copy of a broken file of the target."""
+  """A broken file of the pool is not a copy of a broken file of the target."""
   for path in (sets / 'pool' / 'a' / 'broken.jpg', sets / 'target' / 'test' / 'one' / 'broken.jpg'):
     path.write_bytes(b'no image')
   found = overlap.find(*opened(sets))
   assert {copy.id.removeprefix('a/') for copy in found[overlap.POOL]} == set(PLANTED)
 
 
-def test_pictures_that_say_little_are_never_alike():
-  """White pages, empty or with a speck, gradients, noise of one level, half black and half white; and images that are
-  too small."""
+def test_blank_pictures_are_never_alike():
+  """Blank pages, with a speck, gradients, noise of one level, half black and half white; and tiny images."""
   rng = np.random.default_rng(0)
-  white, ramp = np.full((64, 64, 3), 255, np.uint8), np.broadcast_to(np.arange(64, dtype=np.uint8)[:, None, None],
-                                                                     (64, 64, 3))
+  white = np.full((64, 64, 3), 255, np.uint8)
+  ramp = np.broadcast_to(np.arange(64, dtype=np.uint8)[:, None, None], (64, 64, 3))
   halves = white.copy()
   halves[32:] = 0
   noisy = [np.clip(200 + rng.normal(0, 1, (64, 64, 3)), 0, 255).astype(np.uint8) for _ in range(4)]
@@ -246,7 +242,7 @@ def test_a_search_in_blocks_is_that_of_all_pairs():
 
 
 def test_other_pixels_under_the_same_names_and_sizes_are_other_images(tmp_path):
-  """An uncompressed image has one size; nor do times tell where somebody sets them back."""
+  """Uncompressed images have one size; and modification times can be set back."""
   folder = tmp_path / 'set' / 'one'
   folder.mkdir(parents=True)
   for k, ending in enumerate(('bmp', 'ppm')):
@@ -269,13 +265,13 @@ def test_a_copy_elsewhere_is_the_same_set(tmp_path):
 
 
 def test_files_are_hashed_once(tmp_path, monkeypatch):
-  """The second opening reads none of them, a third one those that are new."""
+  """Opened again, a set reads none of its files, or only the new ones."""
   monkeypatch.setattr(contents, '_FRESH_NS', -1 << 62)  # these have just been written
   write_images(tmp_path / 'set', {'one': 3})
   names = lambda: open_set(f'folder:{tmp_path}/set', 'train')
   read, real = [], contents._hash_files
-  monkeypatch.setattr(contents, '_hash_files', lambda paths, sizes,
-                      what: read.append(len(sizes)) or real(paths, sizes, what))
+  counted = lambda paths, sizes, what: read.append(len(sizes)) or real(paths, sizes, what)
+  monkeypatch.setattr(contents, '_hash_files', counted)
   first = names()
   assert read == [3] and (names().contents == first.contents).all() and read == [3]
   shutil.copy(tmp_path / 'set' / 'one' / '0.jpg', tmp_path / 'set' / 'one' / '9.jpg')
@@ -284,11 +280,11 @@ def test_files_are_hashed_once(tmp_path, monkeypatch):
 
 
 def test_a_file_that_was_just_written_is_hashed_again(tmp_path, monkeypatch):
-  """It may be written once more within the resolution of its times."""
+  """It may change again within the resolution of its times."""
   write_images(tmp_path / 'set', {'one': 2})
   read, real = [], contents._hash_files
-  monkeypatch.setattr(contents, '_hash_files', lambda paths, sizes,
-                      what: read.append(len(sizes)) or real(paths, sizes, what))
+  counted = lambda paths, sizes, what: read.append(len(sizes)) or real(paths, sizes, what)
+  monkeypatch.setattr(contents, '_hash_files', counted)
   written = max(file.stat().st_ctime_ns for file in (tmp_path / 'set' / 'one').iterdir())
   for seconds, reads in ((1, [2]), (1, [2, 2]), (60, [2, 2, 2]), (60, [2, 2, 2])):
     monkeypatch.setattr(contents.time, 'time_ns', lambda seconds=seconds: written + seconds * 1_000_000_000)
@@ -297,7 +293,7 @@ def test_a_file_that_was_just_written_is_hashed_again(tmp_path, monkeypatch):
 
 
 def test_files_that_could_not_be_read_have_nothing_in_common(tmp_path):
-  """A disk that did not answer while they were hashed makes no copies of them."""
+  """Files on a disk that did not answer are not copies of each other."""
   write_images(tmp_path / 'set', {'one': 3})
   source = open_set(f'folder:{tmp_path}/set', 'train')
   unknown = dataclasses.replace(source, contents=np.array([b'', b'', source.contents[2]], contents.HASH))
@@ -308,7 +304,7 @@ def test_files_that_could_not_be_read_have_nothing_in_common(tmp_path):
 
 @pytest.mark.slow
 def test_a_run_is_resumed_with_a_copy_of_its_images(sets):
-  """On another disk, with other times; and new pixels under the same names are told."""
+  """On another disk, with other times; new pixels under the same names are noticed."""
   fields = {'train.steps': 4, 'target.name': 'folder:target', 'source.name': 'folder:pool', 'data_dir': str(sets)}
   done = finetune.run(config(sets, **fields), sets / 'run')
   (sets / 'run' / 'results.json').unlink()
@@ -318,12 +314,12 @@ def test_a_run_is_resumed_with_a_copy_of_its_images(sets):
     (sets / name).rename(sets / f'{name} of before')
     (sets / name).symlink_to(moved / name)
   again = finetune.run(config(sets, **fields), sets / 'run')
-  assert again['test'] == done['test'] and again['source'] == done['source'] and again['duplicates'] == done['duplicates']
+  assert all(again[part] == done[part] for part in ('test', 'source', 'duplicates'))
 
 
 @pytest.mark.slow
-def test_checkpoints_and_selections_of_before_are_taken_up(sets):
-  """They know their images by names and sizes, and their runs kept copies."""
+def test_checkpoints_and_selections_of_earlier_versions_are_used(sets):
+  """They identify their images by names and sizes, and their runs kept copies."""
   fields = {'train.steps': 4, 'source.duplicates': 'keep'}
   finetune.run(config(sets, **fields), sets / 'run')
   splits, pool = opened(sets)
@@ -350,7 +346,7 @@ def test_checkpoints_and_selections_of_before_are_taken_up(sets):
 
 
 def test_hosts_look_through_a_share_each(sets, monkeypatch):
-  """What they find together is what one finds, in the same order."""
+  """Together they find what one host finds, in the same order."""
   splits, pool = opened(sets)
   target, = duplicates.hashes([splits.test], 'target')
   alone = overlap._in_pool(pool, target, target)

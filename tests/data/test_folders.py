@@ -1,5 +1,4 @@
-"""Folders as people have them: splits and classes are told apart, nothing is lost without a word, errors say what to
-do."""
+"""Folders as people have them: splits and classes are recognised, unused files are reported, errors say what to do."""
 
 import logging
 import os
@@ -68,7 +67,7 @@ def test_folder(photos):
 
 
 def test_slices_of_a_folder_are_taken_by_class(pool):
-  """The same expressions as TFDS's, but every class gives its part; two halves share nothing and miss nothing."""
+  """TFDS's expressions, but of each class separately; two halves are disjoint and complete."""
   whole, first, second = (open_set(f'folder:{pool}', split) for split in ('train', 'train[:70%]', 'train[70%:]'))
   assert np.bincount(first.labels).tolist() == [7] * 6 and np.bincount(second.labels).tolist() == [3] * 6
   assert set(first.ids).isdisjoint(second.ids) and {*first.ids, *second.ids} == set(whole.ids)
@@ -79,7 +78,7 @@ def test_slices_of_a_folder_are_taken_by_class(pool):
 @pytest.mark.parametrize('split,images', [
     ('train[-10%:]', 1), ('train[:-10%]', 9), ('train[-4%:]', 0), ('train[:-4%]', 10), ('train[-20:]', 10)])
 def test_slices_from_the_end(pool, split, images):
-  """A negative part that rounds to no image is no image from the end, not all from the start."""
+  """A negative bound that rounds to zero images counts zero from the end, not from the start."""
   if images:
     assert np.bincount(open_set(f'folder:{pool}', split).labels).tolist() == [images] * 6
   else:
@@ -88,7 +87,7 @@ def test_slices_from_the_end(pool, split, images):
 
 
 def test_a_folder_without_classes(photos):
-  """Images alone are a pool of one class, in slices and with ids as ever; what is trained on by label cannot be one."""
+  """Images alone are a pool of one class, with slices and ids; they cannot be trained on by label."""
   source = open_set(f'folder:{photos}/train/sky', 'train')
   assert source.class_names == ('unlabelled',) and sorted(source.ids) == sorted(f'{i}.jpg' for i in range(12))
   assert (source.labels == 0).all() and len(open_set(f'folder:{photos}/train/sky', 'train[:25%]')) == 3
@@ -100,7 +99,7 @@ def test_a_folder_without_classes(photos):
 
 
 def test_validation_folders_have_two_names(tmp_path):
-  """`val` and `validation` are one split, whichever the folder is called; where both are there, each is itself."""
+  """`val` and `validation` are one split; if both folders exist, each name means its own."""
   write_images(tmp_path / 'train', {'cat': 2, 'dog': 2})
   write_images(tmp_path / 'val', {'cat': 1, 'dog': 1})
   assert open_set(f'folder:{tmp_path}', 'validation').ids.tolist() == open_set(f'folder:{tmp_path}', 'val').ids.tolist()
@@ -110,7 +109,7 @@ def test_validation_folders_have_two_names(tmp_path):
 
 @pytest.mark.parametrize('more', ['train', 'test'])
 def test_classes_that_differ_are_named_with_their_split(more, tmp_path):
-  """A class that only one split has, whichever it is: in a sum of splits, and between train and test of a run."""
+  """A class that only one split has: in a sum of splits, and between train and test of a run."""
   for split in ('train', 'test'):
     write_images(tmp_path / split, {'cat': 2, 'dog': 2, **({'emu': 2} if split == more else {})})
   with pytest.raises(ValueError, match=f'the classes of test and train differ: only in {more}: emu$'):
@@ -159,7 +158,7 @@ def test_from_folder(photos, monkeypatch):
 
 @pytest.mark.parametrize('name', ['train', 'val', 'test', 'validation', 'Train'])
 def test_a_class_may_be_called_like_a_split(tmp_path, name):
-  """A folder that holds images itself beside other class folders is one of them: none of the nine images is lost."""
+  """A folder with images beside other class folders is a class: none of the nine images is lost."""
   tree(tmp_path, 'bus/', 'car/', f'{name}/', images=3)
   assert opened(tmp_path) == dict.fromkeys(sorted(['bus', 'car', name]), 3)
   assert sum(opened(tmp_path, 'train[:34%]').values()) == 3
@@ -172,7 +171,7 @@ def test_a_class_may_be_called_like_a_split(tmp_path, name):
 
 @pytest.mark.parametrize('others', [(), ('test/',)])
 def test_a_split_beside_folders_of_images_is_refused(tmp_path, others):
-  """Either could be meant, and images would be lost both ways."""
+  """It could be either, and both readings would lose images."""
   tree(tmp_path, 'train/a/', 'train/b/', 'bus/', 'car/', *others)
   words = 'train/ in it has class folders, .* beside it have images, .*: bus, car; .* Give folder:.*/train to'
   with pytest.raises(ValueError, match=words):
@@ -181,8 +180,7 @@ def test_a_split_beside_folders_of_images_is_refused(tmp_path, others):
 
 
 def test_splits_beside_other_folders(tmp_path, caplog):
-  """Two folders of class folders are splits; a folder of images beside them is named, and opens where it is asked for
-  (as STL-10's)."""
+  """A folder of images beside splits is reported, and opens when it is asked for (such as STL-10's unlabeled)."""
   tree(tmp_path, 'train/a/', 'test/a/', 'unlabeled/', 'notes/todo.txt')
   assert opened(tmp_path) == opened(tmp_path, 'test') == {'a': 2} and opened(tmp_path, 'unlabeled') == {'unlabelled': 2}
   assert [line.partition('used: ')[2] for line in warned(caplog)] == [
@@ -190,7 +188,7 @@ def test_splits_beside_other_folders(tmp_path, caplog):
 
 
 def test_flat_splits(tmp_path):
-  """Images without classes, in a split of their own, are no class of the set."""
+  """Images without classes in a split folder are not a class of the set."""
   tree(tmp_path, 'train/a/', 'train/b/', 'test/')
   assert opened(tmp_path) == {'a': 2, 'b': 2} and opened(tmp_path, 'test') == {'unlabelled': 2}
   with pytest.raises(ValueError, match='test holds no class folders but 2 images, so their classes are not known'):
@@ -203,13 +201,13 @@ def test_flat_splits(tmp_path):
     (('Train/', 'TEST/'), 'train'), (('training/', 'testing/'), 'train'), (('Training/', 'Testing/', 'Valid/'), 'val'),
     (('train /', 'test/'), 'train'), (('valid/', 'train/'), 'validation'), (('train/',), 'training')])
 def test_splits_are_known_by_other_names(tmp_path, names, split):
-  """Whichever of the usual names a folder has, in capitals or not, it is that split."""
+  """Any usual name of a split, in upper or lower case."""
   tree(tmp_path, *(f'{name}a/' for name in names), *(f'{name}b/' for name in names))
   assert opened(tmp_path, split) == {'a': 2, 'b': 2}
 
 
 def test_two_names_of_one_split(tmp_path, caplog):
-  """The one that is named is taken, and the other one told; where neither is, both are named."""
+  """The folder of the given name is used and the other one reported; if neither has it, both are named."""
   tree(tmp_path, 'train/a/', 'training/a/', 'valid/a/', 'Validation/a/')
   assert opened(tmp_path) == opened(tmp_path, 'valid') == {'a': 2}
   assert '1 folder with another name of the same split, training' in warned(caplog)[0]
@@ -222,7 +220,7 @@ def test_two_names_of_one_split(tmp_path, caplog):
 
 
 def test_endings_are_those_of_the_decoder(tmp_path):
-  """Every ending that Pillow knows for a format that is read is listed, and what it names decodes."""
+  """Every ending that Pillow knows for a format that is read is listed, and such files decode."""
   PIL.Image.init()
   known = {ending for ending, form in PIL.Image.registered_extensions().items() if form in decode.FORMATS}
   assert known - set(decode.IMAGE_ENDINGS) == {'.pfm'}  # pixels of any range, which `decode` refuses
@@ -237,7 +235,7 @@ def test_endings_are_those_of_the_decoder(tmp_path):
 
 
 def test_listing_asks_nothing_of_each_file(tmp_path, monkeypatch):
-  """A pool has a million files on a disk far away: what the folder says of a regular file is enough."""
+  """A pool may have a million files on a slow disk: regular files need no system call each."""
   tree(tmp_path, 'train/a/', 'train/b/', 'test/a/')
   asked = []
   for name in ('isfile', 'exists', 'isdir'):
@@ -255,12 +253,12 @@ def linked(root: pathlib.Path) -> pathlib.Path:
   return root
 
 
-def test_links_that_lead_nowhere_are_unreadable_images(tmp_path):
-  """Listed, and either the end of the run before it begins, or skipped and counted as a damaged file is."""
+def test_broken_links_are_unreadable_images(tmp_path):
+  """They are listed, and either end the run before it begins or are skipped and counted."""
   linked(tmp_path)
   source = open_set(f'folder:{tmp_path}', 'train')
-  assert len(source) == 9 and source.broken == {'a/gone.jpg',
-                                                'a/self.jpg'} and source.subset([0]).broken == source.broken
+  assert len(source) == 9 and source.broken == {'a/gone.jpg', 'a/self.jpg'}
+  assert source.subset([0]).broken == source.broken
   for name in source.broken:
     with pytest.raises(ValueError, match=f'{name} is a link to .*, which does not exist'):
       source[source.ids.tolist().index(name)]
@@ -276,8 +274,8 @@ def test_links_that_lead_nowhere_are_unreadable_images(tmp_path):
 # --- what is not used ---
 
 
-def test_what_is_not_used_is_told_in_one_line(tmp_path, caplog):
-  """How many, of what kinds, and one of each, with what to do; again only where something else is found."""
+def test_unused_files_are_logged_in_one_line(tmp_path, caplog):
+  """How many, of which kinds, an example of each and what to do; again only if something else is found."""
   tree(tmp_path, 'a/', 'b/', 'a/more/', 'a/more/deep/', 'a/0.heic', 'a/1.HEIC', 'b/2.heic', 'labels.csv', 'b/.3.jpg',
        'README.md')
   tree(tmp_path, '.DS_Store', 'a/.DS_Store', 'a/Thumbs.db', 'a/desktop.ini', 'a/._0.jpg', 'a/.ipynb_checkpoints/',
@@ -297,7 +295,7 @@ def test_what_is_not_used_is_told_in_one_line(tmp_path, caplog):
   assert len(warned(caplog)) == 2 and '1 .txt, b/new.txt' in warned(caplog)[1]
 
 
-def test_images_with_other_endings_are_told_by_their_content(tmp_path, caplog):
+def test_images_with_other_endings_are_recognised_by_their_contents(tmp_path, caplog):
   tree(tmp_path, 'a/', 'a/text')
   image(tmp_path / 'a' / 'photo.jpg_large')
   os.symlink('/', tmp_path / 'a' / 'disk')  # is not walked through
@@ -310,15 +308,16 @@ def test_images_with_other_endings_are_told_by_their_content(tmp_path, caplog):
   assert warned(caplog)[1].endswith('1 .4, a/4.4; and 4 of 4 other kinds')
 
 
-def test_splits_of_a_set_are_told_together(tmp_path, caplog):
-  """One line for train and test; the next seed, or the same split alone, says nothing new."""
+def test_unused_files_of_all_splits_are_logged_together(tmp_path, caplog):
+  """One line for train and test; the next seed, or one split alone, logs nothing new."""
   tree(tmp_path, 'train/a/', 'train/b/', 'test/a/', 'test/b/', 'train/a/0.heic', 'test/b/0.heic', 'test/b/x.txt',
        'x.csv', images=3)
   for seed in (0, 1):
     open_splits(target(tmp_path), '', seed)
   opened(tmp_path, 'test')
   line, = warned(caplog)
-  assert '4 files or folders are not used: 2 .heic, such as test/b/0.heic (' in line and 'x.csv' in line and 'test/b/x.txt' in line
+  assert '4 files or folders are not used: 2 .heic, such as test/b/0.heic (' in line
+  assert 'x.csv' in line and 'test/b/x.txt' in line
 
 
 # --- folders that are nearly right ---
@@ -349,7 +348,7 @@ def test_what_to_do_with_a_folder_that_is_nearly_right(tmp_path, names, words):
     ('café', unicodedata.normalize('NFD', 'café'), (r'caf\\xe9', r'cafe\\u0301')), ('cat ', 'cat', ('cat ', 'cat')),
     ('Cat', 'cat', ('Cat', 'cat'))])
 def test_classes_that_differ_in_what_is_not_seen(tmp_path, one, other, shown):
-  """Between splits they are one class under two names, written so that the difference is seen."""
+  """Classes of two splits whose names look the same are written so that the difference shows."""
   tree(tmp_path, f'train/{one}/', f'test/{other}/', 'train/dog/', 'test/dog/', 'test/emu/')
   words = f"'{shown[0]}' in .* train is '{shown[1]}' in .* test; give the folder one name; only in .* test: emu$"
   with pytest.raises(ValueError, match=words):
@@ -357,7 +356,7 @@ def test_classes_that_differ_in_what_is_not_seen(tmp_path, one, other, shown):
 
 
 def test_classes_that_differ_by_capitals(tmp_path, caplog):
-  """Letters are such classes, so they are left as they are, and told."""
+  """Images of letters have such classes: they are kept, with a warning."""
   assert opened(tree(tmp_path, 'a/', 'A/')) == opened(tmp_path) == {'A': 2, 'a': 2}
   line, = warned(caplog)
   assert "the class folders 'A' and 'a'" in line and 'differ in capitals only and are two classes' in line
@@ -377,7 +376,7 @@ def test_what_is_no_folder(tmp_path, name, words):
 
 
 def test_labels_in_a_table(tmp_path):
-  """Images without class folders: where the classes would have to be, on one line."""
+  """Images without class folders: one line says where the classes have to be."""
   tree(tmp_path, 'photos/', 'photos/labels.csv')
   with pytest.raises(ValueError, match='no class folders but 2 images.*classes are read from the names of folders, not '
                                        'from a'):
@@ -386,7 +385,7 @@ def test_labels_in_a_table(tmp_path):
 
 @pytest.mark.parametrize('without', [(1, 3), ('1', 3)])
 def test_numbers_are_names_of_classes(tmp_path, without):
-  """On the command line 10 is a number, also where it is the name of a folder."""
+  """On the command line 10 is a number, even if it is the name of a folder."""
   tree(tmp_path, *(f'{k}/' for k in range(4)))
   source = open_set(f'folder:{tmp_path}', 'train')
   assert source.without(without).class_names == ('0', '2')
@@ -397,7 +396,7 @@ def test_numbers_are_names_of_classes(tmp_path, without):
 
 
 def test_numbers_are_names_of_classes_in_every_field_that_names_some(tmp_path):
-  """From the config on, as a job takes it."""
+  """From the config on, as in a job."""
   tree(tmp_path, *(f'{k}/' for k in range(4)))
   config = default.get_config()
   config.target.update({'name': f'folder:{tmp_path}', 'test': '', 'without': (3,)})

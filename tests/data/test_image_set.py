@@ -22,8 +22,8 @@ def test_split_off_val_is_by_class_and_seed_and_id(photos):
   assert set(train.ids).isdisjoint(val.ids)
   # The order of the files does not matter, the seed does.
   shuffled = images.subset(np.random.default_rng(0).permutation(len(images)))
-  assert set(split_off_val(shuffled, 0.25, seed=0)[1].ids) == set(val.ids) != set(split_off_val(images, 0.25,
-                                                                                                seed=1)[1].ids)
+  assert set(split_off_val(shuffled, 0.25, seed=0)[1].ids) == set(val.ids)
+  assert set(split_off_val(images, 0.25, seed=1)[1].ids) != set(val.ids)
 
 
 def test_split_off_val_leaves_every_class_an_image(tmp_path):
@@ -37,7 +37,7 @@ def test_split_off_val_leaves_every_class_an_image(tmp_path):
     ('train/a/{}.jpg', ('567', '123')), ('a/{}.jpg', ('057', '135')), ('train/00000/{}', ('067', '357')),
     ('digits/{}', ('146', '456')), ('{}.jpg', ('057', '135'))])
 def test_what_is_drawn_depends_on_the_seed_and_stays(id_of, drawn):
-  """For ids of every kind; those with a slash draw what they drew when results were recorded."""
+  """For ids of every kind; ids with a slash give the sample of the recorded results."""
   ids = np.array([id_of.format(i) for i in range(8)])
   images = ImageSet('x', ('a',), np.zeros(8, np.int32), ids, np.arange(8), lambda row: b'', '')
   assert tuple(''.join(map(str, sample_per_class(images, 3, seed)[0].rows)) for seed in (0, 1)) == drawn

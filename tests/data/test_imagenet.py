@@ -1,5 +1,4 @@
-"""The names of ImageNet's classes: one for each, in the order of the labels, and only where all classes are WordNet
-ids."""
+"""Names of the ImageNet classes: unique, in the order of the labels, only if all classes are WordNet ids."""
 
 import json
 
@@ -16,7 +15,7 @@ def test_order_is_that_of_tfds_and_of_sorted_folders():
 
 
 def test_names_are_unique():
-  """Also for a reader who does not see capitals; the five that WordNet gives twice are told apart."""
+  """Even without upper case; the five names that WordNet uses twice are told apart."""
   names = imagenet.names()
   assert len({name.lower() for name in names.values()}) == 1000
   assert (names['n02012849'], names['n03126707']) == ('crane (bird)', 'crane (machine)')
@@ -25,8 +24,7 @@ def test_names_are_unique():
 
 
 def test_names_are_the_published_ones(shared):
-  """Each is one of the synonyms in the list that came with the paper's code, but for what tells the three pairs
-  apart."""
+  """Each is a synonym in the list of the paper's code, except where two classes had to be told apart."""
   published = json.loads((shared / 'reference' / 'imagenet_classes.json').read_text())
   names = imagenet.names()
   assert list(names) == published['wnid']
@@ -36,7 +34,7 @@ def test_names_are_the_published_ones(shared):
 
 
 def test_folders(tmp_path):
-  """WordNet ids alone become names, of some of the classes too; folders that say more stay as they are."""
+  """WordNet ids become names, even if only some of the classes exist; longer folder names stay as they are."""
   write_images(tmp_path / 'some', {'n02123045': 2, 'n02124075': 2, 'n01443537': 2})
   source = open_set(f'folder:{tmp_path / "some"}', 'train')
   assert source.class_names == ('goldfish', 'tabby', 'Egyptian cat')

@@ -1,5 +1,4 @@
-"""Image sets of files at any paths. What job predict reads by path is tested with the job, in
-tests/runs/test_predict.py."""
+"""Image sets of files at any paths. What job predict reads by path is tested in tests/jobs/test_predict.py."""
 
 import os
 import pathlib

@@ -1,4 +1,4 @@
-"""Order is a function of (seed, step); every example comes once a pass; evaluation misses and doubles nothing."""
+"""The order is a function of (seed, step); every example comes once per epoch, and once in evaluation."""
 
 import collections
 import dataclasses
@@ -40,7 +40,7 @@ def test_batch_contract(source):
 
 
 def test_starting_at_a_step_gives_the_same_batches(source):
-  """Images too: the crops are a function of the place in the order, not of what was drawn before."""
+  """The pixels too: crops depend on the position in the order, not on earlier draws."""
   whole = first(source, 8)
   assert all(same(a, b) for a, b in zip(whole[5:], first(source, 3, start=5)))
 
@@ -52,13 +52,12 @@ def test_seed_and_stream_change_the_order(source):
 
 
 def test_balanced_classes_come_equally_often(source):
-  """Of 12, 12, 12 and 3 examples: each class once in four places, and its examples once before any again; from a later
-  step too."""
+  """Classes of 12, 12, 12 and 3 examples take turns, and the examples of each are permuted; from a later step too."""
   uneven = source.subset([i for i in range(48) if source.labels[i] < 3 or i % 4 == 0])
   drawn = np.concatenate([b['row'] for b in first(uneven, 24, balanced=True)])
   turns = uneven.labels[drawn].reshape(60, 4)
-  assert all(sorted(turn) == [0, 1, 2, 3] for turn in turns.tolist()) and len({tuple(turn)
-                                                                               for turn in turns.tolist()}) > 10
+  assert all(sorted(turn) == [0, 1, 2, 3] for turn in turns.tolist())
+  assert len({tuple(turn) for turn in turns.tolist()}) > 10
   for k, size in enumerate(np.bincount(uneven.labels).tolist()):
     rows = drawn[uneven.labels[drawn] == k]
     passes = rows[:len(rows) // size * size].reshape(-1, size)
@@ -67,17 +66,17 @@ def test_balanced_classes_come_equally_often(source):
 
 
 def test_further_views_are_other_crops_of_the_same_images(source):
-  """The first view is what it is without the others, and each has random numbers of its own."""
-  plain, both = first(source, 2)[1], first(source, 2, views={'key': TRANSFORM,
-                                                             'whole': Transform(16, scale=(1.0, 1.0), flip=False)})[1]
+  """The first view is the same as without the others, and each has its own random numbers."""
+  views = {'key': TRANSFORM, 'whole': Transform(16, scale=(1.0, 1.0), flip=False)}
+  plain, both = first(source, 2)[1], first(source, 2, views=views)[1]
   assert same(plain, both) and both['key'].shape == both['whole'].shape == plain['input'].shape
   assert (both['key'] != both['input']).any(axis=(1, 2, 3)).all()
   again = first(source, 1, start=1, views={'key': TRANSFORM})[0]
   np.testing.assert_array_equal(again['key'], both['key'])
 
 
-def test_every_example_once_a_pass(source):
-  """48 examples in batches of 10: over five passes each comes five times, and each pass has an order of its own."""
+def test_every_example_once_per_epoch(source):
+  """48 examples in batches of 10: over five epochs each comes five times, each epoch in another order."""
   drawn = np.concatenate([b['row'] for b in first(source, 24)])
   passes = drawn.reshape(5, 48)
   assert all(sorted(p) == list(range(48)) for p in passes.tolist())
@@ -91,7 +90,7 @@ def test_batch_larger_than_the_set(source):
 
 
 def test_two_hosts_share_one_order(source, monkeypatch):
-  """Each reads its half of the batch; together they have the images that one host would have."""
+  """Each reads its half of the batch; together they have the images of a single host."""
   alone = first(source, 3)
   halves = []
   for host in range(2):
@@ -114,7 +113,7 @@ def test_evaluation_pads_and_masks(source, count):
 
 
 def test_evaluation_on_two_hosts(source, monkeypatch):
-  """Nine examples, batch four: both hosts make as many batches, and together have each example once."""
+  """Nine examples, batch size four: both hosts make equally many batches, and together have each example once."""
   seen = []
   for host in range(2):
     monkeypatch.setattr(pipeline.jax, 'process_count', lambda: 2)
@@ -126,7 +125,7 @@ def test_evaluation_on_two_hosts(source, monkeypatch):
 
 
 def test_flip_and_no_flip(source):
-  """Half of the images are mirrored, none when flip is off: judged by a ramp that is bright on the right."""
+  """Half of the images are flipped, none with flip off: seen on a ramp that is bright on the right."""
   ramp = source[0]._replace(image=np.tile(np.arange(16, dtype=np.uint8), (16, 1)))
 
   def mirrored(flip):
@@ -139,7 +138,7 @@ def test_flip_and_no_flip(source):
 
 
 def test_a_damaged_file_is_named(photos, tmp_path):
-  """The error comes out of the threads of the pipeline as it is, with the name of the file."""
+  """The error of a pipeline thread reaches the caller, with the name of the file."""
   for name in ('a', 'b'):
     (tmp_path / name).mkdir()
     (tmp_path / name / 'good.jpg').write_bytes(next((photos / 'train' / 'sky').iterdir()).read_bytes())
@@ -152,8 +151,7 @@ def test_a_damaged_file_is_named(photos, tmp_path):
 
 
 def test_a_cache_changes_no_bit(source):
-  """Training and evaluation; each image is decoded once, in the first pass, and the crops are drawn from it again and
-  again."""
+  """In training and evaluation; each image is decoded once, in the first epoch, and cropped anew each time."""
   reads = collections.Counter()
 
   def read(row):
@@ -174,13 +172,14 @@ def test_a_cache_changes_no_bit(source):
 
 
 def test_a_cache_says_its_size_first_and_refuses_what_does_not_fit(source, monkeypatch, caplog):
-  """Before an image is decoded."""
+  """Before any image is decoded."""
   size = sum(decode.decode(example.image, '').nbytes for example in (source[i] for i in range(len(source))))
   monkeypatch.setattr(memory_cache, 'decode', lambda *args: pytest.fail('decoded'))
   monkeypatch.setattr(memory_cache, 'free_memory', lambda: 2 * size)
   with caplog.at_level('INFO', 'ft_jax'):
     memory_cache.cached({'target train': source})
-  assert f'caching 48 decoded images in memory (target train): {size / 1e6:.2f} MB of {2 * size / 1e6:.2f} MB free' in caplog.text
+  logged = f'caching 48 decoded images in memory (target train): {size / 1e6:.2f} MB of {2 * size / 1e6:.2f} MB free'
+  assert logged in caplog.text
   monkeypatch.setattr(memory_cache, 'free_memory', lambda: size)  # all of it is too much
   with pytest.raises(ValueError, match='config.data.cache=true: 48 images .* of memory are free, .*; use '
                                        '--config.data.cache=false'):
@@ -203,8 +202,10 @@ def damaged_source(photos, tmp_path):
 
 def test_damaged_images_are_found_once_and_left_out(damaged_source, caplog, monkeypatch):
   rest, ids = unreadable.drop(damaged_source, 'target train', True)
-  assert ids == ['roof/11.jpg', 'roof/3.jpg', 'sky/0.jpg'] and len(rest) == 45 and not set(ids) & set(rest.ids.tolist())
-  assert 'target train: 3 of 48 images cannot be read and are skipped: roof/11.jpg, roof/3.jpg, sky/0.jpg' in caplog.text
+  assert ids == ['roof/11.jpg', 'roof/3.jpg', 'sky/0.jpg'] and len(rest) == 45
+  assert not set(ids) & set(rest.ids.tolist())
+  logged = 'target train: 3 of 48 images cannot be read and are skipped: roof/11.jpg, roof/3.jpg, sky/0.jpg'
+  assert logged in caplog.text
   assert len(np.unique(np.concatenate([batch['row'] for batch in first(rest, 9, batch_size=5)]))) == 45
   # The next time nothing is read.
   monkeypatch.setattr(unreadable, 'decode', lambda *args, **kwargs: pytest.fail('decoded'))
@@ -212,7 +213,7 @@ def test_damaged_images_are_found_once_and_left_out(damaged_source, caplog, monk
   assert ids_again == ids and again.fingerprint == rest.fingerprint != damaged_source.fingerprint
 
 
-def test_a_file_that_was_mended_or_broke_is_tried_again(damaged_source, tmp_path):
+def test_a_file_that_changed_is_tried_again(damaged_source, tmp_path):
   """Same names and sizes, other bytes."""
   opened = lambda: open_set(f'folder:{tmp_path / "damaged"}', 'train')
   damaged = lambda: unreadable.drop(opened(), 'target train', True)[1]

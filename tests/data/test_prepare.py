@@ -1,5 +1,4 @@
-"""Sets are written from the files that they are published as, packed or unpacked, by TFDS's own builders and without
-TensorFlow; what is missing, cut short or interrupted is named and mended."""
+"""Sets are written from their published files by TFDS's builders, without TensorFlow; what is wrong is named."""
 
 from collections.abc import Callable, Mapping, Sequence
 import hashlib
@@ -225,7 +224,7 @@ def assert_alike(image: bytes, pixels: np.ndarray) -> None:
 @pytest.mark.parametrize('form', ['unpacked', 'packed'])
 @pytest.mark.parametrize('name', SETS)
 def test_from_published_files(name, form, tmp_path):
-  """Every image is in its split with its class, its bytes untouched; nothing is written beside the user's files."""
+  """Every image is in its split and class with its bytes unchanged; nothing is written to the user's folder."""
   write, archives = SETS[name]
   given = tmp_path / 'given'
   labels = write(given)
@@ -245,8 +244,8 @@ def test_from_published_files(name, form, tmp_path):
   assert re.fullmatch(ID_FORMS[name], ids[0]), ids[0]  # the file, so that a drawn subset and a report name images
 
 
-def test_images_that_tfds_encodes_anew(tmp_path):
-  """Twelve files of Pets are damaged or no JPEG; TFDS writes them again, here by Pillow. Nothing else is touched."""
+def test_images_that_tfds_re_encodes(tmp_path):
+  """Twelve files of Pets are damaged or not JPEG; TFDS re-encodes them, here with Pillow. Others are unchanged."""
   write_pets(tmp_path / 'given')
   png = np.dstack([Photos().pixels(), np.full((40, 50), 255, np.uint8)])
   for listed, file in (('trainval', 'Abyssinian_5'), ('test', 'Egyptian_Mau_14')):
@@ -297,10 +296,8 @@ def tar_of(files: Mapping[str, bytes], path: pathlib.Path, mode: str = 'w') -> N
       add(tar, name, data)
 
 
-def real_images(shared: pathlib.Path, name: str, most: int, classes: Sequence[str] = ()) -> dict[str,
-                                                                                                 dict[str,
-                                                                                                      dict[str,
-                                                                                                           bytes]]]:
+def real_images(shared: pathlib.Path, name: str, most: int,
+                classes: Sequence[str] = ()) -> dict[str, dict[str, dict[str, bytes]]]:
   """Split -> class -> file -> bytes: the first files of each class."""
   found = {'train': {}, 'test': {}}
   with tarfile.open(shared / 'data' / f'{name}.tar.gz') as tar:
@@ -335,7 +332,7 @@ def pets_dir(shared, tmp_path_factory) -> pathlib.Path:
 
 
 def test_real_pets(pets_dir):
-  """TFDS's own builder on real images: both splits, all breeds, the name of a file says which."""
+  """TFDS's own builder on real images: both splits and all breeds, as the file names say."""
   for split in ('train', 'test'):
     source = open_set('tfds:oxford_iiit_pet', split, str(pets_dir))
     assert np.bincount(source.labels).tolist() == [2] * 37
@@ -347,7 +344,7 @@ def test_real_pets(pets_dir):
 
 @pytest.mark.slow
 def test_the_pets_config_runs_on_prepared_pets(pets_dir, tmp_path):
-  """`--config=configs/pets.py` with a prepared data_dir, made tiny: results.json has the numbers of the test split."""
+  """`--config=configs/pets.py` with a prepared data_dir, made tiny: results.json has the test results."""
   values = {
       'data_dir': pets_dir, 'image_size': 32, 'source.name': '', 'selection.method': 'none', 'model.weights': '',
       'model.width': 4,
@@ -363,7 +360,7 @@ def test_the_pets_config_runs_on_prepared_pets(pets_dir, tmp_path):
 
 
 def test_real_caltech101(shared, tmp_path):
-  """An archive in an archive; 30 random images of each class are train, drawn by TFDS the same way every time."""
+  """An archive in an archive; TFDS draws 30 images of each class for train, the same ones every time."""
   images = real_images(shared, 'caltech101', 30, ('accordion', 'faces_easy', 'wild_cat'))
   files, classes = {}, {}
   for split in images:
@@ -420,7 +417,7 @@ def imagenet(shared, tmp_path_factory) -> tuple[pathlib.Path, pathlib.Path, dict
 
 
 def test_imagenet_from_its_archives_and_as_a_folder(imagenet, tmp_path):
-  """Same images, human names and order of classes both ways; the WordNet id stays in the id of each image."""
+  """The same images, class names and order both ways; the id of each image has its WordNet id."""
   files, usual, wnids = imagenet
   prepare.prepare('tfds:imagenet2012', str(tmp_path), str(files))
   stored, folder = open_set('tfds:imagenet2012', 'train', str(tmp_path)), open_set(f'folder:{usual}', 'train')
@@ -442,7 +439,7 @@ def test_imagenet_from_its_archives_and_as_a_folder(imagenet, tmp_path):
 
 
 def test_imagenet_by_hand(imagenet, tmp_path):
-  """One message: which files, how large, from where, to where; and the unpacked form is pointed to `folder:`."""
+  """One message says which files, how large, from where and to where; unpacked ImageNet is sent to `folder:`."""
   files, usual, _ = imagenet
   with pytest.raises(ValueError, match=r'(?s)by hand.*ILSVRC2012_img_train.tar \(147.9 GB\) and ILSVRC2012_img_val.tar '
                                        r'\(6.7 GB\)'
@@ -472,7 +469,7 @@ def run(arguments: list[str], code: str = '') -> subprocess.CompletedProcess:
 
 
 def test_killed_in_the_middle(tmp_path):
-  """kill -9 while records are written: the next run starts clean and finishes, one more says that the set is there."""
+  """After a kill -9 while records are written, the next run starts clean; another one has nothing to do."""
   labels = write_aircraft(tmp_path / 'given')
   arguments = ['tfds:fgvc_aircraft', f'--data_dir={tmp_path / "data"}', f'--from={tmp_path / "given"}']
   die = '''
@@ -519,7 +516,7 @@ def test_a_wrong_name_is_one_whole_sentence(name, words, tmp_path):
 @pytest.mark.parametrize('data,words', [
     (b'', 'is empty .0 bytes.: get it again'), (b'<html>moved</html>', 'damaged or cut short .*; 18 bytes')])
 def test_what_is_no_archive_is_one_line(data, words, tmp_path):
-  """tarfile itself says a line for every way of packing."""
+  """tarfile itself has a line for every compression that it tried."""
   for archive in ('images.tar.gz', 'annotations.tar.gz'):
     (tmp_path / archive).write_bytes(data)
   with pytest.raises(ValueError, match=words) as raised:
@@ -530,14 +527,13 @@ def test_what_is_no_archive_is_one_line(data, words, tmp_path):
 def test_two_at_a_time_are_refused(tmp_path):
   write_aircraft(tmp_path / 'given')
   builder = tfds.builder_cls('dtd')(data_dir=tmp_path / 'data')
-  with write._locked(builder, tmp_path / 'data'), pytest.raises(ValueError,
-                                                                match='another process is preparing tfds:dtd'):
+  refused = pytest.raises(ValueError, match='another process is preparing tfds:dtd')
+  with write._locked(builder, tmp_path / 'data'), refused:
     prepare.prepare('dtd', str(tmp_path / 'data'), str(tmp_path / 'given'))
 
 
 def test_a_folder_without_the_files_is_named(tmp_path):
-  """What was looked for, what is there, and where the file is published; whatever a builder trips over names the
-  set."""
+  """What was looked for, what is there, and where the file is published; other errors name the set."""
   (tmp_path / 'given' / 'holiday').mkdir(parents=True)
   with pytest.raises(ValueError, match=r'have neither annotations.tar.gz nor annotations. There is: holiday. '
                                        r'.*thor.robots.ox.ac.uk'):
@@ -558,7 +554,7 @@ def test_a_folder_without_the_files_is_named(tmp_path):
     ('stanford_dogs', 'lists.tar', 0.2),
     ('caltech101', 'caltech-101.zip', 0.7)])
 def test_an_archive_that_is_cut_short_is_named(name, archive, keep, tmp_path):
-  """gzip notices by itself; a plain tar that ends between two files would pass for a whole one."""
+  """gzip notices by itself; a plain tar that ends between two files would pass as complete."""
   write, archives = SETS[name]
   write(tmp_path / 'given')
   pack(tmp_path / 'given', archives, tmp_path / 'packed')
@@ -575,7 +571,7 @@ def test_an_archive_that_is_cut_short_is_named(name, archive, keep, tmp_path):
 
 
 def test_a_link_that_does_not_answer(tmp_path, monkeypatch):
-  """One request, no minutes of retries: what failed, that it is known, and what to do instead."""
+  """One request, no minutes of retries; the message says what failed, what is known of it, and what to do."""
   import requests
 
   class Answer(io.BytesIO):
@@ -595,7 +591,7 @@ def test_a_link_that_does_not_answer(tmp_path, monkeypatch):
 
 
 def test_a_download_of_something_else(tmp_path, monkeypatch):
-  """A page where the archive was: TFDS's checksum notices, and what to do by hand is said."""
+  """A web page instead of the archive: TFDS's checksum notices, and the message says what to do by hand."""
   import requests
 
   monkeypatch.setattr(originals, 'check_address', lambda url: None)
@@ -609,7 +605,7 @@ def test_a_download_of_something_else(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(util.find_spec('tensorflow') is not None, reason='TensorFlow is installed')
 def test_a_builder_that_needs_more_of_tensorflow(tmp_path, monkeypatch):
-  """What is not replaced is asked of TensorFlow, and the package is named where it is not there."""
+  """What is not replaced comes from TensorFlow; if that is missing, the message names the package."""
   from tensorflow_datasets.datasets.oxford_iiit_pet import oxford_iiit_pet_dataset_builder as pets
 
   write_pets(tmp_path / 'given')
@@ -620,7 +616,7 @@ def test_a_builder_that_needs_more_of_tensorflow(tmp_path, monkeypatch):
 
 
 def test_no_room(tmp_path, monkeypatch):
-  """Said before anything is fetched."""
+  """Refused before anything is downloaded."""
   monkeypatch.setattr(originals, 'check_address', lambda url: None)
   monkeypatch.setattr(download.shutil, 'disk_usage', lambda _: types.SimpleNamespace(free=10**9))
   with pytest.raises(ValueError, match='625 MB to download.* take about 1.9 GB, .* 1.0 GB free'):
@@ -628,8 +624,7 @@ def test_no_room(tmp_path, monkeypatch):
 
 
 def test_a_download(tmp_path, monkeypatch):
-  """TFDS's own download, from a server on this machine: fetched, unpacked, written, without TensorFlow; not fetched
-  twice."""
+  """TFDS's own download from a server on this machine, written without TensorFlow; not downloaded twice."""
   import functools
   import http.server
   import threading
@@ -645,8 +640,8 @@ def test_a_download(tmp_path, monkeypatch):
     def log_message(self, *_):
       asked.append(self.path)
 
-  with http.server.ThreadingHTTPServer(('127.0.0.1', 0), functools.partial(Handler,
-                                                                           directory=tmp_path / 'packed')) as server:
+  handler = functools.partial(Handler, directory=tmp_path / 'packed')
+  with http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler) as server:
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setattr(fgvc_aircraft, 'URL', f'http://127.0.0.1:{server.server_port}/fgvc-aircraft-2013b.tar.gz')
     prepare.prepare('fgvc_aircraft', str(tmp_path / 'data'))

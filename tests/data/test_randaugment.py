@@ -1,5 +1,4 @@
-"""RandAugment and Cutout: each operation is Pillow's with the published value, drawn as published; the grey square is
-exact."""
+"""RandAugment and Cutout: Pillow's operations with the published values; the grey square is exact."""
 
 import collections
 import dataclasses
@@ -56,8 +55,7 @@ class Numbers:
 
 @pytest.mark.parametrize('name', randaugment.OPERATIONS)
 def test_operations_are_pillows(photo, name):
-  """Every operation, strength and sign, drawn by the numbers that mean it; and none of it where its coin falls the
-  other way."""
+  """Every operation, strength and sign; and nothing if the coin says so."""
   kind = (list(randaugment.OPERATIONS).index(name) + 0.5) / 14
   for v in range(1, 10):
     for sign in (-1, 1):
@@ -91,7 +89,7 @@ def test_what_is_drawn(photo, monkeypatch):
 
 
 def test_cutout(photo):
-  """A grey square of exactly the side, its middle everywhere alike, cut off at the borders."""
+  """A grey square of exactly the given side, centred anywhere, cut off at the borders."""
   rng, height, width = np.random.default_rng(0), *photo.shape[:2]
   covered = np.zeros((height, width))
   for _ in range(4000):
@@ -110,8 +108,7 @@ def test_cutout(photo):
 
 
 def test_training_crops(photos):
-  """The same batches again whatever the threads do, into the batch's own memory; evaluation sees nothing of it; off is
-  as it was."""
+  """The same batches whatever the threads do; evaluation is unchanged, and so is training without both."""
   source = open_set(f'folder:{photos}', 'train')
   plain = Transform(32, short_side=36)
   strong = dataclasses.replace(plain, randaugment=2, cutout=0.5)

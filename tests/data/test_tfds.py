@@ -57,7 +57,7 @@ def tfds_dir(tmp_path_factory) -> str:
 
 
 def test_tfds(tfds_dir):
-  """Bytes come undecoded, labels and ids are known at once, a slice is TFDS's own; TensorFlow stays out."""
+  """Undecoded bytes; labels and ids without decoding; slices are TFDS's own; TensorFlow is not imported."""
   train = open_set('tfds:tiny_photos', 'train', tfds_dir)
   assert (len(train), train.class_names) == (20, ('dark', 'light'))
   assert sorted(train.ids) == [f'train/{i:03d}.jpg' for i in range(20)]
@@ -93,7 +93,7 @@ def test_labels_of_tfds_are_read_once(tfds_dir, monkeypatch):
 
 
 def test_tfds_ids_are_the_same_in_every_slice(tfds_dir):
-  """With file names and without, so that the same image in two slices is noticed."""
+  """With and without file names, so that an image in two slices is noticed."""
   for split in ('train', 'test'):
     whole, some = (open_set('tfds:tiny_photos', f'{split}{part}', tfds_dir) for part in ('', '[2:5]'))
     assert some.ids.tolist() == whole.ids[2:5].tolist()
@@ -103,7 +103,7 @@ def test_tfds_ids_are_the_same_in_every_slice(tfds_dir):
 
 
 def test_a_tfds_set_that_was_made_again_is_noticed(tfds_dir, tmp_path, monkeypatch):
-  """Same names and sizes, other labels: neither the kept labels nor the fingerprint are the old ones."""
+  """The same names and sizes, other labels: neither cached labels nor the old fingerprint are used."""
   shutil.copytree(tfds_dir, tmp_path, dirs_exist_ok=True)
   before = open_set('tfds:tiny_photos', 'train', str(tmp_path))
   monkeypatch.setattr(TinyPhotos, 'shift', 1)
@@ -115,7 +115,7 @@ def test_a_tfds_set_that_was_made_again_is_noticed(tfds_dir, tmp_path, monkeypat
 
 
 def test_other_images_of_a_tfds_set_are_noticed(tfds_dir, tmp_path, monkeypatch):
-  """Same names, labels and classes; a copy of the set in another place is the same."""
+  """The same names, labels and classes; a copy of the set elsewhere is the same set."""
   before = open_set('tfds:tiny_photos', 'train', tfds_dir)
   shutil.copytree(tfds_dir, tmp_path / 'copy', copy_function=shutil.copyfile)
   assert open_set('tfds:tiny_photos', 'train', str(tmp_path / 'copy')).fingerprint == before.fingerprint
@@ -128,7 +128,7 @@ def test_other_images_of_a_tfds_set_are_noticed(tfds_dir, tmp_path, monkeypatch)
 
 
 def test_tfrecord_is_named_with_the_command(tfds_dir, tmp_path):
-  """A set that lies there as TFRecord: its metadata say so, and the error says how to get the other form."""
+  """A set stored as TFRecord: the error says how to write it as ArrayRecord."""
   before = pathlib.Path(tfds_dir) / 'tiny_photos' / '1.0.0'
   after = tmp_path / 'tiny_photos' / '1.0.0'
   after.mkdir(parents=True)
@@ -146,7 +146,7 @@ def test_tfrecord_is_named_with_the_command(tfds_dir, tmp_path):
 
 
 def test_prepare(tfds_dir):
-  """A set that is there is left as it is; a name that is not known is one line on the terminal."""
+  """A prepared set is left as it is; an unknown name is one line on the terminal."""
   assert prepare.prepare('tfds:tiny_photos', tfds_dir).endswith('tiny_photos/1.0.0')
   run = subprocess.run([sys.executable, '-m', 'ft_jax.data.prepare', 'tfds:no_such_set'], capture_output=True,
                        text=True,
@@ -155,7 +155,7 @@ def test_prepare(tfds_dir):
 
 
 def test_a_builder_that_needs_another_package_names_it(tfds_dir, monkeypatch):
-  """TFDS's own builders may import TensorFlow; the error that says so is inside another one without a name."""
+  """TFDS's own builders may import TensorFlow; TFDS wraps the error in another one without the name."""
   def builder(*_, **__):
     raise ModuleNotFoundError('Failed to construct dataset') from ModuleNotFoundError('No module', name='tensorflow')
   monkeypatch.setattr(tfds, 'builder', builder)

@@ -69,10 +69,10 @@ def term(network, projection, heads, features, state, view, labels, step):
   """The method's term; the network is one matrix."""
   params = {'layer': network, 'heads': {'target': heads}, 'methods': {'bi_tuning': projection}}
   forward = lambda variables, images: (Outputs(images @ variables['params']['layer'], {}, {}), variables['batch_stats'])
-  seen = StepContext(NETWORK, params, {'mean': np.zeros(1)}, {}, None, {'target': Outputs(features, {}, {})},
+  context = StepContext(NETWORK, params, {'mean': np.zeros(1)}, {}, None, {'target': Outputs(features, {}, {})},
                      {'target/key': view}, labels, labels, step,
               jax.random.key(0), forward)
-  loss = lambda state: METHOD.loss(seen, state)[:2]
+  loss = lambda state: METHOD.loss(context, state)[:2]
   return jax.tree.map(lambda x: x[0], jax.vmap(loss, in_axes=None, axis_size=1, axis_name=AXIS)(state))
 
 

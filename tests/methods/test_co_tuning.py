@@ -22,7 +22,7 @@ from ft_jax.models.resnet import Outputs
 K, S = 5, 8
 
 
-def seen(logits: np.ndarray, labels: np.ndarray) -> StepContext:
+def step_context(logits: np.ndarray, labels: np.ndarray) -> StepContext:
   return StepContext(None, {}, {}, {}, None, {'target': Outputs(None, {'pretrained': logits}, {})}, {}, labels, None,
                      None, None, None)
 
@@ -34,15 +34,16 @@ def test_term_and_gradient(seed, weight):
   rng, count = np.random.default_rng(seed), 6
   logits, relation = 3 * rng.normal(size=(count, S)), rng.dirichlet(np.ones(S), K)
   labels, soft = rng.integers(0, K, count), rng.dirichlet(np.ones(K), count)
-  term = lambda logits, said: weight * np.mean(np.sum(-said * special.log_softmax(logits, 1), 1))
-  for given_labels, said in ((labels, relation[labels]), (soft, soft @ relation)):
-    loss = lambda logits, labels=given_labels: CoTuning(weight).loss(seen(logits, labels), {'relation': relation}).loss
+  term = lambda logits, targets: weight * np.mean(np.sum(-targets * special.log_softmax(logits, 1), 1))
+  for given_labels, targets in ((labels, relation[labels]), (soft, soft @ relation)):
+    loss = lambda logits, labels=given_labels: CoTuning(weight).loss(step_context(logits, labels),
+                                                                     {'relation': relation}).loss
     with jax.enable_x64(True):
       value, gradient = jax.device_get(jax.value_and_grad(loss)(logits))
-    np.testing.assert_allclose(value, term(logits, said), rtol=1e-9)
-    np.testing.assert_allclose(gradient, weight / count * (special.softmax(logits, 1) - said), rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(value, term(logits, targets), rtol=1e-9)
+    np.testing.assert_allclose(gradient, weight / count * (special.softmax(logits, 1) - targets), rtol=1e-6, atol=1e-9)
     step = 1e-5 * rng.normal(size=logits.shape)
-    np.testing.assert_allclose(np.sum(gradient * 2 * step), term(logits + step, said) - term(logits - step, said),
+    np.testing.assert_allclose(np.sum(gradient * 2 * step), term(logits + step, targets) - term(logits - step, targets),
                                rtol=1e-4, atol=1e-11)
 
 

@@ -55,14 +55,15 @@ def test_term_and_gradient(form, seed, weight, head_weight):
                          for layer, value in weights.items()}} if form == 'attention' else {}
 
   def loss(taps, params):
-    seen = StepContext(None, params, {}, start, Outputs(None, {}, teacher), {'target': Outputs(None, {}, taps)}, {},
+    context = StepContext(None, params, {}, start, Outputs(None, {}, teacher), {'target': Outputs(None, {}, taps)}, {},
                        *[None] * 5)
-    return method.loss(seen, state).loss
+    return method.loss(context, state).loss
 
   with jax.enable_x64(True):
     value, (of_taps, of_params) = jax.device_get(jax.value_and_grad(loss, (0, 1))(taps, params))
   np.testing.assert_allclose(value, term(method, taps, teacher, weights, fresh), rtol=1e-5)
-  np.testing.assert_allclose(of_params['heads']['target']['kernel'], head_weight * fresh['kernel'], rtol=1e-6)
+  np.testing.assert_allclose(of_params['heads']['target']['kernel'], head_weight * fresh['kernel'], rtol=1e-6,
+                             atol=1e-12)
   assert not any(np.any(part) for part in (of_params['layer1'], of_params['heads']['pretrained']['bias'],
                                            of_params['methods']['other']))
   step = {layer: 1e-3 * rng.normal(size=maps.shape) for layer, maps in taps.items()}
@@ -135,9 +136,10 @@ def test_together_with_one_teacher(monkeypatch):
   np.testing.assert_allclose(history[0]['loss_delta'], decay, rtol=1e-4)
   relation = state.methods['co_tuning']['relation']
   given = method_case.batch()['target']
-  said = method_case.context(method_case.network(), start).teacher_outputs('train')['logits']
+  logits = method_case.context(method_case.network(), start).teacher_outputs('train')['logits']
   np.testing.assert_allclose(
-      history[0]['loss_co_tuning'], -2.3 * np.mean(np.sum(relation[given['label']] * special.log_softmax(said, 1), 1)),
+      history[0]['loss_co_tuning'], -2.3 * np.mean(np.sum(relation[given['label']] * special.log_softmax(logits, 1),
+                                                          1)),
       rtol=1e-4)
   attention = state.methods['delta']['attention']
   assert list(attention) == ['layer3.0.conv2'] and np.ptp(attention['layer3.0.conv2']) > 0.01

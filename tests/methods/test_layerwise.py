@@ -213,12 +213,13 @@ def test_penalty(norm):
   expected = sum(weights[path.split('/')[0]] * size(value.astype(np.float64) - first.get(path, 0.0))
                  for path, value in flat(params).items()
                  if path.split('/')[0] in weights and not path.endswith('bias'))
-  pass_of = lambda params: methods.StepContext(method_case.network(), params, stats, start, None, {}, {}, None, None,
+  step_context = lambda params: methods.StepContext(method_case.network(), params, stats, start, None, {}, {}, None,
+                                                    None,
                                                None, None, None)
   assert method.project(method_case.network(), params, stats, start) is params
   with jax.enable_x64():
     wide = jax.tree.map(lambda x: x.astype(np.float64), params)
-    loss = lambda params: method.loss(pass_of(params), {}).loss
+    loss = lambda params: method.loss(step_context(params), {}).loss
     gradient = jax.jit(jax.grad(loss), compiler_options=method_case.QUICK)(wide)
     rng = np.random.default_rng(0)
     direction = jax.tree.map(lambda x: rng.normal(size=x.shape), wide)

@@ -23,7 +23,7 @@ def term(features: np.ndarray, head: dict[str, np.ndarray], teacher: np.ndarray,
   return weight * np.mean(np.sum(np.exp(log_p) * (log_p - log_q), 1))
 
 
-def seen(features, head, teacher) -> StepContext:
+def step_context(features, head, teacher) -> StepContext:
   return StepContext(None, {}, {}, {'params': {'heads': {'pretrained': head}}},
                      Outputs(None, {'pretrained': teacher}, {}),
               {'target': Outputs(features, {}, {})}, {}, None, None, None, None, None)
@@ -36,7 +36,7 @@ def test_term_and_gradient(seed, weight, temperature):
   features, teacher = rng.normal(size=(6, 5)), 4 * rng.normal(size=(6, 8))
   head = {'kernel': rng.normal(size=(5, 8)), 'bias': rng.normal(size=8)}
   expected = term(features, head, teacher, weight, temperature)
-  loss = lambda features: LwF(weight, temperature).loss(seen(features, head, teacher), {}).loss
+  loss = lambda features: LwF(weight, temperature).loss(step_context(features, head, teacher), {}).loss
   with jax.enable_x64(True):
     value, gradient = jax.device_get(jax.value_and_grad(loss)(features))
   np.testing.assert_allclose(value, expected, rtol=1e-9)

@@ -55,7 +55,7 @@ def test_every_pair_trains_or_says_why_not(names):
 
 
 def groups() -> list[list[str]]:
-  """The methods in few sets of such as can be together."""
+  """The methods in a few sets whose members can be combined."""
   found: list[list[str]] = []
   for name in METHODS:
     for group in found:

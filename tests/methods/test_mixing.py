@@ -108,7 +108,7 @@ def test_one_of_two_mixes_each_step():
 
 
 def test_same_whatever_the_split():
-  """Through the whole step: partners are those of the whole batch, mixed before it is cut into parts."""
+  """Through the whole step: partners are those of the whole batch, mixed before it is divided into microbatches."""
   method_case.assert_same_whatever_the_split({'label_smoothing': LabelSmoothing(0.1), 'mixup': Mixup(0.4),
                                               'cutmix': CutMix(1.0)})
 

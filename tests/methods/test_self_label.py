@@ -25,7 +25,7 @@ def context(labels, true_labels=None, batch_size=8):
                              batch_size=batch_size)
 
 
-def pass_of(logits, index, labels, step):
+def step_context(logits, index, labels, step):
   outputs = {'target': Outputs(jnp.zeros((len(logits), 1)), {'target': logits}, {})}
   return methods.StepContext(None, {}, {}, {}, None, outputs, {}, labels, index, step, None, None)
 
@@ -51,7 +51,8 @@ def test_reference_weights(shared, devices, temperature):
   losses = arrays['per_sample_loss'].astype(np.float32)
   method = SelfLabel(True, reweight_epoch=1, temperature=temperature)
   state = method.setup(context(np.zeros(32), batch_size=32))
-  weigh = on_devices(lambda batch, state, step: method.weigh(batch, pass_of(batch[:, None], None, None, step), state),
+  weigh = on_devices(lambda batch, state, step: method.weigh(batch, step_context(batch[:, None], None, None, step),
+                                                             state),
                      devices)
   weights = weigh(losses, state, 0).reshape(-1)
   np.testing.assert_allclose(weights / 32, arrays[f'w_T{temperature}'], rtol=2e-6)
@@ -65,7 +66,8 @@ def test_reference_schedule(shared):
   # What the weights of two losses say of the temperature: log(w1 / w2) = (l2 - l1) / tau. Epochs of 2.5 steps.
   method = SelfLabel(True, reweight_epoch=5, temperature=2.0)
   state = method.setup(context(np.zeros(20)))
-  weigh = on_devices(lambda batch, state, step: method.weigh(batch, pass_of(batch[:, None], None, None, step), state),
+  weigh = on_devices(lambda batch, state, step: method.weigh(batch, step_context(batch[:, None], None, None, step),
+                                                             state),
                      1)
   for step in range(75):
     (first, second), = weigh(np.array([0.3, 1.8], np.float32), state, step)
@@ -113,10 +115,10 @@ def test_some_steps(seed, devices, reweight, correct, threshold, known):
   state = method.setup(context(given, true if known else None))
 
   def step_of(batch, state, step):
-    seen = pass_of(batch['logits'], batch['index'], batch['labels'], step)
-    labels, state, metrics = method.relabel(seen, state)
+    context = step_context(batch['logits'], batch['index'], batch['labels'], step)
+    labels, state, metrics = method.relabel(context, state)
     losses = -jnp.take_along_axis(jax.nn.log_softmax(batch['logits']), labels[:, None], 1)[:, 0]
-    return labels, losses, method.weigh(losses, seen._replace(labels=labels), state), state, metrics
+    return labels, losses, method.weigh(losses, context._replace(labels=labels), state), state, metrics
 
   run = on_devices(step_of, devices)
   for step, ((index, logits), (labels, losses, weights)) in enumerate(zip(batches, simulated(method, given, batches,
@@ -147,7 +149,8 @@ def test_the_last_sure_view_counts():
     logits = np.stack([*(sure(k) for k in views), np.zeros(4, np.float32), sure(3)])
     index = np.array([0, 0, 0, 1], np.int32)
     for devices in (1, 2, 4):
-      run = on_devices(lambda batch, state, step: method.relabel(pass_of(*batch, batch[1], step), state)[1]['labels'],
+      run = on_devices(lambda batch, state, step: method.relabel(step_context(*batch, batch[1], step),
+                                                                 state)[1]['labels'],
                        devices)
       labels = run((logits, index), method.setup(context([0, 2, 2])), 0)
       np.testing.assert_array_equal(labels, np.tile([expected, 3, 2], (devices, 1)))

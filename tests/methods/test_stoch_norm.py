@@ -140,7 +140,7 @@ class Shifted(BatchNorm):
 
 @pytest.mark.parametrize('norm', [StochNorm(True).norm(), Shifted, BatchNorm])
 @pytest.mark.parametrize('parts', [1, 2])
-def test_taps_of_a_layer_are_what_the_network_goes_on_with(norm, parts):
+def test_taps_are_the_outputs_that_the_next_layer_gets(norm, parts):
   """A block is relu(input + bn2): so the tap of bn2 is not the output of one of the calls that it is made of."""
   model = resnet.ResNet((2,), resnet.BasicBlock, heads={}, width=4, stem='3x3', norm=norm)
   variables, images = method_case.variables(model), method_case.images(8, 4)['input']

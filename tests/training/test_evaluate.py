@@ -1,6 +1,7 @@
 """Metrics are exact: padding counts nothing, every example counts once, classes weigh the same in the mean per class.
 """
 
+import dataclasses
 import types
 
 import jax
@@ -13,7 +14,6 @@ from ft_jax import parallel
 from ft_jax.data import open_set
 from ft_jax.data.pipeline import EvalBatches, Transform
 from ft_jax.jobs import predict
-from ft_jax.methods import SetupContext
 from ft_jax.models import build
 from ft_jax.studies.stability import curvatures
 from ft_jax.training.evaluate import evaluate, Evaluation, make_predict
@@ -43,9 +43,10 @@ def _evaluated(batches):
   return evaluate(jax.pmap(lambda batch: batch), None, batches, 4)
 
 
-def _taught(batches):
+def _teacher(batches):
   model = method_case.network()
-  return SetupContext(model, method_case.start_of(model), 4, None, None, 4, 0, lambda split: batches).taught('train')
+  context = method_case.context(model, method_case.start_of(model))
+  return dataclasses.replace(context, batches=lambda split: batches).teacher_outputs('train')
 
 
 def _probed(batches):
@@ -69,7 +70,7 @@ class Batches(list):
     self.__dict__.update(attributes)
 
 
-@pytest.mark.parametrize('run', [_evaluated, _taught, _probed, _predicted])
+@pytest.mark.parametrize('run', [_evaluated, _teacher, _probed, _predicted])
 def test_a_batch_is_read_while_the_next_one_is_under_way(run, monkeypatch):
   """In every pass over a split: evaluation, the teacher's, the Hessian's, predictions. No device waits until the host
   has read a batch.

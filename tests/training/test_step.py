@@ -83,7 +83,7 @@ def test_batch_norm_of_each_device_is_the_mean_over_devices(setting):
 
 
 def test_state_may_be_built_from_arrays_that_are_used_again(setting):
-  """A donated step must not eat the variables that it was made from."""
+  """A donated step must not destroy the variables that it was made of."""
   model, variables, batch = setting
   on_device = jax.tree.map(jnp.asarray, variables)
   first = step_once(model, on_device, batch)[0]
@@ -197,7 +197,7 @@ def test_parts_are_the_whole_batch_but_for_batch_norm():
   model = method_case.network()
   start = method_case.start_of(model)
   whole, _ = method_case.run({}, start=start, model=model, rate=0.0)
-  parts, _ = method_case.run({}, start=start, model=model, rate=0.0, microbatches=2)
+  divided, _ = method_case.run({}, start=start, model=model, rate=0.0, microbatches=2)
   batch = method_case.batch()
   forward = jax.jit(lambda stats, images: model.clone(heads={}).apply(
       {'params': start['params'], 'batch_stats': stats}, images, train=True, mutable=['batch_stats'])[1]['batch_stats'],
@@ -206,5 +206,5 @@ def test_parts_are_the_whole_batch_but_for_batch_norm():
   for rows in (slice(0, 8), slice(8, 16)):
     images = np.concatenate([batch[stream]['input'][rows] for stream in ('target', 'source')])
     stats = forward(stats, images)
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), parts.batch_stats, stats)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), divided.batch_stats, stats)
   assert any((a != b).any() for a, b in zip(jax.tree.leaves(whole.batch_stats), jax.tree.leaves(stats)))

@@ -1,4 +1,4 @@
-"""The files in archives, and in folders that stand for one; damaged archives are named."""
+"""The files in archives, and in folders that replace an archive; damaged archives are named."""
 
 from collections.abc import Iterator
 import contextlib

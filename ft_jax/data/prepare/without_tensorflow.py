@@ -1,10 +1,9 @@
-"""TFDS's builders write a set without TensorFlow: the few functions that they take from it, by other means.
+"""Lets TFDS's builders run without TensorFlow: replaces the few functions of it that they use.
 
-The builders of image sets use TensorFlow to open files and to list folders, and to encode a handful of images anew
-(twelve of Pets, 23 of ImageNet, the masks of CUB, all of SUN397 that OpenCV does not read). Files are opened by
-etils.epath here, which TFDS itself uses elsewhere, and those images go through Pillow: the encoded bytes differ from
-TensorFlow's, the pixels by what two JPEG decoders differ. Everything else that a builder asks for comes from
-TensorFlow, where it is installed.
+The builders of image sets use TensorFlow to open files, to list folders, and to re-encode a handful of images (twelve
+of Pets, 23 of ImageNet, the masks of CUB, all of SUN397 that OpenCV does not read). Here files are opened by
+etils.epath, which TFDS itself uses elsewhere, and those images are encoded by Pillow: the bytes differ from TensorFlow's,
+the pixels only as two JPEG decoders differ. Everything else that a builder asks for comes from TensorFlow, if that is installed.
 """
 
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ import PIL.Image
 
 @contextlib.contextmanager
 def without_tensorflow() -> Iterator[None]:
-  """While it is entered, TFDS's `tensorflow` is what stands below."""
+  """Within this context, TFDS's `tensorflow` is TENSORFLOW below."""
   from tensorflow_datasets.core.utils import lazy_imports_utils
 
   # TFDS imports TensorFlow lazily, as one object that all of its modules share and that keeps the module here.
@@ -33,21 +32,21 @@ def without_tensorflow() -> Iterator[None]:
 
 
 class _Array(np.ndarray):
-  """An array with the method that TensorFlow's have."""
+  """An array with the method `numpy` of TensorFlow's arrays."""
 
   def numpy(self) -> np.ndarray:
     return np.asarray(self)
 
 
 class _Bytes(bytes):
-  """Bytes with the method that TensorFlow's tensors have."""
+  """Bytes with the method `numpy` of TensorFlow's tensors."""
 
   def numpy(self) -> bytes:
     return bytes(self)
 
 
 def _decode(contents: bytes, channels: int = 0) -> _Array:
-  """uint8 `[h, w, c]`; 0 channels are those of the file."""
+  """uint8 `[h, w, c]`; 0 channels: as many as the file has."""
   image = PIL.Image.open(io.BytesIO(contents))
   own = {'1': 'L', 'L': 'L', 'LA': 'LA', 'RGBA': 'RGBA'}.get(image.mode, 'RGB')
   pixels = np.asarray(image.convert({0: own, 1: 'L', 3: 'RGB', 4: 'RGBA'}[channels or 0]))
@@ -102,7 +101,7 @@ class _Names:
     try:
       import tensorflow
     except ImportError as error:
-      raise ModuleNotFoundError(f'{self._module}.{name} is not at hand without TensorFlow',
+      raise ModuleNotFoundError(f'{self._module}.{name} is not available without TensorFlow',
                                 name='tensorflow') from error
     module = tensorflow
     for part in self._module.split('.')[1:]:
