@@ -1,18 +1,24 @@
-"""Selection: speed, memory and scale, beside POT's solver and bare matrix products; how good potentials fitted to a sample are.
+"""Selection: speed, memory and scale, beside POT's solver and bare matrix products; how good potentials fitted to a
+sample are.
 
-    pip install pot && python benchmarks/selection.py [--only class,example,stream,growth,scoring,distance] [--gpu] [--small]
-    python benchmarks/selection.py --only fitted --embeddings SOURCE.npz TARGET.npz    (files that selection.Embeddings.save wrote)
+    pip install pot && python benchmarks/selection.py [--only class,example,stream,growth,scoring,distance] [--gpu]
+    [--small] python benchmarks/selection.py --only fitted --embeddings SOURCE.npz TARGET.npz    (files that
+    selection.Embeddings.save wrote)
 
-Each question is asked in a process of its own, and what is compared takes turns; the best times are printed beside their targets:
+Each question is asked in a process of its own, and what is compared takes turns; the best times are printed beside
+their targets:
   class    1,000 x 200: our solver and the whole of selection.select against POT
-  example  50,000 x 2,000: time, peak resident memory and shares of selection.select against POT, a process for every run
-  stream   200,000 x 2,000 from a memory-mapped file, with a kernel that is not stored: peak resident memory, time, iterations
-  growth   time of an iteration against the size of the pool, and the exponent of their relation
+  example  50,000 x 2,000: time, peak resident memory and shares of selection.select against POT, a process for every
+    run
+  stream   200,000 x 2,000 from a memory-mapped file, with a kernel that is not stored: peak resident memory, time,
+  iterations growth   time of an iteration against the size of the pool, and the exponent of their relation
   scoring  rows a second that fitted potentials score, against a bare matrix product of that size
-  distance 57,000 images of 200 classes, 3,700 of 37: Gaussians and their Bures distances, OTDD, domain similarity; seconds, each once
-  gpu      1,281,167 x 3,680 at d = 512 and 2,048, beside the floors of memory bandwidth and of arithmetic; where there is a GPU or TPU, or
-           with --gpu; at d = 2,048 it takes 12 GB of memory, and of the device's 19 GB for the kernel, which is stored only where that is
-           less than half of what JAX reserves
+  distance 57,000 images of 200 classes, 3,700 of 37: Gaussians and their Bures distances, OTDD, domain similarity;
+    seconds, each once
+  gpu      1,281,167 x 3,680 at d = 512 and 2,048, beside the floors of memory bandwidth and of arithmetic; where there
+  is a GPU or TPU, or
+           with --gpu; at d = 2,048 it takes 12 GB of memory, and of the device's 19 GB for the kernel, which is stored
+           only where that is less than half of what JAX reserves
   fitted   what select(..., sample=s) chooses against the exact solution, by s
 Ours in float32, POT in float64. With --small all sizes are far smaller: a check that it runs.
 """
@@ -39,7 +45,8 @@ import numpy as np
 os.environ.update({f'POT_BACKEND_DISABLE_{name}': '1' for name in ('PYTORCH', 'TENSORFLOW', 'JAX', 'CUPY')})
 
 # Rows of the source, rows of the target, dimensions; of growth those of the largest pool.
-SIZES = {'class': (1000, 200, 512), 'example': (50_000, 2000, 512), 'stream': (200_000, 2000, 512), 'scoring': (100_000, 2000, 512),
+SIZES = {'class': (1000, 200, 512), 'example': (50_000, 2000, 512), 'stream': (200_000, 2000, 512),
+         'scoring': (100_000, 2000, 512),
          'growth': (200_000, 1000, 128), 'distance': (57_000, 3700, 512), 'gpu': (1_281_167, 3680, 512),
          'gpu wide': (1_281_167, 3680, 2048)}
 SMALL = {'class': (200, 50, 64), 'example': (5000, 1000, 64), 'stream': (20_000, 500, 64), 'scoring': (20_000, 500, 64),
@@ -53,14 +60,16 @@ CHUNK = 4096
 # Data and words.
 
 def features(n: int, m: int, d: int, path: pathlib.Path | None = None) -> tuple[np.ndarray, np.ndarray]:
-  """Source and target: 300 clusters, 200 of them in the source, 100 in the target, 50 in both; `path`: a file for the source."""
+  """Source and target: 300 clusters, 200 of them in the source, 100 in the target, 50 in both; `path`: a file for the
+  source."""
   centres = np.random.default_rng(0).standard_normal((300, d), np.float32)
   source = np.empty((n, d), np.float32) if path is None else np.lib.format.open_memmap(path, 'w+', np.float32, (n, d))
   return _filled(source, centres[:200], 1), _filled(np.empty((m, d), np.float32), centres[150:250], 2)
 
 
 def _filled(rows: np.ndarray, centres: np.ndarray, seed: int) -> np.ndarray:
-  """Rows around random centres, on all cores, in chunks: making the data must not take more memory than what is measured."""
+  """Rows around random centres, on all cores, in chunks: making the data must not take more memory than what is
+  measured."""
   def fill(start: int) -> None:
     rng, part = np.random.default_rng([seed, start]), rows[start:start + CHUNK]
     noise = rng.standard_normal(part.shape, np.float32)
@@ -106,7 +115,8 @@ def masses_of_costs(cost: np.ndarray) -> np.ndarray:
 
 def pot_cost(source: np.ndarray, target: np.ndarray) -> np.ndarray:
   """1 - cos as one matrix product: ot.dist(metric='cosine') takes far longer."""
-  units = [rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in (source.astype(np.float64), target.astype(np.float64))]
+  units = [rows / np.linalg.norm(rows, axis=1, keepdims=True)
+           for rows in (source.astype(np.float64), target.astype(np.float64))]
   cost = units[0] @ units[1].T
   return np.subtract(1, cost, out=cost)
 
@@ -115,7 +125,8 @@ def pot_plan(cost: np.ndarray) -> np.ndarray:
   import ot
   with warnings.catch_warnings():
     warnings.filterwarnings('ignore', 'If reg_type = entropy')  # that the prior is one, as it should be
-    return ot.unbalanced.sinkhorn_knopp_unbalanced(np.ones(len(cost)), np.ones(cost.shape[1]), cost, EPSILON, tuple(RHOS.values()),
+    return ot.unbalanced.sinkhorn_knopp_unbalanced(np.ones(len(cost)), np.ones(cost.shape[1]), cost, EPSILON,
+                                                   tuple(RHOS.values()),
                                                    reg_type='entropy', stopThr=1e-6)
 
 
@@ -167,11 +178,13 @@ def example_level(sizes: tuple[int, int, int], rounds: int) -> None:
   show('ours, from the cost matrix', f'{ours["alone"]:.2f} s')
   show('POT, from the cost matrix', f'{pot["alone"]:.2f} s')
   ratio, first, alone = pot['seconds'] / ours['seconds'], pot['seconds'] / ours['first'], pot['alone'] / ours['alone']
-  show('POT / ours, from features', f'{ratio:.1f}', verdict(ratio >= 10, 'at least 10'), f'({first:.1f} against our first call)')
+  show('POT / ours, from features', f'{ratio:.1f}', verdict(ratio >= 10, 'at least 10'),
+       f'({first:.1f} against our first call)')
   show('POT / ours, from the cost matrix', f'{alone:.1f}', verdict(alone >= 10, 'at least 10'))
   for name, run in found.items():
     show(f'{name}, peak resident memory', f'{run["peak"]:,.0f} MB', f'before it {run["before"]:,.0f} MB')
-  show('ours / POT, peak resident memory', f'{ours["peak"] / pot["peak"]:.2f}', verdict(3 * ours['peak'] <= pot['peak'], 'at most a third'))
+  show('ours / POT, peak resident memory', f'{ours["peak"] / pot["peak"]:.2f}',
+       verdict(3 * ours['peak'] <= pot['peak'], 'at most a third'))
   show('largest relative difference of the shares', f'{apart:.1e}')
 
 
@@ -188,7 +201,8 @@ def example_ours(sizes: tuple[int, int, int], path: pathlib.Path) -> dict[str, f
   peak = peak_megabytes()
   cost = pot_cost(source, target).astype(np.float32)
   alone = min(timed(lambda: masses_of_costs(cost))[0] for _ in range(3))
-  return {'seconds': seconds, 'first': first, 'alone': alone, 'iterations': chosen.solver['iterations'], 'peak': peak, 'before': before}
+  return {'seconds': seconds, 'first': first, 'alone': alone, 'iterations': chosen.solver['iterations'], 'peak': peak,
+          'before': before}
 
 
 def example_pot(sizes: tuple[int, int, int], path: pathlib.Path) -> dict[str, float]:
@@ -199,7 +213,8 @@ def example_pot(sizes: tuple[int, int, int], path: pathlib.Path) -> dict[str, fl
   peak = peak_megabytes()
   np.save(path, shares)
   seconds_of_cost, cost = timed(lambda: pot_cost(source, target))
-  return {'seconds': seconds, 'cost': seconds_of_cost, 'alone': timed(lambda: pot_plan(cost).sum(1))[0], 'peak': peak, 'before': before}
+  return {'seconds': seconds, 'cost': seconds_of_cost, 'alone': timed(lambda: pot_plan(cost).sum(1))[0], 'peak': peak,
+          'before': before}
 
 
 def streamed(sizes: tuple[int, int, int], rounds: int) -> None:
@@ -208,9 +223,11 @@ def streamed(sizes: tuple[int, int, int], rounds: int) -> None:
     path = pathlib.Path(folder) / 'source.npy'
     np.save(pathlib.Path(folder) / 'target.npy', features(*sizes, path)[1])
     result = child('stream ours', sizes, path)
-  show('file, and kernel in float32', f'{4 * sizes[0] * sizes[2] / 1e6:,.0f} MB', f'{4 * sizes[0] * sizes[1] / 1e6:,.0f} MB',
+  show('file, and kernel in float32', f'{4 * sizes[0] * sizes[2] / 1e6:,.0f} MB',
+       f'{4 * sizes[0] * sizes[1] / 1e6:,.0f} MB',
        'not stored' if not result['kept'] else 'STORED: nothing is streamed')
-  show('selection.select', f'{result["seconds"]:.1f} s', f'{result["iterations"]} iterations and one pass more, compiled in this time')
+  show('selection.select', f'{result["seconds"]:.1f} s',
+       f'{result["iterations"]} iterations and one pass more, compiled in this time')
   show('peak resident memory', f'{result["peak"]:,.0f} MB', verdict(result['peak'] < 1500, 'under 1,500 MB'),
        f'before it {result["before"]:,.0f} MB; pages of the file count')
 
@@ -259,7 +276,8 @@ def scoring(sizes: tuple[int, int, int], rounds: int) -> None:
   in_blocks = jax.jit(lambda rows: jax.lax.map(lambda part: jax.lax.optimization_barrier(product(part))[0, 0],
                                                rows.reshape(-1, block, rows.shape[1])))
   at_once = jax.jit(product)
-  seconds = best({'ours': lambda: transport.mass(kernel, potentials), 'blocks': lambda: in_blocks(rows).block_until_ready(),
+  seconds = best({'ours': lambda: transport.mass(kernel, potentials),
+                  'blocks': lambda: in_blocks(rows).block_until_ready(),
                   'whole': lambda: at_once(rows).block_until_ready()}, rounds)
   rates = {name: (len(source) if name == 'ours' else whole) / value for name, value in seconds.items()}
   show('ours, from features to masses', f'{rates["ours"]:,.0f} rows/s')
@@ -272,13 +290,17 @@ def distances(sizes: tuple[int, int, int], rounds: int) -> None:
   del rounds
   import selection
   from selection.gaussians import bures, gaussians
-  source, target = (selection.Embeddings(rows, np.arange(len(rows)) % classes) for rows, classes in zip(features(*sizes), (200, 37)))
+  source, target = (selection.Embeddings(rows, np.arange(len(rows)) % classes)
+                    for rows, classes in zip(features(*sizes), (200, 37)))
   fitted = [timed(lambda side=side: gaussians(side, progress=False)) for side in (source, target)]
   show('Gaussians of the classes', f'{sum(seconds for seconds, _ in fitted):.2f} s')
-  show('bures, all pairs of classes', f'{timed(lambda: bures(*(gaussian for _, gaussian in fitted), progress=False))[0]:.1f} s')
+  show('bures, all pairs of classes',
+       f'{timed(lambda: bures(*(gaussian for _, gaussian in fitted), progress=False))[0]:.1f} s')
   for covariance in ('full', 'diagonal'):
-    seconds, _ = timed(lambda covariance=covariance: selection.distance(source, target, covariance=covariance, progress=False))
-    show(f'distance (OTDD), {covariance} covariances', f'{seconds:.1f} s', 'compiled in this time' if covariance == 'full' else '')
+    seconds, _ = timed(lambda covariance=covariance: selection.distance(source, target, covariance=covariance,
+                                                                        progress=False))
+    show(f'distance (OTDD), {covariance} covariances', f'{seconds:.1f} s',
+         'compiled in this time' if covariance == 'full' else '')
   show('domain_similarity', f'{timed(lambda: selection.domain_similarity(source, target, min_images=1))[0]:.2f} s')
 
 
@@ -290,21 +312,25 @@ def on_gpu(sizes: tuple[int, int, int], rounds: int) -> None:
   first, chosen = timed(lambda: choose(source, target, n // 100))
   seconds = timed(lambda: choose(source, target, n // 100))[0]
   peak = (device.memory_stats() or {}).get('peak_bytes_in_use')
-  show(f'selection.select on {jax.device_count()} x {device.device_kind}', f'{seconds:.2f} s', f'first call {first:.2f} s',
+  show(f'selection.select on {jax.device_count()} x {device.device_kind}', f'{seconds:.2f} s',
+       f'first call {first:.2f} s',
        f'{chosen.solver["iterations"]} iterations')
-  show('peak of the device memory', 'not known' if peak is None else f'{peak / 1e9:.1f} GB', f'kernel {4 * n * m / 1e9:.2f} GB')
+  show('peak of the device memory', 'not known' if peak is None else f'{peak / 1e9:.1f} GB',
+       f'kernel {4 * n * m / 1e9:.2f} GB')
   show('peak resident memory of the host', f'{peak_megabytes():,.0f} MB', f'features {4 * n * d / 1e6:,.0f} MB')
 
   small = n < SIZES['gpu'][0]
   bandwidth, rate = _bandwidth(small), _arithmetic(small)
   memory_floor, work_floor, copy_floor = 4 * n * m / bandwidth, 2 * n * m * d / rate, 4 * n * d / _transfer(small)
   kernel_seconds, each, iterations = _kernel_and_iterations(costs_of(source, target), rounds)
-  show('kernel, from features on the host', f'{kernel_seconds:.3f} s', f'its product alone {work_floor:.3f} s at {rate / 1e12:.2f} TFLOP/s',
+  show('kernel, from features on the host', f'{kernel_seconds:.3f} s',
+       f'its product alone {work_floor:.3f} s at {rate / 1e12:.2f} TFLOP/s',
        f'features to the device alone {copy_floor:.3f} s')
   if each is None:
     show('iterations', 'not measured', 'the kernel does not fit into half of the memory, so it is not stored')
     return
-  show(f'{iterations} iterations over the stored kernel', f'{1000 * iterations * each:.1f} ms', f'{1000 * each:.2f} ms each',
+  show(f'{iterations} iterations over the stored kernel', f'{1000 * iterations * each:.1f} ms',
+       f'{1000 * each:.2f} ms each',
        f'kernel read once {1000 * memory_floor:.2f} ms at {bandwidth / 1e9:,.0f} GB/s')
   larger = max(memory_floor * iterations, work_floor)
   for what, ratio in (('one iteration / kernel read once', each / memory_floor),
@@ -361,17 +387,20 @@ def fitted(paths: tuple[str, str], small: bool) -> None:
   size = max(1, len(source) // 10)
   choose(source, target, size)  # compiles; of the samples the first draw does
   seconds, exact = timed(lambda: choose(source, target, size))
-  print(f'  {len(source):,d} x {len(target):,d}, d = {source.features.shape[1]}; the best {size:,d} rows; three draws of each '
+  print(f'  {len(source):,d} x {len(target):,d}, d = {source.features.shape[1]}; the best {size:,d} rows; three draws '
+        f'of each '
         'sample; errors are relative, of the shares of all rows')
   print('| sample | same rows, mean |  least | largest error | median error | seconds |')
   print('|-------:|----------------:|-------:|--------------:|-------------:|--------:|')
   for sample in [s // 20 if small else s for s in SAMPLES]:
     if sample > len(source):
       break
-    runs = [timed(lambda seed=seed: choose(source, target, size, sample=sample, seed=seed)) for seed in range(3)]  # noqa: B023
+    # noqa: B023
+    runs = [timed(lambda seed=seed: choose(source, target, size, sample=sample, seed=seed)) for seed in range(3)]
     same = [len(np.intersect1d(chosen.units, exact.units)) / size for _, chosen in runs]
     errors = [np.abs(chosen.shares / exact.shares - 1) for _, chosen in runs]
-    print(f'| {sample:6,d} | {np.mean(same):15.1%} | {min(same):6.1%} | {np.max(errors):13.2%} | {np.median(errors):12.3%} | '
+    print(f'| {sample:6,d} | {np.mean(same):15.1%} | {min(same):6.1%} | {np.max(errors):13.2%} | '
+          f'{np.median(errors):12.3%} | '
           f'{np.median([run[0] for run in runs]):7.2f} |', flush=True)
   print(f'| {"all":>6s} | {1:15.1%} | {1:6.1%} | {0:13.2%} | {0:12.3%} | {seconds:7.2f} |')
 
@@ -380,24 +409,28 @@ def fitted(paths: tuple[str, str], small: bool) -> None:
 
 def child(question: str, sizes: tuple[int, int, int], path: pathlib.Path) -> dict[str, float]:
   """What a process of its own finds."""
-  done = subprocess.run([sys.executable, __file__, '--child', question, '--sizes', *map(str, sizes), '--path', str(path)],
+  done = subprocess.run([sys.executable, __file__, '--child', question, '--sizes', *map(str, sizes), '--path',
+                         str(path)],
                         stdout=subprocess.PIPE, text=True, check=True)
   return json.loads(done.stdout.splitlines()[-1])
 
 
 def ask(question: str, sizes: tuple[int, int, int], rounds: int) -> None:
   print(f'{question}: ' + ' x '.join(f'{size:,d}' for size in sizes[:2]) + f', d = {sizes[2]:,d}', flush=True)
-  subprocess.run([sys.executable, __file__, '--child', question, '--sizes', *map(str, sizes), '--rounds', str(rounds)], check=True)
+  subprocess.run([sys.executable, __file__, '--child', question, '--sizes', *map(str, sizes), '--rounds', str(rounds)],
+                 check=True)
 
 
 def default_backend() -> str:
   """Asked in a process of its own: one that has looked holds the device's memory."""
-  done = subprocess.run([sys.executable, '-c', 'import jax; print(jax.default_backend())'], stdout=subprocess.PIPE, text=True, check=True)
+  done = subprocess.run([sys.executable, '-c', 'import jax; print(jax.default_backend())'], stdout=subprocess.PIPE,
+                        text=True, check=True)
   return done.stdout.split()[-1]
 
 
 QUESTIONS: dict[str, Callable[[tuple[int, int, int], int], None]] = {
-    'class': class_level, 'example': example_level, 'stream': streamed, 'growth': growth, 'scoring': scoring, 'distance': distances,
+    'class': class_level, 'example': example_level, 'stream': streamed, 'growth': growth, 'scoring': scoring,
+    'distance': distances,
     'gpu': on_gpu, 'gpu wide': on_gpu}
 PARTS: dict[str, Callable[[tuple[int, int, int], pathlib.Path], dict[str, float]]] = {
     'example ours': example_ours, 'example POT': example_pot, 'stream ours': stream_ours}

@@ -13,7 +13,8 @@ def test_entries_name_a_selection_and_methods():
   config.methods.bss.weight = 0.3
   config.compare.methods = ('none', 'uot+l2_sp', 'none+lwf')
   one = compare.config_of_run(config, 'uot+l2_sp', 3)
-  assert (one.selection.method, one.seed, one.methods.l2_sp.weight, one.methods.l2_sp.head_weight) == ('uot', 3, 0.01, 0.5)
+  assert (one.selection.method, one.seed, one.methods.l2_sp.weight, one.methods.l2_sp.head_weight) == ('uot', 3, 0.01,
+                                                                                                       0.5)
   config.methods.l2_sp.weight = 0.2
   assert compare.config_of_run(config, 'none+l2_sp', 0).methods.l2_sp.weight == 0.2
   for entry, expected in (('none', ['bss']), ('uot+l2_sp', ['l2_sp', 'bss']), ('none+lwf', ['bss', 'lwf'])):

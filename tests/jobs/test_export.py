@@ -1,4 +1,5 @@
-"""What is exported is the trained network: to torch's names and back bit for bit, and as a function with the same outputs."""
+"""What is exported is the trained network: to torch's names and back bit for bit, and as a function with the same
+outputs."""
 
 import datetime
 import json
@@ -97,7 +98,8 @@ def test_stablehlo_gives_the_models_own_outputs(exported, trained_run):
 
 @pytest.mark.parametrize('bits', [8, 16])
 def test_the_example_runs(exported, photos, tmp_path, bits):
-  """Alone, in another folder, without this project: it prepares images as the project does, also those of 16 bits and any name."""
+  """Alone, in another folder, without this project: it prepares images as the project does, also those of 16 bits and
+  any name."""
   folder, _ = exported
   shutil.copytree(folder, tmp_path / 'elsewhere')
   path = photos / 'test' / 'sky' / '0.jpg'
@@ -106,7 +108,8 @@ def test_the_example_runs(exported, photos, tmp_path, bits):
       grey = np.asarray(photo.convert('L')).astype(np.uint16) * 257
     path = tmp_path / os.fsdecode(b'deep\xe9.png')
     PIL.Image.fromarray(grey).save(path)
-  run = subprocess.run([sys.executable, str(tmp_path / 'elsewhere' / 'example.py'), str(path)], cwd=tmp_path, capture_output=True,
+  run = subprocess.run([sys.executable, str(tmp_path / 'elsewhere' / 'example.py'), str(path)], cwd=tmp_path,
+                       capture_output=True,
                        text=True, check=False, env={**os.environ, 'PYTHONPATH': ''})
   assert run.returncode == 0, run.stderr
   shown = str(path).encode(errors='backslashreplace').decode()
@@ -115,8 +118,10 @@ def test_the_example_runs(exported, photos, tmp_path, bits):
   loaded = trained.load(str(folder.parent))
   image = loaded.transform.evaluate(Example(path.read_bytes(), 0, ''))
   probabilities = jax.nn.softmax(apply(loaded)(loaded.variables, image[None]).logits['target'])[0]
-  printed = {name: float(percent) / 100 for name, percent in re.findall(r'(\w+) ([\d.]+)%', run.stdout.removeprefix(f'{shown}: '))}
-  assert run.stdout.startswith(f'{shown}: ') and len(printed) == 3 and max(printed, key=printed.get) == next(iter(printed))
+  printed = {name: float(percent) / 100
+             for name, percent in re.findall(r'(\w+) ([\d.]+)%', run.stdout.removeprefix(f'{shown}: '))}
+  assert run.stdout.startswith(f'{shown}: ') and len(printed) == 3
+  assert max(printed, key=printed.get) == next(iter(printed))
   # Scaled whole and then cut, as torchvision does it: a pixel may be rounded the other way than here.
   for name, probability in printed.items():
     assert abs(probability - probabilities[about['classes'].index(name)]) < 0.005
@@ -136,13 +141,15 @@ def make_workdir(path: pathlib.Path, **fields) -> dict:
   checkpoints.save(5, dict(variables), {'score': 0.5, 'loss': 1.0})
   checkpoints.close()
   (path / 'config.json').write_text(json.dumps(config.to_dict()))
-  split = {'top1': 0.5, 'mean_per_class': 0.5, 'loss': 1.0, 'images': 2, 'per_class': [{'name': n} for n in ('a', 'b "quoted"', 'ç\nd')]}
+  split = {'top1': 0.5, 'mean_per_class': 0.5, 'loss': 1.0, 'images': 2,
+           'per_class': [{'name': n} for n in ('a', 'b "quoted"', 'ç\nd')]}
   (path / 'results.json').write_text(json.dumps({'job': config.job, 'best_step': 5, 'val': split, 'test': None}))
   return variables
 
 
 def test_a_pre_training_and_once_more(tmp_path):
-  """Its head is the pool's; the same command writes over what is there; a class name cannot break a line of classes.txt."""
+  """Its head is the pool's; the same command writes over what is there; a class name cannot break a line of
+  classes.txt."""
   variables = make_workdir(tmp_path / 'run')
   config = export_config.get_config()
   config.workdir = str(tmp_path / 'run')
@@ -164,14 +171,16 @@ def test_the_expiry_of_the_function_is_told_and_written(tmp_path, monkeypatch, c
   monkeypatch.setattr(export, 'stablehlo_file', lambda run: b'')
   with caplog.at_level('INFO', 'ft_jax'):
     about = export.run(config, tmp_path / 'out', today=datetime.date(2026, 8, 31))
-  expected = {'jax': jax.__version__, 'calling_convention_version': CONVENTION, 'exported': '2026-08-31', 'readable_until': '2027-02-28'}
+  expected = {'jax': jax.__version__, 'calling_convention_version': CONVENTION, 'exported': '2026-08-31',
+              'readable_until': '2027-02-28'}
   assert about['stablehlo'].items() >= expected.items()
   assert json.loads((tmp_path / 'out' / 'model.json').read_text())['stablehlo'].items() >= expected.items()
   for text in (caplog.text, (tmp_path / 'out' / 'README.txt').read_text()):
     assert f'jax {jax.__version__} (calling convention {CONVENTION}) reads it' in text and 'until 2027-02-28' in text
 
 
-@pytest.mark.parametrize('day, later', [('2026-01-15', '2026-07-15'), ('2026-06-30', '2026-12-30'), ('2026-07-01', '2027-01-01'),
+@pytest.mark.parametrize('day, later',
+                         [('2026-01-15', '2026-07-15'), ('2026-06-30', '2026-12-30'), ('2026-07-01', '2027-01-01'),
                                         ('2027-08-30', '2028-02-29'), ('2026-12-31', '2027-06-30')])
 def test_six_months_later(day, later):
   assert str(export.months_later(datetime.date.fromisoformat(day), 6)) == later
@@ -183,7 +192,8 @@ def test_runs_that_cannot_be_used(tmp_path):
   make_workdir(tmp_path / 'compare', job='compare')
   shutil.copytree(tmp_path / 'stopped', tmp_path / 'compare' / 'uot-0')
   (tmp_path / 'empty').mkdir()
-  for workdir, words in (('', 'config.workdir is empty; give'), (tmp_path / 'none', 'holds no run'), (tmp_path / 'empty', 'holds no run'),
+  for workdir, words in (('', 'config.workdir is empty; give'), (tmp_path / 'none', 'holds no run'),
+                         (tmp_path / 'empty', 'holds no run'),
                          (tmp_path / 'stopped', 'is not finished'), (tmp_path / 'compare', 'such as .*uot-0')):
     config = export_config.get_config()
     config.workdir = str(workdir)

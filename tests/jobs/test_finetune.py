@@ -1,4 +1,5 @@
-"""A selection made elsewhere is used as it is, only chosen images are read, what does not fit is refused; features to compare by."""
+"""A selection made elsewhere is used as it is, only chosen images are read, what does not fit is refused; features to
+compare by."""
 
 import json
 import pathlib
@@ -28,7 +29,8 @@ def config(photos, pool, **fields):
   tiny = miniature.get_config('finetune')
   with tiny.unlocked():
     tiny.update_from_flattened_dict({
-        'source.name': f'folder:{pool}', 'target.name': f'folder:{photos}', 'model.weights': '', 'model.width': 4, 'image_size': 32,
+        'source.name': f'folder:{pool}', 'target.name': f'folder:{photos}', 'model.weights': '', 'model.width': 4,
+        'image_size': 32,
         'augment.short_side': 36, 'selection.size': 2.0, 'train.steps': 2, 'train.batch_size': 8, **fields})
   return tiny
 
@@ -36,9 +38,11 @@ def config(photos, pool, **fields):
 def select_as_in_colab(pool_set, by, **kwargs):
   """With features that are not the job's, and ids of the pool."""
   rng = np.random.default_rng(0)
-  source = selection.Embeddings(rng.normal(size=(len(pool_set), 8)) + pool_set.labels[:, None], pool_set.labels, pool_set.class_names,
+  source = selection.Embeddings(rng.normal(size=(len(pool_set), 8)) + pool_set.labels[:, None], pool_set.labels,
+                                pool_set.class_names,
                                 ids=pool_set.ids)
-  return selection.select(source, (rng.normal(size=(9, 8)), np.arange(9) % 3), 2 if by == 'class' else 5, by=by, **kwargs)
+  return selection.select(source, (rng.normal(size=(9, 8)), np.arange(9) % 3), 2 if by == 'class' else 5, by=by,
+                          **kwargs)
 
 
 def test_plain_fine_tuning_needs_no_pre_training_data(trained_run):
@@ -51,7 +55,8 @@ def test_plain_fine_tuning_needs_no_pre_training_data(trained_run):
 @pytest.mark.parametrize('fields,opened', [({}, True), ({'selection.method': 'none'}, False),
                                            ({'selection.method': 'none', 'model.weights': 'pretrain'}, True)])
 def test_the_pre_training_data_are_opened_where_they_are_used(photos, tmp_path, monkeypatch, fields, opened):
-  """For a selection, or a pre-training of the run's own: where they are missing, that is said before anything long begins."""
+  """For a selection, or a pre-training of the run's own: where they are missing, that is said before anything long
+  begins."""
   began = []
   monkeypatch.setattr(finetune, '_weights', lambda *args: began.append(args))
   monkeypatch.setattr(finetune, '_select', lambda *_: None)
@@ -173,9 +178,11 @@ def test_embeddings_of_random_weights_are_found_again_on_another_machine(photos,
   source, folder, features = open_set(f'folder:{photos}', 'test'), epath.Path(tmp_path), []
   drawn = initial_weights.init_variables
   for seed, factor in ((0, 1.0), (0, 1 + 2.0 ** -23), (1, 1.0)):
-    monkeypatch.setattr(initial_weights, 'init_variables', lambda *args, f=factor: jax.tree.map(lambda x: x * np.float32(f), drawn(*args)))
+    monkeypatch.setattr(initial_weights, 'init_variables', lambda *args, f=factor: jax.tree.map(
+        lambda x: x * np.float32(f), drawn(*args)))
     settings = finetune.Settings.from_config(config(photos, photos, seed=seed, **{'model.width': 1}))
-    features.append(finetune._encoder(settings, None, folder / 'kept', folder / 'unfinished').embed(source, 'source', means=True))
+    features.append(finetune._encoder(settings, None, folder / 'kept', folder / 'unfinished').embed(source, 'source',
+                                                                                                    means=True))
   assert len(list((folder / 'kept').iterdir())) == 2
   np.testing.assert_array_equal(features[0].features, features[1].features)
   assert np.abs(features[0].features - features[2].features).max() > 1e-3
@@ -192,11 +199,14 @@ def test_features_that_cannot_be(photos, weights, features, words):
 
 @pytest.mark.parametrize('fields,words', [
     ({'target.without': ('roof', 'sky', 'wall')}, "has one class, 'blossom'"),
-    ({'target.name': 'folder:{starved}', 'target.train': 'train[:50%]', 'target.test': 'train[50%:]'}, "no training image of class 'c'")])
-def test_a_target_that_cannot_be_learnt_is_refused_before_anything_long(photos, pool, tmp_path, fields, words, monkeypatch):
+    ({'target.name': 'folder:{starved}', 'target.train': 'train[:50%]', 'target.test': 'train[50%:]'},
+     "no training image of class 'c'")])
+def test_a_target_that_cannot_be_learnt_is_refused_before_anything_long(photos, pool, tmp_path, fields, words,
+                                                                        monkeypatch):
   write_images(tmp_path / 'starved', {'a': 6, 'b': 6, 'c': 1})
   monkeypatch.setattr(finetune, '_weights', None)
-  fields = {key: value.format(starved=tmp_path / 'starved') if isinstance(value, str) else value for key, value in fields.items()}
+  fields = {key: value.format(starved=tmp_path / 'starved') if isinstance(value, str) else value
+            for key, value in fields.items()}
   with pytest.raises(ValueError, match=words):
     finetune.run(config(photos, pool, **fields), tmp_path / 'run')
 
@@ -205,7 +215,8 @@ def test_the_other_jobs_refuse_such_a_target_too(photos, tmp_path):
   """Pre-training and the study."""
   write_images(tmp_path / 'one', {'a': 6})
   settings = default.get_config()
-  settings.source.name, settings.model.name, settings.model.width, settings.image_size = f'folder:{tmp_path / "one"}', 'resnet18', 4, 32
+  settings.source.name, settings.image_size = f'folder:{tmp_path / "one"}', 32
+  settings.model.name, settings.model.width = 'resnet18', 4
   settings.train.batch_size = 8
   with pytest.raises(ValueError, match="has one class, 'a', so a classifier"):
     pretrain.run(settings, tmp_path / 'run')
@@ -215,16 +226,19 @@ def test_the_other_jobs_refuse_such_a_target_too(photos, tmp_path):
 
 
 def test_image_sets_in_memory(tmp_path):
-  """Given in place of names: val is split off, test is what is not sampled for training; another target does not resume the run."""
+  """Given in place of names: val is split off, test is what is not sampled for training; another target does not resume
+  the run."""
   rng = np.random.default_rng(0)
   images = lambda n: rng.integers(0, 256, (n, 40, 40, 3), np.uint8)
   target = ImageSet.from_arrays(images(30), np.arange(30) % 3, ['ant', 'bee', 'cat'])
   source = ImageSet.from_arrays(images(24), np.arange(24) % 4, ['w', 'x', 'y', 'z'])
-  settings = config('', '', **{'target.name': '', 'source.name': '', 'target.test': 'rest', 'target.train_fraction': 0.6,
+  settings = config('', '',
+                    **{'target.name': '', 'source.name': '', 'target.test': 'rest', 'target.train_fraction': 0.6,
                                'target.val_fraction': 0.2, 'model.width': 1})
   results = finetune.run(settings, tmp_path / 'run', target={'train': target}, source={'train': source})
   assert [results['target'][split] for split in ('train', 'val', 'test')] == [15, 3, 12]
-  assert results['target']['name'] == target.name and results['source']['classes'] == 4 and results['selection']['units'] == 2
+  assert results['target']['name'] == target.name and results['source']['classes'] == 4
+  assert results['selection']['units'] == 2
   assert 'data:image/jpeg' in (tmp_path / 'run' / 'report.html').read_text()
   (tmp_path / 'run' / 'results.json').unlink()
   other = ImageSet.from_arrays(images(30), np.arange(30) % 3, ['ant', 'bee', 'cat'])

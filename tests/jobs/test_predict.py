@@ -1,4 +1,5 @@
-"""Predictions are the run's own: the same accuracy on its test images, each image exactly once, and files that say what was seen."""
+"""Predictions are the run's own: the same accuracy on its test images, each image exactly once, and files that say what
+was seen."""
 
 import csv
 import io
@@ -37,16 +38,19 @@ def config_of(workdir, images, **fields):
 
 def test_the_runs_own_test_images(trained_run, photos):
   """The command writes into the run's folder; its table gives the accuracy and the confusions that results.json has."""
-  run = quick_main('--config=configs/predict.py', f'--config.workdir={trained_run}', f'--config.predict.images={photos / "test"}',
+  run = quick_main('--config=configs/predict.py', f'--config.workdir={trained_run}',
+                   f'--config.predict.images={photos / "test"}',
                    '--config.predict.top=4')
   assert run.returncode == 0, run.stderr
   test = json.loads((trained_run / 'results.json').read_text())['test']
   table = rows(trained_run / 'predict' / 'predictions.csv')
-  assert [row['file'] for row in table] == [f'{name}/{i}.jpg' for name in ('blossom', 'roof', 'sky', 'wall') for i in range(5)]
+  assert [row['file'] for row in table] == [f'{name}/{i}.jpg' for name in ('blossom', 'roof', 'sky', 'wall')
+                                            for i in range(5)]
   names = [row['name'] for row in test['per_class']]
   confusion = np.zeros((4, 4), int)
   for row in table:
-    assert row['true_class'] == row['file'].partition('/')[0] and sorted(row[f'class_{k}'] for k in range(1, 5)) == sorted(names)
+    assert row['true_class'] == row['file'].partition('/')[0]
+    assert sorted(row[f'class_{k}'] for k in range(1, 5)) == sorted(names)
     probabilities = [float(row[f'probability_{k}']) for k in range(1, 5)]
     assert probabilities == sorted(probabilities, reverse=True) and abs(sum(probabilities) - 1) < 1e-5
     confusion[names.index(row['true_class']), names.index(row['class_1'])] += 1
@@ -85,7 +89,8 @@ def test_each_image_once_whatever_the_batch(trained_run, mixed, tmp_path):
 
 
 def test_unreadable_images(trained_run, mixed, tmp_path):
-  """Refused by name, with nothing written; or left out, with the reason in the table; what was there before is replaced."""
+  """Refused by name, with nothing written; or left out, with the reason in the table; what was there before is
+  replaced."""
   shutil.copytree(mixed, tmp_path / 'images')
   broken = tmp_path / 'images' / 'b' / '2.jpg'
   broken.write_bytes(broken.read_bytes()[:200])
@@ -96,7 +101,8 @@ def test_unreadable_images(trained_run, mixed, tmp_path):
   result = predict.run(config_of(trained_run, tmp_path / 'images', data={'on_error': 'skip'}), out)
   assert (result['images'], result['unreadable']) == (3, 1)
   table = {row['file']: row for row in rows(out / 'predictions.csv')}
-  assert table['b/2.jpg']['class_1'] == table['b/2.jpg']['probability_1'] == '' and 'cannot be read as an image' in table['b/2.jpg']['problem']
+  assert table['b/2.jpg']['class_1'] == table['b/2.jpg']['probability_1'] == ''
+  assert 'cannot be read as an image' in table['b/2.jpg']['problem']
   assert all(row['class_1'] and not row['problem'] for name, row in table.items() if name != 'b/2.jpg')
   # A list, in its own order, of a file that is not there, and one that is broken.
   (tmp_path / 'images' / 'list.txt').write_text('gone.jpg\n\nb/2.jpg\n')
@@ -141,12 +147,14 @@ def test_training_images_whose_names_are_not_utf8(photo, tmp_path):
 
 
 def test_a_list_with_a_mark_and_an_image_twice(trained_run, photo, tmp_path, caplog):
-  """Windows' editors begin a file with a mark; each line has its row, in the order of the list; an image is predicted once."""
+  """Windows' editors begin a file with a mark; each line has its row, in the order of the list; an image is predicted
+  once."""
   for name in ('a.jpg', 'b.jpg'):
     (tmp_path / name).write_bytes(photo)
   (tmp_path / 'list.txt').write_bytes(b'\xef\xbb\xbfb.jpg\r\na.jpg\r\nb.jpg\r\n')
   files = open_paths(str(tmp_path / 'list.txt'))
-  assert files.names == ['b.jpg', 'a.jpg', 'b.jpg'] and files.images.ids.tolist() == ['b.jpg', 'a.jpg'] and not files.problems
+  assert files.names == ['b.jpg', 'a.jpg', 'b.jpg'] and files.images.ids.tolist() == ['b.jpg', 'a.jpg']
+  assert not files.problems
   predict.run(config_of(trained_run, tmp_path / 'list.txt'), tmp_path / 'out')
   table = rows(tmp_path / 'out' / 'predictions.csv')
   assert [row['file'] for row in table] == files.names and table[0] == table[2] and table[0]['class_1']
@@ -165,7 +173,8 @@ def test_links_in_a_folder(trained_run, photo, tmp_path):
     (tmp_path / 'images' / link).symlink_to(to)
   assert open_paths(str(tmp_path / 'images')).names == ['a/1.jpg', 'b/1.jpg', 'c/1.jpg']
   (tmp_path / 'images' / 'gone.jpg').symlink_to('nothing.jpg')
-  with pytest.raises(ValueError, match='gone.jpg is a link to a file that does not exist; mend or remove it, or leave') as raised:
+  with pytest.raises(ValueError,
+                     match='gone.jpg is a link to a file that does not exist; mend or remove it, or leave') as raised:
     predict.run(config_of(trained_run, tmp_path / 'images'), tmp_path / 'out')
   assert 'list' not in str(raised.value)
 
@@ -179,7 +188,8 @@ def test_what_is_not_predicted_is_told(mixed, photo, tmp_path, caplog):
     found = open_paths(str(tmp_path / 'images.jpg'))
     assert len(found.names) == 5 and list(found.problems) == ['gone.jpg']
   line, = [record.getMessage() for record in caplog.records]
-  assert '3 files or folders are not used: 1 .heic, b/x.heic (a format that is not read' in line and '1 .txt, notes.txt' in line
+  assert '3 files or folders are not used: 1 .heic, b/x.heic (a format that is not read' in line
+  assert '1 .txt, notes.txt' in line
   (tmp_path / 'photo').write_bytes(photo)
   assert open_paths(str(tmp_path / 'photo')).names == [str(tmp_path / 'photo')]
 
@@ -194,8 +204,10 @@ def test_folders_that_name_classes():
 
 
 @pytest.mark.parametrize('images,words', [
-    ('', 'config.predict.images is empty'), ('no/such', 'there is no file or folder'), ('no/such.jpg', 'there is no file'),
-    ('{folder}/empty', 'no image in'), ('{folder}/empty.txt', 'is empty'), ('{folder}/binary', 'neither text, one path per line, nor'),
+    ('', 'config.predict.images is empty'), ('no/such', 'there is no file or folder'),
+    ('no/such.jpg', 'there is no file'),
+    ('{folder}/empty', 'no image in'), ('{folder}/empty.txt', 'is empty'),
+    ('{folder}/binary', 'neither text, one path per line, nor'),
     ('{folder}/other', r'no image in .*; it holds 1 .heic, x.heic \(a format that is not read'),
     ('{folder}/other/x.heic', 'has a format that is not read; save it as .jpg')])
 def test_wrong_images(tmp_path, images, words):
@@ -209,8 +221,10 @@ def test_wrong_images(tmp_path, images, words):
 
 
 def test_wrong_settings(trained_run, mixed, tmp_path):
-  for fields, words in (({'predict': {'top': 5}}, 'top is 5; expected 1 to 4'), ({'data': {'on_error': 'ignore'}}, 'known: raise, skip'),
-                        ({'data': {'timeout': -1.0}}, 'data.timeout is -1.0; expected a number from 0 to .* .seconds.; 0 waits for ever')):
+  for fields, words in (({'predict': {'top': 5}}, 'top is 5; expected 1 to 4'),
+                        ({'data': {'on_error': 'ignore'}}, 'known: raise, skip'),
+                        ({'data': {'timeout': -1.0}},
+                         'data.timeout is -1.0; expected a number from 0 to .* .seconds.; 0 waits for ever')):
     with pytest.raises(ValueError, match=words):
       predict.run(config_of(trained_run, mixed, **fields), tmp_path / 'out')
   assert not (tmp_path / 'out').exists()
@@ -222,5 +236,6 @@ def test_contact_sheet_takes_any_shape_and_name():
   tiles = [contact_sheet.Tile(np.full((*shape, 3), 90, np.uint8), name, p, name, true)
            for shape, name, p, true in zip(shapes, names, (0.0, 0.5, 1.0, 0.01), ('', 'y' * 200, 'z', ''))]
   for count in (1, 4, 23):
-    with PIL.Image.open(io.BytesIO(contact_sheet.draw((tiles * 6)[:count], 'title ' * 60, 'words ' * 200 + '\nmore'))) as sheet:
+    with PIL.Image.open(io.BytesIO(contact_sheet.draw((tiles * 6)[:count], 'title ' * 60,
+                                                      'words ' * 200 + '\nmore'))) as sheet:
       assert sheet.mode == 'RGB' and sheet.width >= 700 and sheet.height >= 400

@@ -1,4 +1,5 @@
-"""The measures of a minimum: products with the Hessian are exact, the trace and its error follow, a run's own start is found."""
+"""The measures of a minimum: products with the Hessian are exact, the trace and its error follow, a run's own start is
+found."""
 
 import csv
 import functools
@@ -19,7 +20,8 @@ from ft_jax import parallel, trained
 from ft_jax.jobs import stability as job
 from ft_jax.methods.base import flat
 from ft_jax.models import build, resnet
-from ft_jax.pages import page, stability as stability_page
+from ft_jax.pages import page
+from ft_jax.pages import stability as stability_page
 from ft_jax.studies import stability
 from ft_jax.studies.stability_estimates import add_probes, Estimates, Minimum, Settings
 from ft_jax.training import initial_weights
@@ -28,7 +30,8 @@ from ft_jax.training.finished_runs import load_start
 
 
 def test_noise_and_trace_are_those_of_the_hessian():
-  """A small network in float64, six images over four devices in padded batches: against the whole Hessian, by another convolution."""
+  """A small network in float64, six images over four devices in padded batches: against the whole Hessian, by another
+  convolution."""
   with jax.enable_x64(True):
     model = resnet.ResNet((1, 1), resnet.BasicBlock, heads={'target': 3}, width=2, stem='3x3', dtype=jnp.float64)
     variables = jax.tree.map(lambda x: np.asarray(x, np.float64), method_case.variables(model))
@@ -37,7 +40,8 @@ def test_noise_and_trace_are_those_of_the_hessian():
     padded = {'input': np.concatenate([images, images[:2]]), 'label': np.append(labels, [0, 0]).astype(np.int32),
               'mask': np.arange(8) < 6}
     batches = [{key: value[i:i + 4] for key, value in padded.items()} for i in (0, 4)]
-    made = list(stability.curvatures(model, 'target', parallel.replicate(variables), batches, seed=3, numbers=range(24)))
+    made = list(stability.curvatures(model, 'target', parallel.replicate(variables), batches, seed=3,
+                                     numbers=range(24)))
 
     leaves = flat(variables['params'])
     sizes = np.cumsum([0, *(leaf.size for leaf in leaves.values())])
@@ -52,12 +56,14 @@ def test_noise_and_trace_are_those_of_the_hessian():
     weights = np.concatenate([leaf.ravel() for leaf in leaves.values()])
     whole = jax.jit(lambda w: (loss(w), jax.grad(loss)(w), jax.hessian(loss)(w)), compiler_options=method_case.QUICK)
     value, gradient, hessian = map(np.asarray, whole(weights))
-    sigma, noisy = 1e-3, np.concatenate([np.full(leaf.size, stability.is_perturbed(model, path)) for path, leaf in leaves.items()])
+    sigma, noisy = 1e-3, np.concatenate([np.full(leaf.size, stability.is_perturbed(model, path))
+                                         for path, leaf in leaves.items()])
     under = lambda sigma, numbers: np.array(list(stability.losses_under_noise(
         model, 'target', parallel.replicate(variables), batches, classes=3, sigma=sigma, seed=0, numbers=numbers)))
     rises = under(sigma, range(100)) - value
     np.testing.assert_allclose(under(0.0, [5]), value, rtol=1e-12)
-    # To second order a rise has mean sigma^2 / 2 * trace and standard deviation sigma * |gradient|, of the weights that have noise.
+    # To second order a rise has mean sigma^2 / 2 * trace and standard deviation sigma * |gradient|, of the weights that
+    # have noise.
     deviation = sigma * np.linalg.norm(gradient[noisy])
     assert rises.std() == pytest.approx(deviation, rel=0.25)
     assert abs(rises.mean() - sigma ** 2 / 2 * np.trace(hessian[noisy][:, noisy])) < 4 * deviation / 10
@@ -89,7 +95,8 @@ def test_when_the_trace_is_settled():
   assert not stability.settled([5.0] * 9, 1e-3) and stability.settled([5.0] * 10, 1e-3)
   assert not stability.settled([5.0] * 9 + [5.06], 1e-3) and stability.settled([5.0] * 9 + [5.04], 1e-3)
   assert not stability.settled([5.0] * 20, 0.0)  # all that are asked for
-  assert stability.estimate([1.0, 2.0, 6.0]) == pytest.approx((3.0, (7 / 3) ** 0.5)) and stability.estimate([2.0]) == (2.0, None)
+  assert stability.estimate([1.0, 2.0, 6.0]) == pytest.approx((3.0, (7 / 3) ** 0.5))
+  assert stability.estimate([2.0]) == (2.0, None)
 
 
 def test_which_weights_have_noise():
@@ -99,7 +106,8 @@ def test_which_weights_have_noise():
   names = sorted(shapes, key=functools.partial(stability.order, model))
   noisy = [name for name in names if stability.is_perturbed(model, name)]
   assert len(noisy) == 1 + 3 * 16 + 1 and not any('downsample' in name or 'bn' in name for name in noisy)
-  assert names[:4] == ['conv1/kernel', 'bn1/bias', 'bn1/scale', 'layer1/0/conv1/kernel'] and noisy[-1] == 'heads/target/kernel'
+  assert names[:4] == ['conv1/kernel', 'bn1/bias', 'bn1/scale', 'layer1/0/conv1/kernel']
+  assert noisy[-1] == 'heads/target/kernel'
   assert [name for name in names if name.startswith('layer1/0/') and name.endswith('kernel')] == [
       f'layer1/0/{name}/kernel' for name in ('conv1', 'conv2', 'conv3', 'downsample/0')]
 
@@ -115,22 +123,27 @@ def test_distances():
 
 @pytest.mark.slow
 def test_job(trained_run, tmp_path):
-  """The command on a finished run: numbers that belong together, a page and a table; what is there already is not measured again."""
-  flags = ('--config=configs/stability.py', f'--config.workdir={trained_run}', '--config.stability.images=15', f'--workdir={tmp_path}')
+  """The command on a finished run: numbers that belong together, a page and a table; what is there already is not
+  measured again."""
+  flags = ('--config=configs/stability.py', f'--config.workdir={trained_run}', '--config.stability.images=15',
+           f'--workdir={tmp_path}')
   first = quick_main(*flags, '--config.stability.draws=3', '--config.stability.probes=2')
   assert first.returncode == 0, first.stderr
   for words in ('no distances from the start: the run began with random weights',
                 'the rise of the loss under noise of 0.001 (3 perturbed networks)'):
     assert words in first.stderr
   results = json.loads((tmp_path / 'stability.json').read_text())
-  assert (results['split'], results['images'], results['trace']['vectors'], results['trace']['settled']) == ('test', 15, 2, False)
+  assert (results['split'], results['images'], results['trace']['vectors'], results['trace']['settled']) == ('test', 15,
+                                                                                                             2, False)
   rows = {row['name']: row for row in results['parameters']}
   assert len(rows) == 62 and sum(row['perturbed'] for row in rows.values()) == 18
   assert sum(row['trace']['mean'] for row in rows.values()) == pytest.approx(results['trace']['all']['mean'])
-  assert sum(row['trace']['mean'] for row in rows.values() if row['perturbed']) == pytest.approx(results['trace']['perturbed']['mean'])
+  assert sum(row['trace']['mean'] for row in rows.values()
+             if row['perturbed']) == pytest.approx(results['trace']['perturbed']['mean'])
   assert sum(row['trace']['mean'] for row in results['stages']) == pytest.approx(results['trace']['all']['mean'])
   assert sum(row['numbers'] for row in results['stages']) == sum(row['numbers'] for row in rows.values())
-  assert results['noise']['mean'] == pytest.approx(np.mean(results['noise']['differences'])) and len(results['noise']['differences']) == 3
+  assert results['noise']['mean'] == pytest.approx(np.mean(results['noise']['differences']))
+  assert len(results['noise']['differences']) == 3
   assert results['noise']['by_trace'] == pytest.approx(5e-7 * results['trace']['perturbed']['mean'])
   with (tmp_path / 'stability.csv').open(newline='') as stream:
     table = list(csv.DictReader(stream))
@@ -140,7 +153,8 @@ def test_job(trained_run, tmp_path):
   assert 'uses the test images again' in page and 'Not measured: the run began with random weights' in page
   # One of each was made before the job was stopped: the rest comes out the same.
   kept = json.loads((tmp_path / 'estimates.json').read_text())
-  (tmp_path / 'estimates.json').write_text(json.dumps({**kept, 'draws': kept['draws'][:1], 'probes': kept['probes'][:1]}))
+  (tmp_path / 'estimates.json').write_text(json.dumps({**kept, 'draws': kept['draws'][:1],
+                                                       'probes': kept['probes'][:1]}))
   config = stability_config.get_config()
   config.workdir, config.stability.images, config.stability.draws, config.stability.probes = str(trained_run), 15, 1, 1
   fewer = job.run(config, tmp_path)  # nothing of it needs the network
@@ -150,7 +164,8 @@ def test_job(trained_run, tmp_path):
 
 
 def test_a_stopped_job_goes_on(tmp_path, monkeypatch):
-  """Vectors that are there are not made again, a settled trace asks for none, and another network or sigma begins anew."""
+  """Vectors that are there are not made again, a settled trace asks for none, and another network or sigma begins
+  anew."""
   made = []
 
   def curvatures(*args, numbers, **kwargs):
@@ -174,14 +189,16 @@ def test_a_stopped_job_goes_on(tmp_path, monkeypatch):
   assert len(probe().probes) == 10 and made == list(range(10))  # settled
   assert len(probe().probes) == 10 and len(made) == 10
   assert Estimates(path, {'network': 'n', 'noise': '0.1'}).draws == [2.0]
-  assert Estimates(path, {'network': 'n', 'noise': '0.2'}).draws == [] != Estimates(path, {'network': 'n', 'noise': '0.2'}).probes
+  assert Estimates(path, {'network': 'n', 'noise': '0.2'}).draws == [] != Estimates(path, {'network': 'n',
+                                                                                           'noise': '0.2'}).probes
   assert Estimates(path, {'network': 'other', 'noise': '0.1'}).probes == []
   path.write_text('{"half')
   assert Estimates(path, {'network': 'n', 'noise': '0.1'}).probes == []
 
 
 def test_where_a_run_began(trained_run, tmp_path):
-  """The checkpoint's own start, else the weights of the config if they are still the same ones; otherwise the reason is said."""
+  """The checkpoint's own start, else the weights of the config if they are still the same ones; otherwise the reason is
+  said."""
   run = trained.load(str(trained_run))
 
   def began(weights, fingerprint=None):
@@ -202,7 +219,8 @@ def test_where_a_run_began(trained_run, tmp_path):
     checkpoints = Checkpoints(tmp_path / folder)
     checkpoints.save(3, saved, {'score': 0.5, 'loss': 1.0})
     checkpoints.close()
-  assert load_start(tmp_path / 'with')['params']['w'].tolist() == [7.0, 7.0] and load_start(tmp_path / 'without') is None
+  assert load_start(tmp_path / 'with')['params']['w'].tolist() == [7.0, 7.0]
+  assert load_start(tmp_path / 'without') is None
 
 
 @pytest.mark.parametrize('field,value,words', [
@@ -226,7 +244,8 @@ def test_images_that_changed_or_do_not_fit(trained_run, monkeypatch):
     job.read_crops(job.open_images(config, run)[1], run)
   # Drawn over all classes, by seed.
   config.stability.images = 12
-  one, other = job.open_images(config, run)[1], job.open_images(stability_config.get_config().copy_and_resolve_references(), run)[1]
+  one, other = job.open_images(config, run)[1], job.open_images(
+      stability_config.get_config().copy_and_resolve_references(), run)[1]
   assert len(one) == 12 and len(other) == 20 and len(set(one.labels.tolist())) == 4
 
 

@@ -1,4 +1,5 @@
-"""The whole study on real images: every part is there and agrees with its own definition, nothing finished is done again."""
+"""The whole study on real images: every part is there and agrees with its own definition, nothing finished is done
+again."""
 
 import csv
 import json
@@ -27,14 +28,19 @@ SIZES = ['--config.model.width=4', '--config.image_size=32', '--config.augment.s
 
 @pytest.fixture(scope='module')
 def run(pool, photos, tmp_path_factory):
-  """Pre-training with three checkpoints, and a study of them; (workdir of the first, of the second, command of the second, its output)."""
+  """Pre-training with three checkpoints, and a study of them; (workdir of the first, of the second, command of the
+  second, its output)."""
   folder = tmp_path_factory.mktemp('study')
   made = quick_main(
-      '--config=configs/miniature.py:history', f'--config.source.name=folder:{pool}', *SIZES, '--config.train.batch_size=8',
-      '--config.train.epochs=4', '--config.train.keep_epochs=(1,2)', '--config.source.val_fraction=0.2', f'--workdir={folder / "history"}')
+      '--config=configs/miniature.py:history', f'--config.source.name=folder:{pool}', *SIZES,
+      '--config.train.batch_size=8',
+      '--config.train.epochs=4', '--config.train.keep_epochs=(1,2)', '--config.source.val_fraction=0.2',
+      f'--workdir={folder / "history"}')
   assert made.returncode == 0, made.stderr
-  command = ['--config=configs/study.py', f'--config.checkpoints={folder / "history"}', f'--config.target.name=folder:{photos}', *SIZES[1:],
-             '--config.study.seeds=(0,)', '--config.train.epochs=0', '--config.train.steps=6', '--config.train.batch_size=8',
+  command = ['--config=configs/study.py', f'--config.checkpoints={folder / "history"}',
+             f'--config.target.name=folder:{photos}', *SIZES[1:],
+             '--config.study.seeds=(0,)', '--config.train.epochs=0', '--config.train.steps=6',
+             '--config.train.batch_size=8',
              '--config.train.eval_every=6', '--config.target.val_fraction=0.25', f'--workdir={folder / "out"}']
   done = quick_main(*command)
   assert done.returncode == 0, done.stderr
@@ -72,7 +78,8 @@ def test_everything_is_there(run):
 def test_source_accuracy_is_that_of_the_run(run):
   lines = [json.loads(line) for line in (run[0] / 'metrics.jsonl').read_text().splitlines()]
   of_step = {line['step']: line['val/top1'] for line in lines if 'val/top1' in line}
-  assert [entry['source']['top1'] for entry in results(run)['history']] == [of_step[entry['step']] for entry in results(run)['history']]
+  assert [entry['source']['top1'] for entry in results(run)['history']] == [of_step[entry['step']]
+                                                                            for entry in results(run)['history']]
 
 
 @pytest.mark.slow
@@ -98,10 +105,13 @@ def test_what_is_finished_is_not_done_again(run):
   lost.unlink()
   damaged.write_text(before[damaged][0][:20])
   again = quick_main(*command)
-  assert again.returncode == 0 and again.stderr.count('training 6 steps') == 1 and 'embedding' not in again.stderr, again.stderr
-  assert {path: path.read_text() for path in (out / 'parts').iterdir()} == {path: text for path, (text, _) in before.items()}
+  assert again.returncode == 0 and again.stderr.count('training 6 steps') == 1, again.stderr
+  assert 'embedding' not in again.stderr, again.stderr
+  assert {path: path.read_text() for path in (out / 'parts').iterdir()} == {path: text
+                                                                            for path, (text, _) in before.items()}
   written = {path for path in before if path.stat().st_mtime_ns != before[path][1]}
-  assert written - {lost, damaged} == {path for path in written if path.name.startswith('tuned_change')} and len(written) == 3
+  assert written - {lost, damaged} == {path for path in written if path.name.startswith('tuned_change')}
+  assert len(written) == 3
 
 
 @pytest.mark.slow
@@ -109,7 +119,8 @@ def test_fine_tunings_of_an_earlier_version_are_found(run, photos):
   """It named them by names and sizes of the images' files."""
   config = study_config.get_config()
   config.update_from_flattened_dict({
-      'checkpoints': str(run[0]), 'target.name': f'folder:{photos}', 'image_size': 32, 'augment.short_side': 36, 'study.seeds': (0,),
+      'checkpoints': str(run[0]), 'target.name': f'folder:{photos}', 'image_size': 32, 'augment.short_side': 36,
+      'study.seeds': (0,),
       'train.epochs': 0.0, 'train.steps': 6, 'train.batch_size': 8, 'train.eval_every': 6, 'target.val_fraction': 0.25})
   kept = history.read(config.checkpoints, config.model)
   config.model.update({name: kept.network[name] for name in ('name', 'width', 'stem')})
@@ -151,7 +162,8 @@ def test_bad_settings_are_refused_before_anything_long(run, photos):
   refused('config.checkpoints: .* holds no checkpoints: it is no workdir of a run', checkpoints=str(photos))
   with pytest.raises(ValueError, match='holds a run, whose files would be mixed'):
     study.run(config, run[0])
-  with pytest.raises(ValueError, match='no checkpoint can be kept in .*has a backslash'):  # which its fine-tunings would need
+  # which its fine-tunings would need
+  with pytest.raises(ValueError, match='no checkpoint can be kept in .*has a backslash'):
     study.run(config, '/nowhere/back\\slash')
 
 
@@ -177,35 +189,43 @@ def test_no_seed_learns_from_its_test_images(photos):
 
 @pytest.mark.slow
 def test_a_folder_of_files(run, photos, tmp_path):
-  """The same networks as files without classifiers: the same numbers, but for the scores that need one; then with them, these too."""
+  """The same networks as files without classifiers: the same numbers, but for the scores that need one; then with them,
+  these too."""
   config = study_config.get_config()
   config.update_from_flattened_dict({
-      'checkpoints': str(tmp_path / 'files'), 'target.name': f'folder:{photos}', 'target.val_fraction': 0.25, 'image_size': 32,
-      'augment.short_side': 36, 'model.name': 'resnet18', 'model.width': 4, 'study.fine_tune': False, 'study.seeds': (0,)})
+      'checkpoints': str(tmp_path / 'files'), 'target.name': f'folder:{photos}', 'target.val_fraction': 0.25,
+      'image_size': 32,
+      'augment.short_side': 36, 'model.name': 'resnet18', 'model.width': 4, 'study.fine_tune': False,
+      'study.seeds': (0,)})
   (tmp_path / 'files').mkdir()
 
   def study_files(head):
     for entry in results(run)['history'][::2]:
       variables = load_variables(run[0], entry['step'])
-      save_file(export.state_dict(RESNET, variables, head), tmp_path / 'files' / f'checkpoint_{entry["epoch"]:03.0f}.safetensors')
+      save_file(export.state_dict(RESNET, variables, head),
+                tmp_path / 'files' / f'checkpoint_{entry["epoch"]:03.0f}.safetensors')
     return study.run(config, tmp_path / 'out')
 
   found = study_files(None)
   assert [(entry['name'], entry['source']) for entry in found['history']] == [('epoch 1', None), ('epoch 4', None)]
   theirs, ours = results(run)['targets'][0]['rows'][::2], found['targets'][0]['rows']
-  assert [each['scores']['leep'] for each in ours] == [None, None] and 'source accuracy' not in found['targets'][0]['correlations']
+  assert [each['scores']['leep'] for each in ours] == [None, None]
+  assert 'source accuracy' not in found['targets'][0]['correlations']
   for one, other in zip(theirs, ours):
     values = [each['spectrum']['plain']['values'] for each in (one, other)]
     np.testing.assert_allclose(*values, rtol=0, atol=1e-6 * values[0][0])  # compiled with another effort
     assert one['scores']['h_score_regularised'] == pytest.approx(other['scores']['h_score_regularised'], rel=1e-4)
   again = study_files('source')['targets'][0]['rows']
-  assert [each['scores']['leep'] for each in again] == pytest.approx([each['scores']['leep'] for each in theirs], rel=1e-4)
+  assert [each['scores']['leep'] for each in again] == pytest.approx([each['scores']['leep'] for each in theirs],
+                                                                     rel=1e-4)
 
 
 def test_classes_with_one_image_and_few_images_are_told():
   source = type('Source', (), {'class_names': ('two', 'absent', 'lone')})
-  target = Target('folder:x', (source,), np.array([0, 0, 1, 1, 2]), {0: Rows(np.array([0, 2, 3, 4]), np.array([1]), np.array([]))}, {}, {})
-  found = [{'about': {'note': '5 images are fewer ...', 'scores': {'leep': None}}, 'probes': {}, 'ft': {0: {}}, 'ft_change': {}}]
+  target = Target('folder:x', (source,), np.array([0, 0, 1, 1, 2]),
+                  {0: Rows(np.array([0, 2, 3, 4]), np.array([1]), np.array([]))}, {}, {})
+  found = [{'about': {'note': '5 images are fewer ...', 'scores': {'leep': None}}, 'probes': {}, 'ft': {0: {}},
+            'ft_change': {}}]
   one, absent, few, without, moved = study_results.notes(target, 0, found, named_val=False)
   assert one.startswith('1 of 3 classes have one image for training and val together (lone), which is trained on')
   assert absent == '1 of 3 classes have no image in val (absent).'
@@ -222,9 +242,11 @@ def test_parts_of_an_older_version_are_found(monkeypatch):
       config.train[name] = value
     return config
 
-  assert digest(study._fields(fields(), study._WITHOUT_EFFECT)) == 'dafb6c26e95ccaa5', 'a new field is missing in study.ADDED'
+  assert digest(study._fields(fields(),
+                              study._WITHOUT_EFFECT)) == 'dafb6c26e95ccaa5', 'a new field is missing in study.ADDED'
   assert digest(study._fields(fields())) == '7f16fe8cf548d6fa'
   monkeypatch.setattr(study, 'ADDED', (*study.ADDED, 'train.sharpness'))
   known = settings.defaults() | {'train.sharpness': 1.5}
   monkeypatch.setattr(study, 'defaults', lambda: known)
-  assert digest(study._fields(fields(('sharpness', 1.5)))) == '7f16fe8cf548d6fa' != digest(study._fields(fields(('sharpness', 2.0))))
+  assert digest(study._fields(fields(('sharpness',
+                                      1.5)))) == '7f16fe8cf548d6fa' != digest(study._fields(fields(('sharpness', 2.0))))

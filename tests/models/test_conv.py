@@ -9,7 +9,8 @@ from ft_jax.models import build, conv, resnet
 
 
 def resnet_shapes() -> list[tuple[int, int, int, int, int]]:
-  """(height, channels in, channels out, kernel size, stride) of every convolution in ResNet-18 and 50 at three image sizes."""
+  """(height, channels in, channels out, kernel size, stride) of every convolution in ResNet-18 and 50 at three image
+  sizes."""
   shapes = set()
   original = resnet.conv2d
 
@@ -47,7 +48,8 @@ def test_equals_xla(height, cin, cout, size, stride):
 def test_every_form_is_tested():
   """The shapes above lead through all three forms, so none is left out by a new rule."""
   def form(h, c, d, k, s):
-    program = str(jax.make_jaxpr(lambda x, kernel: conv.conv2d(x, kernel, s))(jnp.zeros((1, h, h, c)), jnp.zeros((k, k, c, d))))
+    program = str(jax.make_jaxpr(lambda x, kernel: conv.conv2d(x, kernel, s))(jnp.zeros((1, h, h, c)),
+                                                                              jnp.zeros((k, k, c, d))))
     return 'strided' if 'custom_vjp' in program else 'xla' if 'conv_general_dilated' in program else 'im2col'
 
   assert {form(*shape) for shape in resnet_shapes()} == {'im2col', 'strided', 'xla'}

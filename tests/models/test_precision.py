@@ -1,6 +1,8 @@
-"""float32 is float32 where a choice is made, on every device; in training it is what `model.precision` says. Read off the programs.
+"""float32 is float32 where a choice is made, on every device; in training it is what `model.precision` says. Read off
+the programs.
 
-The CPU computes in float32 in any case, and refuses TF32: a product that does not state its own precision fails under it.
+The CPU computes in float32 in any case, and refuses TF32: a product that does not state its own precision fails under
+  it.
 """
 
 import re
@@ -50,14 +52,16 @@ def test_a_step_has_the_precision_of_the_config(asked, stated, portable):
   model = method_case.network(precision=asked, portable=portable)
   step = make_step(model, optax.sgd(0.1), {'target': 1.0, 'source': 0.5})
   state = jax.eval_shape(lambda: create_state(method_case.variables(model), optax.sgd(0.1)))
-  batch = {name: {key: part[key][None] for key in ('input', 'label', 'row')} for name, part in method_case.batch().items()}
+  batch = {name: {key: part[key][None] for key in ('input', 'label', 'row')}
+           for name, part in method_case.batch().items()}
   found = precisions(jax.jit(jax.vmap(step, in_axes=(None, 0), axis_name=parallel.AXIS)).lower(state, batch))
   assert len(found) > 2 * 3 * 12 and set(found) == {stated}  # twelve convolutions, and two heads
 
 
 def test_methods_compute_with_it_too():
   """Their own products, beside those that are exact in any case."""
-  active = {'delta': Delta(0.48, form='feature_map'), 'co_tuning': CoTuning(2.3), 'lwf': LwF(4.0), 'bi_tuning': BiTuning(1.0)}
+  active = {'delta': Delta(0.48, form='feature_map'), 'co_tuning': CoTuning(2.3), 'lwf': LwF(4.0),
+            'bi_tuning': BiTuning(1.0)}
   model = method_case.network({'target': 4, 'source': 6, 'pretrained': 8}, precision='high')
   start = method_case.start_of(model)
   context = method_case.context(model, start)
@@ -97,7 +101,8 @@ def test_embeddings_have_the_highest(asked, projection, photos, monkeypatch):
   network.name, network.width, network.precision = 'resnet18', 4, asked
   variables = initial_weights.init_variables(models.from_config(network, {}, 32), 0, None)
   if projection:
-    variables['projection'] = {layer: {'kernel': np.eye(32, dtype=np.float32), 'bias': np.zeros(32, np.float32)} for layer in '02'}
+    variables['projection'] = {layer: {'kernel': np.eye(32, dtype=np.float32), 'bias': np.zeros(32, np.float32)}
+                               for layer in '02'}
   found, jit = [], jax.jit
 
   def recorded(function, **kwargs):
@@ -111,11 +116,13 @@ def test_embeddings_have_the_highest(asked, projection, photos, monkeypatch):
 
   monkeypatch.setattr(embeddings.jax, 'jit', recorded)
   source = open_set(f'folder:{photos}', 'test').subset(range(8))
-  encoder = lambda: Encoder(network.name, models.from_config(network, {}, 32), variables, Transform(32, short_side=32), 8)
+  encoder = lambda: Encoder(network.name, models.from_config(network, {}, 32), variables, Transform(32, short_side=32),
+                            8)
   made = encoder().embed(source, 'test')
   assert len(found) >= 2 * (20 + 2 * projection) and set(found) == {'HIGHEST'}
   monkeypatch.undo()
-  # Another encoder than that of older versions, which did not state it, and the same one whatever the training's precision is.
+  # Another encoder than that of older versions, which did not state it, and the same one whatever the training's
+  # precision is.
   network.precision = 'highest'
   assert made.fingerprint == encoder().embed(source, 'test').fingerprint
 
@@ -151,7 +158,8 @@ def test_distances_and_clusters_state_it():
 
 
 def test_studies_and_methods_state_it():
-  """Nearest neighbours, the logistic regression, what the teacher says before training, channel attention, and the Hessian."""
+  """Nearest neighbours, the logistic regression, what the teacher says before training, channel attention, and the
+  Hessian."""
   rng = np.random.default_rng(0)
   features, labels = rng.normal(size=(24, 5)).astype(np.float32), np.arange(24) % 3
   model = method_case.network()
@@ -172,9 +180,11 @@ def test_studies_and_methods_state_it():
     context = method_case.context(model, start)
     assert context.teacher_outputs('train')['logits'].shape == (method_case.BATCH, 8)
     found = delta.loss_rises(context.teacher, teacher_variables(start), classifier._replace(
-        weights=np.ones((32, 4), np.float32), bias=np.zeros(4, np.float32)), context.batches('train'), method_case.BATCH, ('layer4/0/conv2',))
+        weights=np.ones((32, 4), np.float32), bias=np.zeros(4, np.float32)), context.batches('train'),
+                             method_case.BATCH, ('layer4/0/conv2',))
     assert np.isfinite(found['layer4/0/conv2']).all()
-    assert set(precisions(jax.jit(lambda params: stability.curvature(loss, params, jax.random.key(0))).lower(params))) == {'HIGHEST'}
+    assert set(precisions(jax.jit(lambda params: stability.curvature(loss, params,
+                                                                     jax.random.key(0))).lower(params))) == {'HIGHEST'}
 
 
 def test_an_unknown_precision_is_refused():

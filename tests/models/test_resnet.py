@@ -39,17 +39,20 @@ def test_equals_torch(name, file_name):
 
 @pytest.mark.parametrize('name', list(NETWORKS))
 def test_equals_torch_in_eval_and_training_mode(name, tmp_path):
-  """Features, taps and logits; outputs with the batch's own statistics, the running statistics after it, and all gradients."""
+  """Features, taps and logits; outputs with the batch's own statistics, the running statistics after it, and all
+  gradients."""
   record = Record(name)
   variables = record.variables(tmp_path)
   model = build(name, {'source': 7}, width=2)
 
   def loss_fn(params):
     outputs, updates = model.apply({**variables, 'params': params}, record.images, train=True, mutable=['batch_stats'])
-    return optax.softmax_cross_entropy_with_integer_labels(outputs.logits['source'], record.labels).mean(), (outputs, updates)
+    return optax.softmax_cross_entropy_with_integer_labels(outputs.logits['source'], record.labels).mean(), (outputs,
+                                                                                                             updates)
 
   # Compiled at once, with less effort: the time of this test is the compiler's.
-  compute = jax.jit(lambda: (model.apply(variables, record.images[:2]), jax.grad(loss_fn, has_aux=True)(variables['params'])),
+  compute = jax.jit(lambda: (model.apply(variables, record.images[:2]),
+                             jax.grad(loss_fn, has_aux=True)(variables['params'])),
                     compiler_options={'xla_backend_optimization_level': 0})
   evaluated, (gradients, (trained, updates)) = compute()
   for mode, outputs in (('eval', evaluated), ('train', trained)):
@@ -73,7 +76,8 @@ def test_running_variance_is_torchs():
     y, updates = jax.jit(jax.vmap(apply, axis_name='d'))(images)
     np.testing.assert_allclose(updates['batch_stats']['var'][0], 0.9 + 0.1 * flat.var(0) * n / (n - 1), rtol=1e-5)
     np.testing.assert_allclose(updates['batch_stats']['mean'][0], 0.1 * flat.mean(0), rtol=1e-5)
-    np.testing.assert_allclose(np.asarray(y).reshape(-1, 5), (flat - flat.mean(0)) / np.sqrt(flat.var(0) + 1e-5), rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(np.asarray(y).reshape(-1, 5), (flat - flat.mean(0)) / np.sqrt(flat.var(0) + 1e-5),
+                               rtol=1e-3, atol=1e-4)
 
 
 def test_heads_and_stem():

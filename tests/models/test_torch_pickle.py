@@ -36,9 +36,11 @@ def test_every_kind_of_tensor_in_both_formats(name):
   tensors, beside, notes = torch_pickle.read(DATA / name)
   expected = {
       'float32': BASE.reshape(4, 6), 'part': BASE.reshape(4, 6)[1:3, ::2], 'transposed': BASE.reshape(4, 6).T,
-      'float16': np.arange(5, dtype=np.float16), 'bfloat16': np.arange(5), 'float64': np.arange(5.0), 'int64': np.int64(7),
+      'float16': np.arange(5, dtype=np.float16), 'bfloat16': np.arange(5), 'float64': np.arange(5.0),
+      'int64': np.int64(7),
       'int32': np.arange(3, dtype=np.int32), 'int16': np.arange(3, dtype=np.int16), 'int8': np.arange(3, dtype=np.int8),
-      'uint8': np.arange(3, dtype=np.uint8), 'bool': np.array([True, False]), 'parameter': BASE[:3], 'empty': np.zeros((0, 3), np.float32)}
+      'uint8': np.arange(3, dtype=np.uint8), 'bool': np.array([True, False]), 'parameter': BASE[:3],
+      'empty': np.zeros((0, 3), np.float32)}
   assert beside == notes == () and list(tensors) == list(expected)
   for key, value in expected.items():
     assert tensors[key].dtype == ('bfloat16' if key == 'bfloat16' else value.dtype)
@@ -59,7 +61,8 @@ def test_a_file_cut_short_is_an_error_that_names_it(name, tmp_path):
 
 @pytest.mark.parametrize('name', ['kinds.pth', 'kinds_legacy.pth'])
 def test_damage_never_gets_past_the_reader(name, tmp_path):
-  """Bytes changed at random: read, or an error that names the file; no other exception, and no array of another size."""
+  """Bytes changed at random: read, or an error that names the file; no other exception, and no array of another
+  size."""
   data, rng = (DATA / name).read_bytes(), np.random.default_rng(0)
   path, refused = tmp_path / name, 0
   for _ in range(400):
@@ -85,13 +88,17 @@ def number(value: int) -> bytes:
 
 def legacy(path, *, size=6, stored=6, view=b'N', offset=0, shape=(3,), stride=(1,),
            call=b'ctorch._utils\n_rebuild_tensor_v2\n') -> pathlib.Path:
-  """A file of the format before torch 1.6 with one float32 tensor `a`, put together by hand; storage numbers count from zero."""
+  """A file of the format before torch 1.6 with one float32 tensor `a`, put together by hand; storage numbers count from
+  zero."""
   pickled = lambda value: pickle.dumps(value, protocol=2)
   numbers = lambda values: b'(' + b''.join(map(number, values)) + b't'
-  storage = b'(' + text('storage') + b'ctorch\nFloatStorage\n' + text('root') + text('cpu') + number(size) + view + b'tQ'
-  tensor = call + b'(' + storage + number(offset) + numbers(shape) + numbers(stride) + b'\x89ccollections\nOrderedDict\n)RtR'
+  storage = b'(' + text('storage') + b'ctorch\nFloatStorage\n' + text('root') + text('cpu') + number(
+      size) + view + b'tQ'
+  tensor = call + b'(' + storage + number(offset) + numbers(shape) + numbers(
+      stride) + b'\x89ccollections\nOrderedDict\n)RtR'
   content = b'\x80\x02ccollections\nOrderedDict\n)R(' + text('a') + tensor + b'u.'
-  path.write_bytes(pickled(0x1950a86a20f9469cfc6c) + pickled(1001) + pickled({'little_endian': True}) + content + pickled(['root'])
+  path.write_bytes(pickled(0x1950a86a20f9469cfc6c) + pickled(1001) + pickled({'little_endian': True}) + content +
+                   pickled(['root'])
                    + stored.to_bytes(8, 'little') + np.arange(size, dtype=np.float32).tobytes())
   return path
 
@@ -105,9 +112,11 @@ def test_a_view_of_another_storage(tmp_path):
 
 @pytest.mark.parametrize('wrong,words', [
     ({'offset': 4}, 'a reaches beyond its storage'), ({'shape': (7,)}, 'a reaches beyond its storage'),
-    ({'shape': (2, 2), 'stride': (5, 1)}, 'a reaches beyond its storage'), ({'offset': -1}, 'offset -1'), ({'stride': (-1,)}, 'strides'),
+    ({'shape': (2, 2), 'stride': (5, 1)}, 'a reaches beyond its storage'), ({'offset': -1}, 'offset -1'),
+    ({'stride': (-1,)}, 'strides'),
     ({'shape': (10**6, 10**6), 'stride': (0, 0)}, 'a reaches beyond its storage'), ({'shape': (3, 1)}, 'shape'),
-    ({'stored': 5}, 'storage root has 5 numbers where 6 are expected'), ({'size': -1, 'stored': 2**63 - 1}, 'describes a storage'),
+    ({'stored': 5}, 'storage root has 5 numbers where 6 are expected'),
+    ({'size': -1, 'stored': 2**63 - 1}, 'describes a storage'),
     ({'view': b'(' + text('part') + number(4) + number(4) + b't'}, 'a part of storage root')])
 def test_what_a_tensor_says_of_itself_is_checked(tmp_path, wrong, words):
   size = wrong.pop('size', 6)
@@ -132,7 +141,8 @@ def test_a_pickle_cannot_run_code(tmp_path, legacy_format):
   mark, path = tmp_path / 'ran', tmp_path / 'evil.pth'
   evil = {'conv1.weight': Evil(mark)}
   if legacy_format:
-    path.write_bytes(b''.join(pickle.dumps(part) for part in (0x1950a86a20f9469cfc6c, 1001, {'little_endian': True}, evil, [])))
+    path.write_bytes(b''.join(pickle.dumps(part)
+                              for part in (0x1950a86a20f9469cfc6c, 1001, {'little_endian': True}, evil, [])))
   else:
     with zipfile.ZipFile(path, 'w') as archive:
       archive.writestr('evil/data.pkl', pickle.dumps(evil))
@@ -143,7 +153,8 @@ def test_a_pickle_cannot_run_code(tmp_path, legacy_format):
   assert mark.exists(), 'the file was harmless: the test shows nothing'
 
 
-@pytest.mark.parametrize('call', [b'ctorch._utils\n__globals__\n', b'cbuiltins\ngetattr\n', b'ctorch\nload\n', b'ctorch.nn\nLinear\n'])
+@pytest.mark.parametrize('call', [b'ctorch._utils\n__globals__\n', b'cbuiltins\ngetattr\n', b'ctorch\nload\n',
+                                  b'ctorch.nn\nLinear\n'])
 def test_other_names_are_refused(tmp_path, call):
   with pytest.raises(ValueError, match='which is no part of a state dict'):
     torch_pickle.read(legacy(tmp_path / 'a.pth', call=call))
@@ -193,15 +204,19 @@ def saved(content) -> bytes:
 KINDS = {
     'empty': (b'', 'is empty; copy or download it again'),
     'zeros': (bytes(9000), 'begins with zeros alone.*download it again'),
-    'lfs': (b'version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 46807446\n', 'pointer of Git LFS.*`git lfs pull`'),
+    'lfs': (b'version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 46807446\n',
+            'pointer of Git LFS.*`git lfs pull`'),
     'annex': (b'/annex/objects/SHA256E-s46807446--4d7a.pth\n', 'pointer of git-annex.*`git annex get`'),
-    'page': (b'\xef\xbb\xbf\n <!DOCTYPE html>\n<html><head><title>Log\n in</title>', r"is a web page \('Log in'\).*download it again"),
+    'page': (b'\xef\xbb\xbf\n <!DOCTYPE html>\n<html><head><title>Log\n in</title>',
+             r"is a web page \('Log in'\).*download it again"),
     'bare page': (b'<html><body>no</body></html>', 'is a web page and not weights'),
-    'storage': (b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>', r"error message of a storage service \('AccessDenied'\)"),
+    'storage': (b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>',
+                r"error message of a storage service \('AccessDenied'\)"),
     'answer': (b'Entry not found', "is text, 'Entry not found', and not weights; download it again"),
     'json': (b'{"architectures": ["ResNet"]}', 'is JSON and not weights; expected a safetensors file or'),
     'index': (b'{"metadata": {}, "weight_map": {}}', 'is the index of weights split over several files'),
-    'gzip': (gzip.compress(b'x'), 'compressed with gzip; unpack it .gunzip'), 'bzip2': (bz2.compress(b'x'), 'compressed with bzip2'),
+    'gzip': (gzip.compress(b'x'), 'compressed with gzip; unpack it .gunzip'),
+    'bzip2': (bz2.compress(b'x'), 'compressed with bzip2'),
     'xz': (lzma.compress(b'x'), 'compressed with xz'), 'zstd': (b'\x28\xb5\x2f\xfd\x00', 'compressed with zstd'),
     'hdf5': (b'\x89HDF\r\n\x1a\n' + bytes(90), 'is an HDF5 file .*Keras'), 'gguf': (b'GGUF\x03\0\0\0', 'GGUF'),
     'npy': (b'\x93NUMPY\x01\x00v\x00', 'is a NumPy array'), 'npz': (zipped(**{'conv1.npy': b''}), 'is a NumPy archive'),
@@ -212,10 +227,12 @@ KINDS = {
     'other': (b'\xfe\xed\xfa\xce' * 9, 'as no known file of weights does'),
     'ancient torch': (tar('sys_info', 'pickle', 'tensors'), 'not what torch.save writes .* python -c "import torch; '),
     'tar': (tar('resnet18.pth', 'README'), 'is a tar archive; unpack it'),
-    'zip of weights': (zipped(**{'README': b'', 'net/resnet18.pth': b''}), "is a zip archive; unpack it .*'net/resnet18.pth'"),
+    'zip of weights': (zipped(**{'README': b'', 'net/resnet18.pth': b''}),
+                       "is a zip archive; unpack it .*'net/resnet18.pth'"),
     'photos': (zipped(**{'photo.txt': b'hello'}), r"is a zip file without one data.pkl \(it holds 'photo.txt'\)"),
     'keras': (zipped(**{'config.json': b'', 'model.weights.h5': b''}), 'is a Keras model'),
-    'script': (zipped(**{'net/data.pkl': b'', 'net/constants.pkl': b''}), 'is a TorchScript program .*save its state_dict'),
+    'script': (zipped(**{'net/data.pkl': b'', 'net/constants.pkl': b''}),
+               'is a TorchScript program .*save its state_dict'),
     'pickle': (pickle.dumps({'a': 1}), 'is not what torch.save writes but another pickle, which could run code'),
     'list': (saved([1, 2]), 'holds a list; expected a state dict'),
     'numbers': (saved({'state_dict': {'a': 1}}), r'not a tensor: a \(int\)'),
@@ -224,7 +241,8 @@ KINDS = {
 
 @pytest.mark.parametrize('kind', KINDS)
 def test_other_files_are_named_by_their_bytes(kind, tmp_path):
-  """What lies where weights are expected is told for what it is, with what to do, whatever it is called, in one line."""
+  """What lies where weights are expected is told for what it is, with what to do, whatever it is called, in one
+  line."""
   content, words = KINDS[kind]
   for name in ('a.pth', 'A.SAFETENSORS', 'a'):
     (tmp_path / name).write_bytes(content)
@@ -257,7 +275,8 @@ def table(**entries: bytes) -> bytes:
 
 
 def torch_file(path: pathlib.Path, content: bytes) -> pathlib.Path:
-  path.write_bytes(zipped(**{'archive/data.pkl': b'\x80\x02' + content + b'.', 'archive/data/0': np.arange(2, dtype=np.float32).tobytes()}))
+  path.write_bytes(zipped(**{'archive/data.pkl': b'\x80\x02' + content + b'.',
+                             'archive/data/0': np.arange(2, dtype=np.float32).tobytes()}))
   return path
 
 
@@ -269,13 +288,15 @@ NETWORK = table(weight=tensor())
     (table(state_dict_ema=NETWORK, state_dict=NETWORK), 'state_dict', ['state_dict_ema']),
     (table(student=NETWORK, teacher=NETWORK, dino_loss=table(center=tensor())), 'teacher', ['student']),
     (table(ema=table(decay=b'K\x01', module=NETWORK), epoch=tensor()), 'ema.module', []),
-    (table(my_net=NETWORK, epoch=b'K\x01'), 'my_net', []), (table(model=table(state_dict=NETWORK)), 'model.state_dict', [])])
+    (table(my_net=NETWORK, epoch=b'K\x01'), 'my_net', []),
+    (table(model=table(state_dict=NETWORK)), 'model.state_dict', [])])
 def test_state_dicts_of_training_checkpoints(tmp_path, content, read, others):
   """What a training script saves around its state dict; of several copies a known rule takes one and says which."""
   state = torch_pickle.read(torch_file(tmp_path / 'a.pth', content))
   np.testing.assert_array_equal(state.tensors['weight'], [0, 1])
   assert list(state.tensors) == ['weight']
-  assert not others and not state.notes or f'{read} is read and not {others[0]}; to read another one save it alone' in state.notes[0]
+  if others or state.notes:
+    assert f'{read} is read and not {others[0]}; to read another one save it alone' in state.notes[0]
   assert all(name not in read.split('.') for name in state.beside)
 
 
@@ -291,11 +312,13 @@ def test_dicts_that_hold_each_other_end(tmp_path):
 
 def objects() -> list:
   """What training scripts save beside their network, as far as it is at hand."""
-  return [argparse.Namespace(lr=0.1), np.float32(1), np.arange(3), datetime.datetime(2024, 1, 1), pathlib.PurePosixPath('runs'),
+  return [argparse.Namespace(lr=0.1), np.float32(1), np.arange(3), datetime.datetime(2024, 1, 1),
+          pathlib.PurePosixPath('runs'),
           http.HTTPStatus.OK, collections.defaultdict(list, a=[1]), collections.Counter('ab'), collections.deque([1]),
           {1, 2}, frozenset('a'), complex(1, 2), b'bytes', bytearray(b'x'), range(3),
           decimal.Decimal(1), types.SimpleNamespace(a=1), uuid.UUID(int=1),
-          np.random.default_rng(0), random.Random(0), collections.OrderedDict, ConfigDict({'a': 1}), functools.partial(dict, a=1),
+          np.random.default_rng(0), random.Random(0), collections.OrderedDict, ConfigDict({'a': 1}),
+          functools.partial(dict, a=1),
           {argparse.Namespace: 1}, ValueError('x'), np.dtype('float32'), dict]
 
 
@@ -319,7 +342,8 @@ def test_objects_that_are_not_made_cannot_take_part(tmp_path, monkeypatch):
   assert state.notes == (r"objects that were not created: 'x\nerror.A'",)  # in one line
   for content in (table(weight=tensor(), bias=b'cnumpy\nndarray\n)R'), b'ctorchvision.models.resnet\nResNet\n)\x81}b',
                   table(model=b'ctorchvision.models.resnet\nResNet\n)\x81}b', epoch=b'K\x01')):
-    with pytest.raises(ValueError, match=r'asks for (numpy.ndarray|torchvision.models.resnet.ResNet), which is no part of a state dict.*'
+    with pytest.raises(ValueError, match=r'asks for (numpy.ndarray|torchvision.models.resnet.ResNet), which is no part '
+                                         r'of a state dict.*'
                                          'save model.state_dict'):
       torch_pickle.read(torch_file(tmp_path / 'a.pth', content))
 
@@ -335,10 +359,13 @@ def test_a_pickle_cannot_change_what_stands_for_objects(tmp_path):
   assert dict(vars(torch_pickle._NotMade)) == before
 
 
-@pytest.mark.parametrize('name', ['os system', 'posix system', 'nt system', 'subprocess Popen', 'builtins eval', '__builtin__ exec',
-                                  'builtins __import__', 'importlib import_module', 'runpy run_path', 'sys exit', 'shutil rmtree'])
+@pytest.mark.parametrize('name', ['os system', 'posix system', 'nt system', 'subprocess Popen', 'builtins eval',
+                                  '__builtin__ exec',
+                                  'builtins __import__', 'importlib import_module', 'runpy run_path', 'sys exit',
+                                  'shutil rmtree'])
 def test_what_only_an_attack_asks_for_is_refused(tmp_path, name):
   """Even beside the network, where it would not run: who sent such a file meant harm."""
   ask = b'c' + name.replace(' ', '\n').encode() + b'\n)R'
-  with pytest.raises(ValueError, match=f'asks for {name.replace(" ", ".")}, which is no part of a state dict. Such a file could run code'):
+  with pytest.raises(ValueError, match=f'asks for {name.replace(" ", ".")}, which is no part of a state dict. Such a '
+                                       f'file could run code'):
     torch_pickle.read(torch_file(tmp_path / 'a.pth', table(args=ask, state_dict=NETWORK)))

@@ -18,7 +18,8 @@ def pieces():
   images, labels = rng.integers(0, 255, (11, 2, 2, 3)).astype(np.uint8), rng.integers(0, 3, 11).astype(np.int32)
   labels[:3] = 0, 1, 2
   order = rng.permutation(11)
-  batches = [{'input': images[rows], 'label': labels[rows], 'row': rows.astype(np.int32), 'mask': np.ones(len(rows), bool)}
+  batches = [{'input': images[rows], 'label': labels[rows], 'row': rows.astype(np.int32),
+              'mask': np.ones(len(rows), bool)}
              for rows in (order[:5], order[5:9], order[9:])]
   batches[2] = {key: np.concatenate([value, value[:1]]) for key, value in batches[2].items()}
   batches[2]['mask'][2] = False
@@ -60,10 +61,12 @@ def kept_at_once(monkeypatch):
 @pytest.mark.parametrize('function', [embed, embed_class_means])
 @pytest.mark.usefixtures('kept_at_once')
 def test_goes_on_where_it_was_killed(function, tmp_path):
-  """Bit for bit, and with one batch alone once more: on other images, in other batches or with other weights it is refused the folder."""
+  """Bit for bit, and with one batch alone once more: on other images, in other batches or with other weights it is
+  refused the folder."""
   rng = np.random.default_rng(1)
   variables = {'w': rng.normal(size=(12, 6)).astype(np.float32)}
-  batches = [{'input': rng.integers(0, 255, (4, 2, 2, 3)).astype(np.uint8), 'label': np.arange(4) % 3} for _ in range(6)]
+  batches = [{'input': rng.integers(0, 255, (4, 2, 2, 3)).astype(np.uint8), 'label': np.arange(4) % 3}
+             for _ in range(6)]
   expected, asked = function(encode, variables, batches, class_names='abc'), []
 
   def until(stop):
@@ -83,9 +86,12 @@ def test_goes_on_where_it_was_killed(function, tmp_path):
   assert asked == [0, 1, 3] and again.features.tobytes() == expected.features.tobytes()
   with pytest.raises(ValueError, match=r'passes over something else \(encoder differ\)'):
     function(encode, variables, until(None), class_names='abc', fingerprint='other', workdir=tmp_path)
-  halves = [{key: value[rows] for key, value in batch.items()} for batch in batches for rows in (slice(0, 2), slice(2, 4))]
-  for weights, others in ((variables, batches[::-1]), (variables, halves), (variables, []), ({'w': -variables['w']}, batches)):
-    with pytest.raises(ValueError, match='holds features of other images, of batches of another size or by another encoder'):
+  halves = [{key: value[rows] for key, value in batch.items()} for batch in batches
+            for rows in (slice(0, 2), slice(2, 4))]
+  for weights, others in ((variables, batches[::-1]), (variables, halves), (variables, []),
+                          ({'w': -variables['w']}, batches)):
+    with pytest.raises(ValueError,
+                       match='holds features of other images, of batches of another size or by another encoder'):
       function(encode, weights, lambda first, others=others: others[first:], class_names='abc', workdir=tmp_path)
   with pytest.raises(ValueError, match='batches are a list; with a workdir, give a function'):
     function(encode, variables, batches, class_names='abc', workdir=tmp_path)
@@ -108,7 +114,8 @@ def test_what_is_kept_and_damaged_is_embedded_again(tmp_path):
 def test_what_is_not_finite_is_told_each_time(tmp_path):
   """Not as features of other images, when the last batch is compared."""
   images = np.random.default_rng(1).integers(0, 255, (8, 2, 2, 3)).astype(np.uint8)
-  call = lambda: embed(encode, {'w': np.full((12, 6), np.nan)}, lambda first: [{'input': images}] * 2 if not first else [{'input': images}],
+  call = lambda: embed(encode, {'w': np.full((12, 6), np.nan)}, lambda first: [{'input': images}] * 2 if not first
+                       else [{'input': images}],
                        workdir=tmp_path)
   for _ in range(2):
     with pytest.raises(ValueError, match='16 of 16 rows of features are not finite'):
@@ -120,7 +127,8 @@ def test_batches_have_the_same_fields(tmp_path):
   """Also those that were kept: a label that is missing later is no label for anything."""
   images, variables = np.random.default_rng(1).integers(0, 255, (4, 2, 2, 3)).astype(np.uint8), {'w': np.eye(12)}
   labelled, bare = {'input': images, 'label': np.arange(4)}, {'input': images}
-  with pytest.raises(ValueError, match='some batches give features and others features, label; all must have the same fields'):
+  with pytest.raises(ValueError,
+                     match='some batches give features and others features, label; all must have the same fields'):
     embed(encode, variables, [labelled, bare])
   embed(encode, variables, lambda first: [labelled][first:], workdir=tmp_path)
   with pytest.raises(ValueError, match='some batches give features and others features, label'):
@@ -131,7 +139,8 @@ def test_batches_have_the_same_fields(tmp_path):
 def test_bfloat16_is_kept_as_float32(tmp_path):
   images = np.random.default_rng(1).integers(0, 255, (8, 2, 2, 3)).astype(np.uint8)
   half = lambda variables, images: encode(variables, images).astype(jnp.bfloat16)
-  call = lambda: embed(half, {'w': np.eye(12)}, lambda first: [{'input': images[k:k + 4]} for k in (0, 4)][first:], workdir=tmp_path)
+  call = lambda: embed(half, {'w': np.eye(12)}, lambda first: [{'input': images[k:k + 4]} for k in (0, 4)][first:],
+                       workdir=tmp_path)
   assert call().features.dtype == call().features.dtype == np.float32
 
 
@@ -144,7 +153,8 @@ def test_ids_name_the_images(pieces):
 
 def test_of_classes():
   """Rows of some classes, labelled anew in the order in which they were asked for."""
-  all_of_them = Embeddings(np.arange(10.0).reshape(5, 2), [0, 1, 2, 1, 0], ['a', 'b', 'c'], list('vwxyz'), fingerprint='f')
+  all_of_them = Embeddings(np.arange(10.0).reshape(5, 2), [0, 1, 2, 1, 0], ['a', 'b', 'c'], list('vwxyz'),
+                           fingerprint='f')
   part = all_of_them.of_classes([2, 0])
   assert part.ids.tolist() == ['v', 'x', 'z'] and part.labels.tolist() == [1, 0, 1] and part.class_names == ('c', 'a')
   assert repr(part) == '<Embeddings of 3 images of 2 classes, 2 dimensions>' and part.fingerprint == 'f'
@@ -165,7 +175,8 @@ def test_save_and_load(tmp_path):
 
 
 @pytest.mark.parametrize('kwargs,words', [
-    (dict(features=np.ones(3)), r'shape \(3,\); expected \[n, d\]'), (dict(features=np.ones((0, 3))), 'at least one row'),
+    (dict(features=np.ones(3)), r'shape \(3,\); expected \[n, d\]'),
+    (dict(features=np.ones((0, 3))), 'at least one row'),
     (dict(features=[[1, np.nan], [1, 1], [np.inf, 0]]), '2 of 3 rows of features are not finite, the first is row 0'),
     (dict(features=np.ones((3, 2)), ids=['a', 'b', 'a']), 'ids occur more than once, such as a .2 times at most'),
     (dict(features=np.ones((2, 2)), labels=[0]), r'labels have shape \(1,\); expected \[2\]'),

@@ -1,4 +1,5 @@
-"""Classes of any script can be told apart in pictures: by a font of the system that has it, or spelt out; never as `????`."""
+"""Classes of any script can be told apart in pictures: by a font of the system that has it, or spelt out; never as
+`????`."""
 
 import io
 import pathlib
@@ -27,7 +28,8 @@ def system(monkeypatch):
   manager = font_manager.fontManager
 
   def install(*paths):
-    monkeypatch.setattr(manager, 'ttflist', [entry for entry in manager.ttflist if entry.fname.startswith(matplotlib.get_data_path())])
+    monkeypatch.setattr(manager, 'ttflist',
+                        [entry for entry in manager.ttflist if entry.fname.startswith(matplotlib.get_data_path())])
     monkeypatch.setattr(font_manager, 'findSystemFonts', lambda: list(map(str, paths)))
     forget()
 
@@ -82,7 +84,8 @@ def test_without_a_font_characters_are_spelt_out_and_it_is_said_once(system, cap
 
 def test_a_font_of_the_system_is_used(system, chinese, caplog):
   system(chinese)
-  assert fonts.labels(CHINESE, 20) == CHINESE and fonts.families(CHINESE) == [*matplotlib.rcParams['font.family'], 'Two Signs']
+  assert fonts.labels(CHINESE, 20) == CHINESE
+  assert fonts.families(CHINESE) == [*matplotlib.rcParams['font.family'], 'Two Signs']
   assert fonts.runs('a \u72d7', str(OWN)) == [('a ', str(OWN)), ('\u72d7', str(chinese))]
   for picture in pictures(CHINESE):
     page.svg(picture)
@@ -98,8 +101,10 @@ def test_files_that_are_no_fonts_are_passed_over(system, chinese, tmp_path):
 
 
 @pytest.mark.parametrize('names', [
-    ['a very long name of a class, one', 'a very long name of a class, two'], ['caf\u00e9', 'cafe\u0301'], ['cat', 'cat '],
-    ['a b', 'a\u00a0b'], ['\udce9', '\udce8'], ['a\nb', 'a b'], ['$x$', '$y$'], ['\u4f60' * 9 + 'a', '\u4f60' * 9 + 'b'], ['', ' ']])
+    ['a very long name of a class, one', 'a very long name of a class, two'], ['caf\u00e9', 'cafe\u0301'],
+    ['cat', 'cat '],
+    ['a b', 'a\u00a0b'], ['\udce9', '\udce8'], ['a\nb', 'a b'], ['$x$', '$y$'],
+    ['\u4f60' * 9 + 'a', '\u4f60' * 9 + 'b'], ['', ' ']])
 def test_names_that_differ_look_different(system, names):
   system()
   short = fonts.labels(names, 20)

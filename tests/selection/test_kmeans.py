@@ -24,7 +24,8 @@ def test_it_finds_groups_that_lie_apart(groups):
 
 
 def test_a_fixed_point_of_lloyds_iteration(groups):
-  """Each row belongs to its nearest centre, each centre is nearly the mean of its rows, and the inertia is what it says."""
+  """Each row belongs to its nearest centre, each centre is nearly the mean of its rows, and the inertia is what it
+  says."""
   rows, _ = groups
   found = kmeans(ArrayRows(rows), 50, np.random.default_rng(1), tolerance=1e-7, max_iterations=200)
   squares = ((rows[:, None].astype(np.float64) - found.centres) ** 2).sum(2)
@@ -38,7 +39,8 @@ def test_as_good_as_scikit_learn(groups):
   from sklearn.cluster import KMeans
   rows, _ = groups
   ours = [kmeans(ArrayRows(rows), 60, np.random.default_rng(seed)).inertia for seed in range(5)]
-  theirs = [KMeans(60, n_init=1, random_state=seed, init='k-means++', algorithm='lloyd').fit(rows).inertia_ / 2000 for seed in range(5)]
+  theirs = [KMeans(60, n_init=1, random_state=seed, init='k-means++', algorithm='lloyd').fit(rows).inertia_ / 2000
+            for seed in range(5)]
   assert np.mean(ours) < 1.05 * np.mean(theirs)
 
 

@@ -16,9 +16,11 @@ from selection.otdd import distance, domain_similarity
 
 
 def images(sizes, d=6, seed=0, spread=1.0, apart=1.0, rank=None, dtype=np.float64):
-  """Images of classes of given sizes, each with a mean and a covariance (of some rank) of its own; rows are shuffled."""
+  """Images of classes of given sizes, each with a mean and a covariance (of some rank) of its own; rows are
+  shuffled."""
   rng = np.random.default_rng(seed)
-  features = np.concatenate([apart * rng.normal(size=d) + spread * rng.normal(size=(n, rank or d)) @ rng.normal(size=(rank or d, d))
+  features = np.concatenate([apart * rng.normal(size=d) +
+                             spread * rng.normal(size=(n, rank or d)) @ rng.normal(size=(rank or d, d))
                              for n in sizes])
   order = rng.permutation(len(features))
   return Embeddings(features[order].astype(dtype), np.repeat(np.arange(len(sizes)), sizes)[order])
@@ -47,7 +49,8 @@ def bures_by_singular_values(source, target):
 
 
 def sinkhorn(costs, epsilon, symmetric):
-  """OT in the log domain with uniform marginals, until it stands still; both potentials are one where both sides are."""
+  """OT in the log domain with uniform marginals, until it stands still; both potentials are one where both sides
+  are."""
   f, g = np.zeros(len(costs)), np.zeros(costs.shape[1])
   for _ in range(20_000):
     new = -epsilon * logmeanexp((g - costs) / epsilon, axis=1)
@@ -112,7 +115,8 @@ def test_factors_give_the_covariances(d, dtype):
 
 
 def test_bures_of_a_set_and_itself():
-  """Zero for the same class, and the same whether computed for one half or for both, in one block of factors or in several."""
+  """Zero for the same class, and the same whether computed for one half or for both, in one block of factors or in
+  several."""
   a = gaussians(images([3, 30, 8, 20], 15))
   half = bures(a, a)
   whole = bures(a, a._replace(means=a.means.copy()))
@@ -155,7 +159,8 @@ def test_diagonal_bures(source, target, seed):
   if a.num_classes == b.num_classes == 1:
     axes = Embeddings(np.concatenate([np.diag(np.arange(1.0, 6)), -np.diag(np.arange(1.0, 6))]), [0] * 5 + [0] * 5)
     other = Embeddings(3 * axes.features + 1, axes.labels)
-    np.testing.assert_allclose(bures(gaussians(axes), gaussians(other)), bures(gaussians(axes, 'diagonal'), gaussians(other, 'diagonal')))
+    np.testing.assert_allclose(bures(gaussians(axes), gaussians(other)),
+                               bures(gaussians(axes, 'diagonal'), gaussians(other, 'diagonal')))
 
 
 # Sets of 25 images each: OTT's solver is compiled for each shape.
@@ -217,7 +222,8 @@ def test_distance_of_a_sample():
 def test_small_epsilons_come_near_exact_transport():
   """Costs ten thousand times epsilon: the plan costs as much as the exact one, up to epsilon log n."""
   a, b = images([10, 15], seed=1), images([13, 12], seed=2)
-  costs = (((a.features[:, None] - b.features) ** 2).sum(-1) + bures(gaussians(a), gaussians(b))[np.ix_(a.labels, b.labels)]) / 2
+  costs = (((a.features[:, None] - b.features) ** 2).sum(-1) +
+           bures(gaussians(a), gaussians(b))[np.ix_(a.labels, b.labels)]) / 2
   exact = costs[scipy.optimize.linear_sum_assignment(costs)].mean()
   epsilon = costs.max() / 10_000
   result = distance(a, b, epsilon=epsilon, normalize=False, debiased=False)
@@ -226,7 +232,8 @@ def test_small_epsilons_come_near_exact_transport():
 
 def test_not_converged_is_said():
   a, b = images([20, 5], seed=1), images([10, 15], seed=2)
-  with pytest.raises(ValueError, match='after up to 30 iterations .* of the mass is out of place, expected less than 0.001; epsilon '
+  with pytest.raises(
+      ValueError, match='after up to 30 iterations .* of the mass is out of place, expected less than 0.001; epsilon '
                                        '0.001 is small for costs up to .* use a larger one'):
     distance(a, b, epsilon=0.001, normalize=False, max_iterations=30)
 
@@ -239,11 +246,13 @@ def exact_emd(costs, a, b):
 
 
 @settings(max_examples=15, deadline=None)
-@given(shape=st.sampled_from([(1, 1), (1, 5), (7, 1), (12, 9), (9, 30)]), scale=st.sampled_from([0.01, 30.0]), seed=st.integers(0, 99))
+@given(shape=st.sampled_from([(1, 1), (1, 5), (7, 1), (12, 9), (9, 30)]), scale=st.sampled_from([0.01, 30.0]),
+       seed=st.integers(0, 99))
 def test_domain_similarity_is_exact(shape, scale, seed):
   """Against the exact solver of POT, from means and their numbers of images."""
   rng = np.random.default_rng(seed)
-  a, b = (Embeddings(scale * rng.normal(size=(k, 5)).astype(np.float32), np.arange(k), weights=rng.integers(200, 900, k)) for k in shape)
+  a, b = (Embeddings(scale * rng.normal(size=(k, 5)).astype(np.float32), np.arange(k),
+                     weights=rng.integers(200, 900, k)) for k in shape)
   costs = np.linalg.norm(a.features[:, None].astype(np.float64) - b.features, axis=-1)
   emd = exact_emd(costs, a.weights.astype(np.float64), b.weights.astype(np.float64))
   gamma = 0.3 / scale
@@ -262,7 +271,8 @@ def test_published_class_means(shared):
   """A target whose classes are among the source's is nearer than one of other things."""
   source, pets, aircraft = (
       Embeddings(arrays['features'], np.arange(len(arrays['counts'])), weights=arrays['counts']) for arrays in
-      (np.load(shared / 'reference' / 'class_means' / 'resnet18' / f'{name}.npz') for name in ('imagenet', 'pets', 'aircraft')))
+      (np.load(shared / 'reference' / 'class_means' / 'resnet18' / f'{name}.npz')
+       for name in ('imagenet', 'pets', 'aircraft')))
   costs = np.linalg.norm(source.features[:, None].astype(np.float64) - pets.features, axis=-1)
   emd = exact_emd(costs, source.weights.astype(np.float64), pets.weights.astype(np.float64))
   assert domain_similarity(source, pets) == pytest.approx(np.exp(-0.01 * emd), rel=1e-9)
@@ -270,9 +280,12 @@ def test_published_class_means(shared):
 
 
 def test_quiet_and_light():
-  """Warnings as errors in a fresh process: nothing else has imported ott before, and it is imported only where it is used."""
-  code = ('import sys, numpy as np; from selection import distances, embeddings; a = embeddings.Embeddings(np.eye(4), [0, 0, 1, 1]); '
-          'distances.domain_similarity(a, a, min_images=1); assert "ott" not in sys.modules; print(distances.distance(a, a))')
+  """Warnings as errors in a fresh process: nothing else has imported ott before, and it is imported only where it is
+  used."""
+  code = ('import sys, numpy as np; from selection import distances, embeddings; a = embeddings.Embeddings(np.eye(4), '
+          '[0, 0, 1, 1]); '
+          'distances.domain_similarity(a, a, min_images=1); assert "ott" not in sys.modules; '
+          'print(distances.distance(a, a))')
   result = subprocess.run([sys.executable, '-W', 'error', '-c', code], capture_output=True, text=True, check=False)
   assert not result.stderr and abs(float(result.stdout)) < 1e-6
 
@@ -283,8 +296,10 @@ GOOD = Embeddings(ROWS, [0, 0, 1, 1], ['cat', 'dog'], fingerprint='f')
 
 @pytest.mark.parametrize('function', [distance, domain_similarity])
 @pytest.mark.parametrize('other,words', [
-    (ROWS, 'target is a ndarray; expected selection.Embeddings'), (Embeddings(ROWS), 'target has no labels; give selection.Embeddings'),
-    (Embeddings(ROWS[:, :2], [0, 0, 1, 1]), 'source features have 3 dimensions and target features 2; embed both with the same encoder'),
+    (ROWS, 'target is a ndarray; expected selection.Embeddings'),
+    (Embeddings(ROWS), 'target has no labels; give selection.Embeddings'),
+    (Embeddings(ROWS[:, :2], [0, 0, 1, 1]),
+     'source features have 3 dimensions and target features 2; embed both with the same encoder'),
     (Embeddings(ROWS, [0, 0, 1, 1], fingerprint='g'), r'different encoders \(fingerprints f and g\)')])
 def test_sets_that_do_not_fit(function, other, words):
   with pytest.raises(ValueError, match=words):
@@ -295,9 +310,12 @@ def test_sets_that_do_not_fit(function, other, words):
     (Embeddings(ROWS, [0, 0, 1, 1], ['cat', 'dog'], weights=[1, 1, 1, 30]), {},
      r"target: row 3, class 'dog', stands for 30 images \(weights\); a covariance needs the features of the images"),
     (Embeddings(ROWS, [0, 1, 2, 3]), {}, 'no class of the target has two images'),
-    (Embeddings(np.vstack([ROWS[:3], 0 * ROWS[:1]]), [0, 0, 1, 1]), {}, '1 rows of target features are zero, the first is row 3'),
-    (GOOD, {'epsilon': 0.0}, 'epsilon is 0.0; expected a finite number above 0'), (GOOD, {'epsilon': np.inf}, 'epsilon is inf'),
-    (GOOD, {'max_samples': 0}, 'max_samples is 0; expected a whole number from 1'), (GOOD, {'max_samples': 1.5}, 'max_samples is 1.5'),
+    (Embeddings(np.vstack([ROWS[:3], 0 * ROWS[:1]]), [0, 0, 1, 1]), {},
+     '1 rows of target features are zero, the first is row 3'),
+    (GOOD, {'epsilon': 0.0}, 'epsilon is 0.0; expected a finite number above 0'),
+    (GOOD, {'epsilon': np.inf}, 'epsilon is inf'),
+    (GOOD, {'max_samples': 0}, 'max_samples is 0; expected a whole number from 1'),
+    (GOOD, {'max_samples': 1.5}, 'max_samples is 1.5'),
     (GOOD, {'max_iterations': 0}, 'max_iterations is 0; expected a whole number from 1'),
     (GOOD, {'covariance': 'half'}, "covariance is 'half'; expected full or diagonal")])
 def test_errors_of_distance(other, kwargs, words):

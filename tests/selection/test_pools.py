@@ -1,4 +1,5 @@
-"""Pools that do not fit: the same selection from memory, a file, chunks, on any number of devices and processes, and after a kill."""
+"""Pools that do not fit: the same selection from memory, a file, chunks, on any number of devices and processes, and
+after a kill."""
 
 import json
 import os
@@ -57,7 +58,8 @@ def test_from_a_file_from_chunks_and_without_a_stored_kernel(sets, exact, tmp_pa
   source, target, labels = sets
   same(select(source, (target, labels), 150, by='example'), exact)
   np.save(tmp_path / 'pool.npy', source)
-  for pool in (tmp_path / 'pool.npy', np.load(tmp_path / 'pool.npy', mmap_mode='r'), [source[:7], source[7:2000], source[2000:]],
+  for pool in (tmp_path / 'pool.npy', np.load(tmp_path / 'pool.npy', mmap_mode='r'),
+               [source[:7], source[7:2000], source[2000:]],
                lambda: (source[k:k + 100] for k in range(0, 3001, 100))):
     same(select(pool, (target, labels), 150, by='example', memory=0), exact)
 
@@ -79,10 +81,12 @@ def test_fitted_to_all_rows_is_exact_and_to_a_sample_near(sets, exact):
   assert again.units.tolist() == fitted.units.tolist()
 
 
-@pytest.mark.parametrize('parameters', [{}, {'sample': 1000}, {'method': 'softmax'}, {'by': 'cluster', 'clusters': 60, 'size': 10}],
+@pytest.mark.parametrize('parameters',
+                         [{}, {'sample': 1000}, {'method': 'softmax'}, {'by': 'cluster', 'clusters': 60, 'size': 10}],
                          ids=['exact', 'fitted', 'softmax', 'cluster'])
 def test_a_killed_pass_goes_on_from_its_last_finished_chunk(sets, tmp_path, monkeypatch, parameters):
-  """Killed while any chunk is read, again and again: the same result bit for bit, and no chunk is read twice but those under way."""
+  """Killed while any chunk is read, again and again: the same result bit for bit, and no chunk is read twice but those
+  under way."""
   source, target, labels = sets
   monkeypatch.setattr(Blocks, '_chunk_rows', lambda self: 512)
   monkeypatch.setattr(transport, 'WHOLE', 0)
@@ -223,7 +227,8 @@ if process == 0:
 
 @pytest.mark.slow
 def test_one_device_eight_devices_and_two_processes_select_the_same(sets, tmp_path):
-  """Classes, examples with a stored kernel and without, clusters: the rows are spread over all devices, and nothing changes."""
+  """Classes, examples with a stored kernel and without, clusters: the rows are spread over all devices, and nothing
+  changes."""
   source, target, labels = sets
   np.savez(tmp_path / 'sets.npz', source=source, target=target, labels=labels, classes=np.arange(3001) % 17)
   with socket.socket() as free:
@@ -232,10 +237,12 @@ def test_one_device_eight_devices_and_two_processes_select_the_same(sets, tmp_pa
   environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu'}
 
   def start(devices: int, process: int, port: int, out: str) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, '-c', SCRIPT, str(devices), str(process), str(port), str(tmp_path / 'sets.npz'),
+    return subprocess.Popen([sys.executable, '-c', SCRIPT, str(devices), str(process), str(port),
+                             str(tmp_path / 'sets.npz'),
                              str(tmp_path / out)], env=environment, stderr=subprocess.PIPE, text=True)
 
-  for group in ([start(1, 0, 0, 'one')], [start(8, 0, 0, 'eight')], [start(2, 0, port, 'two'), start(2, 1, port, 'none')]):
+  for group in ([start(1, 0, 0, 'one')], [start(8, 0, 0, 'eight')],
+                [start(2, 0, port, 'two'), start(2, 1, port, 'none')]):
     for process in group:
       _, printed = process.communicate(timeout=300)
       assert process.returncode == 0, printed[-2000:]
@@ -274,7 +281,8 @@ def test_bad_rows_are_counted_and_named():
   rows[[5, 30000, 39999]] = np.nan
   with pytest.raises(ValueError, match='3 rows of source features are not finite, the first is row 5;'):
     check_rows(rows)
-  with pytest.raises(ValueError, match='2 rows of the 10,001 from row 29,999 of source features are not finite, the first is row 30,000'):
+  with pytest.raises(ValueError, match='2 rows of the 10,001 from row 29,999 of source features are not finite, the '
+                                       'first is row 30,000'):
     check_rows(rows[29999:], 29999)
   with pytest.raises(ValueError, match='row 1 of target features is shorter than'):
     check_rows(np.float32([[1, 1], [1e-30, 0]]), what='target')

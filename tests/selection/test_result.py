@@ -12,7 +12,8 @@ from selection import Embeddings, plots, select, Selection
 @pytest.fixture(scope='module')
 def chosen() -> Selection:
   rng = np.random.default_rng(0)
-  source = Embeddings(rng.normal(size=(12, 5)), np.arange(12), ['a $^$ name that is much too long for a column of a table', *'bcdefghijkl'],
+  source = Embeddings(rng.normal(size=(12, 5)), np.arange(12),
+                      ['a $^$ name that is much too long for a column of a table', *'bcdefghijkl'],
                       weights=np.arange(12) + 100, fingerprint='encoder')
   target = Embeddings(rng.normal(size=(3, 5)), np.arange(3), ['x', 'y', 'z'])
   return dataclasses.replace(select(source, target, 4), source={'name': 'pool', 'fingerprint': 'abc'})
@@ -53,7 +54,8 @@ def test_save_and_load(chosen, tmp_path):
 
 @pytest.mark.parametrize('method', ['uot', 'ot', 'least', 'softmax', 'nearest', 'greedy_emd', 'random', 'none'])
 def test_converged_is_said(images, method, tmp_path):
-  """True where an iteration ended well, None where there is none; kept in the file, also by versions whose files do not have it."""
+  """True where an iteration ended well, None where there is none; kept in the file, also by versions whose files do not
+  have it."""
   chosen = select(images, images.features[:6], 3, method=method, by='example')
   expected = True if method in ('uot', 'ot', 'least') else None
   chosen.save(tmp_path / 's.json')
@@ -84,7 +86,8 @@ def test_load_refuses(chosen, tmp_path):
     Selection.load(path, source_fingerprint='def')
   text = path.read_text()
   unreadable = 'no selection that can be read'
-  for damaged, words in ((text[:200], unreadable), (text.replace('"format_version": 2', '"format_version": 7'), 'format version 7'),
+  for damaged, words in ((text[:200], unreadable),
+                         (text.replace('"format_version": 2', '"format_version": 7'), 'format version 7'),
                          ('[]', unreadable), (text.replace('"scores"', '"scorpions"'), unreadable),
                          (text.replace('"counts": [100, ', '"counts": ['), 'parts do not fit together: counts')):
     path.write_text(damaged)
@@ -123,7 +126,8 @@ def test_compare(chosen):
   assert found.shared == chosen.class_names and found.overlap == 1 and found.only_first == ()
   assert found.only_second == tuple(name for name in whole.class_names if name not in chosen.class_names)
   assert str(found).startswith('4 shared (100.0% of the smaller): ') and 'only in the first: none' in str(found)
-  clusters = [select(np.random.default_rng(0).normal(size=(90, 3)), np.eye(3), 3, by='cluster', clusters=9, seed=seed) for seed in (0, 1)]
+  clusters = [select(np.random.default_rng(0).normal(size=(90, 3)), np.eye(3), 3, by='cluster', clusters=9, seed=seed)
+              for seed in (0, 1)]
   with pytest.raises(ValueError, match='the units are not the same'):  # other clusters by the same names
     clusters[0].compare(clusters[1])
   with pytest.raises(ValueError, match='a selection of 12 classes cannot be compared with one of 5 examples'):
@@ -134,7 +138,8 @@ def test_compare(chosen):
 def images() -> Embeddings:
   """Forty images of eight classes, with file names as ids."""
   rng = np.random.default_rng(1)
-  return Embeddings(rng.normal(size=(40, 5)), np.arange(40) % 8, [f'class {k}' for k in range(8)], [f'{k % 8}/{k}.jpg' for k in range(40)])
+  return Embeddings(rng.normal(size=(40, 5)), np.arange(40) % 8, [f'class {k}' for k in range(8)],
+                    [f'{k % 8}/{k}.jpg' for k in range(40)])
 
 
 @pytest.mark.parametrize('by', ['class', 'cluster', 'example'])
@@ -160,16 +165,20 @@ def test_images_of_the_chosen_units(images, by, tmp_path):
 
 def test_export(chosen, images, tmp_path):
   """From means by a list of files with their classes; by row numbers; and what cannot be written."""
-  files, labels = ['b.jpg', 'a.jpg', 'b.jpg', 'c.jpg'], [chosen.classes[0], chosen.classes[1], chosen.classes[0], chosen.ranking()[-1]]
-  assert chosen.export(tmp_path / 'list.txt', files, labels) == 2 and (tmp_path / 'list.txt').read_text() == 'a.jpg\nb.jpg\n'
+  files, labels = ['b.jpg', 'a.jpg', 'b.jpg', 'c.jpg'], [chosen.classes[0], chosen.classes[1], chosen.classes[0],
+                                                         chosen.ranking()[-1]]
+  assert chosen.export(tmp_path / 'list.txt', files, labels) == 2
+  assert (tmp_path / 'list.txt').read_text() == 'a.jpg\nb.jpg\n'
   by_row = select(Embeddings(images.features), images.features[:4], 3, by='example')
   by_row.export(tmp_path / 'list.txt', [f'{i:02d}' for i in range(40)])
   assert (tmp_path / 'list.txt').read_text().splitlines() == [f'{i:02d}' for i in sorted(by_row.units)]
   by_row.export(tmp_path / 'list.txt')
   assert (tmp_path / 'list.txt').read_text().splitlines() == [str(i) for i in sorted(by_row.units)]
   for wrong, words in ((lambda: chosen.export(tmp_path / 'new.txt'), 'made from means, and knows no images'),
-                       (lambda: by_row.export(tmp_path / 'new.txt', ['a']), '1 files do not fit: expected one for each of the 40 rows'),
-                       (lambda: chosen.export(tmp_path / 'new.txt', files, labels[:2]), 'labels need a file for each .2 labels, 4 files'),
+                       (lambda: by_row.export(tmp_path / 'new.txt', ['a']),
+                        '1 files do not fit: expected one for each of the 40 rows'),
+                       (lambda: chosen.export(tmp_path / 'new.txt', files, labels[:2]),
+                        'labels need a file for each .2 labels, 4 files'),
                        (lambda: chosen.export(tmp_path / 'new.txt', ['a\nb'] * 4, labels), 'has a line break in it')):
     with pytest.raises(ValueError, match=words):
       wrong()
@@ -212,7 +221,8 @@ def test_plots(chosen, images):
   assert select(images, images.features[:4], 3, method='none').plot()
   with pytest.raises(ValueError, match='no plan to draw: random says nothing of single classes'):
     plots.heat_map(select(images, images.features[:4], 3, method='random'))
-  large = select(np.random.default_rng(0).normal(size=(3000, 4)), (images.features[:30, :4], np.arange(30)), 1000, by='example')
+  large = select(np.random.default_rng(0).normal(size=(3000, 4)), (images.features[:30, :4], np.arange(30)), 1000,
+                 by='example')
   assert len(large.plot().axes[1].get_yticklabels()) == 30
 
 

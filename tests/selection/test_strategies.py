@@ -12,7 +12,8 @@ def sets() -> tuple[Embeddings, Embeddings]:
   """Twelve source classes of seven to eighteen images, four target classes of five to eight, in nine dimensions."""
   rng = np.random.default_rng(0)
   make = lambda counts, centres: Embeddings(
-      (np.repeat(centres, counts, 0) + 0.6 * rng.normal(size=(sum(counts), 9)) @ np.diag(rng.uniform(0.3, 1.5, 9))).astype(np.float32),
+      (np.repeat(centres, counts, 0) +
+       0.6 * rng.normal(size=(sum(counts), 9)) @ np.diag(rng.uniform(0.3, 1.5, 9))).astype(np.float32),
       np.repeat(np.arange(len(counts)), counts))
   return make(range(7, 19), rng.normal(size=(12, 9))), make(range(5, 9), rng.normal(size=(4, 9)))
 

@@ -39,7 +39,8 @@ def test_published_synthetic_problems(shared, whole):
 @SOLVERS
 def test_the_problem_of_the_published_docstring(whole):
   plan, _ = plan_of(np.array([[0.0, 1.0], [1.0, 0.0]]), whole, epsilon=1.0, rho_source=1.0, rho_target=1.0)
-  # There the masses are one half, and the plan of masses s times as large is s^(1/(1 + tau)) times as large: tau is 1/2.
+  # There the masses are one half, and the plan of masses s times as large is s^(1/(1 + tau)) times as large: tau is
+  # 1/2.
   np.testing.assert_allclose(plan * 0.5 ** (1 / 1.5), [[0.51122823, 0.18807035], [0.18807035, 0.51122823]], rtol=2e-6)
 
 
@@ -53,28 +54,33 @@ def pot():
 @SOLVERS
 @pytest.mark.parametrize('rho', [10.0, 100.0, 1000.0])
 def test_large_rhos_take_no_longer(whole, rho):
-  """Where both marginals nearly hold, the plain iteration crawls (and POT's numbers run over): a fixed point all the same, and soon."""
+  """Where both marginals nearly hold, the plain iteration crawls (and POT's numbers run over): a fixed point all the
+  same, and soon."""
   cost = np.random.default_rng(0).uniform(0, 2, (61, 7))
   kernel, potentials = transport.solve(costs(cost), whole=whole, epsilon=0.1, rho_source=rho, rho_target=rho)
   assert potentials.converged and potentials.iterations < 60
   tau = rho / (rho + 0.1)
   log_u = -tau * scipy.special.logsumexp(-cost / 0.1 + potentials.log_v, axis=1)
   # Masses of 61 and 7 that nearly hold: u and v are far apart, by hundreds in their logarithms.
-  np.testing.assert_allclose(-tau * scipy.special.logsumexp(-cost / 0.1 + log_u[:, None], axis=0), potentials.log_v, rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(-tau * scipy.special.logsumexp(-cost / 0.1 + log_u[:, None], axis=0), potentials.log_v,
+                             rtol=1e-5, atol=1e-5)
 
 
 @SOLVERS
 @settings(max_examples=10, deadline=None)
-@given(shape=st.sampled_from([(3, 2), (12, 5), (5, 30), (61, 7)]), epsilon=st.floats(0.05, 1.0), rho_source=st.floats(0.05, 2.0),
+@given(shape=st.sampled_from([(3, 2), (12, 5), (5, 30), (61, 7)]), epsilon=st.floats(0.05, 1.0),
+       rho_source=st.floats(0.05, 2.0),
        rho_target=st.floats(0.05, 10.0), seed=st.integers(0, 99))
 def test_equals_pot(pot, whole, shape, epsilon, rho_source, rho_target, seed):
-  """Random problems against POT in float64: the plan itself, not only its shares; chunks of 16 rows, the last one cut short."""
+  """Random problems against POT in float64: the plan itself, not only its shares; chunks of 16 rows, the last one cut
+  short."""
   cost = np.random.default_rng(seed).uniform(0, 2, shape)
   plan, potentials = plan_of(cost, whole, 16, epsilon=epsilon, rho_source=rho_source, rho_target=rho_target)
   assert potentials.converged
   # With masses of one, relative entropy and entropy are the same problem.
   expected = pot.unbalanced.sinkhorn_knopp_unbalanced(
-      np.ones(shape[0]), np.ones(shape[1]), cost, epsilon, (rho_source, rho_target), reg_type='kl', numItermax=20_000, stopThr=1e-12)
+      np.ones(shape[0]), np.ones(shape[1]), cost, epsilon, (rho_source, rho_target), reg_type='kl', numItermax=20_000,
+      stopThr=1e-12)
   np.testing.assert_allclose(plan, expected, rtol=0, atol=2e-5 * expected.max())
   np.testing.assert_allclose(transport.target_mass(potentials), expected.sum(0) / expected.sum(), rtol=1e-4)
 
@@ -95,9 +101,11 @@ def test_balanced_equals_pot(pot, whole, shape, epsilon, seed):
 @settings(max_examples=5, deadline=None)
 @given(epsilon=st.floats(0.05, 1.0), rho_source=st.floats(0.05, 2.0), seed=st.integers(0, 99))
 def test_mass_is_the_closed_form_of_the_targets_scalings(whole, epsilon, rho_source, seed):
-  """mass_i = (K v)_i^(1 - tau_source), the identity by which further images are scored; with tau of one half its root."""
+  """mass_i = (K v)_i^(1 - tau_source), the identity by which further images are scored; with tau of one half its
+  root."""
   cost = np.random.default_rng(seed).uniform(0, 2, (40, 6))
-  kernel, potentials = transport.solve(costs(cost), whole=whole, epsilon=epsilon, rho_source=rho_source, rho_target=10.0)
+  kernel, potentials = transport.solve(costs(cost), whole=whole, epsilon=epsilon, rho_source=rho_source,
+                                       rho_target=10.0)
   plan = transport.plan(kernel, potentials, np.eye(6))
   np.testing.assert_allclose(np.exp(transport.mass(kernel, potentials)), plan.sum(1), rtol=1e-5)
   expected = (np.exp(-cost / epsilon) @ np.exp(potentials.log_v)) ** (1 - rho_source / (rho_source + epsilon))
@@ -107,14 +115,17 @@ def test_mass_is_the_closed_form_of_the_targets_scalings(whole, epsilon, rho_sou
 @SOLVERS
 def test_not_converged_is_said(whole):
   cost = np.random.default_rng(0).uniform(0, 2, (40, 30))
-  _, potentials = transport.solve(costs(cost), whole=whole, epsilon=0.05, rho_source=5.0, rho_target=5.0, max_iterations=3)
+  _, potentials = transport.solve(costs(cost), whole=whole, epsilon=0.05, rho_source=5.0, rho_target=5.0,
+                                  max_iterations=3)
   assert not potentials.converged and potentials.iterations == 3 and potentials.threshold < potentials.error < np.inf
 
 
 @SOLVERS
 @pytest.mark.parametrize('kwargs,words', [
-    ({'epsilon': 0.001}, 'epsilon 0.001 is too small for costs up to .*use at least 0.02'), ({'epsilon': 0.0}, 'epsilon is 0.0'),
-    ({'rho_source': -1.0}, 'rho_source is -1.0; expected a number above 0'), ({'rho_target': float('nan')}, 'rho_target is nan'),
+    ({'epsilon': 0.001}, 'epsilon 0.001 is too small for costs up to .*use at least 0.02'),
+    ({'epsilon': 0.0}, 'epsilon is 0.0'),
+    ({'rho_source': -1.0}, 'rho_source is -1.0; expected a number above 0'),
+    ({'rho_target': float('nan')}, 'rho_target is nan'),
     ({'rho_source': 1e18, 'rho_target': 1e18}, 'so large that both marginals hold exactly')])
 def test_parameters_that_cannot_be(whole, kwargs, words):
   cost = np.full((4, 3), 2.0)

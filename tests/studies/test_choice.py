@@ -1,4 +1,5 @@
-"""The choice of a checkpoint: its standard error is that of repeated experiments, and nothing is said to be better that is not."""
+"""The choice of a checkpoint: its standard error is that of repeated experiments, and nothing is said to be better that
+is not."""
 
 import numpy as np
 import pytest
@@ -13,12 +14,14 @@ def test_contributions_sum_to_the_score():
 
 
 def test_standard_error_is_the_spread_of_repeated_experiments():
-  """New test images and new seeds each time, with an effect of the seed: what `margin` says is what the means scatter by."""
+  """New test images and new seeds each time, with an effect of the seed: what `margin` says is what the means scatter
+  by."""
   rng, seeds, images = np.random.default_rng(0), 4, 300
 
   def experiment():
     difficulty = rng.normal(size=images)
-    scores = lambda skill: (rng.normal(size=(seeds, images)) + skill + 0.15 * rng.normal(size=(seeds, 1)) > difficulty) / images
+    scores = lambda skill: (rng.normal(size=(seeds, images)) + skill +
+                            0.15 * rng.normal(size=(seeds, 1)) > difficulty) / images
     return choice.margin(scores(0.3), scores(0.2))
 
   margins = [experiment() for _ in range(400)]
@@ -28,7 +31,8 @@ def test_standard_error_is_the_spread_of_repeated_experiments():
 
 
 def test_standard_error_of_class_means_is_the_spread_of_repeated_experiments():
-  """Unbalanced classes, in one of which the second network is always wrong: within that class there is nothing to scatter."""
+  """Unbalanced classes, in one of which the second network is always wrong: within that class there is nothing to
+  scatter."""
   rng, labels = np.random.default_rng(0), np.repeat([0, 1, 2], [180, 15, 40])
 
   def experiment():
@@ -62,7 +66,8 @@ NAMES = ['epoch 1', 'epoch 2', 'epoch 3']
 def test_an_earlier_checkpoint_that_is_better():
   made = choice.choose([0.4, 0.6, 0.5], scores(0.4, 0.6, 0.5))
   assert (made.row, made.best_other, made.similar) == (1, 2, ())
-  assert choice.sentence(made, NAMES) == 'Start from epoch 2: on test it is 10.0 ± 1.5 points above the last one (epoch 3).'
+  assert choice.sentence(made,
+                         NAMES) == 'Start from epoch 2: on test it is 10.0 ± 1.5 points above the last one (epoch 3).'
 
 
 def test_the_last_checkpoint_that_is_better():

@@ -1,4 +1,5 @@
-"""The checkpoints of a pre-training are found and put in order; what is not one run, or not this network, is refused by name."""
+"""The checkpoints of a pre-training are found and put in order; what is not one run, or not this network, is refused by
+name."""
 
 import flax
 import jax
@@ -31,7 +32,8 @@ def write(path, classes=3, **fields):
 
 
 @pytest.mark.parametrize('name, counts', [
-    ('epoch_12.pth', ('epoch', 12)), ('checkpoint_0012.pth.tar', ('epoch', 12)), ('resnet18-epoch5-top1_71.2.pth', ('epoch', 5)),
+    ('epoch_12.pth', ('epoch', 12)), ('checkpoint_0012.pth.tar', ('epoch', 12)),
+    ('resnet18-epoch5-top1_71.2.pth', ('epoch', 5)),
     ('ckpt12.pt', ('epoch', 12)), ('ckpt_e12.pt', ('epoch', 12)), ('epoch_0.5.pth', ('epoch', 0.5)),
     ('step_400.safetensors', ('step', 400)), ('resnet18-7.pth', ('epoch', 7)), ('007.pth', ('epoch', 7)),
     ('Epoch 3.pth', ('epoch', 3)), ('model_best.pth', None), ('resnet18.pth', None), ('resnet18-5c106cde.pth', None),
@@ -45,7 +47,8 @@ def test_files_are_found_in_order_and_read(tmp_path, caplog):
   write(tmp_path / 'model_best.safetensors')
   (tmp_path / 'log.txt').write_text('')
   found = history.read(str(tmp_path), network())
-  assert [entry.name for entry in found.kept] == ['epoch 2', 'epoch 10'] and found.kept[1].epoch == 10.0 and found.source is None
+  assert [entry.name for entry in found.kept] == ['epoch 2', 'epoch 10'] and found.kept[1].epoch == 10.0
+  assert found.source is None
   assert [entry.name for entry in history.read(str(tmp_path), network(), (10,)).kept] == ['epoch 10']
   with pytest.raises(ValueError, match='config.study.epochs has 3, and .* there are epoch 2, epoch 10'):
     history.read(str(tmp_path), network(), (3,))

@@ -1,4 +1,5 @@
-"""Logistic regression: its minimum is scikit-learn's, also in float32, of classes without examples and from another start."""
+"""Logistic regression: its minimum is scikit-learn's, also in float32, of classes without examples and from another
+start."""
 
 import jax
 import numpy as np
@@ -26,9 +27,11 @@ def problem(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
   return features * np.geomspace(0.1, 3.0, D), labels
 
 
-def objective(features: np.ndarray, labels: np.ndarray, weights: np.ndarray, bias: np.ndarray, strength: float) -> float:
+def objective(features: np.ndarray, labels: np.ndarray, weights: np.ndarray, bias: np.ndarray,
+              strength: float) -> float:
   logits = features.astype(np.float64) @ weights + bias
-  return float(np.mean(np.log(np.exp(logits).sum(1)) - logits[np.arange(len(labels)), labels]) + strength / 2 * np.sum(weights ** 2))
+  return float(np.mean(np.log(np.exp(logits).sum(1)) - logits[np.arange(len(labels)), labels]) +
+               strength / 2 * np.sum(weights ** 2))
 
 
 @pytest.mark.parametrize('bias', [True, False])
@@ -37,14 +40,16 @@ def test_minimum_is_that_of_scikit_learn(bias):
   features, labels = problem()
   present = np.searchsorted([0, 1, 3], labels)
   strength = 0.02
-  other = linear_model.LogisticRegression(C=1 / (strength * N), fit_intercept=bias, solver='newton-cg', tol=1e-10).fit(features, present)
+  other = linear_model.LogisticRegression(C=1 / (strength * N), fit_intercept=bias, solver='newton-cg',
+                                          tol=1e-10).fit(features, present)
   lowest = objective(features, present, other.coef_.T, other.intercept_, strength)
   with jax.enable_x64(True):
     found = logistic.fit(features, present, 3, strength=strength, bias=bias, tolerance=1e-10)
   assert found.converged and found.weights.dtype == np.float64
   np.testing.assert_allclose(found.weights, other.coef_.T, atol=1e-6)
   np.testing.assert_allclose(found.bias - found.bias.mean(), other.intercept_ - other.intercept_.mean(), atol=1e-5)
-  np.testing.assert_allclose([found.loss, objective(features, present, found.weights, found.bias, strength)], lowest, rtol=1e-9)
+  np.testing.assert_allclose([found.loss, objective(features, present, found.weights, found.bias, strength)], lowest,
+                             rtol=1e-9)
   single = logistic.fit(features.astype(np.float32), present, 3, strength=strength, bias=bias)
   assert single.converged and single.weights.dtype == np.float32
   assert objective(features, present, single.weights.astype(np.float64), single.bias, strength) <= lowest * (1 + 1e-4)
@@ -53,10 +58,12 @@ def test_minimum_is_that_of_scikit_learn(bias):
 
 
 def test_ends_and_says_so():
-  """Few iterations are not enough; classes without examples are never told; without a penalty the loss goes to zero where it can."""
+  """Few iterations are not enough; classes without examples are never told; without a penalty the loss goes to zero
+  where it can."""
   features, labels = problem()
   given = features.astype(np.float32)
-  short, whole = logistic.fit(given, labels, K, strength=1e-3, max_iterations=3), logistic.fit(given, labels, K, strength=1e-3)
+  short, whole = logistic.fit(given, labels, K, strength=1e-3, max_iterations=3), logistic.fit(given, labels, K,
+                                                                                               strength=1e-3)
   assert not short.converged and short.iterations == 3 and short.loss > whole.loss and whole.converged
   assert 2 not in np.argmax(given @ whole.weights + whole.bias, 1)
   separable = np.eye(K, D, dtype=np.float32)[labels]

@@ -1,4 +1,5 @@
-"""Classifiers on frozen features give what their formulas and scikit-learn's give, choose on val as they say, and refuse what cannot be."""
+"""Classifiers on frozen features give what their formulas and scikit-learn's give, choose on val as they say, and
+refuse what cannot be."""
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,12 +14,14 @@ from ft_jax.studies.probe import Labelled
 D, K = 12, 5
 
 
-def splits(seed: int = 0, sizes: tuple[int, ...] = (120, 60, 80), present: tuple[int, ...] = (0, 1, 2, 4), spread: float = 1.0):
+def splits(seed: int = 0, sizes: tuple[int, ...] = (120, 60, 80), present: tuple[int, ...] = (0, 1, 2, 4),
+           spread: float = 1.0):
   """Overlapping classes in float32, a scale for each dimension and a mean far from 0; class 3 has no image."""
   rng = np.random.default_rng(seed)
   means = rng.normal(size=(K, D))
   labels = [rng.choice(present, n) for n in sizes]
-  features = [((means[y] + spread * rng.normal(size=(len(y), D))) * np.geomspace(0.1, 2, D) + 3).astype(np.float32) for y in labels]
+  features = [((means[y] + spread * rng.normal(size=(len(y), D))) * np.geomspace(0.1, 2, D) + 3).astype(np.float32)
+              for y in labels]
   return Labelled(features[0], labels[0]), Labelled(features[1], labels[1]), Labelled(features[2], labels[2])
 
 
@@ -35,7 +38,8 @@ def test_linear_is_scikit_learn_with_the_strength_of_the_best_val():
   strengths = (1e-1, 1e-2, 1e-3, 1e-4)
   accuracies, models = [], []
   for strength in strengths:
-    model = linear_model.LogisticRegression(C=1 / (strength * len(train.labels)), solver='newton-cg', tol=1e-10, max_iter=1000)
+    model = linear_model.LogisticRegression(C=1 / (strength * len(train.labels)), solver='newton-cg', tol=1e-10,
+                                            max_iter=1000)
     models.append(model.fit((train.features - mean) / scale, train.labels))
     accuracies.append(float(np.mean(model.predict((val.features - mean) / scale) == val.labels)))
   assert len(set(accuracies)) > 1
@@ -57,13 +61,15 @@ def test_linear_does_not_depend_on_the_scale_of_the_features():
     moved = [factor * part.features.astype(np.float64) + shift for part in (train, val, test)]
     again = probe.linear(Labelled(moved[0], train.labels), Labelled(moved[1], val.labels), moved[2], K)
     assert again.chosen == found.chosen and np.mean(again.test != found.test) < 0.03
-  constant = probe.linear(Labelled(np.ones((9, 2)), np.array([0, 1, 1, 1, 2, 1, 1, 1, 0])), Labelled(np.ones((2, 2)), np.array([0, 2])),
+  constant = probe.linear(Labelled(np.ones((9, 2)), np.array([0, 1, 1, 1, 2, 1, 1, 1, 0])),
+                          Labelled(np.ones((2, 2)), np.array([0, 2])),
                           np.ones((3, 2)), 4)
   assert (constant.test == 1).all()  # the most frequent one
 
 
 def test_linear_chooses_by_the_score_and_says_where_the_grid_ends(monkeypatch):
-  """From strong to weak, warm; ties to the stronger; where val is all right no other is tried; the score is the one that is given."""
+  """From strong to weak, warm; ties to the stronger; where val is all right no other is tried; the score is the one
+  that is given."""
   train, val, test = splits()
   tried, original = [], logistic.fit
 
@@ -95,7 +101,8 @@ def test_linear_chooses_by_the_score_and_says_where_the_grid_ends(monkeypatch):
 
 @pytest.mark.parametrize('dtype', [np.float32, np.float64])
 def test_nearest_mean_is_scikit_learn(dtype):
-  """Also far from 0, where squared distances are differences of large numbers; a class without training images is never told."""
+  """Also far from 0, where squared distances are differences of large numbers; a class without training images is never
+  told."""
   train, val, test = splits(2, spread=2.0)
   val = val._replace(labels=np.where(val.labels == 4, 3, val.labels))
   far = [part._replace(features=part.features.astype(dtype) + dtype(1000)) for part in (train, val, test)]
@@ -119,13 +126,15 @@ def votes(train: Labelled, features: np.ndarray, k: int) -> np.ndarray:
 
 
 def test_neighbours_vote_as_published(monkeypatch):
-  """Against the formula and scikit-learn, for each k alone; in blocks the same; the k of the best val, of equals the largest."""
+  """Against the formula and scikit-learn, for each k alone; in blocks the same; the k of the best val, of equals the
+  largest."""
   train, val, test = splits(3, spread=1.5)
   train, val, test = [part._replace(features=part.features - 3) for part in (train, val, test)]
   right = {}
   for k in (1, 4, 15, len(train.labels)):
     expected = votes(train, val.features, k)
-    peer = neighbors.KNeighborsClassifier(k, metric='cosine', algorithm='brute', weights=lambda d: np.exp((1 - d) / 0.07))
+    peer = neighbors.KNeighborsClassifier(k, metric='cosine', algorithm='brute',
+                                          weights=lambda d: np.exp((1 - d) / 0.07))
     np.testing.assert_array_equal(peer.fit(train.features, train.labels).predict(val.features), expected.argmax(1))
     found = probe.neighbours(train, val, test.features, K, numbers=[k])
     np.testing.assert_array_equal(found.val, expected.argmax(1))
@@ -141,7 +150,8 @@ def test_neighbours_vote_as_published(monkeypatch):
 
 
 def test_neighbours_edges():
-  """Equal votes go to the class of the nearest image, equal images to the first; the grid's ends are told, 1 and all are none."""
+  """Equal votes go to the class of the nearest image, equal images to the first; the grid's ends are told, 1 and all
+  are none."""
   square = Labelled(np.array([[1, 0], [0, 2], [0, 1], [3, 0]], np.float32), np.array([2, 0, 1, 2]))
   at = np.array([[0, 5], [1, 1], [4, 0.5]], np.float32)
   val = Labelled(at, np.array([0, 2, 2]))
@@ -150,9 +160,11 @@ def test_neighbours_edges():
     assert found.test.tolist() == expected and not found.at_edge, k  # all of val is right
   wrong = Labelled(at, np.array([1, 1, 1]))
   edges = {grid: probe.neighbours(square, wrong, at, 3, numbers=grid).at_edge for grid in ((1,), (1, 3), (1, 4), (4,))}
-  assert edges == {(1,): True, (1, 3): True, (1, 4): False, (4,): True}  # more than 1; more than 3; nothing; fewer than 4
+  # more than 1; more than 3; nothing; fewer than 4
+  assert edges == {(1,): True, (1, 3): True, (1, 4): False, (4,): True}
   # 0.2 + 0.1 is more than 0.3 by rounding alone.
-  assert probe._elected(np.array([[1, 0, 0], [1, 0, 0]]), np.array([[0.3, 0.2, 0.1], [0.3, 0.2, 0.11]]), 3).tolist() == [1, 0]
+  assert probe._elected(np.array([[1, 0, 0], [1, 0, 0]]), np.array([[0.3, 0.2, 0.1], [0.3, 0.2, 0.11]]),
+                        3).tolist() == [1, 0]
   zeros = probe.neighbours(square, wrong, np.zeros((1, 2)), 3, numbers=[1])
   assert zeros.test.tolist() == [2]  # similar to all alike
 
@@ -176,14 +188,18 @@ def test_small_sets_and_bad_input():
   hole = val.features.copy()
   hole[[7, 9], 2] = np.nan, np.inf
   for (a, b, c, classes), message in (
-      ((train, Labelled(hole, val.labels), test.features, K), r'val has features that are not finite: 2 of 60 images, the first in row 7'),
+      ((train, Labelled(hole, val.labels), test.features, K),
+       r'val has features that are not finite: 2 of 60 images, the first in row 7'),
       ((train, val, hole, K), r'test has features that are not finite: 2 of 60'),
-      ((train, Labelled(val.features[:0], val.labels[:0]), test.features, K), r'val has features of shape \(0, 12\);.*take some images'),
+      ((train, Labelled(val.features[:0], val.labels[:0]), test.features, K),
+       r'val has features of shape \(0, 12\);.*take some images'),
       ((train, val, test.features[:0], K), r'test has features of shape \(0, 12\); expected \[images, dimensions\]'),
       ((train, val, test.features[0], K), r'test has features of shape \(12,\)'),
       ((train, val, test.features[:, 1:], K), r'12 \(train\), 12 \(val\), 11 \(test\)'),
-      ((Labelled(train.features, train.labels[1:]), val, test.features, K), r'train has 120 images and labels of shape \(119,\)'),
-      ((train, Labelled(val.features, val.labels + 0.5), test.features, K), r'val has 60 images and labels of shape \(60,\), float64'),
+      ((Labelled(train.features, train.labels[1:]), val, test.features, K),
+       r'train has 120 images and labels of shape \(119,\)'),
+      ((train, Labelled(val.features, val.labels + 0.5), test.features, K),
+       r'val has 60 images and labels of shape \(60,\), float64'),
       ((train, val, test.features, 4), r'train has labels 0 to 4; expected 0 to 3, as there are 4 classes'),
       ((train, val, test.features, 0), r'classes is 0')):
     for function in everyone:

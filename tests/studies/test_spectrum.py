@@ -12,7 +12,8 @@ import scipy.linalg
 from ft_jax.studies import spectrum as study
 
 
-def made(rng: np.random.Generator, n: int, d: int, *, rank: int | None = None, mean: float = 0.0, decay: float = 0.9) -> np.ndarray:
+def made(rng: np.random.Generator, n: int, d: int, *, rank: int | None = None, mean: float = 0.0,
+         decay: float = 0.9) -> np.ndarray:
   """Features whose spectrum falls off as those of networks do."""
   rank = rank or min(n, d)
   return mean + rng.normal(size=(n, rank)) @ (decay ** np.arange(rank)[:, None] * rng.normal(size=(rank, d)))
@@ -70,7 +71,8 @@ def test_a_large_mean_costs_the_centred_spectrum_nothing():
 
 
 def test_precision_of_small_values():
-  """Values over twelve orders: what is below a millionth of the largest comes out as 0, the rest to the precision that is promised."""
+  """Values over twelve orders: what is below a millionth of the largest comes out as 0, the rest to the precision that
+  is promised."""
   rng = np.random.default_rng(1)
   n, d = 400, 64
   u, v = (np.linalg.qr(rng.normal(size=(size, d)))[0] for size in (n, d))
@@ -83,7 +85,8 @@ def test_precision_of_small_values():
 
 
 @hypothesis.settings(max_examples=25, deadline=None, derandomize=True)
-@hypothesis.given(sizes=st.lists(st.integers(0, 40), min_size=1, max_size=6), d=st.integers(1, 12), mean=st.sampled_from([0.0, -50.0]),
+@hypothesis.given(sizes=st.lists(st.integers(0, 40), min_size=1, max_size=6), d=st.integers(1, 12),
+                  mean=st.sampled_from([0.0, -50.0]),
                   dtype=st.sampled_from([np.float16, np.float32, np.float64]), slice_=st.integers(1, 50))
 def test_batches_may_be_cut_anywhere(sizes, d, mean, dtype, slice_):
   """Empty batches, batches smaller and larger than a slice: the sums are those of the whole."""
@@ -107,7 +110,8 @@ def test_batches_may_be_cut_anywhere(sizes, d, mean, dtype, slice_):
 
 
 def test_memory_is_that_of_a_slice(tmp_path, monkeypatch):
-  """No float64 copy of the features, whether they come as one array, mapped from a file, or in batches; nor of the parts."""
+  """No float64 copy of the features, whether they come as one array, mapped from a file, or in batches; nor of the
+  parts."""
   monkeypatch.setattr(study, 'SLICE', 256)
   n, d = 20000, 128
   features = np.random.default_rng(0).normal(size=(n, d)).astype(np.float32)
@@ -134,8 +138,10 @@ def test_memory_is_that_of_a_slice(tmp_path, monkeypatch):
 
 def test_size_of_the_main_part():
   """Of values, not of squares; the smallest size that reaches the threshold, also where it is reached exactly."""
-  assert study.main_size(np.array([3.0, 1.0, 1.0])) == 2 and study.main_size(np.array([3.0, 1.0, 1.0]), 0.81) == 3  # squares: 1 and 1
-  assert study.main_size(np.ones(10)) == 8 and study.main_size(np.full(15, 0.1)) == 12 and study.main_size(np.full(5, 0.3)) == 4
+  # squares: 1 and 1
+  assert study.main_size(np.array([3.0, 1.0, 1.0])) == 2 and study.main_size(np.array([3.0, 1.0, 1.0]), 0.81) == 3
+  assert study.main_size(np.ones(10)) == 8 and study.main_size(np.full(15, 0.1)) == 12
+  assert study.main_size(np.full(5, 0.3)) == 4
   assert study.main_size(np.ones(10), 0.79) == 8 and study.main_size(np.ones(10), 0.81) == 9
   assert study.main_size(np.array([5.0])) == 1 and study.main_size(np.array([2.0, 1.0, 0.0]), 1.0) == 2
   assert study.main_size(np.array([2.0, 1.0]), 1e-9) == 1
@@ -152,7 +158,8 @@ def test_energy_and_ranks():
   """Known values, bounds that are reached, and spectra far from 1 in size."""
   assert study.energy(np.array([3.0, 1.0, 1.0]), 1) == pytest.approx(9 / 11)
   assert study.energy(np.array([3.0, 1.0]), 0) == 0 and study.energy(np.array([3.0, 1.0]), 2) == 1
-  assert study.effective_rank(np.array([2.0, 1.0, 1.0, 0.0])) == pytest.approx(2 ** 1.5)  # entropy of 1/2, 1/4, 1/4: 1.5 bits
+  # entropy of 1/2, 1/4, 1/4: 1.5 bits
+  assert study.effective_rank(np.array([2.0, 1.0, 1.0, 0.0])) == pytest.approx(2 ** 1.5)
   assert study.stable_rank(np.array([2.0, 1.0, 1.0, 0.0])) == pytest.approx(1.5)
   for size in (1.0, 1e-200, 1e200):
     for rank in (study.effective_rank, study.stable_rank):
@@ -164,7 +171,8 @@ def test_energy_and_ranks():
 
 @pytest.mark.parametrize('centred', [False, True])
 def test_parts(centred, monkeypatch):
-  """Those of the truncated SVD; together the features; of other images the residual holds what the directions do not."""
+  """Those of the truncated SVD; together the features; of other images the residual holds what the directions do
+  not."""
   monkeypatch.setattr(study, 'SLICE', 16)
   rng = np.random.default_rng(2)
   features = made(rng, 70, 12, mean=1000.0)
@@ -177,7 +185,8 @@ def test_parts(centred, monkeypatch):
   np.testing.assert_allclose(main + residual, rest, atol=1e-11)
   np.testing.assert_allclose(np.linalg.svd(residual, compute_uv=False)[:12 - k], found.values[k:], rtol=1e-7)
   single = study.parts(features.astype(np.float32), found, k)
-  assert single[0].dtype == single[1].dtype == np.float32 and study.parts(features.astype(np.float16), found, k)[0].dtype == np.float32
+  assert single[0].dtype == single[1].dtype == np.float32
+  assert study.parts(features.astype(np.float16), found, k)[0].dtype == np.float32
   np.testing.assert_allclose(single[1], features.astype(np.float32) - (features - rest) - main, atol=1e-3)
   few = study.spectrum(study.gram(features[:5]), centred)
   others = study.parts(features, few, len(few.values))
@@ -188,7 +197,8 @@ def test_parts(centred, monkeypatch):
   assert study.parts(features[:0], found, 2)[0].shape == (0, 12)
 
 
-@pytest.mark.parametrize('n,d,k1,k2', [(200, 30, 5, 5), (200, 30, 3, 9), (200, 30, 9, 3), (12, 30, 4, 4), (50, 8, 6, 6), (50, 8, 8, 2)])
+@pytest.mark.parametrize('n,d,k1,k2', [(200, 30, 5, 5), (200, 30, 3, 9), (200, 30, 9, 3), (12, 30, 4, 4), (50, 8, 6, 6),
+                                       (50, 8, 8, 2)])
 def test_principal_angles(n, d, k1, k2):
   rng = np.random.default_rng(3)
   features = made(rng, n, d)
@@ -272,7 +282,8 @@ def test_little_or_nothing(centred):
   assert not study.parts(features[:1], one, len(one.values))[1].round(12).any()
   low = made(rng, 60, 20, rank=6, mean=3.0)
   found = study.spectrum(study.gram(low), centred)
-  assert np.count_nonzero(found.values) == np.linalg.matrix_rank(low - low.mean(0) if centred else low) == 6 + (not centred)
+  assert np.count_nonzero(found.values) == np.linalg.matrix_rank(low - low.mean(0) if centred
+                                                                 else low) == 6 + (not centred)
   assert study.change(found, 6 + (not centred), found, 6 + (not centred), study.cross(low, low)).residual == 0.0
 
 
@@ -282,8 +293,10 @@ def test_what_is_refused():
   for value in (np.nan, np.inf):
     broken = features.astype(np.float32)
     broken[21, 2] = value
-    for run in (study.gram, lambda x: study.gram(np.split(x, 10)), lambda x: study.cross(features, x), lambda x: study.parts(x, found, 2)):
-      with pytest.raises(ValueError, match='features of image 21 .counted from 0. have values that are not finite; the weights'):
+    for run in (study.gram, lambda x: study.gram(np.split(x, 10)), lambda x: study.cross(
+        features, x), lambda x: study.parts(x, found, 2)):
+      with pytest.raises(ValueError,
+                         match='features of image 21 .counted from 0. have values that are not finite; the weights'):
         run(broken)
   for none in ([], [np.zeros((0, 4))], np.zeros((0, 4))):
     with pytest.raises(ValueError, match='there are no features; expected at least one image'):
@@ -291,17 +304,20 @@ def test_what_is_refused():
     with pytest.raises(ValueError, match='there are no features; expected at least one image'):
       study.cross(none, none)
   for wrong, words in (([features, features[:, :3]], r'a batch of features is \(30, 3\); expected \[images, 4\]'),
-                       ([features[0]], r'is \(4,\); expected \[images, dimensions\]'), (features[0], r'is \(\); expected'),
+                       ([features[0]], r'is \(4,\); expected \[images, dimensions\]'),
+                       (features[0], r'is \(\); expected'),
                        (np.zeros((3, 0)), r'is \(3, 0\); expected')):
     with pytest.raises(ValueError, match=words):
       study.gram(wrong)
   for one, other in ((features, features[:29]), (features[:29], features)):
-    with pytest.raises(ValueError, match='there are features of .* images of the first network and .* the same images in both'):
+    with pytest.raises(ValueError,
+                       match='there are features of .* images of the first network and .* the same images in both'):
       study.cross(one, other)
   with pytest.raises(ValueError, match=r'features are \(30, 3\); expected \[n, 4\] as of the spectrum'):
     study.parts(features[:, :3], found, 2)
   for k in (-1, 5):
-    for run, name in ((lambda k=k: study.parts(features, found, k), 'k'), (lambda k=k: study.energy(found.values, k), 'k'),
+    for run, name in ((lambda k=k: study.parts(features, found, k), 'k'),
+                      (lambda k=k: study.energy(found.values, k), 'k'),
                       (lambda k=k: study.principal_angles(found, k, found, 2), 'k1'),
                       (lambda k=k: study.change(found, 2, found, k, study.cross(features, features)), 'k2')):
       with pytest.raises(ValueError, match=f'^{name} is {k}; expected 0 to 4'):

@@ -14,12 +14,14 @@ from ft_jax.studies import transferability
 from ft_jax.studies.transferability import correlate, h_score, leep, logme, nce, transrate
 
 
-def case(n: int, d: int, classes: int, seed: int = 0, rank: int | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def case(n: int, d: int, classes: int, seed: int = 0, rank: int | None = None) -> tuple[np.ndarray, np.ndarray,
+                                                                                        np.ndarray]:
   """Features around class means, with correlated dimensions; probabilities of seven source classes."""
   rng = np.random.default_rng(seed)
   labels = np.append(np.arange(classes), rng.integers(0, classes, n - classes))
   inner = rank or d
-  features = (rng.normal(size=(classes, inner))[labels] + rng.normal(size=(n, inner))) @ rng.normal(size=(inner, d)) + 2.0
+  features = (rng.normal(size=(classes, inner))[labels] +
+              rng.normal(size=(n, inner))) @ rng.normal(size=(inner, d)) + 2.0
   return features, labels, rng.dirichlet(np.full(7, 0.3), n)
 
 
@@ -61,7 +63,8 @@ def plain_logme(features, labels):
       if abs(alpha / beta - before) / before < 0.01:
         break
     determinant = np.linalg.slogdet(alpha * np.eye(d) + beta * features.T @ features)[1]
-    evidences.append((d * np.log(alpha) + n * np.log(beta) - determinant - beta * error - alpha * weight - n * np.log(2 * np.pi)) / 2 / n)
+    evidences.append((d * np.log(alpha) +
+                      n * np.log(beta) - determinant - beta * error - alpha * weight - n * np.log(2 * np.pi)) / 2 / n)
   return np.mean(evidences)
 
 
@@ -76,13 +79,16 @@ def test_published_values(shared, i):
   """By the functions of the Transfer-Learning-Library; case 2 has fewer images than dimensions."""
   reference = np.load(shared / 'reference/ranking/tllib_ranking.npz')
   found = transferability.scores(*(reference[f'{name}{i}'] for name in ('features', 'labels', 'source_probs')))
-  for name, published in (('h_score', 'hscore'), ('leep', 'leep'), ('nce', 'nce'), ('logme', 'logme'), ('transrate', 'transrate')):
+  for name, published in (('h_score', 'hscore'), ('leep', 'leep'), ('nce', 'nce'), ('logme', 'logme'),
+                          ('transrate', 'transrate')):
     assert found[name] == pytest.approx(float(reference[f'{published}{i}']), rel=1e-6), name
 
 
-@pytest.mark.parametrize(('n', 'd', 'rank'), [(90, 12, None), (30, 60, None), (50, 49, None), (40, 1, None), (60, 20, 5)])
+@pytest.mark.parametrize(('n', 'd', 'rank'),
+                         [(90, 12, None), (30, 60, None), (50, 49, None), (40, 1, None), (60, 20, 5)])
 def test_formulas(n, d, rank):
-  """More images than dimensions and fewer, as many as there are ways to differ, one dimension, dimensions that depend on others."""
+  """More images than dimensions and fewer, as many as there are ways to differ, one dimension, dimensions that depend
+  on others."""
   features, labels, theta = case(n, d, 6, rank=rank)
   assert h_score(features, labels) == pytest.approx(plain_h_score(features, labels) if d > 1 else
                                                     between_of_one(features[:, 0], labels), rel=1e-6)
@@ -107,7 +113,8 @@ def between_of_one(values, labels):
 
 @pytest.mark.parametrize('scale', [1.0, 1e6])
 def test_logme_where_images_are_fewer_than_dimensions(scale):
-  """From singular vectors that are known: nothing is outside what they explain, and residuals far below rounding decide."""
+  """From singular vectors that are known: nothing is outside what they explain, and residuals far below rounding
+  decide."""
   rng, sizes = np.random.default_rng(0), np.array([3, 7, 10, 13, 27])
   u, v = np.linalg.qr(rng.normal(size=(60, 60)))[0], np.linalg.qr(rng.normal(size=(90, 60)))[0]
   values, labels = scale * np.geomspace(3, 0.01, 60), np.repeat(np.arange(5), sizes)
@@ -127,7 +134,8 @@ def test_logme_where_images_are_fewer_than_dimensions(scale):
 
 
 @settings(max_examples=20, deadline=None, derandomize=True)
-@given(st.integers(2, 40), st.integers(2, 40), st.integers(0, 10), st.sampled_from([1e-3, 1.0, 1e3]), st.sampled_from([0.0, 1.0, 3.0]))
+@given(st.integers(2, 40), st.integers(2, 40), st.integers(0, 10), st.sampled_from([1e-3, 1.0, 1e3]),
+       st.sampled_from([0.0, 1.0, 3.0]))
 def test_ledoit_and_wolf_is_scikit_learn(n, d, seed, scale, strength):
   """Of any shape and scale, with more structure or less, up to where all is shrunk."""
   rng = np.random.default_rng(seed)
@@ -138,7 +146,8 @@ def test_ledoit_and_wolf_is_scikit_learn(n, d, seed, scale, strength):
 
 
 def test_what_scores_do_not_depend_on():
-  """Names of the classes and gaps between them, order, and for the H-score any map of the features that can be undone."""
+  """Names of the classes and gaps between them, order, and for the H-score any map of the features that can be
+  undone."""
   features, labels, theta = case(80, 10, 5)
   names, order = np.array([7, 0, 40, 3, 12]), np.random.default_rng(1).permutation(80)
   before = transferability.scores(features, labels, theta)
@@ -153,7 +162,8 @@ def test_what_scores_do_not_depend_on():
     assert single[name] == pytest.approx(value, rel=1e-4), name
   without = transferability.scores(features, labels, None)
   assert without == {**before, 'leep': None, 'nce': None}
-  assert before['h_score'] == h_score(features, labels) and before['h_score_regularised'] == h_score(features, labels, True)
+  assert before['h_score'] == h_score(features, labels)
+  assert before['h_score_regularised'] == h_score(features, labels, True)
   assert before['transrate'] == transrate(features, labels) and before['nce'] == nce(theta.argmax(1), labels)
 
 
@@ -166,11 +176,13 @@ def test_where_formulas_have_no_value():
   assert zeros['logme'] == pytest.approx(np.mean(-0.5 - 0.5 * np.log(2 * np.pi * column)))
   assert zeros['leep'] == zeros['nce'] == 0  # each source class tells the label
   alone = transferability.scores(np.array([[1.0, 2.0]]), np.array([3]), np.array([[0.5, 0.5]]))
-  assert (alone['h_score'], alone['h_score_regularised'], alone['transrate'], alone['leep'], alone['nce']) == (0, 0, 0, 0, 0)
+  assert (alone['h_score'], alone['h_score_regularised'], alone['transrate'], alone['leep'], alone['nce']) == (0, 0, 0,
+                                                                                                               0, 0)
   assert np.isfinite(alone['logme'])
   features, _, theta = case(20, 4, 3)
   one = transferability.scores(features, np.zeros(20, int), theta)
-  assert [one[name] for name in ('h_score', 'h_score_regularised', 'transrate', 'leep', 'nce')] == pytest.approx([0] * 5, abs=1e-12)
+  assert [one[name] for name in ('h_score', 'h_score_regularised', 'transrate', 'leep',
+                                 'nce')] == pytest.approx([0] * 5, abs=1e-12)
   assert np.isfinite(one['logme'])
 
 
@@ -188,19 +200,24 @@ def test_correlations():
   """By counting pairs; None where there is nothing to order; checkpoints without one of the values are left out."""
   scores, accuracies = [0.1, 0.4, 0.3, 0.9, 0.8], [0.2, 0.3, 0.5, 0.7, 0.6]
   found = correlate(scores, accuracies)
-  signs = [np.sign((scores[i] - scores[j]) * (accuracies[i] - accuracies[j])) for i, j in itertools.combinations(range(5), 2)]
+  signs = [np.sign((scores[i] - scores[j]) * (accuracies[i] - accuracies[j]))
+           for i, j in itertools.combinations(range(5), 2)]
   assert found.kendall == pytest.approx(np.mean(signs)) == pytest.approx(0.8)
-  # Of each pair the weights 1 / (rank + 1) are added, ranks from 0 for the best; by scores and by accuracies, the mean of both.
+  # Of each pair the weights 1 / (rank + 1) are added, ranks from 0 for the best; by scores and by accuracies, the mean
+  # of both.
   taus = []
   for by in (scores, accuracies):
     weight = 1 / (np.argsort(np.argsort(-np.array(by))) + 1)
     weights = [weight[i] + weight[j] for i, j in itertools.combinations(range(5), 2)]
     taus.append(np.average(signs, weights=weights))
-  assert found.weighted_kendall == pytest.approx(np.mean(taus)) and found.weighted_kendall != pytest.approx(found.kendall)
+  assert found.weighted_kendall == pytest.approx(np.mean(taus))
+  assert found.weighted_kendall != pytest.approx(found.kendall)
   assert found.pearson == pytest.approx(np.corrcoef(scores, accuracies)[0, 1])
   assert correlate([*scores, None, 5.0], [*accuracies, 0.1, None]) == found
-  assert correlate([1, 2, 3], [10, 20, 40])[:2] == pytest.approx((1, 1)) and correlate([1, 2, 3], [3, 2, 1])[:2] == pytest.approx((-1, -1))
-  for nothing in (([1, 2], [1, 2]), ([], []), ([None] * 5, accuracies), ([0.1 + 0.2, 0.3, 0.3], [1, 2, 3]), ([1, 2, 3], [0, 0, 0])):
+  assert correlate([1, 2, 3], [10, 20, 40])[:2] == pytest.approx((1, 1))
+  assert correlate([1, 2, 3], [3, 2, 1])[:2] == pytest.approx((-1, -1))
+  for nothing in (([1, 2], [1, 2]), ([], []), ([None] * 5, accuracies), ([0.1 + 0.2, 0.3, 0.3], [1, 2, 3]),
+                  ([1, 2, 3], [0, 0, 0])):
     assert correlate(*nothing) == (None, None, None)
   with pytest.raises(ValueError, match='3 scores and 2 accuracies'):
     correlate([1, 2, 3], [1, 2])
@@ -213,14 +230,17 @@ def test_bad_input():
   hole = features.copy()
   hole[5, 1] = np.nan
   for call, message in (
-      (lambda: h_score(features, labels[1:]), r'features are \(20, 4\) and labels \(19,\); expected \[n, d\] and \[n\]'),
-      (lambda: logme(features[:0], labels[:0]), r'labels are \(0,\), int64; expected one integer an image, at least one'),
+      (lambda: h_score(features, labels[1:]),
+       r'features are \(20, 4\) and labels \(19,\); expected \[n, d\] and \[n\]'),
+      (lambda: logme(features[:0], labels[:0]),
+       r'labels are \(0,\), int64; expected one integer an image, at least one'),
       (lambda: transrate(features[:, :0], labels), r'features are \(20, 0\)'),
       (lambda: transrate(features[:, 0], labels), r'features are \(20,\)'),
       (lambda: logme(features, labels.astype(float)), r'labels are \(20,\), float64; expected one integer'),
       (lambda: h_score(hole, labels), r'features have values that are not finite: 1 of 20 images, the first in row 5'),
       (lambda: transrate(features, labels, 0.0), r'epsilon is 0.0'),
-      (lambda: leep(np.log(theta + 1e-9), labels), r'source_probabilities are from -.*expected probabilities, the soft-max of the logits'),
+      (lambda: leep(np.log(theta + 1e-9), labels),
+       r'source_probabilities are from -.*expected probabilities, the soft-max of the logits'),
       (lambda: leep(theta * 2, labels), r'rows sum to 2 to 2'),
       (lambda: leep(theta * np.nan, labels), r'source_probabilities have values that are not finite'),
       (lambda: nce(labels[1:], labels), r'source_labels are \(19,\) and labels \(20,\)'),
