@@ -216,8 +216,9 @@ def test_predictions_are_those_of_the_test_split(run, sets):
   assert run.features(test).shape == (50, 64)
 
 
-def test_no_images(run):
-  assert run.predict([]).probabilities.shape == (0, 10) and run.features([]).shape == (0, 64)
+def test_no_images(run, sets):
+  for none in ([], sets['source'].subset([])):
+    assert run.predict(none).probabilities.shape == (0, 10) and run.features(none).shape == (0, 64)
 
 
 @pytest.mark.parametrize('mode', ['1', 'L', 'LA', 'P', 'PA', 'RGB', 'RGBA', 'CMYK', 'YCbCr', 'LAB', 'HSV', 'I;16'])

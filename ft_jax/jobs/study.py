@@ -31,7 +31,7 @@ from ft_jax.progress import log
 from ft_jax.settings import check_fields, defaults, flat, MAY_CHANGE, RENAMED
 from ft_jax.studies import history, study_results
 from ft_jax.studies.measurements import Measurements
-from ft_jax.studies.study_data import Frozen, open_target, Parts, Target
+from ft_jax.studies.study_data import FrozenFeatures, open_target, Parts, Target
 from ft_jax.workdir import check_name, own, read_config, run_fields, write_bytes, write_text
 from selection import storage
 
@@ -59,8 +59,8 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
     raise ValueError(f'--workdir={workdir} holds a run, whose files would be mixed with those of the study; give '
                      'another --workdir')
   parallel.check_shared(folder, '--workdir')
-  log.info('study of %d checkpoints of %s (%s) on %s -> %s', len(kept.kept), kept.path,
-           ', '.join(entry.name for entry in kept.kept), ', '.join(target.name for target in targets), folder)
+  log.info('study of %d checkpoints of %s (%s) on %s -> %s', len(kept.checkpoints), kept.path,
+           ', '.join(entry.name for entry in kept.checkpoints), ', '.join(target.name for target in targets), folder)
   if kept.image_size not in (0, config.image_size):
     log.warning('warning: %s was trained at %d pixels, and config.image_size is %d', kept.path, kept.image_size,
                 config.image_size)
@@ -94,7 +94,7 @@ def check(config: ConfigDict, kept: history.History) -> None:
   if not _names(config):
     raise ValueError('config.target.name is empty; name your images, such as folder:/data/pets or tfds:oxford_iiit_pet')
   for name in _names(config):
-    finetune.Settings.from_config(_own(config, name, settings.seeds[0], kept.kept[0].weights))
+    finetune.Settings.from_config(_own(config, name, settings.seeds[0], kept.checkpoints[0].weights))
 
 
 def _names(config: ConfigDict) -> list[str]:
@@ -139,10 +139,10 @@ class _Study:
         config.model.name, network, {}, make_transform(config.image_size, config.augment), config.train.batch_size,
         config.data.timeout, folder / 'features', folder / 'unfinished')
     self._measure = Measurements(
-        kept.kept, self._prints, lambda entry: history.load(entry, config.model, config.image_size), encoder,
+        kept.checkpoints, self._prints, lambda entry: history.load(entry, config.model, config.image_size), encoder,
         self._parts, config.study.seeds, config.study.threshold, config.study.centred, config.target.metric)
     self._found: list[list[dict[str, Any]]] = [
-        [{'about': None, 'change': None, 'probes': {}, 'ft': {}, 'ft_change': {}} for _ in kept.kept] for _ in targets]
+        [{'about': None, 'change': None, 'probes': {}, 'ft': {}, 'ft_change': {}} for _ in kept.checkpoints] for _ in targets]
     for t, c, seed in self._fine_tunings():
       for what, made_of in (('ft', self._tuned), ('ft_change', self._tuned_change)):
         # The second name is that of earlier versions.
@@ -151,7 +151,7 @@ class _Study:
 
   def _fine_tunings(self) -> list[tuple[int, int, int]]:
     """(target, checkpoint, seed): all of a seed before those of the next."""
-    order = itertools.product(self._config.study.seeds, range(len(self._targets)), range(len(self._history.kept)))
+    order = itertools.product(self._config.study.seeds, range(len(self._targets)), range(len(self._history.checkpoints)))
     return [(t, c, seed) for seed, t, c in order]
 
   # What parts are made of.
@@ -170,7 +170,7 @@ class _Study:
 
   def freeze(self) -> None:
     """Measures frozen features: of each target and checkpoint once."""
-    began, entries, measure = time.perf_counter(), self._history.kept, self._measure
+    began, entries, measure = time.perf_counter(), self._history.checkpoints, self._measure
     for t, target in enumerate(self._targets):
       before = None
       for c, entry in enumerate(entries):
@@ -192,16 +192,16 @@ class _Study:
     """From each checkpoint on each target with each seed."""
     todo = self._fine_tunings()
     for count, (t, c, seed) in enumerate(todo):
-      own = _own(self._config, self._targets[t].name, seed, self._history.kept[c].weights)
+      own = _own(self._config, self._targets[t].name, seed, self._history.checkpoints[c].weights)
       name = digest(*map(str, self._tuned(t, c, seed)), _fields(own.to_dict()))
-      folder = self._folder / 'fine_tuned' / f'{self._history.kept[c].name.replace(" ", "-")}-seed-{seed}-{name}'
+      folder = self._folder / 'fine_tuned' / f'{self._history.checkpoints[c].name.replace(" ", "-")}-seed-{seed}-{name}'
       if seed not in self._found[t][c]['ft']:
-        log.info('[%d/%d] %s from %s, seed %d', count + 1, len(todo), self._targets[t].name, self._history.kept[c].name,
+        log.info('[%d/%d] %s from %s, seed %d', count + 1, len(todo), self._targets[t].name, self._history.checkpoints[c].name,
                  seed)
         self._fine_tune(own, t, c, seed, folder)
         compiled.clear_compiled()
         # Its pictures take longer than a short fine-tuning; after the last one everything is written anyway.
-        self.write(page=c == len(self._history.kept) - 1 and count < len(todo) - 1)
+        self.write(page=c == len(self._history.checkpoints) - 1 and count < len(todo) - 1)
       if parallel.is_main() and (folder / 'checkpoints').exists():
         (folder / 'checkpoints').rmtree()  # only now, when the part is written
 
@@ -212,7 +212,7 @@ class _Study:
     finetune.run(own, folder, self._folder / 'embeddings')
     tuned, target, measure = trained.load(str(folder)), self._targets[t], self._measure
     head = tuned.variables['params'].pop('heads')[tuned.head]
-    after = Frozen(lambda: measure.embed(target, tuned.variables, f'the network of {folder}', cached=False))
+    after = FrozenFeatures(lambda: measure.embed(target, tuned.variables, f'the network of {folder}', cached=False))
     predictions = (after.features @ head['kernel'] + head['bias']).argmax(1)
     rows, found = target.rows[seed], self._found[t][c]
     change = measure.difference(target, seed, measure.frozen(target, c), after)
@@ -227,7 +227,7 @@ class _Study:
     """Writes what is known; returns what study.json holds."""
     settings, kept = self._config.study, self._history
     options = ', '.join(f'{name} {value}' for name, value in self._options.items())
-    names, sources = [entry.name for entry in kept.kept], [entry.source for entry in kept.kept]
+    names, sources = [entry.name for entry in kept.checkpoints], [entry.source for entry in kept.checkpoints]
     per_class, has_val = self._config.target.metric == 'mean_per_class', bool(self._config.target.val)
     results = {
         'job': 'study', 'checkpoints': kept.path, 'model': f'{self._config.model.name} ({options})',
@@ -236,8 +236,8 @@ class _Study:
         'threshold': settings.threshold, 'parts_of': self._measure.parts_of,
         'devices': f'{jax.device_count()} x {jax.devices()[0].device_kind}',
         'history': [{'name': entry.name, 'epoch': entry.epoch, 'step': entry.step, 'source': entry.source}
-                    for entry in kept.kept],
-        'targets': [study_results.told(target, settings.seeds, names, sources, found, per_class, has_val)
+                    for entry in kept.checkpoints],
+        'targets': [study_results.target_results(target, settings.seeds, names, sources, found, per_class, has_val)
                     for target, found in zip(self._targets, self._found)]}
     write_text(self._folder / 'study.json', json.dumps(results, indent=1, allow_nan=False) + '\n')
     write_bytes(self._folder / 'study.csv', study_csv.text(results).encode())

@@ -10,7 +10,7 @@ import numpy as np
 
 from ft_jax.embedding import Encoder, PRECISION, remove_partial
 from ft_jax.studies import history, probe, spectrum, transferability
-from ft_jax.studies.study_data import changed, described, Frozen, Parts, Target
+from ft_jax.studies.study_data import describe_spectra, FrozenFeatures, measure_change, Parts, Target
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,9 +28,9 @@ class Measurements:
     centred: see `config.study.centred`.
     metric: 'top1' or 'mean_per_class'.
   """
-  checkpoints: Sequence[history.Kept]
+  checkpoints: Sequence[history.SavedCheckpoint]
   fingerprints: Sequence[str]
-  load: Callable[[history.Kept], history.Loaded]
+  load: Callable[[history.SavedCheckpoint], history.LoadedNetwork]
   encoder: Encoder
   parts: Parts
   seeds: Sequence[int]
@@ -50,10 +50,10 @@ class Measurements:
     return (PRECISION, jnp.dtype(self.encoder.network.dtype).name, transform.size, transform.short_side, stamp,
             self.threshold, self.centred)
 
-  def frozen(self, target: Target, checkpoint: int) -> Frozen:
+  def frozen(self, target: Target, checkpoint: int) -> FrozenFeatures:
     """The features of a target by a checkpoint."""
     entry = self.checkpoints[checkpoint]
-    return Frozen(lambda: self.embed(target, self.load(entry).variables, entry.name))
+    return FrozenFeatures(lambda: self.embed(target, self.load(entry).variables, entry.name))
 
   def embed(self, target: Target, variables: Mapping[str, Any], network: str, cached: bool = True) -> np.ndarray:
     """Features float32 `[n, d]` of all images of a target.
@@ -73,7 +73,7 @@ class Measurements:
       remove_partial(encoder.unfinished)
     return np.concatenate(features)
 
-  def about(self, target: Target, checkpoint: int, frozen: Frozen) -> dict[str, Any]:
+  def about(self, target: Target, checkpoint: int, frozen: FrozenFeatures) -> dict[str, Any]:
     """Spectra and scores of the features of train and val."""
     seed = self.seeds[0]
     key = ('features', self.fingerprints[checkpoint], *self.key(target, seed))
@@ -87,10 +87,10 @@ class Measurements:
       spectra = frozen.spectra(rows)
     except ValueError as error:
       raise ValueError(f'{target.name} by {entry.name}: {error}') from error
-    return self.parts.put(*key, found={'spectrum': described(spectra, self.threshold), 'scores': scores,
+    return self.parts.put(*key, found={'spectrum': describe_spectra(spectra, self.threshold), 'scores': scores,
                                        'note': spectra['plain'].note})
 
-  def accuracies(self, target: Target, checkpoint: int, frozen: Frozen, seed: int) -> dict[str, Any]:
+  def accuracies(self, target: Target, checkpoint: int, frozen: FrozenFeatures, seed: int) -> dict[str, Any]:
     """Each classifier on the features, and the linear one on each part of them."""
     key = ('frozen', self.fingerprints[checkpoint], *self.key(target, seed), self.metric)
     if part := self.parts.get(*key):
@@ -111,15 +111,15 @@ class Measurements:
                      'at_edge': probed.at_edge}
     return self.parts.put(*key, found=found)
 
-  def change(self, target: Target, checkpoint: int, before: Frozen, after: Frozen) -> dict[str, Any]:
+  def change(self, target: Target, checkpoint: int, before: FrozenFeatures, after: FrozenFeatures) -> dict[str, Any]:
     """How much features changed since the previous checkpoint."""
     seed = self.seeds[0]
     key = ('change', *self.fingerprints[checkpoint - 1:checkpoint + 1], *self.key(target, seed))
     return self.parts.get(*key) or self.parts.put(*key, found=self.difference(target, seed, before, after))
 
-  def difference(self, target: Target, seed: int, before: Frozen, after: Frozen) -> dict[str, Any]:
+  def difference(self, target: Target, seed: int, before: FrozenFeatures, after: FrozenFeatures) -> dict[str, Any]:
     """How much the features of train and val differ between two networks."""
-    return changed(before, after, target.rows[seed].learnt, self.parts_of, self.threshold)
+    return measure_change(before, after, target.rows[seed].learnt, self.parts_of, self.threshold)
 
   def score(self, target: Target, seed: int, val_classes: np.ndarray, test_classes: np.ndarray) -> dict[str, Any]:
     """The metric of predictions for a seed's val and test, and the rows of test that are wrong."""
