@@ -1,5 +1,4 @@
-"""Features of images by the backbone of some weights, cached in files: what selection and the study of checkpoints use.
-"""
+"""Features of images by a pre-trained backbone, cached in files: what selection and the study of checkpoints use."""
 
 from collections.abc import Iterator, Mapping
 import dataclasses
@@ -87,16 +86,16 @@ class Encoder:
       return progress.bar(rest, f'embedding {what}', first + len(rest), initial=first)
 
     part = f'{digest(self.fingerprint, images.fingerprint, str(means))}-{size}'
-    embed = selection.embed_class_means if means else functools.partial(selection.embed, ids=images.ids)
-    embeddings = embed(self._encode, self.variables, batches, class_names=images.class_names, fingerprint=self.fingerprint,
-                       workdir=self.unfinished / part if self.unfinished else None)
+    embed = selection.embed_class_means if means else functools.partial(selection.embed, ids=images.ids.tolist())
+    embeddings = embed(self._encode, self.variables, batches, class_names=images.class_names,
+                       fingerprint=self.fingerprint, workdir=self.unfinished / part if self.unfinished else None)
     if path and parallel.is_main():
       embeddings.save(path)
     return embeddings
 
   def _encode(self, variables: dict[str, Any], images: jax.Array) -> jax.Array:
-    features = self.network.clone(precision=PRECISION).apply(variables, images, train=False).features
-    return project(variables['projection'], features) if 'projection' in variables else features
+    outputs: Any = self.network.clone(precision=PRECISION).apply(variables, images, train=False)
+    return project(variables['projection'], outputs.features) if 'projection' in variables else outputs.features
 
 
 def remove_partial(unfinished: epath.Path) -> None:
