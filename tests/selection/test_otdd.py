@@ -282,10 +282,10 @@ def test_published_class_means(shared):
 def test_quiet_and_light():
   """Warnings as errors in a fresh process: nothing else has imported ott before, and it is imported only where it is
   used."""
-  code = ('import sys, numpy as np; from selection import distances, embeddings; a = embeddings.Embeddings(np.eye(4), '
+  code = ('import sys, numpy as np; from selection import embeddings, otdd; a = embeddings.Embeddings(np.eye(4), '
           '[0, 0, 1, 1]); '
-          'distances.domain_similarity(a, a, min_images=1); assert "ott" not in sys.modules; '
-          'print(distances.distance(a, a))')
+          'otdd.domain_similarity(a, a, min_images=1); assert "ott" not in sys.modules; '
+          'print(otdd.distance(a, a))')
   result = subprocess.run([sys.executable, '-W', 'error', '-c', code], capture_output=True, text=True, check=False)
   assert not result.stderr and abs(float(result.stdout)) < 1e-6
 
