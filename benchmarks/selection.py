@@ -297,10 +297,8 @@ def distances(sizes: tuple[int, int, int], rounds: int) -> None:
   show('bures, all pairs of classes',
        f'{timed(lambda: bures(*(gaussian for _, gaussian in fitted), progress=False))[0]:.1f} s')
   for covariance in ('full', 'diagonal'):
-    seconds, _ = timed(lambda covariance=covariance: selection.distance(source, target, covariance=covariance,
-                                                                        progress=False))
-    show(f'distance (OTDD), {covariance} covariances', f'{seconds:.1f} s',
-         'compiled in this time' if covariance == 'full' else '')
+    seconds, _ = timed(lambda covariance=covariance: selection.otdd(source, target, covariance=covariance, progress=False))
+    show(f'otdd, {covariance} covariances', f'{seconds:.1f} s', 'compiled in this time' if covariance == 'full' else '')
   show('domain_similarity', f'{timed(lambda: selection.domain_similarity(source, target, min_images=1))[0]:.2f} s')
 
 
@@ -347,10 +345,10 @@ def _kernel_and_iterations(costs: Any, rounds: int) -> tuple[float, float | None
   taus, seconds, kernel = transport._taus(EPSILON, **RHOS), 0.0, costs
   for _ in range(2):  # the first one compiles, and is gone before the second one begins
     kernel = costs.kernel(EPSILON)
-    seconds = timed(lambda kernel=kernel: jax.block_until_ready([part[1] for part in kernel.keep()._kept or ()]))[0]
-  if kernel._kept is None:
+    seconds = timed(lambda kernel=kernel: jax.block_until_ready([part[1] for part in kernel.store()._stored or ()]))[0]
+  if not kernel.is_stored:
     return seconds, None, 0
-  solve = lambda: transport._solve_chunks(kernel, *taus, 1e-6, 2000)
+  solve = lambda: transport._solve_stored(kernel, *taus, 1e-6, 2000)
   iterations = solve().iterations
   return seconds, best({'solve': solve}, rounds)['solve'] / iterations, iterations
 

@@ -1,4 +1,4 @@
-"""Features of images by the backbone of some weights, cached in files: what selection and the study of checkpoints use."""
+"""Features of images by a pre-trained backbone, cached in files: what selection and the study of checkpoints use."""
 
 from collections.abc import Iterator, Mapping
 import dataclasses
@@ -18,7 +18,8 @@ from ft_jax.progress import log
 from ft_jax.training import initial_weights
 import selection
 
-# Of the products behind features, whatever `model.precision` is in training: what is chosen must not depend on the device.
+# Of the products behind features, whatever `model.precision` is in training: what is chosen must not depend on the
+# device.
 PRECISION = 'highest'
 
 
@@ -34,8 +35,10 @@ class Encoder:
     batch_size: images at a time, over all devices; rounded up to what they can share.
     timeout: seconds that a batch of images may take; 0 for any.
     folder: where embeddings are cached; None caches them nowhere.
-    unfinished: a folder, of this run alone, for what is embedded so far: a killed run resumes there; see `remove_partial`.
-    weights: identifies `variables`; '' takes a fingerprint of their values, which random ones do not have on every machine.
+    unfinished: a folder, of this run alone, for what is embedded so far: a killed run resumes there; see
+      `remove_partial`.
+    weights: identifies `variables`; '' takes a fingerprint of their values, which random ones do not have on every
+      machine.
   """
   name: str
   network: Network
@@ -50,7 +53,8 @@ class Encoder:
   @functools.cached_property
   def fingerprint(self) -> str:
     """Of the weights, the network and the preprocessing."""
-    # The precision is part of it: older versions embedded with the default one of the device, and these are not to be mixed.
+    # The precision is part of it: older versions embedded with the default one of the device, and these are not to be
+    # mixed.
     return digest(self.weights or initial_weights.weights_fingerprint(self.variables), self.name,
                   jnp.dtype(self.network.dtype).name, PRECISION, f'{self.transform.size}/{self.transform.short_side}')
 
@@ -82,16 +86,16 @@ class Encoder:
       return progress.bar(rest, f'embedding {what}', first + len(rest), initial=first)
 
     part = f'{digest(self.fingerprint, images.fingerprint, str(means))}-{size}'
-    embed = selection.embed_class_means if means else functools.partial(selection.embed, ids=images.ids)
-    embeddings = embed(self._encode, self.variables, batches, class_names=images.class_names, fingerprint=self.fingerprint,
-                       workdir=self.unfinished / part if self.unfinished else None)
+    embed = selection.embed_class_means if means else functools.partial(selection.embed, ids=images.ids.tolist())
+    embeddings = embed(self._encode, self.variables, batches, class_names=images.class_names,
+                       fingerprint=self.fingerprint, workdir=self.unfinished / part if self.unfinished else None)
     if path and parallel.is_main():
       embeddings.save(path)
     return embeddings
 
   def _encode(self, variables: dict[str, Any], images: jax.Array) -> jax.Array:
-    features = self.network.clone(precision=PRECISION).apply(variables, images, train=False).features
-    return project(variables['projection'], features) if 'projection' in variables else features
+    outputs: Any = self.network.clone(precision=PRECISION).apply(variables, images, train=False)
+    return project(variables['projection'], outputs.features) if 'projection' in variables else outputs.features
 
 
 def remove_partial(unfinished: epath.Path) -> None:

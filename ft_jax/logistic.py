@@ -27,9 +27,11 @@ class Classifier(NamedTuple):
 
 def fit(features: np.ndarray, labels: np.ndarray, classes: int, *, strength: float, bias: bool = True, start: Classifier | None = None,
         tolerance: float = 1e-5, max_iterations: int = 1000) -> Classifier:
-  """The minimum of mean cross-entropy + strength / 2 * |weights|^2, by L-BFGS with a line search; computed in the features' precision.
+  """The minimum of mean cross-entropy + strength / 2 * |weights|^2, by L-BFGS with a line search; computed in the
+  features' precision.
 
-  scikit-learn's C is 1 / (strength * n). Classes without examples have logits too. The result depends on nothing random.
+  scikit-learn's C is 1 / (strength * n). Classes without examples have logits too. The result depends on nothing
+  random.
 
   Args:
     features: `[n, d]`; float32, or float64 where jax has it enabled.
@@ -38,20 +40,23 @@ def fit(features: np.ndarray, labels: np.ndarray, classes: int, *, strength: flo
     strength: of the penalty, which leaves the bias out; from 0, where there need not be a minimum.
     bias: whether there is one.
     start: begins there and not at zero; such as the result of a larger strength.
-    tolerance: it ends where no entry of the gradient is above this part of the loss; or where the loss does not go down any more in this
-      precision.
+    tolerance: it ends where no entry of the gradient is above this part of the loss; or where the loss does not go down
+      any more in this precision.
     max_iterations: it ends there in any case.
 
   Raises:
-    ValueError: arrays that do not fit each other, labels out of range, features that are not finite, or a strength below 0.
+    ValueError: arrays that do not fit each other, labels out of range, features that are not finite, or a strength
+      below 0.
   """
   features, labels = np.asarray(features), np.asarray(labels)
   if features.ndim != 2 or labels.shape != features.shape[:1] or not len(labels):
     raise ValueError(f'features are {features.shape} and labels {labels.shape}; expected [n, d] and [n] with n above 0')
   if labels.min() < 0 or labels.max() >= classes:
-    raise ValueError(f'labels are {labels.min()} to {labels.max()}; expected 0 to {classes - 1}, as there are {classes} classes')
+    raise ValueError(f'labels are {labels.min()} to {labels.max()}; expected 0 to {classes - 1}, as there are '
+                     f'{classes} classes')
   if not np.isfinite(features).all():
-    raise ValueError('features have values that are not finite; the weights that made them are damaged or of a training that diverged')
+    raise ValueError('features have values that are not finite; the weights that made them are damaged or of a '
+                     'training that diverged')
   if not 0 <= strength < np.inf:
     raise ValueError(f'strength is {strength}; expected a number from 0')
   dtype = jax.dtypes.canonicalize_dtype(np.result_type(features.dtype, np.float32))

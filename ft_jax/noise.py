@@ -1,4 +1,4 @@
-"""Label noise as a config says it: what is refused, where labels of another network come from, what results.json says of it."""
+"""Label noise of a run: its settings, the labels that another network predicts, and what results.json says of it."""
 
 from collections import Counter
 import dataclasses
@@ -24,7 +24,13 @@ from selection import storage
 
 
 class Noise(NamedTuple):
-  """Splits with noise in train, the true labels of train int32 `[n]`, and what results.json says; both None where there is no noise."""
+  """Splits with noise in train.
+
+  Attributes:
+    splits: see there.
+    true_labels: int32 `[n]`, of train; None where there is no noise.
+    about: what results.json says; None where there is no noise.
+  """
   splits: Splits
   true_labels: np.ndarray | None
   about: dict[str, Any] | None
@@ -49,12 +55,12 @@ class NoiseSettings:
       raise ValueError(f'config.noise.rate is {self.rate}, but config.noise.kind is empty; known: {", ".join(KINDS)}')
     if self.kind and not self.rate:
       hint = ' (published: 1, all of them)' if self.kind == 'model' else ''
-      raise ValueError(f'config.noise.kind is {self.kind!r}, but config.noise.rate is 0; give the fraction of the training '
-                       f'labels that are redrawn{hint}')
+      raise ValueError(f'config.noise.kind is {self.kind!r}, but config.noise.rate is 0; give the fraction of the '
+                       f'training labels that are redrawn{hint}')
     for field, value, kind in (('map', self.map, 'asymmetric'), ('labels', self.labels, 'model')):
       if bool(value) != (self.kind == kind):
-        raise ValueError(f'config.noise.{field} is {value!r} and config.noise.kind {self.kind!r}; the kind {kind!r} needs '
-                         'it, and no other takes it')
+        raise ValueError(f'config.noise.{field} is {value!r} and config.noise.kind {self.kind!r}; the kind '
+                         f'{kind!r} needs it, and no other takes it')
     if same := [one for one, other in self.map if one == other]:
       raise ValueError(f'config.noise.map takes {same[0]!r} to itself; leave it out')
     counts = Counter(one for one, _ in self.map)
@@ -88,32 +94,33 @@ def add(settings: NoiseSettings, seed: int, splits: Splits, predicted_json: epat
   predicted = _predicted(settings.labels, train, predicted_json) if settings.kind == 'model' else None
   noisy = with_noise(train, settings.kind, settings.rate, seed, class_map=settings.map, predicted=predicted)
   wrong_rate = noisy.wrong / len(train)
-  about = {'kind': settings.kind, 'rate': settings.rate, 'images': len(train), 'drawn': noisy.drawn, 'wrong': noisy.wrong,
-           'wrong_rate': wrong_rate}
+  about = {'kind': settings.kind, 'rate': settings.rate, 'images': len(train), 'drawn': noisy.drawn,
+           'wrong': noisy.wrong, 'wrong_rate': wrong_rate}
   log.info('noise: %s: %s of %s training labels redrawn, %s of all are wrong (%.1f %%); val and test stay clean',
            settings.kind, f'{noisy.drawn:,d}', f'{len(train):,d}', f'{noisy.wrong:,d}', 100 * wrong_rate)
   return Noise(splits._replace(train=noisy.images), noisy.true_labels, about)
 
 
 def _predicted(labels: str, source: ImageSet, predicted_json: epath.Path | None) -> np.ndarray:
-  """What another network sees in each image, int32 `[n]`: by a table, or by its run, in evaluation mode."""
+  """The class that another network predicts for each image, int32 `[n]`: from a table, or by its run."""
   if storage.located(labels).is_file():
     return read_predictions(labels, source)
   run = trained.load(labels, 'config.noise.labels')
   if set(run.class_names) != set(source.class_names):
     raise ValueError(f'config.noise.labels: the run in {labels} is of other classes: '
                      + class_difference('the run', run.class_names, source.name, source.class_names))
-  if jax.process_count() > 1:  # what one host has kept, another may not have
-    raise ValueError('config.noise.labels is a run, which predicts in one process alone; give the CSV file of its job predict')
+  if jax.process_count() > 1:  # what one host has cached, another may not have
+    raise ValueError('config.noise.labels is a run, which predicts in one process alone; give the CSV file of its job '
+                     'predict')
   head = run.variables['params']['heads'][run.head]
-  key = digest(initial_weights.weights_fingerprint(run.variables), head['kernel'].tobytes(), head['bias'].tobytes(), str(run.transform),
-               source.fingerprint)
+  key = digest(initial_weights.weights_fingerprint(run.variables), head['kernel'].tobytes(), head['bias'].tobytes(),
+               str(run.transform), source.fingerprint)
   before = read_json(predicted_json) if predicted_json is not None and predicted_json.exists() else {}
   if before.get('key') == key:
     found = before['classes']
-  else:  # kept for other runs on this machine too
-    found = cached_arrays('predicted', key, lambda: {'classes': predict.predict(run, source, 1, False)[0].classes[:, 0]})
-    found = found['classes'].tolist()
+  else:  # cached for other runs on this machine too
+    predictions = lambda: {'classes': predict.predict(run, source, 1, False)[0].classes[:, 0]}
+    found = cached_arrays('predicted', key, predictions)['classes'].tolist()
     if predicted_json is not None:
       write_text(predicted_json, json.dumps({'key': key, 'classes': found}) + '\n')
   numbers = {name: k for k, name in enumerate(source.class_names)}

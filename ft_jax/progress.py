@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 import contextlib
+import importlib.util
 import logging
 import sys
 import threading
@@ -40,10 +41,17 @@ def bar(items: Iterable[T], what: str, total: int, unit: str = 'batch', initial:
 
 
 def counter(what: str, total: int | None, unit: str = 'step', initial: int = 0) -> tqdm.tqdm:
-  """A progress bar that is moved by `update`; hidden without a terminal or notebook, and if log lines are."""
-  visible_somewhere = sys.stderr.isatty() or in_notebook()
-  hidden = not visible_somewhere or not log.isEnabledFor(logging.INFO)
-  return _bar_class()(desc=f'  {visible(what)}', total=total, unit=f' {unit}', initial=initial, disable=hidden,
+  """A progress bar that is moved by `update`; hidden without a terminal or notebook, and if log lines are.
+
+  In a notebook it is a widget, as of tqdm.auto. Without ipywidgets it is hidden, too: text that overwrites itself would
+  fill pages there.
+  """
+  bar_class, shown = tqdm.tqdm, sys.stderr.isatty()
+  if in_notebook():
+    shown = importlib.util.find_spec('ipywidgets') is not None
+    bar_class = _notebook_bar() if shown else tqdm.tqdm
+  hidden = not shown or not log.isEnabledFor(logging.INFO)
+  return bar_class(desc=f'  {visible(what)}', total=total, unit=f' {unit}', initial=initial, disable=hidden,
                       leave=False, dynamic_ncols=True, smoothing=0.1)
 
 
@@ -52,12 +60,9 @@ def in_notebook() -> bool:
   return 'ipykernel' in sys.modules
 
 
-def _bar_class() -> type[tqdm.tqdm]:
-  """Bars of notebooks are widgets, where ipywidgets is installed."""
-  if not in_notebook():
-    return tqdm.tqdm
+def _notebook_bar() -> type[tqdm.tqdm]:
   with warnings.catch_warnings():
-    warnings.simplefilter('ignore')  # tqdm warns if ipywidgets is missing
+    warnings.simplefilter('ignore')  # tqdm calls this experimental
     from tqdm.auto import tqdm as notebook_bar
   return notebook_bar
 

@@ -155,7 +155,7 @@ class Run:
     """The ids of images and what the network gives for each."""
     with arguments.errors_in_arguments(), progress.log_shown(arguments.in_arguments):
       opened = _image_set(images)
-      if opened is None:
+      if opened is None or not len(opened):
         sizes = {'features': self._network.model.features_dim, 'probabilities': len(self.class_names)}
         return [], {name: np.zeros((0, size), np.float32) for name, size in sizes.items()}
       return opened.ids.tolist(), self._apply(opened)

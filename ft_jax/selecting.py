@@ -1,4 +1,4 @@
-"""The selection of a run: its settings, the features that it compares, and its selection.json, which a resumed run keeps."""
+"""The selection of a run: its settings, how it is made or read, and selection.json, which a resumed run keeps."""
 
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
@@ -49,8 +49,8 @@ class SelectionSettings:
       raise ValueError("config.selection.file is set, but config.selection.method is 'none', which uses no selection; "
                        'set either')
     if self.file and not storage.located(self.file).is_file():
-      raise ValueError(f'config.selection.file: there is no file {self.file}; expected a selection.json, or ids as text, '
-                       'one a line')
+      raise ValueError(f'config.selection.file: there is no file {self.file}; expected a selection.json, or ids '
+                       'as text, one a line')
     if self.by not in selection.UNITS:
       raise ValueError(f'config.selection.by is {self.by!r}; known: {", ".join(selection.UNITS)}')
     if self.features not in FEATURES:
@@ -59,11 +59,11 @@ class SelectionSettings:
     if cost is not None and cost not in strategies.COSTS:
       raise ValueError(f'config.selection.cost is {cost!r}; known: {", ".join(strategies.COSTS)}')
     if self.by == 'example' and cost == 'bures':
-      raise ValueError("config.selection.cost is 'bures', which compares classes or clusters, but config.selection.by is "
-                       "'example'")
+      raise ValueError("config.selection.cost is 'bures', which compares classes or clusters, but "
+                       "config.selection.by is 'example'")
     if self.size < 1 and self.used and self.method not in strategies.BY_SHARE:
-      raise ValueError(f'config.selection.size is {self.size:g}, a share of transported mass, which {self.method} does not '
-                       'use; give a number of units')
+      raise ValueError(f'config.selection.size is {self.size:g}, a share of transported mass, which {self.method} '
+                       'does not use; give a number of units')
 
   @classmethod
   def from_config(cls, config: ConfigDict) -> 'SelectionSettings':
@@ -99,14 +99,16 @@ class SelectionSettings:
     if not self.embeds:
       return
     if len(pool.class_names) < 2 and self.by == 'class':
-      raise ValueError(f"config.selection.by is 'class', but {pool.name} has one class, {pool.class_names[0]}; select by "
+      raise ValueError(f"config.selection.by is 'class', but {pool.name} has one class, {pool.class_names[0]}; "
+                       "select by "
                        'cluster (--config.selection.by=cluster --config.selection.clusters=...) or by example')
     if self.by == 'cluster' and not 0 < self.clusters <= len(pool):
-      raise ValueError(f'config.selection.clusters is {self.clusters}; expected 1 to {len(pool)}, the images of {pool.name}')
+      raise ValueError(f'config.selection.clusters is {self.clusters}; expected 1 to {len(pool)}, the images of '
+                       f'{pool.name}')
     most = {'class': len(pool.class_names), 'cluster': self.clusters, 'example': len(pool)}[self.by]
     if not 0 < self.size <= most or self.size >= 1 and self.size != round(self.size):
-      raise ValueError(f'config.selection.size is {self.size:g}; expected 1 to {most}, the number of {NOUNS[self.by]} of '
-                       f'{pool.name}, or a share below 1')
+      raise ValueError(f'config.selection.size is {self.size:g}; expected 1 to {most}, the number of '
+                       f'{NOUNS[self.by]} of {pool.name}, or a share below 1')
 
 
 def select(settings: SelectionSettings, work: Workdir, pool: ImageSet, target: ImageSet,
@@ -163,15 +165,15 @@ def read(path: str, pool: ImageSet, lost: Lost = types.MappingProxyType({})) -> 
   if not path.endswith('.json'):
     return _of_ids(path, _read_ids(path, str(pool.ids[0])), pool, lost)
   chosen = selection.Selection.load(path)
-  if pool.is_known_as(chosen.source.get('fingerprint')):
+  if pool.is_known_as(chosen.source.get('fingerprint') or ''):
     _check_fits(path, chosen, pool)
     return chosen
   if chosen.by == 'class' and tuple(chosen.names) == pool.class_names:
     counts = np.bincount(pool.labels, minlength=len(chosen.scores))
     return dataclasses.replace(chosen, rows=None, ids=None, row_units=None, counts=counts)
   if chosen.ids is None:
-    raise ValueError(f'{path} does not fit: {_difference(chosen, pool, lost)}, and it has no ids of images; select again, '
-                     'with ids=... in selection.Embeddings')
+    raise ValueError(f'{path} does not fit: {_difference(chosen, pool, lost)}, and it has no ids of images; select '
+                     'again, with ids=... in selection.Embeddings')
   return _of_ids(path, chosen.ids.tolist(), pool, lost)
 
 
@@ -191,8 +193,8 @@ def _difference(chosen: selection.Selection, pool: ImageSet, lost: Lost) -> str:
     return f'it is of {NOUNS[chosen.by]}'
   if not any(lost.values()):
     return f'its classes are not those of {pool.name}'
-  return (f'its classes are not those of {pool.name} (images that cannot be read or are in the target too were left out, '
-          'perhaps all of a class: see the warnings above, and config.source.duplicates)')
+  return (f'its classes are not those of {pool.name} (images that cannot be read or are in the target too were '
+          'left out, perhaps all of a class: see the warnings above, and config.source.duplicates)')
 
 
 def _check_fits(path: str, chosen: selection.Selection, pool: ImageSet) -> None:
@@ -222,6 +224,7 @@ def _of_ids(path: str, ids: Sequence[str], pool: ImageSet, lost: Lost) -> select
   left = [str(i) for i in ids]
   for reason, lost_ids in lost.items():
     if out := set(lost_ids).intersection(left):
-      log.warning('warning: %s of %s images of %s %s and are left out', f'{len(out):,d}', f'{len(ids):,d}', path, reason)
+      log.warning('warning: %s of %s images of %s %s and are left out', f'{len(out):,d}', f'{len(ids):,d}', path,
+                  reason)
       left = [i for i in left if i not in out]
   return selection.Selection.of_rows(pool.at_ids(left), pool.ids)

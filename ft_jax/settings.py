@@ -1,7 +1,7 @@
 """The fields of a config by their path, such as `train.batch_size`: what each may be, their defaults, nested and flat.
 
-What is checked here needs nothing but the field itself. Names of a registry (methods, networks, ...) are checked where the registry is, and
-fields that do not fit each other where they are used together.
+What is checked here needs nothing but the field itself. Names of a registry (methods, networks, ...) are checked where
+the registry is, and fields that do not fit each other where they are used together.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 def flat(config: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
   """The fields of nested mappings by path: `{'train.batch_size': 256, ...}`."""
-  fields = {}
+  fields: dict[str, Any] = {}
   for name, value in config.items():
     fields |= flat(value, f'{prefix}{name}.') if isinstance(value, Mapping) else {f'{prefix}{name}': value}
   return fields
@@ -48,7 +48,7 @@ class Kind(NamedTuple):
 
 
 def check_fields(config: ConfigDict) -> None:
-  """Raises ValueError for the first field of a config, or of a part of it, that is not what `FIELDS` says; every job begins with it."""
+  """Raises ValueError for the first field of a config, or of a part of it, that is not what `FIELDS` says."""
   for path, value in flat(config.to_dict()).items():
     if path in FIELDS:
       check_field(f'config.{path}', value, FIELDS[path])
@@ -64,25 +64,35 @@ def check_field(name: str, value: Any, kind: Kind) -> None:
 def whole(least: int = 0, most: int = 2**31 - 1, meaning: str = '') -> Kind:
   """A whole number from `least` to `most`, by default what int32 holds."""
   is_whole = lambda value: isinstance(value, numbers.Integral) and not isinstance(value, bool)
-  return Kind(f'a whole number from {least} to {most}{meaning}', lambda value: is_whole(value) and least <= value <= most)
+  fits = lambda value: is_whole(value) and least <= value <= most
+  return Kind(f'a whole number from {least} to {most}{meaning}', fits)
 
 
-def number(least: float | None = None, most: float | None = None, *, above: float | None = None, below: float | None = None,
-           meaning: str = '') -> Kind:
-  """A number, whole or not, between bounds that are included (`least`, `most`) or not (`above`, `below`); by default any of float32."""
+def number(least: float | None = None, most: float | None = None, *, above: float | None = None,
+           below: float | None = None, meaning: str = '') -> Kind:
+  """A number, whole or not, between bounds that are included (`least`, `most`) or not (`above`, `below`).
+
+  By default any number of float32.
+  """
   unbounded = all(bound is None for bound in (least, most, above, below))
   if least is None and above is None:
     least = -_FLOAT32
   if most is None and below is None:
     most = _FLOAT32
-  lower = f'from {least:.2g}' if above is None else f'above {above:g}'
-  upper = f'below {below:g}' if most is None else f'{most:.2g}' if most == _FLOAT32 else f'{most:g}'
-  expected = f'a number {lower}{" to" if above is None else " and" if most is None else ", up to"} {upper}{meaning}'
+  lower = f'from {least:.2g} to' if above is None else f'above {above:g}'
+  if most is None:
+    upper = f'below {below:g}' if above is None else f' and below {below:g}'
+  else:
+    upper = f'{most:.2g}' if most == _FLOAT32 else f'{most:g}'
+    upper = upper if above is None else f', up to {upper}'
+  expected = f'a number {lower}{" " if above is None else ""}{upper}{meaning}'
 
   def fits(value: Any) -> bool:  # every comparison with NaN is False
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
       return False
-    return (value >= least if above is None else value > above) and (value < below if most is None else value <= most)
+    checked: Any = value  # mypy does not compare a Real with a float
+    high_enough = checked >= least if above is None else checked > above
+    return high_enough and (checked < below if most is None else checked <= most)
 
   return Kind(f'a finite number{meaning}' if unbounded else expected, fits)
 
@@ -116,7 +126,7 @@ def several(kind: Kind, example: str) -> Kind:
 
 def pairs(first: Kind, second: Kind, example: str) -> Kind:
   """Any number of pairs, also none."""
-  is_pair = lambda value: isinstance(value, (tuple, list)) and len(value) == 2 and first.fits(value[0]) and second.fits(value[1])
+  is_pair = lambda value: _has_two(value) and first.fits(value[0]) and second.fits(value[1])
   return Kind(f'pairs such as {example}: {first.expected} and {second.expected}',
               lambda value: isinstance(value, (tuple, list)) and all(map(is_pair, value)))
 
@@ -124,7 +134,11 @@ def pairs(first: Kind, second: Kind, example: str) -> Kind:
 def interval(bound: Kind, example: str) -> Kind:
   """Two numbers, the least and the greatest."""
   return Kind(f'two numbers such as {example}, the least and the greatest, each {bound.expected}',
-              lambda value: isinstance(value, (tuple, list)) and len(value) == 2 and all(map(bound.fits, value)) and value[0] <= value[1])
+              lambda value: _has_two(value) and all(map(bound.fits, value)) and value[0] <= value[1])
+
+
+def _has_two(value: Any) -> bool:
+  return isinstance(value, (tuple, list)) and len(value) == 2
 
 
 def like(default: Any) -> Kind:
@@ -259,12 +273,14 @@ FIELDS: Mapping[str, Kind] = {
     'compare.seeds': several(_SEED, '(0, 1, 2)'),
 }
 
-# Fields that were renamed, by path: {the name in older versions: the name now}. Workdirs of older versions resume under the new names.
+# Fields that were renamed, by path: {the name in older versions: the name now}. Workdirs of older versions resume under
+# the new names.
 _RENAMED_IN_TRAINING = {'average': 'ema_decay', 'clip': 'clip_norm', 'accumulate': 'accumulate_steps'}
 RENAMED: dict[str, str] = {f'{group}.{old}': f'{group}.{new}' for group in ('train', 'pretrain')
                            for old, new in _RENAMED_IN_TRAINING.items()}
 
-# Fields that were removed, by path, each with the value that had no effect: a run that had it resumes, one that had another is refused.
+# Fields that were removed, by path, each with the value that had no effect: a run that had it resumes, one that had
+# another is refused.
 REMOVED: dict[str, Any] = {}
 
 # Fields that may differ between two starts of one run. Where they change its images, its checkpoints refuse to resume.

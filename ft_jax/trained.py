@@ -66,7 +66,8 @@ def load(workdir: str, field: str = 'config.workdir') -> Trained:
     raise ValueError(f'{field}: {workdir} is of job {stored["job"]}; give that of a fine-tuning'
                      + (f', such as {path / inside[0]} ({len(inside)} are inside)' if inside else ''))
   if not (path / 'results.json').exists():
-    raise ValueError(f'{field}: the run in {workdir} is not finished (no results.json); run its command again to resume it')
+    raise ValueError(f'{field}: the run in {workdir} is not finished (no results.json); run its command again to '
+                     'resume it')
   try:
     run = _read(path, ConfigDict(stored), json.loads((path / 'results.json').read_text()))
     run.summary()

@@ -19,28 +19,29 @@ from selection import storage
 
 # Seconds to wait for another process to leave, as one that was asked to stop does.
 PATIENCE = 60.0
-# What a workdir's path may have at most: Linux takes 4096 bytes with the last zero, what orbax writes is 118 bytes further down at a step
-# of six digits (measured), and runs of a study or a comparison lie in folders of their own.
+# What a workdir's path may have at most: Linux takes 4096 bytes with the last zero, what orbax writes is 118 bytes
+# further down at a step of six digits (measured), and runs of a study or a comparison lie in folders of their own.
 _MOST_BYTES = 4096 - 240
 # A checkpoint on object storage is whole when this is in it: orbax writes it last, as nothing can be renamed there.
 _COMMITTED = 'commit_success.txt'
 
 
 class Workdir:
-  """config.json, duplicates.json, selection.json, embeddings/, metrics.jsonl, tensorboard/, checkpoints/<step>/, results.json,
-  report.html.
+  """A run's files: config.json, duplicates.json, selection.json, embeddings/, metrics.jsonl, tensorboard/,
+  checkpoints/<step>/, results.json, report.html.
   """
 
   def __init__(self, path: epath.PathLike, config: Mapping[str, Any]):
     """Makes the folder, or opens the run in it.
 
-    A run that has no checkpoint yet has nothing to lose: it takes the new config, and selects again. Fields of the config
+    A run that has no checkpoint yet has nothing to lose: it takes the new config, and selects again. Fields of the
+      config
     that the version which wrote the run did not have are at their defaults; see `as_now`.
 
     Raises:
       ValueError: it belongs to a run with another config (names the fields that differ), or of a newer version, or to
-        something else; or another process does not see the same folder; or no checkpoint can be written there because of a
-        name (`check_name`).
+        something else; or another process does not see the same folder; or no checkpoint can be written there because
+        of a name (`check_name`).
       OSError: it cannot be made, written to or reached; or another process is at work in it and does not leave.
     """
     self.path = storage.located(path)
@@ -62,7 +63,8 @@ class Workdir:
       raise storage.Unwritable(self.path, error) from error
     if before is None:
       if self.path.exists() and not all(storage.is_leftover(entry.name) for entry in self.path.iterdir()):
-        raise ValueError(f'workdir {self.path} is not empty and holds no run (no config.json of one); give another --workdir')
+        raise ValueError(f'workdir {self.path} is not empty and holds no run (no config.json of one); give another '
+                         '--workdir')
     else:
       if before == wanted:
         return
@@ -82,7 +84,7 @@ class Workdir:
   metrics_jsonl = property(lambda self: self.path / 'metrics.jsonl')
   results_json = property(lambda self: self.path / 'results.json')
   diverged_json = property(lambda self: self.path / 'diverged.json')
-  predicted_json = property(lambda self: self.path / 'predicted.json')  # label noise from a model: what it sees in each image
+  predicted_json = property(lambda self: self.path / 'predicted.json')  # label noise from a network
   report_html = property(lambda self: self.path / 'report.html')
   embeddings = property(lambda self: self.path / 'embeddings')
   unfinished = property(lambda self: self.path / 'unfinished')  # embeddings; gone when all are there
@@ -101,7 +103,7 @@ class Workdir:
 
 
 def check_name(folder: epath.Path) -> None:
-  """Raises ValueError, in one line, where orbax and tensorstore could not keep checkpoints below a folder because of its path.
+  """Raises ValueError where orbax and tensorstore could not keep checkpoints below a folder because of its path.
 
   Args:
     folder: from the root on; a symbolic link is not followed, here or by them.
@@ -135,7 +137,8 @@ def read_json(path: epath.Path) -> Any:
   try:
     return json.loads(path.read_text())
   except ValueError as error:
-    raise ValueError(f'{path} is damaged ({error}); restore it from a copy, or move it aside and start again') from error
+    raise ValueError(f'{path} is damaged ({error}); restore it from a copy, or move it aside and '
+                     'start again') from error
 
 
 def read_metrics(folder: epath.Path) -> list[dict[str, float]]:
@@ -147,11 +150,13 @@ def read_metrics(folder: epath.Path) -> list[dict[str, float]]:
 
 
 def metrics_line(path: epath.Path, text: str) -> dict[str, float]:
+  """A line of metrics.jsonl; raises ValueError where it is damaged."""
   try:
     line = json.loads(text)
     line['step'] + 0
   except (ValueError, KeyError, TypeError) as error:
-    raise ValueError(f'{path} has a damaged line, {text.strip()[:60]!r}; fix or remove that line, and start again') from error
+    raise ValueError(f'{path} has a damaged line, {text.strip()[:60]!r}; fix or remove that line, and '
+                     'start again') from error
   return line
 
 
@@ -160,7 +165,7 @@ class _Owned:
 
   def __init__(self, folder: epath.Path):
     """Waits for another process to leave; raises OSError where it does not."""
-    self._handle = None
+    self._handle: int | None = None
     try:
       self._handle = os.open(folder, os.O_RDONLY)
     except OSError as error:  # nobody may even look
@@ -168,14 +173,15 @@ class _Owned:
     until, logged = time.monotonic() + PATIENCE, False
     while not self._locked():
       if time.monotonic() > until:
-        raise OSError(f'another process is at work in {folder}: two at once would corrupt it. Stop that one first, or give '
-                      'another --workdir')
+        raise OSError(f'another process is at work in {folder}: two at once would corrupt it. Stop that one first, '
+                      'or give another --workdir')
       if not logged:
         log.info('waiting for another process that is at work in %s', folder)
       logged = True
       time.sleep(0.5)
 
   def _locked(self) -> bool:
+    assert self._handle is not None
     try:
       fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -184,7 +190,7 @@ class _Owned:
       pass
     return True
 
-  def __del__(self):
+  def __del__(self) -> None:
     if self._handle is not None:
       os.close(self._handle)
 
@@ -245,21 +251,25 @@ def as_now(config: Mapping[str, Any]) -> dict[str, Any]:
   return settings.nested(known | {name: value for name, value in fields.items() if not without_effect(name, value)})
 
 
-def _check_version(path: epath.PathLike, stored: Mapping[str, Any], wanted: Mapping[str, Any] = types.MappingProxyType({})) -> None:
+def _check_version(path: epath.PathLike, stored: Mapping[str, Any],
+                   wanted: Mapping[str, Any] = types.MappingProxyType({})) -> None:
   """Raises ValueError for a config with fields that no version up to this one has, nor a config that is `wanted`."""
-  known = {*settings.defaults(), *settings.RENAMED, *settings.REMOVED, *settings.MAY_CHANGE, *settings.ADDED, *settings.flat(wanted)}
+  known = {*settings.defaults(), *settings.RENAMED, *settings.REMOVED, *settings.MAY_CHANGE, *settings.ADDED,
+           *settings.flat(wanted)}
   unknown = {name: value for name, value in settings.flat(stored).items() if name not in known}
   if unknown:
     fields = ', '.join(f'config.{name} ({value!r})' for name, value in list(unknown.items())[:5])
-    raise ValueError(f'{path} was written by a newer version of this program: this one does not know {fields}. Update the program, '
-                     'or give another folder')
+    raise ValueError(f'{path} was written by a newer version of this program: this one does not know {fields}. Update '
+                     'the program, or give another folder')
 
 
 def _stored(path: epath.PathLike) -> dict[str, Any] | None:
   """config.json of a run as it is; None as of `read_config`."""
   try:
     config = json.loads((epath.Path(path) / 'config.json').read_text())
-    found = isinstance(config, dict) and {'job', 'seed', 'train'} <= set(config) and settings.flat(config)  # not nested without end
+    found = isinstance(config, dict) and {'job', 'seed', 'train'} <= set(config)
+    if found:
+      settings.flat(config)  # raises for one that is nested without end, which is not ours
   except (FileNotFoundError, NotADirectoryError, RecursionError, ValueError):
     return None
   return config if found else None

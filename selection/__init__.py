@@ -6,11 +6,11 @@
 """
 
 from selection.embeddings import class_means, embed, embed_class_means, Embeddings
-from selection.otdd import distance, domain_similarity
+from selection.otdd import domain_similarity, otdd
 from selection.result import Comparison, Selection
 from selection.select import select
 from selection.strategies import STRATEGIES
 from selection.units import UNITS
 
-__all__ = ['STRATEGIES', 'UNITS', 'Comparison', 'Embeddings', 'Selection', 'class_means', 'distance', 'domain_similarity', 'embed',
-           'embed_class_means', 'select']
+__all__ = ['STRATEGIES', 'UNITS', 'Comparison', 'Embeddings', 'Selection', 'class_means', 'domain_similarity', 'embed',
+           'embed_class_means', 'otdd', 'select']

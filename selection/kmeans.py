@@ -55,7 +55,7 @@ def kmeans(pool: Rows, clusters: int, rng: np.random.Generator, settings: Settin
   done = bool(before) and bool(before['done'])
   while not done and iteration < max_iterations:
     iteration += 1
-    sums = rows.columns(_cluster_sums, centres, name='k-means iteration', turn=iteration, what=f'k-means, iteration {iteration}')
+    sums = rows.sum(_cluster_sums, centres, name='k-means iteration', turn=iteration, what=f'k-means, iteration {iteration}')
     counts, new_inertia = sums[:, -2], float(sums[:, -1].sum() / n)
     done, inertia = new_inertia >= (1 - tolerance) * inertia, new_inertia
     empty = np.flatnonzero(counts == 0)
@@ -64,7 +64,7 @@ def kmeans(pool: Rows, clusters: int, rng: np.random.Generator, settings: Settin
       farthest = np.argsort(-np.asarray(_squares(drawn, centres)).min(1), kind='stable')[:len(empty)]
       centres[empty[:len(farthest)]] = drawn[farthest]
     journal.save('k-means', centres=centres, inertia=inertia, iteration=iteration, done=done)
-  labels = rows.rows(_nearest, centres, name='clusters').astype(np.int32)
+  labels = rows.map(_nearest, centres, name='clusters').astype(np.int32)
   counts = np.bincount(labels, minlength=clusters)
   number = np.cumsum(counts > 0) - 1  # clusters without a row are left out
   return Clusters(centres[counts > 0].astype(np.float32), number[labels].astype(np.int32), counts[counts > 0], inertia)

@@ -1,6 +1,6 @@
 """How far two labelled data sets are from each other.
 
-`distance` is OTDD (Alvarez-Melis and Fusi, NeurIPS 2020), which compares classes as Gaussians; `domain_similarity` compares the means of
+`otdd` is the optimal transport dataset distance (Alvarez-Melis and Fusi, NeurIPS 2020), which compares classes as Gaussians; `domain_similarity` compares the means of
 classes (Cui et al., CVPR 2018). Both take features by one encoder.
 """
 
@@ -20,7 +20,7 @@ from selection.transport import importing_ott
 _MARGINAL_ERROR = 1e-3
 
 
-def distance(source: Embeddings, target: Embeddings, *, epsilon: float = 0.1, covariance: Covariance = 'full', normalize: bool = True,
+def otdd(source: Embeddings, target: Embeddings, *, epsilon: float = 0.1, covariance: Covariance = 'full', normalize: bool = True,
              max_samples: int = 2000, debiased: bool = True, seed: int = 0, max_iterations: int = 20_000, progress: bool = True) -> float:
   """OTDD, the optimal transport dataset distance between two labelled sets (Alvarez-Melis and Fusi, NeurIPS 2020).
 

@@ -1,11 +1,16 @@
 """Pictures of a selection; matplotlib is imported only here, and only when something is drawn."""
 
-from typing import Any
+from __future__ import annotations
+
+from typing import Any, TYPE_CHECKING
 
 import numpy as np
 
 from selection import fonts
-from selection.result import best, NOUNS, Selection
+from selection.ranking import best, NOUNS
+
+if TYPE_CHECKING:  # result.py imports this file
+  from selection.result import Selection
 
 CHOSEN, OTHER, CUT = '#2563eb', '#cbd5e1', '#dc2626'
 # Characters of a name at an axis.

@@ -1,23 +1,17 @@
-"""Selection: which units were chosen, how, and why; as a table, as pictures, as a file."""
+"""Selection: which units were chosen, how, and why: data and queries."""
 
 from collections.abc import Sequence
 import dataclasses
 import functools
-import json
 import os
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from selection import document, storage
+from selection import json_file, plots, text
 from selection.embeddings import Embeddings
-
-FORMAT_VERSION = 2
-# Longer arrays are written as base64: a twentieth of the time, half of the size.
-READABLE = 10_000
-# A terminal would obey what a name of a file says.
-_CONTROLS = {code: f'\\x{code:02x}' for code in (*range(32), *range(127, 160))}
-NOUNS = {'class': 'classes', 'cluster': 'clusters', 'example': 'examples'}
+from selection.ranking import NOUNS
+from selection.storage import write_text
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -161,41 +155,13 @@ class Selection:
     return None if self.plan is None or self.target_mass is None else self.plan.sum(0) / self.target_mass
 
   def table(self, most: int | None = 20, beyond: int = 3) -> str:
-    """The chosen units as text, best first, with the first few that were not chosen.
+    """The chosen units as text, best first, followed by the first units that were not chosen.
 
     Args:
       most: chosen units to show; None shows all.
       beyond: units to show below the cut.
     """
-    if not len(self.units):
-      return self._title()
-    shown = len(self.units) if most is None else min(most, len(self.units))
-    rows = self.units[:shown].tolist()
-    below = best(self.scores, self.ascending, len(self.units) + beyond)[len(self.units):].tolist()
-    names = {i: _short(self.name(i)) for i in rows + below}
-    width = max(len(self.by), *map(len, names.values()))
-    why = self.explain(2) if self.plan is not None else []
-    score_width = max(len(self.measure) + 2, 8, len(self.score_text(rows[0])) + 2) if self.has_scores else 0
-
-    def line(rank: int, unit: int) -> str:
-      score = f'{self.score_text(unit):>{score_width}s}' if score_width else ''
-      count = f'{int(self.counts[unit]):9,d}' if self.counts is not None else ''
-      reason = ', '.join(f'{_short(name, 40)} {part:.0%}' for name, part in why[rank] if part >= 0.005) if rank < len(why) else ''
-      return f'{rank + 1:5d}  {names[unit]:<{width}s}{score}{count}  {reason}'.rstrip()
-
-    head = f'{"rank":>5s}  {self.by:<{width}s}' + (f'{self.measure:>{score_width}s}' if score_width else '')
-    head += (f'{"images":>9s}' if self.counts is not None else '') + ('  drawn by' if why else '')
-    lines = [self._title(), head] + [line(rank, unit) for rank, unit in enumerate(rows)]
-    if shown < len(self.units):
-      lines.append(f'       ... and {len(self.units) - shown:,d} more')
-    if below and self.measure != 'given':
-      lines.append('       ' + '-' * 8 + ' not chosen ' + '-' * 8)
-      lines += [line(len(self.units) + k, unit) for k, unit in enumerate(below)]
-    return '\n'.join(lines)
-
-  def _title(self) -> str:
-    ended = self.solver_summary
-    return f'{self.method}: {len(self.units):,d} of {len(self.scores):,d} source {NOUNS[self.by]}{", " if ended else ""}{ended}'
+    return text.table(self, most, beyond)
 
   def unexplained(self) -> str:
     """Why there is no plan."""
@@ -205,26 +171,15 @@ class Selection:
     return f'{self.method} says nothing of single classes of the target'
 
   def target_table(self, most: int | None = 20) -> str:
-    """The reverse as text: each class of the target, how much of what it draws comes from chosen units, and from which.
+    """The reverse as text: each class of the target, how much of its mass comes from chosen units, and from which.
 
     Args:
       most: classes to show, the best covered first; None shows all.
     """
-    covered = self.coverage()
-    if covered is None:
-      return self.unexplained()
-    order = np.argsort(-covered, kind='stable')
-    rows = order[:most].tolist()
-    names = {j: _short(self.target_names[j]) for j in rows}
-    width = max(len('target'), *map(len, names.values()))
-    served = self.explain_target(3)
-    by = lambda j: ', '.join(f'{_short(name, 24)} {part:.1%}' for name, part in served[j] if part >= 0.0005)
-    lines = [f'{"target":<{width}s}  covered  by'] + [f'{names[j]:<{width}s}{covered[j]:9.1%}  {by(j)}'.rstrip() for j in rows]
-    return '\n'.join(lines + ([f'... and {len(order) - len(rows):,d} more'] if len(rows) < len(order) else []))
+    return text.target_table(self, most)
 
   def plot(self) -> Any:
     """A `matplotlib.figure.Figure`: the ranked scores with the cut, and the plan from chosen units to target classes as a heat map."""
-    from selection import plots
     return plots.overview(self)
 
   def compare(self, other: 'Selection') -> 'Comparison':
@@ -273,14 +228,14 @@ class Selection:
     broken = [line for line in lines if isinstance(line, str) and ('\n' in line or '\r' in line)]
     if broken:
       raise ValueError(f'the file name {broken[0]!r} has a line break in it, so a list of lines cannot hold it')
-    _write(path, ''.join(f'{line}\n' for line in lines))
+    write_text(path, ''.join(f'{line}\n' for line in lines))
     return len(lines)
 
   def __str__(self) -> str:
     return self.table()
 
   def __repr__(self) -> str:
-    return f'<Selection of {self._title()}>'
+    return f'<Selection of {text.title(self)}>'
 
   def _repr_html_(self) -> str:
     import html
@@ -288,14 +243,10 @@ class Selection:
 
   def save(self, path: str | os.PathLike[str]) -> None:
     """Writes one JSON file, whole or not at all, on a disk or on object storage; of a large pool mostly the scores, 11 bytes a row."""
-    fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-    saved = {'format_version': FORMAT_VERSION, **{key: _packed(value) for key, value in fields.items()}}
-    # Names of examples would be all file names of the pool; those of the chosen ones are among the ids.
-    saved['names'] = [str(name) for name in self.names] if self.by != 'example' else []
-    saved['target_names'] = [str(name) for name in self.target_names]
-    # A line a field: readable, and small where lists are long.
-    lines = (f'{json.dumps(key)}: {json.dumps(value, default=lambda number: number.item())}' for key, value in saved.items())
-    _write(path, '{\n' + ',\n'.join(lines) + '\n}\n')
+    fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+    if self.by == 'example':  # they would be all file names of the pool; those of the chosen ones are among the ids
+      fields['names'] = ()
+    json_file.write(path, fields)
 
   @classmethod
   def of_rows(cls, rows: Sequence[int] | np.ndarray, ids: Sequence[str] | np.ndarray) -> 'Selection':
@@ -324,14 +275,10 @@ class Selection:
       ValueError: no such file, a damaged one, one of another version, or one made for another data set.
     """
     try:
-      saved = document.read(storage.located(path).read_bytes().decode())
-      version = saved.pop('format_version', None)
-      if version != FORMAT_VERSION:
-        raise ValueError(f'it has format version {version!r:.20}; this program reads {FORMAT_VERSION}')
-      selection = cls(**document.fields(saved))
+      selection = cls(**json_file.read(path))
       selection._check()
     except (OSError, ValueError) as error:
-      raise ValueError(f'{path} holds no selection that can be read ({_one_line(error)}); select again') from error
+      raise ValueError(f'{path} holds no selection that can be read ({text.one_line(error)}); select again') from error
     selection._check_source(path, source_fingerprint, source)
     return selection
 
@@ -384,21 +331,7 @@ class Comparison(NamedTuple):
     return len(self.shared) / smaller if smaller else 1.0
 
   def __str__(self) -> str:
-    more = lambda names: f', and {len(names) - 10:,d} more' if len(names) > 10 else ''
-    listed = lambda names: (', '.join(_short(name) for name in names[:10]) or 'none') + more(names)
-    return (f'{len(self.shared):,d} shared ({self.overlap:.1%} of the smaller): {listed(self.shared)}\n'
-            f'only in the first: {listed(self.only_first)}\nonly in the second: {listed(self.only_second)}')
-
-
-def best(scores: np.ndarray, ascending: bool, size: int) -> np.ndarray:
-  """Numbers of the `size` best scores (of all, where there are fewer), best first, ties by number: int `[size]`."""
-  order = scores if ascending else -scores
-  if not 0 < size < len(order):
-    return np.argsort(order, kind='stable')[:size]
-  limit = np.partition(order, size - 1)[size - 1]  # linear in n; only what is below is sorted
-  below = np.flatnonzero(order < limit)
-  candidates = np.concatenate([below, np.flatnonzero(order == limit)[:size - len(below)]])
-  return candidates[np.argsort(order[candidates], kind='stable')]
+    return text.comparison(self)
 
 
 def _largest(parts: np.ndarray, names: Sequence[str], most: int) -> list[tuple[str, float]]:
@@ -408,28 +341,3 @@ def _largest(parts: np.ndarray, names: Sequence[str], most: int) -> list[tuple[s
 def _within(numbers: np.ndarray, size: int | None) -> bool:
   """Whether all are from 0 to below `size`, where that is known."""
   return not len(numbers) or 0 <= numbers.min() and (size is None or int(numbers.max()) < size)
-
-
-def _one_line(error: Exception) -> str:
-  return ' '.join(str(error).split()).translate(_CONTROLS)
-
-
-def _short(name: Any, width: int = 32) -> str:
-  name = ' '.join(str(name).split()).translate(_CONTROLS)
-  # Names of classes differ at the front, paths of files at the end.
-  end = 3 * width // 4 - 3 if '/' in name else 0
-  return name if len(name) <= width else name[:width - 3 - end] + '...' + name[len(name) - end:]
-
-
-def _packed(value: Any) -> Any:
-  """Arrays as lists, long ones of numbers as base64."""
-  if not isinstance(value, np.ndarray):
-    return value
-  if value.size <= READABLE or value.dtype.kind == 'U':
-    return [[float(f'{x:.7g}') for x in row] for row in value] if value.ndim == 2 else value.tolist()
-  return document.packed(value)
-
-
-def _write(path: str | os.PathLike[str], text: str) -> None:
-  storage.make_folder(storage.located(path).parent)
-  storage.write_whole(path, text.encode('utf-8', 'surrogateescape'))  # file names as the file system has them

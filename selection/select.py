@@ -11,7 +11,8 @@ from selection.blocks import Settings
 from selection.embeddings import check_same_encoder, Embeddings
 from selection.journal import array_digest, Journal
 from selection.pools import check_rows, open_rows, Rows
-from selection.result import best, NOUNS, Selection
+from selection.ranking import best, NOUNS
+from selection.result import Selection
 from selection.strategies import BY_SHARE, defaults, Problem, Scores, STRATEGIES
 from selection.units import target_units, UNITS, Units
 

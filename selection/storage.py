@@ -152,6 +152,12 @@ def write_whole(path: epath.PathLike, data: bytes) -> None:
     stream.write(data)
 
 
+def write_text(path: epath.PathLike, text: str) -> None:
+  """Writes a text file whole or not at all, and creates its folder; names of files are written as the file system has them."""
+  make_folder(located(path).parent)
+  write_whole(path, text.encode('utf-8', 'surrogateescape'))
+
+
 @contextlib.contextmanager
 def whole_file(path: epath.PathLike) -> Iterator[BinaryIO]:
   """A stream whose contents are in the file when the block ends, and not before; nothing is, where it ends with an error.

@@ -123,7 +123,7 @@ def ot(problem: Problem, *, cost: str = 'cosine', epsilon: float = 0.1, max_iter
   kernel, potentials = transport.solve(problem.costs(cost), epsilon=epsilon, rho_source=np.inf, rho_target=np.inf, threshold=1e-5,
                                        max_iterations=max_iterations)
   _check_converged('ot', potentials, f'epsilon {epsilon}', 'use a larger epsilon or more max_iterations')
-  values = kernel.rows(_mean_cost, np.exp(potentials.log_v - potentials.log_v.max()), epsilon)
+  values = kernel.map(_mean_cost, np.exp(potentials.log_v - potentials.log_v.max()), epsilon)
   return dataclasses.replace(_transported(kernel, potentials, values), measure='mean cost', ascending=True)
 
 
@@ -137,15 +137,15 @@ def softmax(problem: Problem, *, cost: str = 'cosine', epsilon: float = 0.1) -> 
     cost: as in `uot`.
     epsilon: temperature, in units of the cost.
   """
-  kernel = problem.costs(cost).kernel(epsilon).keep()
+  kernel = problem.costs(cost).kernel(epsilon).store()
   return _transported(kernel, transport.closed_form(kernel))
 
 
 def nearest(problem: Problem) -> Scores:
   """The largest cosine to any target unit: max_j cos(s_i, t_j)."""
   costs = problem.between(blocks.cosine)
-  plan = lambda rows, groups: costs.of(rows).rows(_nearest_group, np.eye(costs.m) if groups is None else groups)
-  return Scores(1 - costs.rows(_least_cost), 'cosine', plan=plan)
+  plan = lambda rows, groups: costs.of(rows).map(_nearest_group, np.eye(costs.m) if groups is None else groups)
+  return Scores(1 - costs.map(_least_cost), 'cosine', plan=plan)
 
 
 def greedy_emd(problem: Problem) -> Scores:
@@ -156,7 +156,7 @@ def greedy_emd(problem: Problem) -> Scores:
   """
   counts = problem.target.counts
   weights = np.ones(len(problem.target.rows)) if counts is None else np.asarray(counts, np.float64)
-  return Scores(problem.between(blocks.distance).rows(_weighted_mean, weights / weights.sum()), 'mean distance', ascending=True)
+  return Scores(problem.between(blocks.euclidean).map(_weighted_mean, weights / weights.sum()), 'mean distance', ascending=True)
 
 
 def random(problem: Problem) -> Scores:
@@ -235,7 +235,7 @@ def _bures(problem: Problem) -> Blocks:
 
 COSTS: dict[str, Callable[[Problem], Blocks]] = {
     'cosine': lambda problem: problem.between(blocks.cosine),
-    'euclidean': lambda problem: problem.between(blocks.euclidean),
+    'euclidean': lambda problem: problem.between(blocks.unit_euclidean),
     'bures': _bures,
 }
 

@@ -1,4 +1,4 @@
-"""The entropic unbalanced optimal transport problem and its solution; with `distances`, the only file that imports ott.
+"""The entropic unbalanced optimal transport problem and its solution. Only this file and otdd.py import ott.
 
     min over T >= 0 of  <T, C> + epsilon * sum T (log T - 1) + rho_source KL(T 1 | a) + rho_target KL(T' 1 | b)
 
@@ -7,8 +7,12 @@ The plan is T_ij = u_i K_ij v_j with K = exp(-C / epsilon), and at the solution
 
     u = (1 / K v)^tau_source,   v = (1 / K' u)^tau_target,   tau = rho / (rho + epsilon),
 
-so v alone, one number for each target unit, says everything: the mass that leaves source unit i is (K v)_i^(1 - tau_source), for units
-of the problem and for any other one. That is how pools are solved that do not fit into memory, and how further images are scored.
+so v, one number for each target unit, determines everything: the mass of source unit i is (K v)_i^(1 - tau_source), for units of the
+problem and for any other one. This is how pools are solved that do not fit in memory, and how further images are scored.
+
+**Which solver?** A kernel that fits in `settings.memory` is stored, and OTT's Sinkhorn solves the problem alone and to the end. A kernel
+that does not fit is streamed: `_solve_streamed` reads the pool once an iteration. One step is added to OTT's loop, `_recentred`: in its
+kernel mode OTT does not recentre the potentials, and needs over 2,000 iterations where both marginals hold strongly (docs/selection.md).
 """
 
 from collections.abc import Iterator
@@ -21,13 +25,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from selection.blocks import Blocks, cosine, euclidean
+from selection.blocks import Blocks, cosine, row_sums, StoredKernel, unit_euclidean
 
-# Problems of up to so many entries are solved by OTT on the whole kernel, larger ones chunk by chunk.
-WHOLE = 1 << 22
-# OTT's error is an absolute L1 norm in float32; so far it comes down for any problem, and the rest of the way is short.
-# Nor does it go on for long: with large rhos it crawls along the one direction that `_iterate` solves.
-COARSE, COARSE_ITERATIONS = 1e-4, 20
+# OTT computes its error, which costs as much as an iteration, once in so many iterations; from twice as many on it chooses its momentum by it.
+INNER_ITERATIONS = 5
 
 
 class Potentials(NamedTuple):
@@ -36,7 +37,7 @@ class Potentials(NamedTuple):
   log_v: `[m]`, logarithms of the target's scalings.
   tau_source, tau_target: how hard the marginals hold, from 0 (not at all) to 1 (exactly).
   iterations: of the solver.
-  error: the largest change of a log_v in the last iteration.
+  error: of a stored kernel the L1 norm of the gradient as a fraction of the mass (OTT's); of a streamed one the largest change of a log_v.
   converged: whether the error fell below the threshold.
   threshold: on the error.
   """
@@ -50,16 +51,15 @@ class Potentials(NamedTuple):
 
 
 def solve(costs: Blocks, *, epsilon: float, rho_source: float, rho_target: float, threshold: float = 1e-6,
-          max_iterations: int = 2000, whole: int | None = None) -> tuple[Blocks, Potentials]:
+          max_iterations: int = 2000) -> tuple[Blocks, Potentials]:
   """Solves the problem.
 
   Args:
-    costs: the costs `[n, m]`, at least 0.
+    costs: the costs `[n, m]`, at least 0. OTT solves the problem if its kernel fits in `settings.memory`; else the pool is streamed.
     epsilon: strength of the entropy, in units of the cost.
     rho_source, rho_target: strengths with which the marginals hold, in units of the cost; infinity for both is balanced transport.
-    threshold: on the error.
-    max_iterations: after which it stops, converged or not.
-    whole: problems of at most so many entries are solved by OTT; None is `WHOLE`.
+    threshold: for the error, see `Potentials`.
+    max_iterations: the solver stops after this many, converged or not.
 
   Returns:
     The kernel and the potentials.
@@ -69,16 +69,14 @@ def solve(costs: Blocks, *, epsilon: float, rho_source: float, rho_target: float
   """
   kernel = costs.kernel(epsilon)
   taus = _taus(epsilon, rho_source, rho_target)
-  # An iterator whose rows are not known is not counted for this.
-  small = costs.pool.known_length is not None and costs.n * costs.m <= (WHOLE if whole is None else whole)
-  potentials = (_solve_whole if small else _solve_chunks)(kernel, *taus, threshold, max_iterations)
-  return kernel, potentials
+  solver = _solve_stored if kernel.store().is_stored else _solve_streamed
+  return kernel, solver(kernel, *taus, threshold, max_iterations)
 
 
 def mass(kernel: Blocks, potentials: Potentials) -> np.ndarray:
   """log of the mass that leaves each source unit, `[n]`: (1 - tau_source) log (K v)_i."""
   shift = potentials.log_v.max()
-  kv = kernel.rows(_row_sums, np.exp(potentials.log_v - shift))
+  kv = kernel.map(row_sums, np.exp(potentials.log_v - shift))
   if not kv.all():
     raise ValueError(_underflow(kernel))
   # Python's floats leave long pools in float32.
@@ -100,7 +98,7 @@ def plan(kernel: Blocks, potentials: Potentials, groups: np.ndarray | None = Non
   """
   shift = potentials.log_v.max()
   operands = () if groups is None else (groups,)
-  rows = kernel.rows(_plan_rows, np.exp(potentials.log_v - shift), potentials.tau_source, *operands)
+  rows = kernel.map(_plan_rows, np.exp(potentials.log_v - shift), potentials.tau_source, *operands)
   rows *= np.float32(np.exp((1 - potentials.tau_source) * shift))
   return rows
 
@@ -108,7 +106,7 @@ def plan(kernel: Blocks, potentials: Potentials, groups: np.ndarray | None = Non
 def closed_form(kernel: Blocks) -> Potentials:
   """The potentials of transport whose source marginal is free and whose target marginal holds: v_j = 1 / (K' 1)_j, in one pass."""
   with np.errstate(divide='ignore'):
-    log_v = -np.log(kernel.columns(_scaled_column_sums, np.ones(kernel.m), 0, name='column sums'))
+    log_v = -np.log(kernel.sum(_scaled_column_sums, np.ones(kernel.m), 0, name='column sums'))
   if not np.isfinite(log_v).all():
     raise ValueError(_underflow(kernel))
   return Potentials(log_v, 0.0, 1.0, iterations=0)
@@ -131,19 +129,13 @@ def _taus(epsilon: float, rho_source: float, rho_target: float) -> tuple[float, 
   return taus
 
 
-def _solve_chunks(kernel: Blocks, tau_source: float, tau_target: float, threshold: float, max_iterations: int,
-                  start: tuple[np.ndarray, int] | None = None) -> Potentials:
-  """The scaling iteration, one pass over the pool for each: u of a chunk comes from v alone and is used at once.
-
-  `start`: log v and the number of iterations that it took, to go on from.
-  """
+def _solve_streamed(kernel: Blocks, tau_source: float, tau_target: float, threshold: float, max_iterations: int) -> Potentials:
+  """The scaling iteration, one pass over the pool for each: u of a chunk is computed from v alone and used at once."""
   journal = kernel.settings.journal
-  before = journal.load('solver') if start is None else {}
-  (log_v, iteration), error = start or (np.zeros(kernel.m), 0), np.inf
+  log_v, iteration, error = np.zeros(kernel.m), 0, np.inf
+  before = journal.load('solver')
   if before:
     log_v, iteration, error = before['log_v'], int(before['iteration']), float(before['error'])
-  if not error < threshold:
-    kernel.keep()
   while iteration < max_iterations and not error < threshold:
     iteration += 1
     log_v, error = _iterate(kernel, log_v, tau_source, tau_target, iteration, error)
@@ -153,14 +145,14 @@ def _solve_chunks(kernel: Blocks, tau_source: float, tau_target: float, threshol
 
 def _iterate(kernel: Blocks, log_v: np.ndarray, tau_source: float, tau_target: float, turn: int = 0,
              error: float = np.inf) -> tuple[np.ndarray, float]:
-  """One iteration: the next log v, and the largest change.
+  """One streamed iteration: the next log v, and the largest change.
 
-  Multiplying v by a number s multiplies what an iteration makes of it by s^(tau_source tau_target). Along that direction, by far the
-  slowest one, the iteration is not followed but solved: the same solution in about a third of the iterations.
+  If v is multiplied by s, its next value is multiplied by s^(tau_source tau_target). Along this direction, by far the slowest one,
+  the fixed point is solved for, not iterated: the same solution in about a third of the iterations.
   """
   what = f'iteration {turn}' + (f', error {error:.1g}' if error < np.inf else '')
   shift = log_v.max()
-  sums = kernel.columns(_scaled_column_sums, np.exp(log_v - shift), tau_source, name='iteration', turn=turn, what=what)
+  sums = kernel.sum(_scaled_column_sums, np.exp(log_v - shift), tau_source, name='iteration', turn=turn, what=what)
   with np.errstate(divide='ignore', invalid='ignore'):
     new = -tau_target * (np.log(sums) - tau_source * shift)
   if not np.isfinite(new).all():
@@ -171,65 +163,60 @@ def _iterate(kernel: Blocks, log_v: np.ndarray, tau_source: float, tau_target: f
   return new + damping * level / (1 - damping), float(np.abs(new - log_v).max())
 
 
-def _solve_whole(kernel: Blocks, tau_source: float, tau_target: float, threshold: float, max_iterations: int) -> Potentials:
-  """OTT's Sinkhorn on the whole kernel, whose rows are spread over the devices; then the last digits, and masses of one."""
-  entries, valid = kernel.array()
-  coarse = min(max_iterations, COARSE_ITERATIONS)
-  log_v, iterations, reachable = _sinkhorn(entries, valid, kernel.epsilon, tau_source, tau_target, coarse)
-  log_v = np.asarray(log_v, np.float64)
-  if not reachable or not np.isfinite(log_v).all():
+def _solve_stored(kernel: Blocks, tau_source: float, tau_target: float, threshold: float, max_iterations: int) -> Potentials:
+  """OTT's Sinkhorn on the stored kernel, whose rows are spread over the devices."""
+  inner = min(INNER_ITERATIONS, max_iterations)
+  stored = kernel.stored()
+  result = _sinkhorn(stored, jnp.float32(threshold), tau_source, tau_target, inner, max_iterations // inner * inner)
+  log_v, total, iterations, error, converged = (np.asarray(value, np.float64) for value in result)
+  if not np.isfinite(log_v).all() or not converged and _has_empty_rows_or_columns(kernel):
     raise ValueError(_underflow(kernel))
-  # At least one more iteration, which gives the error.
-  return _solve_chunks(kernel, tau_source, tau_target, threshold, max_iterations, (log_v, min(int(iterations), max_iterations - 1)))
+  if tau_source * tau_target < 1:  # from masses total / n and total / m to masses of one
+    n, damping = kernel.n, tau_source * tau_target
+    log_v = log_v - tau_target * (np.log(total / kernel.m) - tau_source * np.log(total / n)) / (1 - damping)
+  return Potentials(log_v, tau_source, tau_target, int(iterations), float(error), bool(converged), threshold)
 
 
-@functools.partial(jax.jit, static_argnames=('tau_source', 'tau_target', 'max_iterations'))
-def _sinkhorn(kernel: jax.Array, valid: jax.Array, epsilon: float, tau_source: float, tau_target: float,
-              max_iterations: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """(log v up to a factor of v, iterations, whether every row and column has an entry above zero)."""
-  linear_problem, sinkhorn = _ott()
-  n, m = jnp.sum(valid), kernel.shape[1]
-  geometry = _kernel_geometry()(kernel_matrix=kernel, epsilon=epsilon)
-  total = _total_mass(kernel, valid, tau_source, tau_target)
-  a, b = jnp.where(valid, total / n, 0), jnp.full(m, total / m)
-  problem = linear_problem.LinearProblem(geometry, a, b, tau_a=tau_source, tau_b=tau_target)
-  solver = sinkhorn.Sinkhorn(lse_mode=False, threshold=COARSE, inner_iterations=1, max_iterations=max_iterations)
+@functools.partial(jax.jit, static_argnames=('tau_source', 'tau_target', 'inner', 'max_iterations'))
+def _sinkhorn(kernel: StoredKernel, threshold: jax.Array, tau_source: float, tau_target: float, inner: int,
+              max_iterations: int) -> tuple[jax.Array, ...]:
+  """(log v for masses total / n and total / m, the total, iterations, error, converged).
+
+  The total is the sum of the kernel: u = v = 1 is then a good start, and the plan has about that mass. OTT's error, the L1 norm of the
+  gradient, is divided by it, and by epsilon / rho where that is above one, by which the gradient magnifies the rounding of u and v.
+  """
+  acceleration, linear_problem, sinkhorn, geometry = _ott()
+  ones = kernel.valid()
+  total = jnp.sum(kernel.column_sums(ones))
+  n, m = jnp.sum(ones), kernel.shape[1]
+  a, b = ones * total / n, jnp.full(m, total / m)
+  problem = linear_problem.LinearProblem(geometry(kernel_matrix=kernel, epsilon=1.0), a, b, tau_a=tau_source, tau_b=tau_target)
+  unit = total * max(1.0, 1 / tau_source - 1, 1 / tau_target - 1)
+  solver = sinkhorn(lse_mode=False, threshold=threshold * unit, inner_iterations=inner, max_iterations=max_iterations,
+                    momentum=acceleration.Momentum(start=2 * inner))
   output = solver(problem)
-  reachable = jnp.all(jnp.where(valid, kernel.max(1), 1) > 0) & jnp.all(jnp.where(valid[:, None], kernel, 0).max(0) > 0)
-  return output.g / epsilon, output.n_iters, reachable
+  last = jnp.sum(output.errors >= 0) - 1
+  return output.g, total, output.n_iters, output.errors[last] / unit, output.converged
 
 
-def _total_mass(kernel: jax.Array, valid: jax.Array, tau_source: float, tau_target: float) -> jax.Array:
-  """The total of the marginals with which the plan's mass is near one, as far as one iteration can tell; OTT's error is absolute."""
-  if tau_source * tau_target == 1:
-    return jnp.float32(1)
-  n, m = jnp.sum(valid), kernel.shape[1]
-  v = (1 / m / jnp.where(valid[:, None], kernel, 0).sum(0)) ** tau_target
-  mass = jnp.sum(jnp.where(valid, (1 / n) ** tau_source * _row_sums(kernel, valid, v) ** (1 - tau_source), 0))
-  # Marginals s times as large scale the fixed point u = (s a / K v)^tau_source, v = (s b / K' u)^tau_target by this power of s.
-  power = (tau_source + tau_target - 2 * tau_source * tau_target) / (1 - tau_source * tau_target)
-  return mass ** (-1 / power)
-
-
-def _row_sums(kernel: jax.Array, valid: jax.Array, v: jax.Array) -> jax.Array:
-  del valid
-  return jnp.matmul(kernel, v, precision=jax.lax.Precision.HIGHEST)
+def _has_empty_rows_or_columns(kernel: Blocks) -> bool:
+  return not kernel.map(row_sums, np.ones(kernel.m)).all() or not kernel.sum(_scaled_column_sums, np.ones(kernel.m), 0, name='sums').all()
 
 
 def _scaled_column_sums(kernel: jax.Array, valid: jax.Array, v: jax.Array, tau_source: jax.Array) -> jax.Array:
-  u = jnp.where(valid, _row_sums(kernel, valid, v) ** -tau_source, 0)
+  u = jnp.where(valid, row_sums(kernel, valid, v) ** -tau_source, 0)
   return jnp.matmul(u, kernel, precision=jax.lax.Precision.HIGHEST)
 
 
 def _plan_rows(kernel: jax.Array, valid: jax.Array, v: jax.Array, tau_source: jax.Array, groups: jax.Array | None = None) -> jax.Array:
-  u = _row_sums(kernel, valid, v) ** -tau_source
+  u = row_sums(kernel, valid, v) ** -tau_source
   plan = u[:, None] * kernel * v
   return plan if groups is None else jnp.matmul(plan, groups, precision=jax.lax.Precision.HIGHEST)
 
 
 def _underflow(kernel: Blocks) -> str:
   # Distances of unit vectors are at most 2; given costs are there to be looked at.
-  highest = 2.0 if kernel.cost in (cosine, euclidean) else float(np.max([chunk.max() for _, chunk in kernel.pool.read(1 << 16)]))
+  highest = 2.0 if kernel.cost in (cosine, unit_euclidean) else float(np.max([chunk.max() for _, chunk in kernel.pool.read(1 << 16)]))
   return (f'epsilon {kernel.epsilon} is too small for costs up to {highest:.3g}: exp(-cost / epsilon) is zero in float32 for whole rows or '
           f'columns; use at least {highest / 80:.2g}')
 
@@ -242,29 +229,48 @@ def importing_ott() -> Iterator[None]:
     yield
 
 
-def _ott() -> tuple[Any, Any]:
-  with importing_ott():
-    from ott.problems.linear import linear_problem
-    from ott.solvers.linear import sinkhorn
-  return linear_problem, sinkhorn
-
-
 @functools.cache
-def _kernel_geometry() -> type:
-  _ott()
-  from ott.geometry import geometry
+def _ott() -> tuple[Any, ...]:
+  """ott's modules, and its solver and geometry with our changes."""
+  with importing_ott():
+    from ott.geometry import geometry
+    from ott.problems.linear import linear_problem
+    from ott.solvers.linear import acceleration, sinkhorn
 
   @jax.tree_util.register_pytree_node_class
   class KernelGeometry(geometry.Geometry):
-    """A geometry that applies its stored kernel as it is; ott's own raises it to a power at every use."""
+    """A geometry with a `StoredKernel`, applied block by block; ott's own raises its kernel to a power at every use."""
 
     @property
-    def kernel_matrix(self) -> jax.Array:
-      return self._kernel_matrix
+    def shape(self) -> tuple[int, int]:
+      return self._kernel_matrix.shape
+
+    @property
+    def dtype(self) -> Any:
+      return jnp.float32
 
     def apply_kernel(self, vec: jax.Array, eps: float | None = None, axis: int = 0) -> jax.Array:
       del eps  # constant here
-      left, right = (self._kernel_matrix, vec) if axis == 1 else (vec, self._kernel_matrix)
-      return jnp.matmul(left, right, precision=jax.lax.Precision.HIGHEST)
+      return self._kernel_matrix.row_sums(vec) if axis == 1 else self._kernel_matrix.column_sums(vec)
 
-  return KernelGeometry
+  @jax.tree_util.register_pytree_node_class
+  class RecentredSinkhorn(sinkhorn.Sinkhorn):
+    """ott's solver, whose potentials are recentred in kernel mode too."""
+
+    def kernel_step(self, ot_prob: Any, state: Any, iteration: int) -> Any:
+      state = super().kernel_step(ot_prob, state, iteration)
+      return state.set(potentials=_recentred(*state.potentials, ot_prob.a, ot_prob.b, ot_prob.tau_a, ot_prob.tau_b))
+
+  return acceleration, linear_problem, RecentredSinkhorn, KernelGeometry
+
+
+def _recentred(u: jax.Array, v: jax.Array, a: jax.Array, b: jax.Array, tau_a: float, tau_b: float) -> tuple[jax.Array, jax.Array]:
+  """u s and v / s with the best s, in closed form (Sejourne, Vialard and Peyre, AISTATS 2022, proposition 2)."""
+  power_a, power_b = 1 / tau_a - 1, 1 / tau_b - 1  # epsilon / rho
+  if power_a + power_b == 0:  # balanced: every s is as good
+    return u, v
+  of_a = jnp.sum(jnp.where(a > 0, a * u**-power_a, 0))  # rows that pad a chunk have no mass
+  # The logarithm of the ratio, which is near one: a difference of logarithms would lose digits.
+  level = jnp.log(of_a / jnp.sum(b * v**-power_b)) / (power_a + power_b)
+  level = jnp.where(jnp.abs(level) > 1e-5, level, 0)  # below that it is mostly rounding of the sums: the iteration itself does the rest
+  return u * jnp.exp(level), v * jnp.exp(-level)

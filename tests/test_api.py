@@ -110,6 +110,7 @@ def test_another_call_in_that_workdir_is_refused(run, sets):
     ft_jax.finetune(**images, **SETTINGS, workdir=run.workdir)
 
 
+@pytest.mark.slow
 def test_the_command_line_gives_the_same_parameters(tmp_path):
   """Bit for bit, and each resumes or shows what the other wrote."""
   env = {**os.environ, 'JAX_NUM_CPU_DEVICES': str(jax.device_count())}
@@ -179,6 +180,7 @@ def test_pretrain_makes_weights(sets, tmp_path):
   assert (tuned.config.model.name, tuned.config.model.width) == ('resnet18', 8)
 
 
+@pytest.mark.slow
 def test_a_call_that_trains_its_weights_first(sets, tmp_path):
   """On the source that it was given."""
   tuned = ft_jax.finetune(**sets, **SETTINGS, weights='pretrain', pretrain={'steps': 2, 'batch_size': 16},
@@ -216,8 +218,9 @@ def test_predictions_are_those_of_the_test_split(run, sets):
   assert run.features(test).shape == (50, 64)
 
 
-def test_no_images(run):
-  assert run.predict([]).probabilities.shape == (0, 10) and run.features([]).shape == (0, 64)
+def test_no_images(run, sets):
+  for none in ([], sets['source'].subset([])):
+    assert run.predict(none).probabilities.shape == (0, 10) and run.features(none).shape == (0, 64)
 
 
 @pytest.mark.parametrize('mode', ['1', 'L', 'LA', 'P', 'PA', 'RGB', 'RGBA', 'CMYK', 'YCbCr', 'LAB', 'HSV', 'I;16'])

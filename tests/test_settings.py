@@ -87,10 +87,10 @@ def door(path: str, config: ConfigDict, folder: pathlib.Path) -> None:
   elif group == 'stability':
     stability.check(config)
   elif group in ('study', 'checkpoints'):
-    study.check(config, history.History('', config.model, None, 0, (history.Kept('epoch 1', 1.0, 1, None, ''),)))
+    study.check(config, history.History('', config.model, None, 0, (history.SavedCheckpoint('epoch 1', 1.0, 1, None, ''),)))
   elif group == 'compare':
     for method in config.compare.methods:
-      finetune.Settings.from_config(compare._one_run(config, method, 0))
+      finetune.Settings.from_config(compare.config_of_run(config, method, 0))
   else:
     finetune.Settings.from_config(config)
   if group in ('target', 'source', 'data_dir'):

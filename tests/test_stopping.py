@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from ft_jax import stopping
+
 ROOT = pathlib.Path(__file__).parents[1]
 # What takes long is a lock that is taken twice, outside of the interpreter, as a compilation is: no handler of Python
 # is called meanwhile.
@@ -82,3 +84,15 @@ def test_a_second_one_leaves_at_once():
   code, printed, messages = end(TRAINING, [signal.SIGINT, signal.SIGINT])
   assert (code, printed) == (130, ['ready', '2']) and 'stopping after this step (SIGINT)' in messages
   assert 'stopped at once' in messages
+
+
+def test_within_another_program_a_signal_never_ends_it():
+  """The first Ctrl-C asks to stop, the second one is an ordinary KeyboardInterrupt; SIGTERM is the program's own."""
+  before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+  with stopping.embedded(), pytest.raises(KeyboardInterrupt, match='the same command resumes'):
+    with stopping.signals() as stop:
+      assert signal.getsignal(signal.SIGTERM) is before[signal.SIGTERM] and not stop()
+      signal.raise_signal(signal.SIGINT)
+      assert stop() and stop.signal == signal.SIGINT
+      signal.raise_signal(signal.SIGINT)
+  assert before == {number: signal.getsignal(number) for number in before}

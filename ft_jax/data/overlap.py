@@ -1,8 +1,9 @@
 """Nothing is trained on, or selected, that the result is measured on: copies of the target's images leave the pool.
 
-One rule: a copy goes where it is worth least. The pool loses every image that the target has (train, val or test), train loses those that
-val or test have, val those that test has; test loses nothing. In the pool nearly the same picture counts as well; within the target, where
-neighbouring frames are common and belong to the data, only the same file or the same pixels.
+One rule: a copy goes where it is worth least. The pool loses every image that the target has (train, val or test),
+train loses those that val or test have, val those that test has; test loses nothing. In the pool nearly the same
+picture counts as well; within the target, where neighbouring frames are common and belong to the data, only the same
+file or the same pixels.
 """
 
 from collections import Counter
@@ -30,7 +31,15 @@ FORMAT_VERSION = 1
 
 
 class Copy(NamedTuple):
-  """An image that is in another split too: its id, the other split and the id there, one of `duplicates.KINDS`, bits that differ."""
+  """An image that is in another split too.
+
+  Attributes:
+    id: of the image.
+    split: the other split.
+    other: its id there.
+    kind: one of `duplicates.KINDS`.
+    distance: bits in which their perceptual hashes differ.
+  """
   id: str
   split: str
   other: str
@@ -60,7 +69,7 @@ class Overlap(NamedTuple):
     return [copy.id for copy in self.found.get(POOL, ())] if self.rule == 'drop' else []
 
   def summary(self) -> dict[str, Any]:
-    """What results.json says of it: the rule, and of each split how many copies of which kind of what, with the first of them."""
+    """What results.json says: the rule, and for each split how many copies of each kind, with the first of them."""
     return {'rule': self.rule, 'found': {
         name: {'images': len(copies), 'kinds': dict(Counter(copy.kind for copy in copies)),
                'of': dict(Counter(copy.split for copy in copies)), 'first': [copy._asdict() for copy in copies[:20]]}
@@ -79,8 +88,8 @@ def find(splits: Splits, pool: ImageSet | None = None, unsampled: Sequence[Image
   Args:
     splits: of the target.
     pool: the pre-training data.
-    unsampled: all images of the target where the splits are a sample of them: for other seeds nothing is hashed, or searched
-      for in the whole pool, again.
+    unsampled: all images of the target where the splits are a sample of them: for other seeds nothing is hashed, or
+      searched for in the whole pool, again.
   """
   target = {f'target {name}': images for name, images in splits._asdict().items() if images is not None}
   searched = list(unsampled) or list(target.values())
@@ -89,8 +98,8 @@ def find(splits: Splits, pool: ImageSet | None = None, unsampled: Sequence[Image
   hashes = {name: everything.subset(np.array([places[i] for i in images.ids.tolist()], np.int64))
             for name, images in target.items()}
   found = {}
-  for name, others in _COPIES_OF.items():
-    others = [other for other in others if other in target]
+  for name, possible in _COPIES_OF.items():
+    others = [other for other in possible if other in target]
     if not others or name == POOL and pool is None:
       continue
     together = _concatenated([hashes[other] for other in others])
@@ -99,15 +108,17 @@ def find(splits: Splits, pool: ImageSet | None = None, unsampled: Sequence[Image
       images, matches = pool, _in_pool(pool, together, everything)
     else:
       images, matches = target[name], duplicates.matches(hashes[name], together, near=False)
-    found[name] = [Copy(str(images.ids[match.row]), *named[match.other], match.kind, match.distance) for match in matches]
+    found[name] = [Copy(str(images.ids[match.row]), *named[match.other], match.kind, match.distance)
+                   for match in matches]
   return {name: [Copy(*copy) for copy in copies] for name, copies in parallel.agreed(found).items() if copies}
 
 
 def settle(work: Workdir, splits: Splits, pool: ImageSet | None, rule: str,
            unsampled: Sequence[ImageSet] = ()) -> Overlap:
-  """The overlap of a run; duplicates.json in its workdir records it, so that a resumed run has the images it started with.
+  """The overlap of a run; duplicates.json in its workdir records it, so that a resumed run has the same images.
 
-  A run with a checkpoint and without that file was started by an earlier version, which did not look for copies: it keeps them.
+  A run with a checkpoint and without that file was started by an earlier version, which did not look for copies: it
+  keeps them.
 
   Args:
     work: the workdir.
@@ -125,7 +136,8 @@ def settle(work: Workdir, splits: Splits, pool: ImageSet | None, rule: str,
   if parallel.agreed(work.has_checkpoint):
     rule = before['rule'] if before else 'keep'
     if not before:
-      log.info('this run was started by an earlier version, which did not look for copies of target images; they are kept')
+      log.info('this run was started by an earlier version, which did not look for copies of target images; they '
+               'are kept')
   found: Mapping[str, list[Copy]] = {}
   if before and before['images'] == images and (rule == 'keep' or before['rule'] != 'keep'):
     found = {name: [Copy(*copy) for copy in copies] for name, copies in before['found'].items()}
@@ -163,7 +175,7 @@ def _in_pool(pool: ImageSet, target: duplicates.Hashes, everything: duplicates.H
 
 
 def resolve(splits: Splits, pool: ImageSet | None, rule: str, found: Mapping[str, list[Copy]]) -> Overlap:
-  """Does with the copies what the rule says, and tells it.
+  """Drops, keeps or refuses copies, as the rule says, and logs them.
 
   Raises:
     ValueError: the rule is 'refuse' and there are copies, or nothing to learn from would be left.
@@ -173,30 +185,33 @@ def resolve(splits: Splits, pool: ImageSet | None, rule: str, found: Mapping[str
     what = ', '.join(f'{duplicates.KINDS[kind]}: {count:,d}' for kind, count in sorted(kinds.items()))
     where = ', '.join(f'{count:,d} of {split}' for split, count in Counter(copy.split for copy in copies).items())
     pairs = ', '.join(f'{copy.id} = {copy.other}' for copy in copies[:3]) + (', ...' if len(copies) > 3 else '')
-    told = f'{name}: {len(copies):,d} images are copies of images of the target ({where}; {what}), such as {pairs}'
+    summary = f'{name}: {len(copies):,d} images are copies of images of the target ({where}; {what}), such as {pairs}'
     if rule == 'refuse':
-      raise ValueError(f"{told}. Remove them, or leave them out with --config.source.duplicates=drop")
-    log.warning('warning: %s; they are %s', told, 'left out' if rule == 'drop' else 'kept, so what is measured may be too good')
+      raise ValueError(f'{summary}. Remove them, or leave them out with --config.source.duplicates=drop')
+    outcome = 'left out' if rule == 'drop' else 'kept, so what is measured may be too good'
+    log.warning('warning: %s; they are %s', summary, outcome)
   if rule != 'drop' or not found:
     return Overlap(splits, pool, rule, dict(found))
   ids = {name: [copy.id for copy in copies] for name, copies in found.items()}
-  train, val = (_without(source, ids.get(f'target {name}', ())) for name, source in (('train', splits.train), ('val', splits.val)))
+  train = _without(splits.train, ids.get('target train', ()))
+  val = _without(splits.val, ids.get('target val', ()))
   if len(lost := np.setdiff1d(splits.train.labels, train.labels)):
-    raise ValueError(f'target train: every image of class {splits.train.class_names[lost[0]]} is in val or test too, so nothing is left to '
-                     'learn it from; remove the copies there, or keep them with --config.source.duplicates=keep')
-  if not len(val):
-    raise ValueError('target val: every image of it is in test too; give another val split (config.target.val), or keep them with '
+    raise ValueError(f'target train: every image of class {splits.train.class_names[lost[0]]} is in val or test too, '
+                     'so nothing is left to learn it from; remove the copies there, or keep them with '
                      '--config.source.duplicates=keep')
+  if not len(val):
+    raise ValueError('target val: every image of it is in test too; give another val split (config.target.val), or '
+                     'keep them with --config.source.duplicates=keep')
   classes: tuple[str, ...] = ()
   if pool is not None and POOL in ids:
     part = _without(pool, ids[POOL])
     if not len(part):
-      raise ValueError(f'{pool.name}: every image of it is in the target too; give other pre-training data (config.source.name), or keep '
-                       'them with --config.source.duplicates=keep')
+      raise ValueError(f'{pool.name}: every image of it is in the target too; give other pre-training data '
+                       '(config.source.name), or keep them with --config.source.duplicates=keep')
     classes = tuple(pool.class_names[k] for k in np.setdiff1d(pool.labels, part.labels))
     if classes:
-      log.warning('warning: %s: no image is left of %d classes, which are left out: %s%s', POOL, len(classes), ', '.join(classes[:3]),
-                  ', ...' if len(classes) > 3 else '')
+      log.warning('warning: %s: no image is left of %d classes, which are left out: %s%s', POOL, len(classes),
+                  ', '.join(classes[:3]), ', ...' if len(classes) > 3 else '')
     pool = part.without(classes)
   return Overlap(splits._replace(train=train, val=val), pool, rule, dict(found), classes)
 

@@ -37,8 +37,8 @@ class SplitSettings:
 
   def __post_init__(self) -> None:
     if self.train_fraction < 1 and self.train_per_class:
-      raise ValueError('config.target.train_fraction and config.target.train_per_class both say how many images are sampled; '
-                       'set one')
+      raise ValueError('config.target.train_fraction and config.target.train_per_class both say how many images are '
+                       'sampled; set one')
     if self.test == 'rest' and not self.samples:
       raise ValueError("config.target.test is 'rest', the images that are not sampled for training, but "
                        'config.target.train_per_class is 0 and train_fraction is 1; set either')
@@ -101,11 +101,12 @@ def open_splits(settings: SplitSettings, data_dir: str, seed: int,
     settings: which images they are.
     data_dir: where prepared sets are.
     seed: of the images that are sampled or split off.
-    images: image sets in place of what `settings` names: train, and val and test if there are any; test may also be 'rest'.
+    images: image sets in place of what `settings` names: train, and val and test if there are any; test may also be
+      'rest'.
 
   Raises:
-    ValueError: a set, split or folder that does not exist or has no classes, or splits of different classes or with images
-      in common.
+    ValueError: a set, split or folder that does not exist or has no classes, or splits of different classes or with
+      images in common.
   """
   named = settings if images is None else settings.of_given(images)
 
@@ -126,7 +127,9 @@ def open_splits(settings: SplitSettings, data_dir: str, seed: int,
     test = rest if named.test == 'rest' else opened(named.test)
   log_unused(named.name, [split.unused for split in (train, val, test) if split is not None])
   if test is not None and not len(test):
-    sampled = f'train_per_class {named.train_per_class}' if named.train_per_class else f'train_fraction {named.train_fraction}'
+    sampled = f'train_fraction {named.train_fraction}'
+    if named.train_per_class:
+      sampled = f'train_per_class {named.train_per_class}'
     raise ValueError(f'{train.name}: {sampled} leaves no image for test')
   for other in (val, test):
     if other is not None and other.class_names != train.class_names:
@@ -134,8 +137,9 @@ def open_splits(settings: SplitSettings, data_dir: str, seed: int,
                        + class_difference(train.name, train.class_names, other.name, other.class_names))
   for one, other in ((train, val), (train, test), (val, test)):
     if other is not None and (shared := set(one.ids.tolist()) & set(other.ids.tolist())):
-      raise ValueError(f'{one.name} and {other.name} share {len(shared):,d} images, such as {min(shared)}; what is measured on images '
-                       'that were trained on means nothing. Give slices that do not overlap, such as train[:80%] and train[80%:]')
+      raise ValueError(f'{one.name} and {other.name} share {len(shared):,d} images, such as {min(shared)}; what is '
+                       'measured on images that were trained on means nothing. Give slices that do not overlap, such '
+                       'as train[:80%] and train[80%:]')
   return Splits(train, val, test)
 
 
@@ -151,9 +155,10 @@ def unsampled_sets(settings: SplitSettings, data_dir: str, images: Given | None 
 
 def _labelled(source: ImageSet) -> ImageSet:
   if source.class_names == (UNLABELLED,):
-    raise ValueError(f'{source.name} holds no class folders but {len(source):,d} images, so their classes are not known; expected '
-                     '<class>/<image> in it: classes are read from the names of folders, not from a table (docs/data.md turns a .csv into '
-                     'folders). Images without classes can be a pool: config.source.name with methods.fixmatch')
+    raise ValueError(f'{source.name} holds no class folders but {len(source):,d} images, so their classes are not '
+                     'known; expected <class>/<image> in it: classes are read from the names of folders, not from a '
+                     'table (docs/data.md turns a .csv into folders). Images without classes can be a pool: '
+                     'config.source.name with methods.fixmatch')
   return source
 
 
@@ -170,9 +175,9 @@ def check_classes(splits: Splits, without: str = '') -> None:
   """
   train = splits.train
   if len(train.class_names) < 2:
-    raise ValueError(f'{train.name} has one class, {train.class_names[0]!r}, so a classifier is always right and learns '
-                     'nothing; expected at least two classes (to tell one class from everything else, add a class of other '
-                     'images)')
+    raise ValueError(f'{train.name} has one class, {train.class_names[0]!r}, so a classifier is always right and '
+                     'learns nothing; expected at least two classes (to tell one class from everything else, add a '
+                     'class of other images)')
   if not (missing := _classes_without_images(train)):
     return
   named = f'{train.name}: no training image of {_class_list(missing)}'
@@ -183,8 +188,8 @@ def check_classes(splits: Splits, without: str = '') -> None:
   counts = [f'{split} {np.sum(source.labels == first)}' for split, source in splits._asdict().items()
             if source is not None]
   leave_out = f"--config.{without}=\"({', '.join(map(repr, missing[:5]))},)\""
-  raise ValueError(f'{named} (images of {missing[0]!r}: {", ".join(counts)}); add images, use a larger slice for train, or '
-                   f'leave such classes out: {leave_out}')
+  raise ValueError(f'{named} (images of {missing[0]!r}: {", ".join(counts)}); add images, use a larger slice for '
+                   f'train, or leave such classes out: {leave_out}')
 
 
 def log_classes_not_evaluated(splits: Splits) -> None:
@@ -204,11 +209,12 @@ def _class_list(names: Sequence[str]) -> str:
   return f'class {names[0]!r}' if len(names) == 1 else f'{len(names)} classes: {listed(map(repr, names))}'
 
 
-def drop_unreadable(splits: Splits, what: str, on_error: str, pool: ImageSet | None = None) -> tuple[Splits, ImageSet | None, dict[str, list[str]]]:
+def drop_unreadable(splits: Splits, what: str, on_error: str,
+                    pool: ImageSet | None = None) -> tuple[Splits, ImageSet | None, dict[str, list[str]]]:
   """The images that can be read, and the ids of those that cannot.
 
-  With `on_error` 'raise' nothing is tried: the first image that cannot be read ends the run when its turn comes. Links to
-  files that are not there are known already, and end it here.
+  With `on_error` 'raise' nothing is tried: the first image that cannot be read ends the run when its turn comes. Links
+  to files that are not there are known already, and end it here.
 
   Args:
     splits: of `target` or `source`, which `what` says.
@@ -220,24 +226,32 @@ def drop_unreadable(splits: Splits, what: str, on_error: str, pool: ImageSet | N
     The splits, the pool, and the ids of such images by the name of the split: `target train`, ... `source pool`.
 
   Raises:
-    ValueError: with 'raise' an image that is a link to a file that is not there; with 'skip' a class without an image left.
+    ValueError: with 'raise' an image that is a link to a file that is not there; with 'skip' a class without an image
+      left.
   """
   named = {**{f'{what} {split}': source for split, source in splits._asdict().items()}, 'source pool': pool}
   if on_error == 'raise':
     for source in named.values():
       _check_links(source)
     return splits, pool, {}
-  tried = {name: unreadable.drop(source, name, name.endswith(('train', 'pool'))) if source is not None else (None, [])
-           for name, source in named.items()}
-  *kept, pool = (source for source, _ in tried.values())
-  return Splits(*kept), pool, {name: ids for name, (_, ids) in tried.items() if ids}
+  readable: dict[str, ImageSet] = {}
+  skipped: dict[str, list[str]] = {}
+  for name, images in named.items():
+    if images is not None:
+      readable[name], ids = unreadable.drop(images, name, name.endswith(('train', 'pool')))
+      if ids:
+        skipped[name] = ids
+  left = Splits(readable[f'{what} train'], readable[f'{what} val'], readable.get(f'{what} test'))
+  return left, readable.get('source pool'), skipped
 
 
 def _check_links(source: ImageSet | None) -> None:
-  broken = sorted(source.broken.intersection(source.ids.tolist())) if source is not None and source.broken else []
-  if broken:
-    raise ValueError(f'{source.name}: {len(broken):,d} of {len(source):,d} images are links to files that are not there, such '
-                     f'as {broken[0]}; restore the files, remove the links, or skip them with --config.data.on_error=skip')
+  if source is None or not source.broken:
+    return
+  if broken := sorted(source.broken.intersection(source.ids.tolist())):
+    raise ValueError(f'{source.name}: {len(broken):,d} of {len(source):,d} images are links to files that are not '
+                     f'there, such as {broken[0]}; restore the files, remove the links, or skip them with '
+                     '--config.data.on_error=skip')
 
 
 def split_fingerprints(splits: Splits) -> dict[str, str | None]:
@@ -260,5 +274,5 @@ def cache_in_memory(splits: Splits, what: str, wanted: bool) -> Splits:
   """Where that is wanted, the splits with their decoded images kept in memory; test is read once and is not kept."""
   if not wanted:
     return splits
-  kept = cached({f'{what} train': splits.train, f'{what} val': splits.val})
-  return Splits(*kept.values(), splits.test)
+  train, val = cached({f'{what} train': splits.train, f'{what} val': splits.val}).values()
+  return Splits(train, val, splits.test)

@@ -64,7 +64,8 @@ def describe(run: trained.Trained, today: datetime.date) -> dict[str, Any]:
   """What a user of the files has to know, as JSON."""
   transform, classes = run.transform, len(run.class_names)
   steps = [
-      f'decode to RGB, turned as its EXIF tag says, and scale to a short side of {transform.short_side} pixels (antialiased bilinear)',
+      f'decode to RGB, turned as its EXIF tag says, and scale to a short side of {transform.short_side} pixels '
+      '(antialiased bilinear)',
       f'crop the center, {transform.size} x {transform.size}',
       'model.stablehlo takes these uint8 pixels [b, h, w, 3] as they are',
       'model.safetensors takes (pixels / 255 - mean) / std, as [b, 3, h, w]',
@@ -98,7 +99,9 @@ def safetensors_file(run: trained.Trained, about: dict[str, Any]) -> bytes:
 
 
 def stablehlo_file(run: trained.Trained) -> bytes:
-  """uint8 images `[b, h, w, 3]` to `{'logits', 'probabilities'}` `[b, K]`, for any b and all `PLATFORMS`, with the weights inside."""
+  """uint8 images `[b, h, w, 3]` to `{'logits', 'probabilities'}` `[b, K]`, for any b and all `PLATFORMS`, with the
+  weights inside.
+  """
   # What is fastest here may be slow there, and the exported function would keep it.
   model = run.model.clone(portable=True)
 
@@ -134,8 +137,10 @@ def notes(run: trained.Trained, about: dict[str, Any], folder: epath.Path) -> di
       'model.stablehlo': [
           f'for jax on {", ".join(PLATFORMS)}: uint8 [b, {size}, {size}, 3] to logits and probabilities [b, {classes}]',
           f"jax.export.deserialize(open({path['model.stablehlo']!r}, 'rb').read()).call(images)",
-          f'jax {stablehlo["jax"]} (calling convention {stablehlo["calling_convention_version"]}) reads it; newer versions are guaranteed',
-          f'to read it if they were released within {READABLE_MONTHS} months of that one, so until {stablehlo["readable_until"]}',
+          f'jax {stablehlo["jax"]} (calling convention {stablehlo["calling_convention_version"]}) reads it; newer '
+          'versions are guaranteed',
+          f'to read it if they were released within {READABLE_MONTHS} months of that one, so until '
+          f'{stablehlo["readable_until"]}',
           'at the latest; export again by then (model.safetensors does not expire)'],
       'classes.txt': ['the classes, one a line'],
       'model.json': ['the same and how images are prepared, the network, its accuracy'],

@@ -39,7 +39,7 @@ from ft_jax.settings import check_fields
 from ft_jax.training import fit, initial_weights
 from ft_jax.training.initial_weights import Weights
 from ft_jax.training.settings import log_doubts, own_params, Trainable, Training
-from ft_jax.workdir import Workdir, write_results
+from ft_jax.workdir import read_json, Workdir, write_results
 import selection
 from selection import storage
 from selection.result import NOUNS
@@ -109,15 +109,17 @@ class Settings:
     """
     check_fields(config)
     if not config.target.name and not target_given:
-      raise ValueError('config.target.name is empty; name your images, such as folder:/data/pets or tfds:oxford_iiit_pet')
+      raise ValueError('config.target.name is empty; name your images, such as folder:/data/pets or '
+                       'tfds:oxford_iiit_pet')
     target = SplitSettings.from_config(config.target)
     chosen = SelectionSettings.from_config(config.selection)
     if chosen.used and not config.source.name and not source_given:
       raise ValueError(f'config.selection.method is {chosen.method!r} but config.source.name is empty; '
                        'name the pre-training data, or use --config.selection.method=none')
     if chosen.projects and (config.model.weights in ('', 'pretrain') or config.model.weights.startswith('timm:')):
-      raise ValueError(f"config.selection.features is 'projection', which config.model.weights {config.model.weights!r} do "
-                       "not have; give MoCo-v2's .pth.tar, or use --config.selection.features=pooled")
+      raise ValueError(f"config.selection.features is 'projection', which config.model.weights "
+                       f"{config.model.weights!r} do not have; give MoCo-v2's .pth.tar, or use "
+                       "--config.selection.features=pooled")
     overlap.check(config.source.duplicates)
     label_noise = noise.NoiseSettings.from_config(config.noise)
     reading = Reading.from_config(config.data)
@@ -129,9 +131,12 @@ class Settings:
     training = Training.from_config(config.train, config.target.metric)
     source_batch = _source_batch(config.source_ratio, training) if chosen.used else 0
     model, trainable = _model(config, active, training, source_batch)
-    pretraining = pretrain.Settings.from_config(_pretrain_config(config)) if config.model.weights == 'pretrain' else None
+    pretraining = None
+    if config.model.weights == 'pretrain':
+      pretraining = pretrain.Settings.from_config(_pretrain_config(config), source_given)
     return cls(
-        fields=config.to_dict(), seed=config.seed, data_dir=config.data_dir, target=target, balanced=config.target.balanced,
+        fields=config.to_dict(), seed=config.seed, data_dir=config.data_dir, target=target,
+        balanced=config.target.balanced,
         source=SplitSettings.from_config(config.source), duplicates=config.source.duplicates, noise=label_noise,
         reading=reading, transform=transform, methods=active, model=model, weights=config.model.weights,
         source_head=config.model.source_head, training=training, trainable=trainable, selection=chosen,
@@ -211,9 +216,11 @@ def fine_tune(settings: Settings, workdir: epath.PathLike, embeddings: epath.Pat
   sets = _open_sets(settings, work, target, source, check=not done)
   if not done:
     weights = _weights(settings, work, sets, source)
+    # Embeddings of target and source, and the selection.
     folder = storage.located(settings.embeddings_dir or embeddings or work.embeddings)
     chosen = _select(settings, work, sets, weights, folder)
     embedding.remove_partial(work.unfinished)
+    # Joint fine-tuning, from the first batch to the test split.
     streams = _streams(settings, sets, chosen)
     network = _network(settings, sets, weights)
     data = fit.TrainingData(streams, sets.splits, settings.transform, settings.seed, settings.reading.timeout,
@@ -228,20 +235,21 @@ def fine_tune(settings: Settings, workdir: epath.PathLike, embeddings: epath.Pat
 def _source_batch(ratio: float, training: Training) -> int:
   size = ratio * training.batch_size
   if not 1 <= size < 2**31 or size != round(size):
-    raise ValueError(f'config.source_ratio {ratio} of batch {training.batch_size} is {size} source images a step; expected a '
-                     'whole number from 1 (config.selection.method=none trains without)')
+    raise ValueError(f'config.source_ratio {ratio} of batch {training.batch_size} is {size} source images a step; '
+                     'expected a whole number from 1 (config.selection.method=none trains without)')
   training.check_batch(round(size), 'config.source_ratio * config.train.batch_size')
   return round(size)
 
 
 def _model(config: ConfigDict, active: Mapping[str, Method], training: Training,
            source_batch: int) -> tuple[Network, Trainable]:
-  """The network with all of its heads, and what training does to it; raises ValueError where they or methods do not fit."""
+  """The network with all of its heads, and what training does to it; raises ValueError where methods do not fit."""
   network = models.from_config(config.model, {}, config.image_size, config.train.freeze)
   needs = methods.all_needs(active, network)
   unlabelled = _unlabelled(active)
   if unlabelled and config.model.source_head == 'pretrained':
-    raise ValueError(f"config.model.source_head is 'pretrained', but with methods.{unlabelled} source images have no labels "
+    raise ValueError(f"config.model.source_head is 'pretrained', but with methods.{unlabelled} source images have no "
+                     "labels "
                      'and there is no head for their classes; use --config.model.source_head=fresh')
   heads = ['target']
   heads += ['source'] if source_batch and not unlabelled else []
@@ -249,9 +257,9 @@ def _model(config: ConfigDict, active: Mapping[str, Method], training: Training,
   heads += ['pretrained'] if needs.trained_classifier else []
   model = network.clone(heads=dict.fromkeys(heads, UNKNOWN))
   context = methods.SetupContext(
-      model=model, classes=UNKNOWN, labels=NO_LABELS, true_labels=NO_LABELS,
-      batch_size=training.batch_size, seed=config.seed, pretrained=bool(config.model.weights), has_source=source_batch > 0,
-      start={}, batches=lambda split, rows=None: [])
+      model=model, classes=UNKNOWN, labels=NO_LABELS, true_labels=NO_LABELS, batch_size=training.batch_size,
+      seed=config.seed, pretrained=bool(config.model.weights), has_source=source_batch > 0, start={},
+      batches=lambda split, rows=None: [])
   methods.check(active, context)
   sizes = {'target': training.batch_size, 'source': source_batch}
   images = sum(sizes.values()) + sum(sizes[view.stream] for view in needs.forwarded_views)
@@ -268,7 +276,8 @@ def _unlabelled(active: Mapping[str, Method]) -> str:
 def _pretrain_config(config: ConfigDict) -> ConfigDict:
   """The config of a run's own pre-training: only the fields that it depends on, so that it stays when others change."""
   fields = config.to_dict()
-  own = ConfigDict({name: fields[name] for name in ('seed', 'data_dir', 'image_size', 'source', 'model', 'augment', 'data')})
+  needed = ('seed', 'data_dir', 'image_size', 'source', 'model', 'augment', 'data')
+  own = ConfigDict({name: fields[name] for name in needed})
   own.job, own.train, own.model.weights = 'pretrain', fields['pretrain'], ''
   own.model.source_head, own.model.batch_norm = 'fresh', 'train'
   own.data.cache = False  # that is for the target: the pool is large
@@ -290,7 +299,7 @@ def _open_sets(settings: Settings, work: Workdir, target: Given | None, source: 
   pool = None
   # Plain fine-tuning uses nothing of the pre-training data, which need not be there.
   if settings.uses_source:
-    pool = open_set(settings.source.name, settings.source.train, settings.data_dir) if source is None else source['train']
+    pool = source['train'] if source else open_set(settings.source.name, settings.source.train, settings.data_dir)
   if check:
     settings.check_sets(splits, pool)
   splits, readable, skipped = drop_unreadable(splits, 'target', settings.reading.on_error,
@@ -340,7 +349,7 @@ def _log_sets(splits: Splits, pool: ImageSet | None) -> None:
 
 
 def _weights(settings: Settings, work: Workdir, sets: Sets, source: Given | None) -> Weights | None:
-  """The pre-trained variables, with the source head where it is to come from them; pre-trains where the config says so."""
+  """The pre-trained variables, with the source head where it comes from them; pre-trains where the config says so."""
   if not settings.weights:
     log.warning('warning: config.model.weights is empty, so the network starts from random weights')
     return None
@@ -377,7 +386,8 @@ def _encoder(settings: Settings, weights: Weights | None, folder: epath.Path,
     variables['projection'] = weights.variables['projection']
   random = ''
   if not weights:  # another jax may draw other numbers by the same seed
-    random = f'{initial_weights.drawn(settings.seed)} by jax {jax.__version__}, {" ".join(map(str, network.options.values()))}'
+    options = ' '.join(map(str, network.options.values()))
+    random = f'{initial_weights.drawn(settings.seed)} by jax {jax.__version__}, {options}'
   return embedding.Encoder(settings.fields['model']['name'], network, variables, settings.transform,
                            settings.training.batch_size, settings.reading.timeout, folder, unfinished, random)
 
@@ -388,12 +398,14 @@ def _streams(settings: Settings, sets: Sets, chosen: selection.Selection | None)
   if chosen is None or sets.pool is None:
     return streams
   pool = sets.pool
-  images = pool.of_classes(chosen.classes) if chosen.by == 'class' else pool.subset(chosen.rows)
+  rows = np.zeros(0, int) if chosen.rows is None else chosen.rows
+  images = pool.of_classes(chosen.classes) if chosen.by == 'class' else pool.subset(rows)
   if not len(images):
     raise ValueError(f'the selection ({settings.selection.file or "selection.json"}) has no image of {pool.name}; '
                      'select again, or train without: --config.selection.method=none')
   if not settings.labelled_source:
-    log.info('source images take part without labels, by methods.%s: config.source_weight and a source head are not used',
+    log.info('source images take part without labels, by methods.%s: config.source_weight and a source head are '
+             'not used',
              _unlabelled(settings.methods))
   elif len(present := np.unique(images.labels)) == 1:
     log.warning('warning: all source images are of one class, %s, so their labels teach nothing; choose more '
@@ -443,4 +455,4 @@ def _write_report(work: Workdir, sets: Sets) -> dict[str, Any]:
   if sets.pool is not None and work.selection_json.exists():
     section = selection_section(sets.splits.train, sets.pool, selecting.load(work, sets.pool))
   report.write(work, section, duplicate_pairs(sets.copies, sets.opened))
-  return work.results()
+  return read_json(work.results_json)

@@ -27,14 +27,18 @@ SHOWN = 100
 
 
 class Predictions(NamedTuple):
-  """Of the images that could be read: their ids `[n]`, the likeliest classes int `[n, top]` and their probabilities `[n, top]`."""
+  """Of the images that could be read: their ids `[n]`, the likeliest classes int `[n, top]` and their probabilities
+  `[n, top]`.
+  """
   ids: list[str]
   classes: np.ndarray
   probabilities: np.ndarray
 
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
-  """Writes predictions.csv and contact_sheet.png; returns the numbers of images and, where folders name classes, the accuracy."""
+  """Writes predictions.csv and contact_sheet.png; returns the numbers of images and, where folders name classes, the
+  accuracy.
+  """
   check_fields(config)
   Reading.from_config(config.data)
   if jax.process_count() > 1:
@@ -65,7 +69,8 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
 
 def predict(run: trained.Trained, source: ImageSet, top: int, skip: bool,
             timeout: float = TIMEOUT) -> tuple[Predictions, dict[str, str]]:
-  """The likeliest classes of each image, and {id: what is wrong} of those that cannot be read, where `skip` leaves them out.
+  """The likeliest classes of each image, and {id: what is wrong} of those that cannot be read, where `skip` leaves them
+  out.
 
   Raises:
     ValueError: an image that cannot be read, by name.
@@ -107,7 +112,8 @@ class _Tolerant(Transform):
 
 def table(names: list[str], found: Predictions, problems: dict[str, str] | None, class_names: tuple[str, ...],
           truth: list[int] | None) -> str:
-  """CSV text, one row a name: file, class_1, probability_1, ..., true_class (where known), problem (where images may be left out).
+  """CSV text, one row a name: file, class_1, probability_1, ..., true_class (where known), problem (where images may be
+  left out).
 
   What a spreadsheet would take for a formula begins with an apostrophe (`names.cell`).
   """
@@ -126,7 +132,9 @@ def table(names: list[str], found: Predictions, problems: dict[str, str] | None,
 
 
 def _true_classes(ids: list[str], class_names: tuple[str, ...]) -> list[int] | None:
-  """The classes that the folders of all images name, those of ImageNet also by WordNet ids; None where any is in another folder."""
+  """The classes that the folders of all images name, those of ImageNet also by WordNet ids; None where any is in
+  another folder.
+  """
   numbers = {name: k for k, name in enumerate(class_names)}
   numbers = {wnid: numbers[name] for wnid, name in imagenet.names().items() if name in numbers} | numbers
   parents = [name.rpartition('/')[0].rpartition('/')[2] for name in ids]

@@ -1,4 +1,4 @@
-"""Job pretrain: supervised pre-training on `config.source`; its workdir can then be the `model.weights` of other runs."""
+"""Job pretrain: supervised pre-training on `config.source`; its workdir can be the `model.weights` of other runs."""
 
 from collections.abc import Mapping, Sequence
 import dataclasses
@@ -31,7 +31,7 @@ from ft_jax.settings import check_fields
 from ft_jax.training import fit, initial_weights
 from ft_jax.training.initial_weights import Weights
 from ft_jax.training.settings import log_doubts, Trainable, Training
-from ft_jax.workdir import Workdir, write_results
+from ft_jax.workdir import read_json, Workdir, write_results
 
 # How many classes the source has is not known before it is opened; it changes nothing that is refused before.
 UNKNOWN = 2
@@ -73,23 +73,26 @@ class Settings:
     if not config.source.name and not source_given:
       raise ValueError('config.source.name is empty; name the data to pre-train on')
     if config.model.weights == 'pretrain':
-      raise ValueError("config.model.weights is 'pretrain', which is what this job does; use --config.model.weights= for a "
+      raise ValueError("config.model.weights is 'pretrain', which is what this job does; use "
+                       "--config.model.weights= for a "
                        'fresh network')
     # The pre-training within a fine-tuning has neither field.
     if on := methods.active(config.methods.to_dict() if 'methods' in config else {}):
-      raise ValueError(f'config.methods.{next(iter(on))} is switched on, which is for fine-tuning and not for job pretrain')
+      raise ValueError(f'config.methods.{next(iter(on))} is switched on, which is for fine-tuning and not for job '
+                       'pretrain')
     if 'noise' in config and (config.noise.kind or config.noise.rate):
-      raise ValueError(f'config.noise.kind is {config.noise.kind!r}, which is for the target of a fine-tuning and not for '
-                       'job pretrain')
+      raise ValueError(f'config.noise.kind is {config.noise.kind!r}, which is for the target of a fine-tuning and '
+                       'not for job pretrain')
     initial_weights.check_weights(config.model)
     training = Training.from_config(config.train)
     model = models.from_config(config.model, {'source': UNKNOWN}, config.image_size, config.train.freeze)
     fresh = ('source',) if config.model.weights and config.model.source_head == 'fresh' else ()
     trainable = Trainable.of(training, model, training.batch_size, fresh=fresh)
     return cls(
-        fields=config.to_dict(), seed=config.seed, data_dir=config.data_dir, source=SplitSettings.from_config(config.source),
-        reading=Reading.from_config(config.data), transform=make_transform(config.image_size, config.augment), model=model,
-        weights=config.model.weights, source_head=config.model.source_head, training=training, trainable=trainable)
+        fields=config.to_dict(), seed=config.seed, data_dir=config.data_dir,
+        source=SplitSettings.from_config(config.source), reading=Reading.from_config(config.data),
+        transform=make_transform(config.image_size, config.augment), model=model, weights=config.model.weights,
+        source_head=config.model.source_head, training=training, trainable=trainable)
 
   def without(self, classes: Sequence[str]) -> 'Settings':
     """The same without some classes of the source."""
@@ -136,8 +139,9 @@ def pretrain(settings: Settings, workdir: epath.PathLike, left_out: Sequence[str
     write_results(work, {'job': 'pretrain', **results, 'source': about, 'skipped': skipped_summary(skipped),
                          'weights': weights.about if weights else None})
   elif done['source'].get('left_out', _summary(())) != _summary(left_out):
-    raise ValueError(f'{work.path} holds a pre-training that left out other copies of target images than this run does; '
-                     'move that folder away to pre-train again, or set config.source.duplicates to what it was')
+    raise ValueError(f'{work.path} holds a pre-training that left out other copies of target images than this '
+                     'run does; move that folder away to pre-train again, or set config.source.duplicates to what it '
+                     'was')
   done = parallel.agreed(lambda: _write_report(work))
   log.info('pre-trained weights: %s', work.path)
   return done
@@ -167,8 +171,8 @@ def _weights(settings: Settings, splits: Splits) -> Weights | None:
   if not settings.weights:
     return None
   class_names = splits.train.class_names if settings.source_head == 'pretrained' else None
-  return initial_weights.load_weights(settings.weights, settings.model, classes=len(class_names) if class_names else None,
-                                      class_names=class_names)
+  classes = len(class_names) if class_names else None
+  return initial_weights.load_weights(settings.weights, settings.model, classes=classes, class_names=class_names)
 
 
 def _summary(left_out: Sequence[str]) -> dict[str, Any]:
@@ -180,4 +184,4 @@ def _write_report(work: Workdir) -> dict[str, Any]:
   """Writes the report of a finished run where it is not there; returns its results."""
   if not work.report_html.exists():
     report.write(work)
-  return work.results()
+  return read_json(work.results_json)

@@ -1,4 +1,6 @@
-"""Job stability: how flat the minimum is that a run found, and how far it lies from its start; a page, a table, the numbers."""
+"""Job stability: how flat the minimum is that a run found, and how far it lies from its start; a page, a table, the
+numbers.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 import json
@@ -90,7 +92,8 @@ def open_images(config: ConfigDict, run: trained.Trained) -> tuple[str, ImageSet
   splits = open_splits(SplitSettings.from_config(fields), config.data_dir or run.config.data_dir, run.config.seed)
   splits, _, _ = drop_unreadable(splits, run.head, run.config.get('data', {}).get('on_error', 'raise'))
   if splits.train.class_names != run.class_names:
-    raise ValueError(f'{splits.train.name} has other classes than the run in {run.path}; bring its images back (config.data_dir is where a '
+    raise ValueError(f'{splits.train.name} has other classes than the run in {run.path}; bring its images back '
+                     '(config.data_dir is where a '
                      'relative folder: path starts)')
   split, images = ('val', splits.val) if splits.test is None else ('test', splits.test)
   wanted = config.stability.images
@@ -100,7 +103,9 @@ def open_images(config: ConfigDict, run: trained.Trained) -> tuple[str, ImageSet
 
 
 def find_start(run: trained.Trained) -> Start:
-  """The parameters that the run started with: in its checkpoint where a method kept them, else in the weights that its config names."""
+  """The parameters that the run started with: in its checkpoint where a method kept them, else in the weights that its
+  config names.
+  """
   if kept := load_start(run.path):
     return Start(kept['params'], 'the checkpoint, which has them')
   name = run.config.model.weights
@@ -126,7 +131,8 @@ def read_crops(images: ImageSet, run: trained.Trained, timeout: float = TIMEOUT)
   devices = jax.device_count()
   needed, free = 3 * run.transform.size ** 2 * len(images), free_memory()
   if needed > MOST_MEMORY * free:
-    raise ValueError(f'config.stability.images: the crops of {len(images):,d} images take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB '
+    raise ValueError(f'config.stability.images: the crops of {len(images):,d} images take {needed / 1e9:.1f} GB, and '
+                     f'{free / 1e9:.1f} GB '
                      'of memory are free; take fewer images')
   batches = EvalBatches(images, run.transform, devices * min(MOST_IMAGES, -(-len(images) // devices)), timeout)
   return list(progress.bar(batches, 'reading', len(batches)))
@@ -148,7 +154,8 @@ def format_results(results: Mapping[str, Any]) -> Iterator[str]:
     yield (f'noise stability: {format_with_error(noise)}, the rise of the loss under noise of {noise["sigma"]:g} '
            f'({len(noise["differences"])} perturbed networks){predicted}')
   if trace:
-    yield (f'trace of the Hessian: {format_with_error(trace["all"])}, of the perturbed weights {format_with_error(trace["perturbed"])} '
+    yield (f'trace of the Hessian: {format_with_error(trace["all"])}, of the perturbed weights '
+           f'{format_with_error(trace["perturbed"])} '
            f'({trace["vectors"]} random vectors{"" if trace["settled"] else ", not settled"})')
   yield from _format_stages(results['stages'])
 

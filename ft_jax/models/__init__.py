@@ -28,7 +28,8 @@ def build(name: str, heads: Mapping[str, int], *, size: int = 224, dtype: Any = 
     **options: of `OPTIONS`; those that the family does not have must be at their defaults.
 
   Raises:
-    ValueError: an unknown name, an option or BatchNorm setting that the family does not have or whose value is wrong, a wrong pattern.
+    ValueError: an unknown name, an option or BatchNorm setting that the family does not have or whose value is wrong, a
+      wrong pattern.
   """
   if name not in NETWORKS:
     raise ValueError(f'model.name is {name!r}; known: {", ".join(NETWORKS)}')
@@ -70,7 +71,8 @@ def _pattern(frozen: str) -> str:
   try:
     re.compile(pattern)
   except re.error as error:
-    raise ValueError(f'train.freeze is {frozen!r}; expected {", ".join(FROZEN)}, or a regular expression of paths of parameters ({error})'
+    raise ValueError(f'train.freeze is {frozen!r}; expected {", ".join(FROZEN)}, or a regular expression of paths of '
+                     f'parameters ({error})'
                      ) from error
   return pattern
 

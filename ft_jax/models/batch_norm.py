@@ -7,8 +7,8 @@ import jax
 
 
 class BatchNorm(nn.BatchNorm):
-  """flax's, with torch's running variance: that of the batch times n / (n - 1), where n is its number of pixels (of all devices
-  where they share statistics). A batch is normalised with the variance itself in both.
+  """flax's, with torch's running variance: that of the batch times n / (n - 1), where n is its number of pixels (of all
+  devices where they share statistics). A batch is normalised with the variance itself in both.
 
   It matters where n is small: at 2x2 pixels and 8 images it changes every update by a thirty-second.
 

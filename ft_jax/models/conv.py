@@ -1,9 +1,9 @@
 """2-D convolution and max-pooling with gradients that are fast on the CPU too.
 
-XLA's CPU convolution is a good one at large images and collapses in two places that every ResNet visits: at tiny spatial
-sizes (3x3, 512 channels, 2x2 pixels: about a hundred times the time of the same matrix product) and in the input gradient
-of a strided convolution. Both are written here as im2col and one matrix product. The gradient of its max-pooling runs on one
-core; here it is nine shifted maxima. Everything else, and every other backend, uses XLA's own.
+XLA's CPU convolution is a good one at large images and collapses in two places that every ResNet visits: at tiny
+spatial sizes (3x3, 512 channels, 2x2 pixels: about a hundred times the time of the same matrix product) and in the
+input gradient of a strided convolution. Both are written here as im2col and one matrix product. The gradient of its
+max-pooling runs on one core; here it is nine shifted maxima. Everything else, and every other backend, uses XLA's own.
 `benchmarks/resnet_step.py` prints what it is worth.
 """
 
@@ -94,7 +94,8 @@ def max_pool_xla(x: jax.Array) -> jax.Array:
 
 
 def _shifted(x: jax.Array, size: int, stride: int, padding: float) -> list[jax.Array]:
-  """The image under each of the size * size positions of a window: each `[b, ceil(h / stride), ceil(w / stride), c]`."""
+  """The image under each of the size * size positions of a window: each `[b, ceil(h / stride), ceil(w / stride), c]`.
+  """
   pad = size // 2
   b, h, w, c = x.shape
   x = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)), constant_values=padding)

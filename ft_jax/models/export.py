@@ -18,8 +18,8 @@ def state_dict(network: Network, variables: Mapping[str, Any], head: str | None)
     head: the classifier that is kept (`fc` in torchvision's ResNets); the others are left out. None leaves out all.
 
   Returns:
-    Arrays by name, with torch's order of axes (`layer1.0.conv1.weight` `[out, in, h, w]`, `fc.weight` `[K, d]`), contiguous.
-    `num_batches_tracked`, which torch counts and does not use, is 0.
+    Arrays by name, with torch's order of axes (`layer1.0.conv1.weight` `[out, in, h, w]`, `fc.weight` `[K, d]`),
+    contiguous. `num_batches_tracked`, which torch counts and does not use, is 0.
   """
   state = {}
   for path, value in flax.traverse_util.flatten_dict(dict(variables), sep='/').items():

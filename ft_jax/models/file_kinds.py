@@ -128,6 +128,7 @@ _TEXTS: tuple[tuple[str, str], ...] = (
     (r'(?:<\?xml[^>]*>\s*|<!--.*?-->\s*)*<(?:!doctype\s+html|html|head|body|script|meta|title)'
      r'(?:.*?<title[^>]*>(.*?)</title>)?',
      f'is a web page{{}} and not weights; {_AGAIN}: some sites ask first (log in, accept terms, confirm a large file)'),
-    (r'\{.*?"weight_map"', 'is the index of weights split over several files, which are not read; save them as one file'),
+    (r'\{.*?"weight_map"', 'is the index of weights split over several files, which are not read; save them as one '
+                           'file'),
     (r'[\[{]', f'is JSON and not weights; {EXPECTED}'),
 )

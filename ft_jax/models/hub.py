@@ -58,7 +58,8 @@ def fetch(repo: Repo, *, endpoint: str | None = None, cache_dir: str | os.PathLi
     cache_dir: None is huggingface_hub's own, or a temporary folder where there is no home directory for it.
 
   Raises:
-    ValueError: no such repository or revision, no access, no safetensors file in it, no network, or an interrupted download.
+    ValueError: no such repository or revision, no access, no safetensors file in it, no network, or an interrupted
+      download.
   """
   _ensure_home()
   import huggingface_hub
@@ -88,13 +89,16 @@ def fetch(repo: Repo, *, endpoint: str | None = None, cache_dir: str | os.PathLi
 
 @functools.cache
 def _ensure_home() -> None:
-  """Where there is no home directory, huggingface_hub would write to a folder named `~`: it gets one for the time of this process."""
+  """Where there is no home directory, huggingface_hub would write to a folder named `~`: it gets one for the time of
+  this process.
+  """
   if home_directory() or os.environ.get('HF_HOME') or os.environ.get('XDG_CACHE_HOME'):
     return
   os.environ['HF_HOME'] = folder = tempfile.mkdtemp(prefix='huggingface-')  # read when it is imported
   atexit.register(shutil.rmtree, folder, ignore_errors=True)
   if not os.environ.get('HF_HUB_CACHE'):
-    log.warning('warning: there is no home directory for the cache of huggingface_hub, so weights are downloaded for this run alone; '
+    log.warning('warning: there is no home directory for the cache of huggingface_hub, so weights are downloaded for '
+                'this run alone; '
                 'set HF_HOME to a folder to keep them')
 
 
@@ -117,7 +121,8 @@ def _cached(repo: Repo, cache_dir: str | os.PathLike[str] | None) -> HubFile | N
 
 
 def weights_in(files: Iterable[str]) -> str | None:
-  """Which of the files of a folder holds its weights, in a repository's layout; None where none of `WEIGHTS` is there."""
+  """Which of the files of a folder holds its weights, in a repository's layout; None where none of `WEIGHTS` is there.
+  """
   files = set(files)
   return next((name for name in WEIGHTS if name in files), None)
 
@@ -128,7 +133,8 @@ def _choose(repo: Repo, files: Iterable[str]) -> str | None:
   if 'model.safetensors' in found or not found:
     return 'model.safetensors' if found else None
   if len(found) > 1:
-    raise ValueError(f'the repository {repo.name} has {len(found)} .safetensors files ({", ".join(found[:3])}, ...) and none is '
+    raise ValueError(f'the repository {repo.name} has {len(found)} .safetensors files ({", ".join(found[:3])}, ...) '
+                     'and none is '
                      'model.safetensors; download the right one and give its path')
   return found[0]
 
@@ -158,5 +164,6 @@ def _explain(repo: Repo, error: Exception, downloading: bool = False) -> str:
   reason = f'{type(error).__name__}: {error}'.split('\n')[0]
   if downloading:
     return f'the download of {name} was interrupted ({reason}); nothing of it is kept, try again'
-  return (f'{name}@{repo.revision} is not in the cache of huggingface_hub, and there is no connection to the Hugging Face Hub '
+  return (f'{name}@{repo.revision} is not in the cache of huggingface_hub, and there is no connection to the Hugging '
+          'Face Hub '
           f'({reason}); run once with a network, or give a local file')

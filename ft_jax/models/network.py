@@ -1,7 +1,8 @@
 """The contract of a network: all that training, methods, selection, studies and export know of an architecture.
 
-A family of networks is a subclass of `Network` in a file of its own, and a row of `ft_jax.models.NETWORKS` for each member. Nobody else
-reads meaning from the path of a parameter: they ask the network. Paths are joined by slashes, such as `layer4/1/conv2/kernel`.
+A family of networks is a subclass of `Network` in a file of its own, and a row of `ft_jax.models.NETWORKS` for each
+member. Nobody else reads meaning from the path of a parameter: they ask the network. Paths are joined by slashes, such
+as `layer4/1/conv2/kernel`.
 """
 
 from collections.abc import Callable, Mapping
@@ -54,7 +55,9 @@ class Input(NamedTuple):
   std: tuple[float, ...] = IMAGENET_STD
 
   def normalize(self, inputs: jax.Array) -> jax.Array:
-    """uint8 images `[b, h, w, c]` to float32 with the mean subtracted, divided by the standard deviation; all else unchanged."""
+    """uint8 images `[b, h, w, c]` to float32 with the mean subtracted, divided by the standard deviation; all else
+    unchanged.
+    """
     if inputs.dtype != jnp.uint8:
       return inputs
     return (inputs.astype(jnp.float32) / 255.0 - jnp.asarray(self.mean)) / jnp.asarray(self.std)
@@ -79,9 +82,9 @@ class Heads(nn.Module):
 class Network(nn.Module, kw_only=True):
   """A backbone and any set of named heads.
 
-  A family defines `__call__`, `features_dim` and `stages`, and puts `Heads(self.heads, ..., name='heads')` on its features. The other
-  answers have defaults, which suit a network of modules named as `stages` says, with layers called `...norm...` where it normalises, and
-  no counterpart in torch.
+  A family defines `__call__`, `features_dim` and `stages`, and puts `Heads(self.heads, ..., name='heads')` on its
+  features. The other answers have defaults, which suit a network of modules named as `stages` says, with layers called
+  `...norm...` where it normalises, and no counterpart in torch.
 
   Attributes:
     heads: number of classes of each head, by name.
@@ -104,14 +107,16 @@ class Network(nn.Module, kw_only=True):
   axis_name: str | None = None
   norm: Callable[..., nn.Module] = BatchNorm
 
-  # Whether there is BatchNorm in it, and so running statistics: `batch_norm`, `axis_name` and `norm` then have a meaning.
+  # Whether there is BatchNorm in it, and so running statistics: `batch_norm`, `axis_name` and `norm` then have a
+  # meaning.
   has_batch_norm: ClassVar[bool] = False
 
   def __call__(self, inputs: jax.Array, train: bool = False) -> Outputs:
     """Runs the network.
 
     Args:
-      inputs: `[b, *input.shape]`; uint8 images are normalised here (`self.input.normalize`), float ones are taken as normalised.
+      inputs: `[b, *input.shape]`; uint8 images are normalised here (`self.input.normalize`), float ones are taken as
+        normalised.
       train: whether layers behave as in training (BatchNorm uses the batch and updates its running statistics).
     """
     raise NotImplementedError
@@ -138,12 +143,15 @@ class Network(nn.Module, kw_only=True):
 
   @nn.nowrap
   def stage(self, path: str) -> int | None:
-    """The stage of a parameter, counted from 1 at the input; None for those before the first stage and those of heads."""
+    """The stage of a parameter, counted from 1 at the input; None for those before the first stage and those of heads.
+    """
     return next((i + 1 for i, stage in enumerate(self.stages) if path.startswith(f'{stage}/')), None)
 
   @nn.nowrap
   def depth(self, path: str) -> int:
-    """How far a parameter is from the heads: 0 for theirs and those of methods, 1 for the last stage, ..., most for the stem."""
+    """How far a parameter is from the heads: 0 for theirs and those of methods, 1 for the last stage, ..., most for the
+    stem.
+    """
     if not is_backbone(path):
       return 0
     return len(self.stages) + 1 - (self.stage(path) or 0)
@@ -161,7 +169,8 @@ class Network(nn.Module, kw_only=True):
 
   @nn.nowrap
   def torch_name(self, path: str) -> str:
-    """The name in a state dict of a variable, given with its collection: `params/layer1/0/conv1/kernel` is `layer1.0.conv1.weight`.
+    """The name in a state dict of a variable, given with its collection: `params/layer1/0/conv1/kernel` is
+    `layer1.0.conv1.weight`.
 
     Of heads a state dict has one, whatever its name here.
     """
@@ -170,23 +179,31 @@ class Network(nn.Module, kw_only=True):
 
   @nn.nowrap
   def torch_constructor(self, name: str, classes: int) -> str:
-    """The expression that builds the same network in torch, where `name` is that of `NETWORKS`; '' where no library has it."""
+    """The expression that builds the same network in torch, where `name` is that of `NETWORKS`; '' where no library has
+    it.
+    """
     return ''
 
   @nn.nowrap
   def torch_path(self, name: str) -> str | None:
-    """The way back from `torch_name`, with the head called 'source'; None where no network of this family has such a tensor."""
+    """The way back from `torch_name`, with the head called 'source'; None where no network of this family has such a
+    tensor.
+    """
     return _own_names(self.clone(heads=flax.core.FrozenDict(source=1))).get(name)
 
   @property
   def torch_anchors(self) -> tuple[str, str]:
-    """Names in a state dict of a tensor before the first stage and of one in it: they tell where the network begins in a larger model."""
+    """Names in a state dict of a tensor before the first stage and of one in it: they tell where the network begins in
+    a larger model.
+    """
     names = [self.torch_name(f'params/{path}') for path in flax.traverse_util.flatten_dict(self.shapes()['params'], sep='/')]
     return names[0], names[-1]
 
   @nn.nowrap
   def options_like(self, shapes: Mapping[str, Any]) -> dict[str, Any]:
-    """The options (see `OPTIONS`) with which a network of this family has variables of these shapes, flat by path with collection."""
+    """The options (see `OPTIONS`) with which a network of this family has variables of these shapes, flat by path with
+    collection.
+    """
     return {}
 
   @property
@@ -217,7 +234,9 @@ def _own_names(network: Network) -> dict[str, str]:
 
 
 def network_variables(tree: Mapping[str, Any]) -> dict[str, Any]:
-  """`{'params', 'batch_stats'}` of a tree that has them, perhaps among others; a network without running statistics has {}."""
+  """`{'params', 'batch_stats'}` of a tree that has them, perhaps among others; a network without running statistics has
+  {}.
+  """
   return {'params': tree['params'], 'batch_stats': tree.get('batch_stats', {})}
 
 
@@ -238,7 +257,9 @@ def head_pattern(head: str) -> str:
 
 
 def frozen_mask(network: Network, tree: Any) -> Any:
-  """A tree of bools in the shape of a network's parameters or running statistics: which of them training leaves as they are."""
+  """A tree of bools in the shape of a network's parameters or running statistics: which of them training leaves as they
+  are.
+  """
 
   def stays(path: tuple[str, ...], _: Any) -> bool:
     # Running statistics stay where the scale of their layer does.

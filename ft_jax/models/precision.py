@@ -1,4 +1,5 @@
-"""How exactly an accelerator multiplies float32 numbers: its own default is TF32 on a recent GPU and bfloat16 on a TPU."""
+"""How exactly an accelerator multiplies float32 numbers: its own default is TF32 on a recent GPU and bfloat16 on a TPU.
+"""
 
 from collections.abc import Iterator
 import contextlib
@@ -8,7 +9,8 @@ import jax
 
 @contextlib.contextmanager
 def default_of(precision: str) -> Iterator[None]:
-  """Products and convolutions that are traced inside and do not state a precision have this one, a key of `PRECISIONS`."""
+  """Products and convolutions that are traced inside and do not state a precision have this one, a key of `PRECISIONS`.
+  """
   if PRECISIONS[precision] is None:
     yield
   else:

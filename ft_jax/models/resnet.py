@@ -1,7 +1,7 @@
 """ResNet-18/34/50/101 (v1.5) with any set of named heads.
 
-Layers carry torchvision's names and numbers: the parameter `layer1/0/conv1/kernel` here is `layer1.0.conv1.weight` there
-(He et al., CVPR 2016; v1.5 puts the stride of a bottleneck on its 3x3 convolution).
+Layers carry torchvision's names and numbers: the parameter `layer1/0/conv1/kernel` here is `layer1.0.conv1.weight`
+there (He et al., CVPR 2016; v1.5 puts the stride of a bottleneck on its 3x3 convolution).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -167,7 +167,9 @@ class ResNet(Network):
 
   @nn.nowrap
   def depth(self, path: str) -> int:
-    """How many residual blocks a parameter is from the heads: 1 in the last one, one more than there are blocks in the stem."""
+    """How many residual blocks a parameter is from the heads: 1 in the last one, one more than there are blocks in the
+    stem.
+    """
     if not is_backbone(path):
       return 0
     if not (match := re.match(r'layer(\d+)/(\d+)/', path)):

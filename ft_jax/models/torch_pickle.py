@@ -1,4 +1,5 @@
-"""State dicts in files of torch, and safetensors, to numpy arrays; without torch, and without running what a file says."""
+"""State dicts in files of torch, and safetensors, to numpy arrays; without torch, and without running what a file says.
+"""
 
 import collections
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -144,7 +145,9 @@ def _read_zip(path: pathlib.Path) -> StateDict:
 
 
 def _read_legacy(path: pathlib.Path, stream: BinaryIO) -> StateDict:
-  """Before torch 1.6: five pickles (magic number, protocol, system, object, keys of storages), then each storage with its length."""
+  """Before torch 1.6: five pickles (magic number, protocol, system, object, keys of storages), then each storage with
+  its length.
+  """
   stream.seek(0)
   try:
     known = _load(stream).content == _LEGACY_MAGIC
@@ -153,10 +156,12 @@ def _read_legacy(path: pathlib.Path, stream: BinaryIO) -> StateDict:
   except Exception:  # no pickle at all
     known = False
   if not known:
-    raise _Unreadable('is not what torch.save writes but another pickle, which could run code; load it with the program '
+    raise _Unreadable('is not what torch.save writes but another pickle, which could run code; load it with the '
+                      'program '
                       'that wrote it, and save its tensors with torch.save or as safetensors')
   if (protocol := _load(stream).content) != _LEGACY_PROTOCOL:
-    raise _Unreadable(f'has protocol {reprlib.repr(protocol)} of torch.save; known: {_LEGACY_PROTOCOL}. {_convert(path)}')
+    raise _Unreadable(f'has protocol {reprlib.repr(protocol)} of torch.save; known: {_LEGACY_PROTOCOL}. '
+                      f'{_convert(path)}')
   if not _load(stream).content.get('little_endian'):
     raise _Unreadable(f'has its numbers in big-endian order. {_convert(path)}')
   loaded = _load(stream)
@@ -165,7 +170,8 @@ def _read_legacy(path: pathlib.Path, stream: BinaryIO) -> StateDict:
     length = int.from_bytes(_exactly(stream, 8), 'little', signed=True)
     dtype, size = loaded.storages.get(key, (None, None))
     if length != size:
-      raise _Unreadable(f'is damaged: storage {_text(key)} has {length} numbers where {size} are expected. Copy or download it again')
+      raise _Unreadable(f'is damaged: storage {_text(key)} has {length} numbers where {size} are expected. Copy or '
+                        'download it again')
     places[key] = (stream.tell(), length * dtype.itemsize)
     if sum(places[key]) > end:
       raise _Unreadable(_INCOMPLETE)
@@ -189,12 +195,13 @@ def _exactly(stream: BinaryIO, size: int) -> bytes:
 
 def _convert(path: pathlib.Path) -> str:
   # Quoted, as somebody will paste it: a file may be called anything.
-  return ('If it is a file of torch that you trust, convert it where torch is installed: python -c "import torch; from sys import argv; '
+  return ('If it is a file of torch that you trust, convert it where torch is installed: python -c "import torch; from '
+          'sys import argv; '
           'torch.save(torch.load(argv[1], map_location=\'cpu\', weights_only=False), argv[2])" '
           f'{shlex.quote(str(path))} {shlex.quote(f"{path}.new.pth")}')
 
 
-def _state_dict(loaded: '_Loaded', numbers: Callable[[str], bytes], file_size: int) -> StateDict:
+def _state_dict(loaded: '_Unpickled', numbers: Callable[[str], bytes], file_size: int) -> StateDict:
   """The tensors of what was unpickled; `numbers` gives the bytes of a storage."""
   if not isinstance(loaded.content, dict):
     kind = type(loaded.content).__name__.lstrip('_')
@@ -231,7 +238,8 @@ def _choose(content: dict[Any, Any]) -> tuple[tuple[str, ...], list[tuple[str, .
   if not sizes:  # to say what is there in place of tensors
     return next(((key,) for key in _STATE_KEYS if isinstance(dict.get(content, key), dict)), ()), []
   if others and len(_STATE_KEYS) in rank(first):
-    raise _Unreadable(f'holds {len(sizes)} state dicts, {_first([_joined(path) for path in sizes])}, and no rule says which '
+    raise _Unreadable(f'holds {len(sizes)} state dicts, {_first([_joined(path) for path in sizes])}, and no rule says '
+                      'which '
                       f'one is meant; to read one of them {_save_alone(first)}')
   return first, [path for path in others if 2 * sizes[path] >= sizes[first]]  # a head is no copy
 
@@ -282,7 +290,8 @@ def _arrays(of: Mapping[Any, '_Tensor'], numbers: Callable[[str], bytes], file_s
     if storage.key not in read:
       read[storage.key] = numbers(storage.key)
     if len(read[storage.key]) != storage.whole * storage.dtype.itemsize:
-      raise _Unreadable(f'is damaged: {name} has {len(read[storage.key])} bytes where {storage.whole * storage.dtype.itemsize} are '
+      raise _Unreadable(f'is damaged: {name} has {len(read[storage.key])} bytes where '
+                        f'{storage.whole * storage.dtype.itemsize} are '
                         'expected. Copy or download it again')
     if not isinstance(name, str):
       raise _Unreadable(f'is damaged: a tensor is called {reprlib.repr(name)}')
@@ -332,30 +341,32 @@ class _Tensor(NamedTuple):
   stride: tuple[int, ...]
 
 
-class _Loaded(NamedTuple):
-  """What a pickle holds, its storages (type and size by key), and the names of classes whose objects were not created."""
+class _Unpickled(NamedTuple):
+  """What a pickle holds, its storages (type and size by key), and the names of classes whose objects were not created.
+  """
   content: Any
   storages: dict[str, tuple[np.dtype, int]]
   not_made: list[str]
 
 
-def _load(stream: BinaryIO) -> _Loaded:
+def _load(stream: BinaryIO) -> _Unpickled:
   """Unpickles what comes next in a stream."""
   begin = stream.tell()
   _check_size(stream)
   stream.seek(begin)
   unpickler = _Unpickler(stream)
-  return _Loaded(unpickler.load(), unpickler.storages, list(unpickler.not_made))
+  return _Unpickled(unpickler.load(), unpickler.storages, list(unpickler.not_made))
 
 
 def _check_size(stream: BinaryIO) -> None:
-  """Raises _Unreadable for a pickle that would take memory or time out of all proportion; it is read through, and nothing is made.
+  """Raises _Unreadable for a pickle that would take memory or time out of all proportion; it is read through, and
+  nothing is made.
 
-  A few bytes name a place of the memo far away, and all the places before it are made; or they put a tuple twice into a tuple, and that
-  again, sixty times, whose hash or text takes for ever.
+  A few bytes name a place of the memo far away, and all the places before it are made; or they put a tuple twice into a
+  tuple, and that again, sixty times, whose hash or text takes for ever.
   """
-  # Of each object on the stack and in the memo, how many there are in it, counted as often as they are in it. Lists and dicts may grow
-  # later; they have no hash, and nothing that a pickle may call makes a tuple of what is in them.
+  # Of each object on the stack and in the memo, how many there are in it, counted as often as they are in it. Lists and
+  # dicts may grow later; they have no hash, and nothing that a pickle may call makes a tuple of what is in them.
   stack: list[int | None] = []  # None is a mark
   memo: dict[int, int] = {}
   for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
@@ -468,8 +479,8 @@ _ALLOWED: dict[tuple[str, str], Any] = {
     ('torch._utils', '_rebuild_parameter'): _rebuild_parameter,
 }
 
-# Modules that run programs, open files or import: no training script saves them. (A placeholder would be harmless, but the
-# file is an attack.)
+# Modules that run programs, open files or import: no training script saves them. (A placeholder would be harmless, but
+# the file is an attack.)
 _HOSTILE = frozenset((
     'os', 'posix', 'nt', 'ntpath', 'posixpath', 'sys', 'subprocess', 'commands', 'shutil', 'socket', 'importlib', 'imp', 'pip',
     'runpy', 'ctypes', 'pty', 'webbrowser', 'code', 'codeop', 'pickle', '_pickle', 'marshal', 'dill', 'cloudpickle', 'joblib',

@@ -16,7 +16,8 @@ from ft_jax.progress import log
 
 # What torch puts into names at any place where it wraps a module: torch.compile, FSDP, activation checkpoints.
 _WRAPPERS = re.compile(r'(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.')
-# Of two networks in a state dict the first one is read: MoCo's query encoder; DINO's teacher, which its authors publish.
+# Of two networks in a state dict the first one is read: MoCo's query encoder; DINO's teacher, which its authors
+# publish.
 _PAIRS = (('encoder_q.', 'encoder_k.'), ('teacher.', 'student.'))
 # Moving averages of a network are not read where the network itself is there too.
 _AVERAGES = re.compile(r'(.*[._])?(ema|swa|momentum|avg|averaged?|target)[._].*')
@@ -26,14 +27,14 @@ _PROJECTION = {'fc.0.weight': 'projection/0/kernel', 'fc.0.bias': 'projection/0/
                'fc.2.weight': 'projection/2/kernel', 'fc.2.bias': 'projection/2/bias'}
 
 
-class Loaded(NamedTuple):
+class LoadedWeights(NamedTuple):
   """Variables that were read, what was left on purpose ({why: names}), and notes on how the file was understood."""
   variables: dict[str, Any]
   dropped: dict[str, list[str]]
   notes: tuple[str, ...] = ()
 
 
-def read(path: str | os.PathLike[str], network: Network) -> Loaded:
+def read(path: str | os.PathLike[str], network: Network) -> LoadedWeights:
   """Reads a state dict from a file of safetensors or torch, whatever its name ends in.
 
   Prefixes of the network's names (`module.`, `_orig_mod.`, `model.`, `backbone.`, ..., in any order) are removed.
@@ -43,8 +44,8 @@ def read(path: str | os.PathLike[str], network: Network) -> Loaded:
     network: of the family that the weights are of; how large it is, and its heads, do not matter.
 
   Returns:
-    `{'params', 'batch_stats'}` of float32 numpy arrays; a classifier becomes the head 'source'. MoCo-v2's projection head
-    (`fc.0`, `fc.2`) is `{'projection': {'0', '2'}}` beside them; see `project`.
+    `{'params', 'batch_stats'}` of float32 numpy arrays; a classifier becomes the head 'source'. MoCo-v2's projection
+    head (`fc.0`, `fc.2`) is `{'projection': {'0', '2'}}` beside them; see `project`.
 
   Raises:
     ValueError: a file that cannot be read (see `torch_pickle.read`), a tensor that the family does not have, by name,
@@ -81,12 +82,13 @@ def read(path: str | os.PathLike[str], network: Network) -> Loaded:
       raise ValueError(f'{path} holds {listed(sorted(here))} and lacks {listed(sorted(set(head) - here))}')
   if network.has_batch_norm and not any(key.startswith('batch_stats/') for key in flat):
     raise ValueError(f'{path} has no running statistics of BatchNorm (bn1.running_mean, bn1.running_var, ...), only '
-                     'parameters; save model.state_dict(), which has them (networks with GroupNorm or others in its place are '
+                     'parameters; save model.state_dict(), which has them (networks with GroupNorm or others in its '
+                     'place are '
                      'not supported)')
   if state.beside:
     dropped.setdefault('beside the network', []).extend(state.beside)
   variables = flax.traverse_util.unflatten_dict(flat, sep='/')
-  return Loaded({**variables, **network_variables(variables)}, dropped,
+  return LoadedWeights({**variables, **network_variables(variables)}, dropped,
                 (*state.notes, *_notes(state.tensors, tensors, prefix, others)))
 
 
@@ -116,7 +118,8 @@ def _find_network(names: Collection[str], network: Network, path: str | os.PathL
     raise ValueError(f'{path} holds none of {", ".join(NETWORKS)}: there is no {anchor} among '
                      f'{listed(strange)}')
   if len(taken) != 1:
-    raise ValueError(f'{path} holds {len(whole)} networks, with the prefixes {listed(map(repr, whole))}, and no rule says '
+    raise ValueError(f'{path} holds {len(whole)} networks, with the prefixes {listed(map(repr, whole))}, and no rule '
+                     'says '
                      f'which one is meant; to read one of them {_keep_alone(whole[0])}')
   return taken[0], [prefix for prefix in whole if prefix != taken[0]]
 
@@ -158,17 +161,21 @@ def check_numbers(network: Network, variables: Mapping[str, Any], name: str) -> 
   for key, value in flat.items():
     value = np.asarray(value)
     if wrong := int(np.sum(~np.isfinite(value))):
-      raise ValueError(f'{name} has numbers that are not finite in {_both(network, key)} ({wrong:,d} of {value.size:,d} are NaN or '
-                       'infinity): its training diverged, or it is damaged; use an earlier checkpoint, or download it again')
+      raise ValueError(f'{name} has numbers that are not finite in {_both(network, key)} ({wrong:,d} of '
+                       f'{value.size:,d} are NaN or '
+                       'infinity): its training diverged, or it is damaged; use an earlier checkpoint, or download it '
+                       'again')
     if _is_variance(key) and (value < 0).any():
-      raise ValueError(f'{name} has negative running variances in {_both(network, key)}, down to {value.min():g}, which BatchNorm '
+      raise ValueError(f'{name} has negative running variances in {_both(network, key)}, down to {value.min():g}, '
+                       'which BatchNorm '
                        'never computes: it is damaged; use an earlier checkpoint, or download it again')
   if zero := [key for key, value in flat.items() if _is_variance(key) and not np.any(value)]:
     log.warning('warning: %s: the running variance is zero in every channel of %s', name, listed(zero))
 
 
 def merge(network: Network, variables: Mapping[str, Any], loaded: Mapping[str, Any]) -> dict[str, Any]:
-  """Fresh variables with the backbone replaced by the loaded one, and every head that the weights have under the same name.
+  """Fresh variables with the backbone replaced by the loaded one, and every head that the weights have under the same
+  name.
 
   Raises:
     ValueError: a tensor that is missing, left over or of another shape, by name; and which network the weights are of.
@@ -197,7 +204,9 @@ def _both(network: Network, key: str) -> str:
 
 
 def project(projection: Mapping[str, Any], features: jax.Array) -> jax.Array:
-  """MoCo-v2's projection head: features `[b, 2048]` to `[b, 128]`, not normalised (Chen et al., 2020: linear, ReLU, linear)."""
+  """MoCo-v2's projection head: features `[b, 2048]` to `[b, 128]`, not normalised (Chen et al., 2020: linear, ReLU,
+  linear).
+  """
   hidden = jax.nn.relu(features @ projection['0']['kernel'] + projection['0']['bias'])
   return hidden @ projection['2']['kernel'] + projection['2']['bias']
 
@@ -231,7 +240,8 @@ def _nearest(network: Network, given: Mapping[str, Any]) -> str:
     fields = {'name': best, **options[best]}
     return f'They are of {best}: set {" ".join(f"--config.model.{name}={value}" for name, value in fields.items())}'
   of_width = f' of width {options[best]["width"]}' if 'width' in options[best] else ''
-  return (f'They are of none of {known}; the nearest is {best}{of_width}, which has {len(given) + fits[best][0]} of their '
+  return (f'They are of none of {known}; the nearest is {best}{of_width}, which has {len(given) + fits[best][0]} of '
+          'their '
           f'{len(given)} tensors')
 
 

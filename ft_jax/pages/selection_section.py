@@ -25,16 +25,19 @@ def selection_section(target: ImageSet, pool: ImageSet, chosen: Selection, most:
   shown = chosen.units[:most].tolist()
   members = [np.flatnonzero(pool.labels == unit) if chosen.by == 'class' else chosen.rows_of(unit) for unit in shown]
   rows = [report.ChosenUnit(pool.ids[unit] if chosen.by == 'example' else chosen.name(unit),
-                            chosen.score_text(unit).replace('%', ' %'), len(images), chosen_by, _examples(pool, images, 4))
+                            chosen.score_text(unit).replace('%', ' %'), len(images), chosen_by,
+                            _examples(pool, images, 4))
           for unit, images, chosen_by in zip(shown, members, chosen.explain(3))]
   target_rows = [(name, _examples(target, np.flatnonzero(target.labels == k), 2))
                  for k, name in enumerate(target.class_names[:most])]
   picture = plots.overview(chosen) if chosen.has_scores else None
   measure = chosen.measure if chosen.has_scores else ''
-  return report.SelectionSection(_summary(pool, chosen, most), chosen.by, NOUNS[chosen.by], measure, rows, picture, target_rows)
+  return report.SelectionSection(_summary(pool, chosen, most), chosen.by, NOUNS[chosen.by], measure, rows, picture,
+                                 target_rows)
 
 
-def duplicate_pairs(copies: Overlap, opened: Mapping[str, ImageSet | None], most: int = 6) -> list[report.DuplicatePair]:
+def duplicate_pairs(copies: Overlap, opened: Mapping[str, ImageSet | None],
+                    most: int = 6) -> list[report.DuplicatePair]:
   """Pictures of the first copies of each split and of what they are copies of.
 
   Args:
@@ -63,8 +66,8 @@ def _summary(pool: ImageSet, chosen: Selection, most: int) -> str:
   settings += [chosen.solver_summary] if chosen.solver else []
   how += f' ({", ".join(settings)}).' if settings else '.'
   if chosen.measure == 'share':
-    how += (f' The share of a {chosen.by} is the fraction of the transported mass that comes from it; the last column says '
-            'which target classes that mass goes to.')
+    how += (f' The share of a {chosen.by} is the fraction of the transported mass that comes from it; the last '
+            'column says which target classes that mass goes to.')
   if len(chosen.units) > most:
     how += f' The first {most} are shown; selection.json has all of them.'
   return how

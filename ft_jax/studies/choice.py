@@ -52,15 +52,15 @@ def contributions(right: np.ndarray, labels: np.ndarray, per_class: bool) -> np.
 def margin(first: np.ndarray, second: np.ndarray, labels: np.ndarray | None = None) -> Margin:
   """The difference of two mean scores on the same test images.
 
-  Its variance is that over seeds, var(d_s) / S of the differences d_s of each seed, plus that of the test images as a sample,
-  n / (n - 1) * sum_i (g_i - mean g)^2 of the differences g_i that image i makes to the mean (the paired standard error of a mean).
-  What seed and image do together is in both, so the sum is a little too large rather than too small. With one seed it is that of the
-  images alone.
+  Its variance is that over seeds, var(d_s) / S of the differences d_s of each seed, plus that of the test images as a
+  sample, n / (n - 1) * sum_i (g_i - mean g)^2 of the differences g_i that image i makes to the mean (the paired
+  standard error of a mean). What seed and image do together is in both, so the sum is a little too large rather than
+  too small. With one seed it is that of the images alone.
 
   Args:
     first, second: `[S, n]`, `contributions` of each seed; 0 where an image is not in that seed's test split.
-    labels: int `[n]`, where scores are means of the classes' accuracies: the images are then a sample of each class by itself, and the
-      sum above is over the classes. A class of one image counts with g_i^2, as if its mean were 0.
+    labels: int `[n]`, where scores are means of the classes' accuracies: the images are then a sample of each class by
+      itself, and the sum above is over the classes. A class of one image counts with g_i^2, as if its mean were 0.
   """
   differences = np.asarray(first, np.float64) - np.asarray(second, np.float64)
   seeds, images = differences.shape
@@ -88,7 +88,8 @@ def choose(val: Sequence[float], test: Sequence[np.ndarray], labels: np.ndarray 
     ValueError: nothing to choose from.
   """
   if not len(val) or len(val) != len(test):
-    raise ValueError(f'there are {len(val)} scores on val and {len(test)} on test; expected one of each for at least one checkpoint')
+    raise ValueError(f'there are {len(val)} scores on val and {len(test)} on test; expected one of each for at least '
+                     'one checkpoint')
   order = sorted(range(len(val)), key=lambda row: (val[row], row), reverse=True)
   best = order[0]
   margins = tuple(margin(test[best], other, labels) for other in test)
@@ -111,9 +112,11 @@ def sentence(choice: Choice, names: Sequence[str]) -> str:
   if not margin.seen:
     if best == last:
       return f'No difference to be seen: {names[best]}, the last one, is best on val, and on test it is {points} points {side} {of_other}.'
-    return (f'No difference to be seen: {names[best]} is best on val, and on test it is {points} points {side} {of_other}, '
+    return (f'No difference to be seen: {names[best]} is best on val, and on test it is {points} points {side} '
+            f'{of_other}, '
             'which is as good a choice.')
   if margin.mean > 0:
     return f'Start from {names[best]}{", the last one" if best == last else ""}: on test it is {points} points above {of_other}.'
-  return (f'Val and test do not agree: {names[best]} is best on val, and on test it is {points} points below {of_other}; '
+  return (f'Val and test do not agree: {names[best]} is best on val, and on test it is {points} points below '
+          f'{of_other}; '
           'val is too small to choose by.')

@@ -1,7 +1,8 @@
-"""How good the features of a frozen network are: three classifiers on them, each of which chooses on val and predicts test.
+"""How good the features of a frozen network are: three classifiers on them, each of which chooses on val and predicts
+test.
 
-"FE" of Deng et al. (ICCV 2023, arXiv 2203.04668): the network stays as it is. The paper's own classifier is not known; these are the usual
-ones. Arrays in, predictions out; nothing here is random.
+"FE" of Deng et al. (ICCV 2023, arXiv 2203.04668): the network stays as it is. The paper's own classifier is not known;
+these are the usual ones. Arrays in, predictions out; nothing here is random.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,7 +15,8 @@ import numpy as np
 
 from ft_jax import logistic, parallel
 
-# Of the penalty of `linear`. Of a small ResNet-18, one to six epochs trained, and 4 to 30 images a class, 1e-3 to 1e-5 were best.
+# Of the penalty of `linear`. Of a small ResNet-18, one to six epochs trained, and 4 to 30 images a class, 1e-3 to 1e-5
+# were best.
 STRENGTHS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7)
 NUMBERS = (1, 5, 20, 50, 200)
 TEMPERATURE = 0.07  # of the votes, Wu et al. (CVPR 2018)
@@ -61,10 +63,11 @@ def linear(train: Labelled, val: Labelled, test: np.ndarray, classes: int, *, st
            score: Score = top1) -> Probed:
   """Multinomial logistic regression (`ft_jax.logistic`), its penalty chosen on val.
 
-  It minimises mean cross-entropy + strength / 2 * |weights|^2. The features are first divided by one number, the root mean square
-  distance of the training features from their mean: a strength then means the same for every network, whatever the scale of its features.
-  (Their mean is taken away too, which changes nothing but rounding: there is a bias.) Strengths are tried from strong to weak, each from
-  where the one before ended. Ties go to the stronger; where all of val is right, no weaker one can be better and none is tried.
+  It minimises mean cross-entropy + strength / 2 * |weights|^2. The features are first divided by one number, the root
+  mean square distance of the training features from their mean: a strength then means the same for every network,
+  whatever the scale of its features. (Their mean is taken away too, which changes nothing but rounding: there is a
+  bias.) Strengths are tried from strong to weak, each from where the one before ended. Ties go to the stronger; where
+  all of val is right, no weaker one can be better and none is tried.
 
   Args:
     train: the classifier's; classes without an image are hardly ever predicted.
@@ -75,7 +78,8 @@ def linear(train: Labelled, val: Labelled, test: np.ndarray, classes: int, *, st
     score: what is best on val; at most 1.
 
   Raises:
-    ValueError: arrays that do not fit each other, empty ones, values that are not finite, labels out of range, a strength that is none.
+    ValueError: arrays that do not fit each other, empty ones, values that are not finite, labels out of range, a
+      strength that is none.
   """
   train, val, test = _checked(train, val, test, classes)
   grid = sorted(set(strengths), reverse=True)
@@ -108,7 +112,8 @@ def _classes(classifier: logistic.Classifier, features: np.ndarray) -> np.ndarra
 def nearest_mean(train: Labelled, val: Labelled, test: np.ndarray, classes: int) -> Probed:
   """The class whose mean training feature is nearest, by Euclidean distance; the first of equals.
 
-  Nothing is chosen on val. Classes without a training image are never predicted. Arguments and errors are those of `linear`.
+  Nothing is chosen on val. Classes without a training image are never predicted. Arguments and errors are those of
+  `linear`.
   """
   train, val, test = _checked(train, val, test, classes)
   images = np.bincount(train.labels, minlength=classes)
@@ -128,10 +133,10 @@ def neighbours(train: Labelled, val: Labelled, test: np.ndarray, classes: int, *
                score: Score = top1) -> Probed:
   """Weighted k-nearest-neighbours, k chosen on val.
 
-  As Wu et al., "Unsupervised Feature Learning via Non-Parametric Instance Discrimination" (CVPR 2018): the k training images of the largest
-  cosine similarity vote for their classes, each with the weight exp(similarity / 0.07). Of classes with as many votes, the one of the
-  nearest image wins; of numbers with the same score on val, the largest. A feature of zeros is similar to nothing (0). Similarities are
-  computed for some images at a time.
+  As Wu et al., "Unsupervised Feature Learning via Non-Parametric Instance Discrimination" (CVPR 2018): the k training
+  images of the largest cosine similarity vote for their classes, each with the weight exp(similarity / 0.07). Of
+  classes with as many votes, the one of the nearest image wins; of numbers with the same score on val, the largest. A
+  feature of zeros is similar to nothing (0). Similarities are computed for some images at a time.
 
   Args:
     train, val, test, classes, score: as of `linear`.
@@ -143,7 +148,8 @@ def neighbours(train: Labelled, val: Labelled, test: np.ndarray, classes: int, *
   train, val, test = _checked(train, val, test, classes)
   grid = sorted({k for k in numbers if k <= len(train.labels)})
   if not grid or grid[0] < 1:
-    raise ValueError(f'numbers of neighbours are {list(numbers)}, with {len(train.labels)} training images; expected numbers from 1, at '
+    raise ValueError(f'numbers of neighbours are {list(numbers)}, with {len(train.labels)} training images; expected '
+                     'numbers from 1, at '
                      f'least one of them not above that')
   directions = _directions(train.features)
   predicted = _voted(directions, train.labels, val.features, grid, classes)
@@ -216,7 +222,9 @@ def _features(name: str, array: np.ndarray) -> np.ndarray:
 def _labels(name: str, labels: np.ndarray, images: int, classes: int) -> np.ndarray:
   labels = np.asarray(labels)
   if labels.shape != (images,) or not np.issubdtype(labels.dtype, np.integer):
-    raise ValueError(f'{name} has {images} images and labels of shape {labels.shape}, {labels.dtype}; expected one integer an image')
+    raise ValueError(f'{name} has {images} images and labels of shape {labels.shape}, {labels.dtype}; expected one '
+                     'integer an image')
   if labels.min() < 0 or labels.max() >= classes:
-    raise ValueError(f'{name} has labels {labels.min()} to {labels.max()}; expected 0 to {classes - 1}, as there are {classes} classes')
+    raise ValueError(f'{name} has labels {labels.min()} to {labels.max()}; expected 0 to {classes - 1}, as there are '
+                     f'{classes} classes')
   return labels

@@ -1,8 +1,9 @@
 """The spectrum of features: which singular values a network's features have, and which part of them changes.
 
-Deng et al. ("Towards Inadequately Pre-trained Models in Transfer Learning", ICCV 2023) split the feature matrix F = U S V^T, one row an
-image, into a main part, its first k singular components, and the residual; k by `main_size`. V and S come from the Gram matrix F^T F
-here, which is added up slice by slice in float64: the features never have to be in memory at once.
+Deng et al. ("Towards Inadequately Pre-trained Models in Transfer Learning", ICCV 2023) split the feature matrix F = U S
+V^T, one row an image, into a main part, its first k singular components, and the residual; k by `main_size`. V and S
+come from the Gram matrix F^T F here, which is added up slice by slice in float64: the features never have to be in
+memory at once.
 """
 
 from collections.abc import Iterable, Iterator
@@ -70,12 +71,15 @@ class Spectrum(NamedTuple):
     """A sentence on fewer images than dimensions; None where there are enough."""
     if self.images >= len(self.mean):
       return None
-    return (f'{self.images} images have features of {len(self.mean)} dimensions: there are at most {len(self.values)} singular values, '
+    return (f'{self.images} images have features of {len(self.mean)} dimensions: there are at most {len(self.values)} '
+            'singular values, '
             'and sizes and ranks depend on the number of images')
 
 
 class Change(NamedTuple):
-  """How far the parts of the features moved, each relative to the size that it had: |after - before| / |before|, Frobenius norms."""
+  """How far the parts of the features moved, each relative to the size that it had: |after - before| / |before|,
+  Frobenius norms.
+  """
   main: float
   residual: float
 
@@ -83,8 +87,8 @@ class Change(NamedTuple):
 def gram(batches: Iterable[np.ndarray]) -> Gram:
   """The second moments of features that come in batches, in float64; memory does not grow with the images.
 
-  Squares are summed around the mean so far and corrected as it moves (Chan, Golub and LeVeque, 1983): nothing cancels, however large the
-  mean is beside the spread.
+  Squares are summed around the mean so far and corrected as it moves (Chan, Golub and LeVeque, 1983): nothing cancels,
+  however large the mean is beside the spread.
 
   Args:
     batches: each `[b, d]`, of any sizes; or one array `[n, d]`, also memory-mapped.
@@ -122,11 +126,13 @@ def cross(first: Iterable[np.ndarray], second: Iterable[np.ndarray]) -> Cross:
 
 
 def spectrum(gram: Gram, centred: bool) -> Spectrum:
-  """Singular values and right singular vectors of F, or of F - mean: the root of the Gram matrix' eigenvalues, and its eigenvectors.
+  """Singular values and right singular vectors of F, or of F - mean: the root of the Gram matrix' eigenvalues, and its
+  eigenvectors.
 
-  The squares of the values are exact to 1e-14 of the largest square (measured up to d = 1024: 2e-15), so small values are less so than
-  large ones: one at a thousandth of the largest to 1e-8 of itself. Values below a millionth of the largest are lost and given as 0. A
-  mean that is large beside the spread makes a large value of the plain spectrum; the centred one loses nothing by it.
+  The squares of the values are exact to 1e-14 of the largest square (measured up to d = 1024: 2e-15), so small values
+  are less so than large ones: one at a thousandth of the largest to 1e-8 of itself. Values below a millionth of the
+  largest are lost and given as 0. A mean that is large beside the spread makes a large value of the plain spectrum; the
+  centred one loses nothing by it.
 
   Args:
     gram: of `gram`.
@@ -140,7 +146,8 @@ def spectrum(gram: Gram, centred: bool) -> Spectrum:
 
 
 def main_size(values: np.ndarray, threshold: float = 0.8) -> int:
-  """The size k of the main part: the smallest with (sum of the first k values) / (sum of all) >= threshold (Deng et al., ICCV 2023).
+  """The size k of the main part: the smallest with (sum of the first k values) / (sum of all) >= threshold (Deng et
+  al., ICCV 2023).
 
   Values, not their squares. A tie is one in spite of rounding. 0 where all values are 0.
 
@@ -160,7 +167,8 @@ def main_size(values: np.ndarray, threshold: float = 0.8) -> int:
 
 
 def energy(values: np.ndarray, k: int) -> float:
-  """The share of the squared norm that is in the first k components: (sum of the first k squares) / (sum of all); 0 where all are 0.
+  """The share of the squared norm that is in the first k components: (sum of the first k squares) / (sum of all); 0
+  where all are 0.
 
   Raises:
     ValueError: k is not from 0 to r, or values that are not descending, finite and from 0.
@@ -171,7 +179,8 @@ def energy(values: np.ndarray, k: int) -> float:
 
 
 def effective_rank(values: np.ndarray) -> float:
-  """exp of the entropy of values / sum (Roy and Vetterli, "The effective rank", EUSIPCO 2007): 1 to r; 0 where all values are 0.
+  """exp of the entropy of values / sum (Roy and Vetterli, "The effective rank", EUSIPCO 2007): 1 to r; 0 where all
+  values are 0.
 
   Raises:
     ValueError: values that are not descending, finite and from 0.
@@ -194,8 +203,8 @@ def stable_rank(values: np.ndarray) -> float:
 def parts(features: np.ndarray, spectrum: Spectrum, k: int) -> tuple[np.ndarray, np.ndarray]:
   """Main part and residual of features, whose sum is the features minus the spectrum's mean.
 
-  The main part is the projection on the first k directions. Features of other images than the spectrum's can be split too: what lies in
-  none of its directions is in the residual.
+  The main part is the projection on the first k directions. Features of other images than the spectrum's can be split
+  too: what lies in none of its directions is in the residual.
 
   Args:
     features: `[n, d]`.
@@ -228,8 +237,9 @@ def parts(features: np.ndarray, spectrum: Spectrum, k: int) -> tuple[np.ndarray,
 def principal_angles(first: Spectrum, k1: int, second: Spectrum, k2: int) -> np.ndarray:
   """The angles in degrees between the first k1 and the first k2 directions, ascending: `[min(k1, k2)]`.
 
-  Cosines are the singular values of V1^T V2, sines those of what is left of the one in the other (Bjorck and Golub, "Numerical methods for
-  computing angles between linear subspaces", 1973); by both of them small angles are as exact as large ones.
+  Cosines are the singular values of V1^T V2, sines those of what is left of the one in the other (Bjorck and Golub,
+  "Numerical methods for computing angles between linear subspaces", 1973); by both of them small angles are as exact as
+  large ones.
 
   Raises:
     ValueError: a size that is not from 0 to r, or features of different dimensions.
@@ -244,11 +254,12 @@ def principal_angles(first: Spectrum, k1: int, second: Spectrum, k2: int) -> np.
 
 
 def change(first: Spectrum, k1: int, second: Spectrum, k2: int, cross: Cross) -> Change:
-  """How far the main part and the residual moved from one network to another: |M' - M| / |M| for each, without the features.
+  """How far the main part and the residual moved from one network to another: |M' - M| / |M| for each, without the
+  features.
 
-  |M' - M|^2 = |M|^2 + |M'|^2 - 2 tr(M^T M'), where for M = F V V^T and M' = F' W W^T the trace is that of (V^T F^T F' W)(W^T V). The
-  difference leaves about eight digits: a change below 1e-7 cannot be told from none; of a residual that is small beside the whole,
-  below 1e-7 |F| / |residual|.
+  |M' - M|^2 = |M|^2 + |M'|^2 - 2 tr(M^T M'), where for M = F V V^T and M' = F' W W^T the trace is that of (V^T F^T F'
+  W)(W^T V). The difference leaves about eight digits: a change below 1e-7 cannot be told from none; of a residual that
+  is small beside the whole, below 1e-7 |F| / |residual|.
 
   Args:
     first, second: spectra of the same images, either both centred or both plain.
@@ -259,20 +270,22 @@ def change(first: Spectrum, k1: int, second: Spectrum, k2: int, cross: Cross) ->
     0 where there is nothing before nor after; infinity where something came from nothing.
 
   Raises:
-    ValueError: sizes that are not from 0 to r, dimensions or numbers of images that differ, one spectrum plain and the other centred, or
-      centred ones of other features than the products'.
+    ValueError: sizes that are not from 0 to r, dimensions or numbers of images that differ, one spectrum plain and the
+      other centred, or centred ones of other features than the products'.
   """
   _directions(first, k1, second, k2)
   if not first.images == second.images == cross.images:
     raise ValueError(f'the spectra are of {first.images} and {second.images} images, their products of {cross.images}; '
                      'expected the same images in all')
   if cross.scatter.shape != (len(first.mean), len(second.mean)):
-    raise ValueError(f'products are {cross.scatter.shape}; expected {(len(first.mean), len(second.mean))} as of the spectra')
+    raise ValueError(f'products are {cross.scatter.shape}; expected {(len(first.mean), len(second.mean))} as of the '
+                     'spectra')
   means = (first.mean, cross.first_mean), (second.mean, cross.second_mean)
   if any(not mean.any() and of.any() for mean, of in means) and any(mean.any() for mean, _ in means):
     raise ValueError('one spectrum is plain and the other centred; expected both alike')
   if any(mean.any() and not np.allclose(mean, of, rtol=0, atol=1e-6 * np.abs(of).max()) for mean, of in means):
-    raise ValueError('the spectra have other means than the products; expected the same features, first and second in the same order')
+    raise ValueError('the spectra have other means than the products; expected the same features, first and second in '
+                     'the same order')
   return Change(_moved(first, slice(0, k1), second, slice(0, k2), cross), _moved(first, slice(k1, None), second, slice(k2, None), cross))
 
 
@@ -289,7 +302,9 @@ def _moved(first: Spectrum, chosen: slice, second: Spectrum, other: slice, cross
 
 
 class _Mean:
-  """A mean that moves as slices come; kept as a difference from that of the first one, so that it is exact beside a small spread."""
+  """A mean that moves as slices come; kept as a difference from that of the first one, so that it is exact beside a
+  small spread.
+  """
 
   def __init__(self):
     self.images = 0
@@ -319,19 +334,23 @@ class _Mean:
 
 
 def _slices(batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-  """The rows of all batches in float64, `SLICE` at a time in one array: it is the caller's to write in, until the next one comes."""
+  """The rows of all batches in float64, `SLICE` at a time in one array: it is the caller's to write in, until the next
+  one comes.
+  """
   held, filled, images = None, 0, 0
   for batch in [batches] if getattr(batches, 'ndim', 0) == 2 else batches:
     batch = np.asarray(batch)
     if batch.ndim != 2 or not batch.shape[1] or held is not None and batch.shape[1] != held.shape[1]:
-      raise ValueError(f'a batch of features is {batch.shape}; expected [images, {"dimensions" if held is None else held.shape[1]}]')
+      raise ValueError(f'a batch of features is {batch.shape}; expected [images, '
+                       f'{"dimensions" if held is None else held.shape[1]}]')
     held = np.empty((SLICE, batch.shape[1])) if held is None else held
     while len(batch):
       rows = held[filled:filled + len(batch)]
       rows[:], batch = batch[:len(rows)], batch[len(rows):]
       finite = np.isfinite(rows).all(1)
       if not finite.all():
-        raise ValueError(f'features of image {images + int(np.argmin(finite))} (counted from 0) have values that are not finite; '
+        raise ValueError(f'features of image {images + int(np.argmin(finite))} (counted from 0) have values that are '
+                         'not finite; '
                          'the weights that made them are damaged or of a training that diverged')
       filled, images = filled + len(rows), images + len(rows)
       if filled == SLICE:

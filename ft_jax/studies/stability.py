@@ -1,8 +1,9 @@
 """How flat the minimum is that a training found, and how far from its start it lies.
 
-The measures with which Li and Zhang (NeurIPS 2021) explain regularized fine-tuning, as in the code of their companion paper (Ju, Li and
-Zhang, "Robust Fine-Tuning of Deep Neural Networks with Hessian-based Generalization Guarantees", ICML 2022): the loss under noise on the
-weights, the distance of each weight from where it began, and the trace of the Hessian of the loss. All are taken in evaluation mode.
+The measures with which Li and Zhang (NeurIPS 2021) explain regularized fine-tuning, as in the code of their companion
+paper (Ju, Li and Zhang, "Robust Fine-Tuning of Deep Neural Networks with Hessian-based Generalization Guarantees", ICML
+2022): the loss under noise on the weights, the distance of each weight from where it began, and the trace of the
+Hessian of the loss. All are taken in evaluation mode.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -38,7 +39,9 @@ def estimate(draws: Sequence[float]) -> Estimate:
 
 
 def order(model: Network, path: str) -> tuple[Any, ...]:
-  """A key that sorts parameters from the input to the classes: a block's layers, each with its normalisation, then its shortcut."""
+  """A key that sorts parameters from the input to the classes: a block's layers, each with its normalisation, then its
+  shortcut.
+  """
   *modules, leaf = path.split('/')
   digits = ''.join(c for c in modules[-1] if c.isdigit())
   return -model.depth(path), model.is_shortcut(path), int(digits or 0), model.is_norm(path), leaf != 'kernel', path
@@ -62,7 +65,8 @@ def is_perturbed(model: Network, path: str) -> bool:
 
 def losses_under_noise(model: Network, head: str, variables: Any, batches: Iterable[Mapping[str, np.ndarray]], *, classes: int, sigma: float,
                        seed: int, numbers: Iterable[int]) -> Iterator[float]:
-  """The mean loss of each perturbed network: every weight of `is_perturbed` plus sigma times a normal number of its own.
+  """The mean loss of each perturbed network: every weight of `is_perturbed` plus sigma times a normal number of its
+  own.
 
   Args:
     model: the network; its BatchNorm uses the running statistics.
@@ -95,7 +99,8 @@ def distances(params: Mapping[str, Any], start: Mapping[str, Any]) -> dict[str, 
 
 
 def curvature(loss: Callable[[Any], jax.Array], params: Any, key: jax.Array) -> dict[str, jax.Array]:
-  """v_p . (H v)_p of each parameter p, by path, where H is the Hessian of the loss and v a vector of random signs over all parameters.
+  """v_p . (H v)_p of each parameter p, by path, where H is the Hessian of the loss and v a vector of random signs over
+  all parameters.
 
   Its mean over the keys is the trace of p's own block of H (Hutchinson, 1990); the sum over the parameters is v . H v.
   """
@@ -111,7 +116,8 @@ def signs(params: Any, key: jax.Array) -> Any:
 
 def curvatures(model: Network, head: str, variables: Any, batches: Iterable[Mapping[str, np.ndarray]], *, seed: int,
                numbers: Iterable[int], after_batch: Callable[[], object] = lambda: None) -> Iterator[dict[str, float]]:
-  """`curvature` of the mean loss over all examples, for each random vector; batches are added up, so that one at a time is in memory.
+  """`curvature` of the mean loss over all examples, for each random vector; batches are added up, so that one at a time
+  is in memory.
 
   Args:
     model, head, variables, batches, seed: as of `losses_under_noise`.
@@ -138,7 +144,9 @@ def curvatures(model: Network, head: str, variables: Any, batches: Iterable[Mapp
 
 
 def settled(totals: Sequence[float], tolerance: float) -> bool:
-  """Whether the last random vector changed the mean of v . H v by less than a part of it: the published rule, from ten vectors on."""
+  """Whether the last random vector changed the mean of v . H v by less than a part of it: the published rule, from ten
+  vectors on.
+  """
   if len(totals) < FEWEST_PROBES:
     return False
   before, after = np.mean(totals[:-1]), np.mean(totals)
@@ -146,6 +154,8 @@ def settled(totals: Sequence[float], tolerance: float) -> bool:
 
 
 def _drawn(draw: Callable[..., jax.Array], params: Any, key: jax.Array) -> Any:
-  """A random number in the place of each one of the parameters, all drawn at once: a draw for each array takes long to compile."""
+  """A random number in the place of each one of the parameters, all drawn at once: a draw for each array takes long to
+  compile.
+  """
   vector, unravel = jax.flatten_util.ravel_pytree(params)
   return unravel(draw(key, vector.shape, vector.dtype))

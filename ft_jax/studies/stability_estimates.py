@@ -63,7 +63,8 @@ class Estimates:
 
     Args:
       path: the file.
-      made_of: 'network', a fingerprint of all that every estimate depends on, and 'noise', sigma, on which draws depend too.
+      made_of: 'network', a fingerprint of all that every estimate depends on, and 'noise', sigma, on which draws depend
+        too.
     """
     self._path, self._made_of = path, dict(made_of)
     self.loss: float | None = None
@@ -134,7 +135,9 @@ def add_probes(minimum: Minimum, settings: Settings, estimates: Estimates, varia
 
 
 def used_probes(totals: Sequence[float], settings: Settings) -> int:
-  """How many of the random vectors count: up to the one at which the trace is settled, and no more than the settings allow."""
+  """How many of the random vectors count: up to the one at which the trace is settled, and no more than the settings
+  allow.
+  """
   most = min(len(totals), settings.probes)
   return next((n for n in range(1, most) if stability.settled(totals[:n], settings.tolerance)), most)
 

@@ -1,4 +1,6 @@
-"""What job study works on: a target's images and the rows of each seed's splits, features of frozen networks, and finished parts."""
+"""What job study works on: a target's images and the rows of each seed's splits, features of frozen networks, and
+finished parts.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 import functools
@@ -17,7 +19,8 @@ from ft_jax.studies import spectrum
 from ft_jax.workdir import write_text
 from selection import storage
 
-# Of the parts that are kept: another one where a formula or a grid of the studies changes, so that old numbers are not taken for new ones.
+# Of the parts that are kept: another one where a formula or a grid of the studies changes, so that old numbers are not
+# taken for new ones.
 VERSION = 1
 
 
@@ -89,7 +92,7 @@ def open_target(config: ConfigDict, name: str) -> Target:
                 stamp([source.legacy_fingerprint or source.fingerprint for source in sources]))
 
 
-class Frozen:
+class FrozenFeatures:
   """The features of all images of a target by one network; made, or read, when they are asked for."""
 
   def __init__(self, make: Callable[[], np.ndarray]):
@@ -110,7 +113,7 @@ class Frozen:
     return self._spectra[key]
 
 
-def described(spectra: Mapping[str, spectrum.Spectrum], threshold: float) -> dict[str, dict[str, Any]]:
+def describe_spectra(spectra: Mapping[str, spectrum.Spectrum], threshold: float) -> dict[str, dict[str, Any]]:
   """The numbers of each spectrum."""
   told = {}
   for which, each in spectra.items():
@@ -122,7 +125,7 @@ def described(spectra: Mapping[str, spectrum.Spectrum], threshold: float) -> dic
   return told
 
 
-def changed(before: Frozen, after: Frozen, rows: np.ndarray, which: str, threshold: float) -> dict[str, Any]:
+def measure_change(before: FrozenFeatures, after: FrozenFeatures, rows: np.ndarray, which: str, threshold: float) -> dict[str, Any]:
   """How far the main part and the residual of the same images' features are from what they were; angles in degrees."""
   first, second = before.spectra(rows)[which], after.spectra(rows)[which]
   sizes = [spectrum.main_size(each.values, threshold) for each in (first, second)]

@@ -1,4 +1,6 @@
-"""What study.json says of a target: rates by seed, the choice with its margins, correlations, and what a reader should know."""
+"""What study.json says of a target: rates by seed, the choice with its margins, correlations, and what a reader should
+know.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -12,7 +14,7 @@ PROBES = ('linear', 'nearest_mean', 'neighbours', 'main', 'residual')
 Found = Mapping[str, Any]  # of a checkpoint: `about`, `change`, and by seed `probes`, `ft` and `ft_change`
 
 
-def told(target: Target, seeds: Sequence[int], names: Sequence[str], source: Sequence[Mapping[str, float] | None], found: Sequence[Found],
+def target_results(target: Target, seeds: Sequence[int], names: Sequence[str], source: Sequence[Mapping[str, float] | None], found: Sequence[Found],
          per_class: bool, named_val: bool) -> dict[str, Any]:
   """What study.json says of a target.
 
@@ -46,7 +48,8 @@ def row(found: Found, seeds: Sequence[int]) -> dict[str, Any]:
 
 
 def _mean_change(done: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-  """The means over seeds; of the angles, of as many as all have: the main part of each network has a size of its own."""
+  """The means over seeds; of the angles, of as many as all have: the main part of each network has a size of its own.
+  """
   if not done:
     return None
   size = min(len(each['angles']) for each in done)
@@ -82,7 +85,9 @@ def chosen(target: Target, seeds: Sequence[int], names: Sequence[str], found: Se
 
 
 def correlations(source: Sequence[Mapping[str, float] | None], rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-  """How well source accuracy and each score rank the checkpoints: against the mean test scores on frozen features and by fine-tuning."""
+  """How well source accuracy and each score rank the checkpoints: against the mean test scores on frozen features and
+  by fine-tuning.
+  """
   values = {'source accuracy': [entry['top1'] if entry else None for entry in source],
             **{name: [each['scores'].get(name) for each in rows] for name in rows[0]['scores']}}
   fe = [np.mean(each['fe']['linear']['test']) for each in rows]
@@ -99,7 +104,8 @@ def notes(target: Target, seed: int, found: Sequence[Found], named_val: bool) ->
   lone = np.flatnonzero((training == 1) & (held_out == 0))
   absent = np.flatnonzero((training > 1) & (held_out == 0))
   if len(lone):
-    yield (f'{len(lone)} of {len(training)} classes have one image for training and val together ({listed(lone)}), which is trained on: '
+    yield (f'{len(lone)} of {len(training)} classes have one image for training and val together ({listed(lone)}), '
+           'which is trained on: '
            'strengths and checkpoints are chosen by the val images of the other classes, without folds.')
   if len(absent):
     yield f'{len(absent)} of {len(training)} classes have no image in val ({listed(absent)}).'
@@ -113,5 +119,6 @@ def notes(target: Target, seed: int, found: Sequence[Found], named_val: bool) ->
   if any(probed['linear']['at_edge'] for each in found for probed in each['probes'].values()):
     yield 'For some checkpoints the best strength of the logistic regression lies at the end of its grid.'
   if any(set(each['ft']) - set(each['ft_change']) for each in found):
-    yield ('How far fine-tuning moved each part is not known for all networks: they are gone, and it was taken with another '
+    yield ('How far fine-tuning moved each part is not known for all networks: they are gone, and it was taken with '
+           'another '
            'study.threshold or study.centred.')

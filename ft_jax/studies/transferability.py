@@ -1,7 +1,8 @@
-"""Scores of how well a network's features suit a target, without training, and how well they foretell what training gives.
+"""Scores of how well a network's features suit a target, without training, and how well they foretell what training
+gives.
 
-Each is as in the Transfer-Learning-Library (thuml, tllib/ranking), from which the constants come, in float64; classes are those that have
-an image. Arrays in, numbers out; larger is better for all of them.
+Each is as in the Transfer-Learning-Library (thuml, tllib/ranking), from which the constants come, in float64; classes
+are those that have an image. Arrays in, numbers out; larger is better for all of them.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,10 +21,11 @@ LOGME_STEPS, LOGME_TOLERANCE = 11, 0.01
 def h_score(features: np.ndarray, labels: np.ndarray, regularised: bool = False) -> float:
   """H-score: tr(cov(f)^-1 cov(g)), where g_n is the mean feature of image n's class.
 
-  Bao et al., "An Information-Theoretic Approach to Transferability in Task Transfer Learning" (ICIP 2019). It is from 0 to
-  min(classes - 1, rank of cov(f)), and at that bound whenever there are as many dimensions as images: then take the regularised one, with
-  the covariance of Ledoit and Wolf, shrunk by alpha, and (1 - alpha) cov(g): Ibrahim et al., "Newer is not always better: Rethinking
-  transferability metrics, their peculiarities, stability and performance" (2021).
+  Bao et al., "An Information-Theoretic Approach to Transferability in Task Transfer Learning" (ICIP 2019). It is from 0
+  to min(classes - 1, rank of cov(f)), and at that bound whenever there are as many dimensions as images: then take the
+  regularised one, with the covariance of Ledoit and Wolf, shrunk by alpha, and (1 - alpha) cov(g): Ibrahim et al.,
+  "Newer is not always better: Rethinking transferability metrics, their peculiarities, stability and performance"
+  (2021).
 
   Args:
     features: `[n, d]`.
@@ -77,11 +79,13 @@ def nce(source_labels: np.ndarray, labels: np.ndarray) -> float:
 
 
 def logme(features: np.ndarray, labels: np.ndarray) -> float:
-  """LogME: the largest log evidence of Bayesian linear regression, over N, on average over the classes (one against the others).
+  """LogME: the largest log evidence of Bayesian linear regression, over N, on average over the classes (one against the
+  others).
 
-  You et al., "LogME: Practical Assessment of Pre-trained Models for Transfer Learning" (ICML 2021): weights N(0, 1 / alpha), noise
-  N(0, 1 / beta); alpha and beta by fixed-point iteration from 1, at most 11 steps, until alpha / beta changes by less than a hundredth.
-  Everything is done along the singular vectors of the features, for all classes at once.
+  You et al., "LogME: Practical Assessment of Pre-trained Models for Transfer Learning" (ICML 2021): weights N(0, 1 /
+  alpha), noise N(0, 1 / beta); alpha and beta by fixed-point iteration from 1, at most 11 steps, until alpha / beta
+  changes by less than a hundredth. Everything is done along the singular vectors of the features, for all classes at
+  once.
 
   Arguments and errors are those of `h_score`.
   """
@@ -110,10 +114,11 @@ def logme(features: np.ndarray, labels: np.ndarray) -> float:
 
 
 def transrate(features: np.ndarray, labels: np.ndarray, epsilon: float = 1e-4) -> float:
-  """TransRate: R(f) - mean_c R(f_c), with R(f) = log det(I + f'f / (n epsilon)) / 2, the rate that codes n features, centred over all.
+  """TransRate: R(f) - mean_c R(f_c), with R(f) = log det(I + f'f / (n epsilon)) / 2, the rate that codes n features,
+  centred over all.
 
-  Huang et al., "Frustratingly Easy Transferability Estimation" (ICML 2022); but as in the library the mean over the classes is
-  a plain one. It depends on the scale of the features.
+  Huang et al., "Frustratingly Easy Transferability Estimation" (ICML 2022); but as in the library the mean over the
+  classes is a plain one. It depends on the scale of the features.
 
   Args:
     features: `[n, d]`.
@@ -179,8 +184,9 @@ def _h_score_regularised(centred: _Centred, groups: _Groups) -> float:
 
 
 def _shrinkage(centred: _Centred) -> float:
-  """How far the covariance is drawn to a multiple of I: Ledoit and Wolf, "A well-conditioned estimator for large-dimensional
-  covariance matrices" (2004); 0 to 1."""
+  """How far the covariance is drawn to a multiple of I: Ledoit and Wolf, "A well-conditioned estimator for
+  large-dimensional covariance matrices" (2004); 0 to 1.
+  """
   n, d, squares = len(centred.u), centred.dimensions, centred.values ** 2
   lengths = np.sum((centred.u * centred.values) ** 2, 1)
   apart = np.sum(squares ** 2) / n ** 2 - squares.sum() ** 2 / (n ** 2 * d)  # |S - m I|^2
@@ -210,7 +216,8 @@ def _grouped(features: np.ndarray, labels: np.ndarray, name: str = 'features') -
     raise ValueError(f'{name} are {features.shape} and labels {labels.shape}; expected [n, d] and [n]')
   wrong = ~np.isfinite(features).all(1)
   if wrong.any():
-    raise ValueError(f'{name} have values that are not finite: {wrong.sum()} of {len(features)} images, the first in row '
+    raise ValueError(f'{name} have values that are not finite: {wrong.sum()} of {len(features)} images, the first in '
+                     'row '
                      f'{np.argmax(wrong)}; the weights that made them are damaged or of a training that diverged')
   _, begins, sizes = np.unique(np.sort(labels), return_index=True, return_counts=True)
   return features.astype(np.float64), _Groups(np.argsort(labels, kind='stable'), begins, sizes)
@@ -227,7 +234,8 @@ def _probabilities(source_probabilities: np.ndarray, labels: np.ndarray) -> tupl
   theta, groups = _grouped(source_probabilities, labels, 'source_probabilities')
   sums = theta.sum(1)
   if theta.min() < 0 or np.abs(sums - 1).max() > 1e-2:  # such as those of bfloat16
-    raise ValueError(f'source_probabilities are from {theta.min():.3g}, and rows sum to {sums.min():.3g} to {sums.max():.3g}; expected '
+    raise ValueError(f'source_probabilities are from {theta.min():.3g}, and rows sum to {sums.min():.3g} to '
+                     f'{sums.max():.3g}; expected '
                      'probabilities, the soft-max of the logits')
   return theta, groups
 
@@ -258,7 +266,8 @@ class TransferabilityScore(NamedTuple):
 
 
 def scores(features: np.ndarray, labels: np.ndarray, source_probabilities: np.ndarray | None) -> dict[str, float | None]:
-  """All of SCORES by name, from what `h_score` and `leep` take; None where a score needs the classifier and there is none.
+  """All of SCORES by name, from what `h_score` and `leep` take; None where a score needs the classifier and there is
+  none.
 
   Raises:
     ValueError: as of the scores.
@@ -272,8 +281,8 @@ class Correlation(NamedTuple):
 
   Attributes:
     kendall: tau-b, of the order alone.
-    weighted_kendall: the same with more weight on the best ones (Vigna, "A weighted correlation index for rankings with ties", WWW 2015:
-      hyperbolic, additive, the mean of ranking by either).
+    weighted_kendall: the same with more weight on the best ones (Vigna, "A weighted correlation index for rankings with
+      ties", WWW 2015: hyperbolic, additive, the mean of ranking by either).
     pearson: of the values.
   """
   kendall: float | None
@@ -282,7 +291,8 @@ class Correlation(NamedTuple):
 
 
 def correlate(scores: Sequence[float | None], accuracies: Sequence[float | None]) -> Correlation:
-  """Over checkpoints, those left out that lack one of both; None with fewer than three, or where all values of one kind are the same.
+  """Over checkpoints, those left out that lack one of both; None with fewer than three, or where all values of one kind
+  are the same.
 
   Raises:
     ValueError: not as many scores as accuracies, or values that are not finite.
@@ -291,7 +301,8 @@ def correlate(scores: Sequence[float | None], accuracies: Sequence[float | None]
     raise ValueError(f'{len(scores)} scores and {len(accuracies)} accuracies; expected one of each a checkpoint')
   pairs = np.array([pair for pair in zip(scores, accuracies) if None not in pair], np.float64).reshape(-1, 2)
   if not np.isfinite(pairs).all():
-    raise ValueError(f'scores {list(scores)} and accuracies {list(accuracies)}; expected finite numbers, or None where there is none')
+    raise ValueError(f'scores {list(scores)} and accuracies {list(accuracies)}; expected finite numbers, or None where '
+                     'there is none')
   # Values that differ by rounding have no order.
   if len(pairs) < 3 or (np.ptp(pairs, axis=0) <= 1e-12 * np.abs(pairs).max(0)).any():
     return Correlation(None, None, None)

@@ -63,8 +63,8 @@ def make_rank(model: Network, head: str, most: int) -> PredictFn:
   """The pmapped forward pass to the likeliest classes of each image, on every host for all.
 
   Returns:
-    A function of replicated variables and a sharded batch, whose results (replicated) are `classes` int32 `[b, most]`, the likeliest
-    first, their `probabilities` float32 `[b, most]`, and the batch's `index` and `mask`.
+    A function of replicated variables and a sharded batch, whose results (replicated) are `classes` int32 `[b, most]`,
+    the likeliest first, their `probabilities` float32 `[b, most]`, and the batch's `index` and `mask`.
   """
 
   def rank(variables: Any, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:

@@ -1,4 +1,6 @@
-"""The forward pass of a training step: several streams of images through the network at once, in parts where memory asks for it."""
+"""The forward pass of a training step: several streams of images through the network at once, in parts where memory
+asks for it.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,10 +22,12 @@ def forward(model: Network, variables: Mapping[str, Any], images: Mapping[str, j
     variables: its `{'params', 'batch_stats'}`.
     images: `[b, h, w, 3]` of each stream, uint8 or normalised float32; each has its own b.
     train: whether BatchNorm uses the batch and updates its running statistics.
-    layers: modules whose outputs are wanted as `taps`, by path, as the network uses them; () leaves the model's own taps.
+    layers: modules whose outputs are wanted as `taps`, by path, as the network uses them; () leaves the model's own
+      taps.
     key: for a normalisation layer that is random; all parts have the same.
-    parts: the pass goes in so many parts, each with its share of every stream, and the backward pass computes each part again: the
-      memory is that of one part, the result that of the whole batch, but for the statistics that BatchNorm takes: those of each part.
+    parts: the pass goes in so many parts, each with its share of every stream, and the backward pass computes each part
+      again: the memory is that of one part, the result that of the whole batch, but for the statistics that BatchNorm
+      takes: those of each part.
 
   Returns:
     The outputs by stream, and the running statistics after the pass.
@@ -38,8 +42,8 @@ def forward(model: Network, variables: Mapping[str, Any], images: Mapping[str, j
         capture_intermediates=lambda module, _: '/'.join(module.path) in layers)
     if layers:
       kept = flax.traverse_util.flatten_dict(updates['intermediates'], sep='/')
-      # A layer that calls that of its parent class, as StochNorm's does, leaves the output of each of these calls. Its own comes last; so
-      # does the last one of a layer that is used more than once.
+      # A layer that calls that of its parent class, as StochNorm's does, leaves the output of each of these calls. Its
+      # own comes last; so does the last one of a layer that is used more than once.
       outputs = outputs._replace(taps={layer: kept[f'{layer}/__call__'][-1] for layer in layers})
     ends = np.cumsum([len(image) for image in images.values()]).tolist()
     parts_of = {stream: slice(end - len(image), end) for (stream, image), end in zip(images.items(), ends)}

@@ -14,7 +14,7 @@ import numpy as np
 from ft_jax import parallel
 from ft_jax.models import build, hub, NETWORKS, torch_pickle
 from ft_jax.models.network import head_of, Network, network_variables, OPTIONS
-from ft_jax.models.weights import check_numbers, Loaded, merge, read
+from ft_jax.models.weights import check_numbers, LoadedWeights, merge, read
 from ft_jax.names import listed
 from ft_jax.progress import log
 from ft_jax.training.finished_runs import load_variables
@@ -35,7 +35,8 @@ def check_weights(config: ConfigDict) -> None:
     raise ValueError(f'model.source_head is {config.source_head!r}; known: {", ".join(SOURCE_HEADS)}')
   for field in ('source_head', 'batch_norm'):
     if config[field] in ('pretrained', 'frozen') and not config.weights:
-      raise ValueError(f'model.{field} is {config[field]!r} and model.weights is empty; give the weights that it is to come from')
+      raise ValueError(f'model.{field} is {config[field]!r} and model.weights is empty; give the weights that it is to '
+                       'come from')
   if not config.weights or config.weights == 'pretrain':
     return
   if (repo := hub.parse(config.weights)) is None:
@@ -47,7 +48,8 @@ def check_weights(config: ConfigDict) -> None:
 def _check_path(name: str) -> None:
   path = storage.located(name)
   if not path.exists():
-    raise ValueError(f'model.weights: there is no file or folder {name}; expected one, or timm:<name>, or hf:<owner>/<name>')
+    raise ValueError(f'model.weights: there is no file or folder {name}; expected one, or timm:<name>, or '
+                     'hf:<owner>/<name>')
   if not _is_run(path) and not storage.is_url(file := _weights_file(path)):
     torch_pickle.check(file)
 
@@ -77,9 +79,11 @@ def _weights_file(path: epath.Path) -> epath.Path:
 def _check_timm(network: str, tag: str = '', *, config: ConfigDict) -> None:
   """Many networks of timm differ from torchvision's in stem, pooling or blocks, which their names say."""
   if network not in NETWORKS:
-    raise ValueError(f'model.weights is {config.weights!r}, a {network}, which is another network than {", ".join(NETWORKS)}')
+    raise ValueError(f'model.weights is {config.weights!r}, a {network}, which is another network than '
+                     f'{", ".join(NETWORKS)}')
   if tag.startswith('ra4_'):  # as timm 1.0 has it; all others of these networks have ImageNet's mean
-    raise ValueError(f'model.weights is {config.weights!r}, which was trained on images with a mean of 0.5; the networks here take out the '
+    raise ValueError(f'model.weights is {config.weights!r}, which was trained on images with a mean of 0.5; the '
+                     'networks here take out the '
                      'mean of ImageNet')
   published = {'name': network, **build(network, {}).options}
   if published != {name: config.get(name, OPTIONS.get(name)) for name in published}:
@@ -113,14 +117,17 @@ def load_weights(name: str, network: Network, *, classes: int | None = None, cla
   if classifier:
     if 'source' not in heads:
       instead = f', but head {", ".join(sorted(heads))}' if heads else ''
-      raise ValueError(f'methods.co_tuning and methods.lwf need the classifier of the pre-training, and {name} has none{instead}; give '
+      raise ValueError(f'methods.co_tuning and methods.lwf need the classifier of the pre-training, and {name} has '
+                       f'none{instead}; give '
                        'weights with the classifier that they were trained with, or leave these methods out')
     kept['pretrained'] = heads['source']
   if classes is not None:
     if 'source' not in heads:
-      raise ValueError(f"model.source_head is 'pretrained', but {name} has no classifier; use --config.model.source_head=fresh")
+      raise ValueError(f"model.source_head is 'pretrained', but {name} has no classifier; use "
+                       "--config.model.source_head=fresh")
     if (found := len(heads['source']['bias'])) != classes:
-      raise ValueError(f"model.source_head is 'pretrained', but the classifier of {name} has {found} classes and the source data "
+      raise ValueError(f"model.source_head is 'pretrained', but the classifier of {name} has {found} classes and the "
+                       "source data "
                        f'{classes}; use --config.model.source_head=fresh')
     if class_names is not None:
       _check_same_classes(name, _source_classes(path) if own else None, class_names)
@@ -144,28 +151,31 @@ def load_weights(name: str, network: Network, *, classes: int | None = None, cla
   return Weights(variables, {'name': name, 'revision': commit, 'fingerprint': weights_fingerprint(network_variables(variables))})
 
 
-def read_file(path: epath.PathLike, network: Network) -> Loaded:
+def read_file(path: epath.PathLike, network: Network) -> LoadedWeights:
   """Weights in a file, or in an object on object storage; raises ValueError as of `models.weights.read`."""
   with storage.on_disk(path) as file:
     return read(file, network)
 
 
-def _read_run(folder: epath.Path) -> Loaded:
+def _read_run(folder: epath.Path) -> LoadedWeights:
   """A workdir, or one of its checkpoints."""
   is_run = (folder / 'checkpoints').is_dir()  # whatever it and the folder above it are called
   step = int(folder.name) if not is_run and folder.parent.name == 'checkpoints' and folder.name.isdigit() else None
-  return Loaded(load_variables(folder if step is None else folder.parent.parent, step), {'of that training': ['optimizer']})
+  return LoadedWeights(load_variables(folder if step is None else folder.parent.parent, step), {'of that training': ['optimizer']})
 
 
 def _check_same_classes(name: str, known: Sequence[str] | None, wanted: Sequence[str]) -> None:
   """Raises ValueError for a classifier of other classes than the source data, or in another order; warns if unknown."""
   if known is None:
-    log.warning("warning: model.source_head is 'pretrained' and the names of the classes of %s are not known; they must be "
+    log.warning("warning: model.source_head is 'pretrained' and the names of the classes of %s are not known; they "
+                "must be "
                 'those of the source data, in the same order', name)
   elif tuple(known) != tuple(wanted):
     first = next(k for k, pair in enumerate(zip(known, wanted)) if pair[0] != pair[1])
-    raise ValueError(f"model.source_head is 'pretrained', but the classifier of {name} has other classes than the source "
-                     f'data, or another order: class {first} is {known[first]!r} there and {wanted[first]!r} in the source '
+    raise ValueError(f"model.source_head is 'pretrained', but the classifier of {name} has other classes than the "
+                     "source "
+                     f'data, or another order: class {first} is {known[first]!r} there and {wanted[first]!r} in the '
+                     'source '
                      'data; use --config.model.source_head=fresh, or the source data that it was trained on')
 
 
@@ -205,7 +215,9 @@ def weights_fingerprint(variables: Mapping[str, Any]) -> str:
 
 
 def drawn(seed: int) -> str:
-  """Says which random weights a network of some config starts with: their last bits depend on the processor and the compiler."""
+  """Says which random weights a network of some config starts with: their last bits depend on the processor and the
+  compiler.
+  """
   return f'drawn with seed {seed}'
 
 

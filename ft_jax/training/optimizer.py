@@ -98,7 +98,8 @@ def make_optimizer(kind: str, schedule: optax.Schedule, factors: Factors, *, mom
 
 
 def scale_by_amsgrad(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> optax.GradientTransformation:
-  """AMSGrad as torch has it (Reddi, Kale and Kumar, ICLR 2018): the maximum is of the second moments before their bias correction.
+  """AMSGrad as torch has it (Reddi, Kale and Kumar, ICLR 2018): the maximum is of the second moments before their bias
+  correction.
 
   optax.scale_by_amsgrad takes the maximum after it, where the large corrections of the first steps stay for good.
   """
@@ -121,7 +122,8 @@ def by_pattern(params: Any, groups: Groups, what: str) -> Any:
   Paths look like `layer4/1/conv2/kernel` and `heads/target/bias`.
 
   Raises:
-    ValueError: a parameter that no pattern covers, a pattern that is used for none, or one that is no regular expression.
+    ValueError: a parameter that no pattern covers, a pattern that is used for none, or one that is no regular
+      expression.
   """
   try:
     patterns = [(re.compile(pattern), float(value)) for pattern, value in groups]

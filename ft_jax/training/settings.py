@@ -15,7 +15,15 @@ from ft_jax.methods import Method, SetupContext
 from ft_jax.models.batch_norm import BatchNorm
 from ft_jax.models.network import frozen_mask, head_of, head_pattern, Network
 from ft_jax.progress import log
-from ft_jax.training import optimizer
+from ft_jax.training.optimizer import (
+  Factors,
+  Groups,
+  make_optimizer,
+  make_schedule,
+  OPTIMIZERS,
+  parameter_factors,
+  SCHEDULES,
+)
 
 METRICS = ('top1', 'mean_per_class')
 
@@ -41,7 +49,7 @@ class Plan(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-  """The fields of `configs.default.train_config`, which documents them, and `metric`, which chooses the best checkpoint.
+  """The fields of `ft_jax.config.train_config`, which documents them, and `metric`, which chooses the best checkpoint.
 
   Raises:
     ValueError: fields that cannot be right, alone or together.
@@ -50,7 +58,7 @@ class Training:
   epochs: float
   steps: int
   learning_rate: float
-  learning_rate_groups: optimizer.Groups
+  learning_rate_groups: Groups
   layer_decay: float
   schedule: str
   milestones: tuple[float, ...]
@@ -61,7 +69,7 @@ class Training:
   nesterov: bool
   clip_norm: float
   weight_decay: float
-  weight_decay_groups: optimizer.Groups
+  weight_decay_groups: Groups
   freeze: str
   ema_decay: float
   accumulate_steps: int
@@ -76,10 +84,10 @@ class Training:
       raise ValueError(f'metric is {self.metric!r}; known: {", ".join(METRICS)}')
     if not self.steps and not self.epochs:
       raise ValueError('train.steps and train.epochs are both 0; one of them gives the length')
-    if self.schedule not in optimizer.SCHEDULES:
-      raise ValueError(f'train.schedule is {self.schedule!r}; known: {", ".join(optimizer.SCHEDULES)}')
-    if self.optimizer not in optimizer.OPTIMIZERS:
-      raise ValueError(f'train.optimizer is {self.optimizer!r}; known: {", ".join(optimizer.OPTIMIZERS)}')
+    if self.schedule not in SCHEDULES:
+      raise ValueError(f'train.schedule is {self.schedule!r}; known: {", ".join(SCHEDULES)}')
+    if self.optimizer not in OPTIMIZERS:
+      raise ValueError(f'train.optimizer is {self.optimizer!r}; known: {", ".join(OPTIMIZERS)}')
     self.check_batch(self.batch_size, 'train.batch_size')
 
   @classmethod
@@ -88,7 +96,7 @@ class Training:
     return cls(**config.to_dict(), metric=metric)
 
   def check_batch(self, size: int, what: str) -> None:
-    """Raises ValueError where devices cannot share a batch evenly, or a device cannot cut its share into microbatches."""
+    """Raises ValueError where devices cannot share a batch evenly, or cut their share into microbatches."""
     parallel.check_batch(size, what)
     each = size // jax.device_count()
     if each % self.accumulate_steps:
@@ -109,7 +117,7 @@ class Training:
     return Plan(steps, self.eval_every or math.ceil(steps / 10), self.log_every or math.ceil(steps / 100),
                 tuple(sorted(step for step in keep if step <= steps)))
 
-  def factors(self, model: Network, params: Any, fresh: Collection[str] = ()) -> optimizer.Factors:
+  def factors(self, model: Network, params: Any, fresh: Collection[str] = ()) -> Factors:
     """The factors of each parameter's learning rate and weight decay.
 
     Args:
@@ -121,16 +129,16 @@ class Training:
       ValueError: groups that do not fit the parameters.
     """
     groups = self.learning_rate_groups or (*((head_pattern(head), 10.0) for head in sorted(fresh)), ('.*', 1.0))
-    return optimizer.parameter_factors(params, groups, self.weight_decay_groups, model.depth, self.layer_decay)
+    return parameter_factors(params, groups, self.weight_decay_groups, model.depth, self.layer_decay)
 
   def make_schedule(self, steps: int) -> optax.Schedule:
     """The learning rate of each of so many steps."""
-    return optimizer.make_schedule(self.schedule, self.learning_rate, steps, milestones=self.milestones,
+    return make_schedule(self.schedule, self.learning_rate, steps, milestones=self.milestones,
                                    decay=self.decay, warmup=self.warmup)
 
-  def make_optimizer(self, schedule: optax.Schedule, factors: optimizer.Factors) -> optax.GradientTransformation:
+  def make_optimizer(self, schedule: optax.Schedule, factors: Factors) -> optax.GradientTransformation:
     """The optimizer with these rates."""
-    return optimizer.make_optimizer(self.optimizer, schedule, factors, momentum=self.momentum, nesterov=self.nesterov,
+    return make_optimizer(self.optimizer, schedule, factors, momentum=self.momentum, nesterov=self.nesterov,
                                     weight_decay=self.weight_decay, clip_norm=self.clip_norm)
 
 
@@ -142,7 +150,7 @@ class Trainable:
     factors: of the learning rate and the weight decay; also of the parameters that methods have of their own.
     fixed: bools, of the network alone: which parameters training leaves as they are.
   """
-  factors: optimizer.Factors
+  factors: Factors
   fixed: Any
 
   @classmethod
@@ -193,7 +201,8 @@ def check_batch_norm(training: Training, model: Network, images: int) -> None:
   variables = model.shapes()
   is_norm = lambda module, _: isinstance(module, BatchNorm)
   _, captured = jax.eval_shape(
-      lambda *args: model.apply(*args, mutable=['intermediates'], capture_intermediates=is_norm), variables, model.example(each))
+      lambda *args: model.apply(*args, mutable=['intermediates'], capture_intermediates=is_norm), variables,
+      model.example(each))
   stays = flax.traverse_util.flatten_dict(frozen_mask(model, variables['batch_stats']), sep='/')
   for path, (output, *_) in flax.traverse_util.flatten_dict(captured['intermediates'], sep='/').items():
     layer = path.removesuffix('/__call__')

@@ -357,13 +357,12 @@ def test_hosts_look_through_a_share_each(sets, monkeypatch):
     monkeypatch.setattr(overlap.jax, 'process_index', lambda host=host: host)
     together = overlap._in_pool(pool, target, target)
   assert together == alone and len(alone) == len(PLANTED) and all(len(pool) // 2 > match.row for match in alone)
-  assert overlap._in_pool(pool.subset(np.arange(len(pool))[::-1]), target,
-                          target)[-1].row == len(pool) - 1 - alone[0].row
+  reverse = pool.subset(np.arange(len(pool))[::-1])
+  assert overlap._in_pool(reverse, target, target)[-1].row == len(pool) - 1 - alone[0].row
 
 
 def test_other_samples_of_the_target_cost_no_other_search(sets, monkeypatch):
-  """Of each seed the same copies as without what others sample; nothing is decoded, or searched in the whole pool,
-  again."""
+  """The copies of each seed do not depend on the other seeds; nothing is decoded or searched a second time."""
   # copies of images that only some seeds sample
   for i, name in enumerate(('recompressed.jpg', 'pixels.png', 'resized.jpg')):
     plant(sets / 'target' / 'train' / 'one' / f'{2 * i}.jpg', sets / 'pool' / 'b', name)

@@ -159,7 +159,7 @@ def test_bad_settings_are_refused_before_anything_long(run, photos):
   refused('config.target.name is empty', **{'target.name': ''})
   refused('config.checkpoints is empty', checkpoints='')
   refused('config.study.epochs has 3, and .* there are epoch 1, epoch 2, epoch 4', **{'study.epochs': (3,)})
-  refused('config.checkpoints: .* holds no checkpoints: it is no workdir of a run', checkpoints=str(photos))
+  refused('config.checkpoints: .* holds no checkpoints: it is not the workdir of a run', checkpoints=str(photos))
   with pytest.raises(ValueError, match='holds a run, whose files would be mixed'):
     study.run(config, run[0])
   # which its fine-tunings would need

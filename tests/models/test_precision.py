@@ -30,7 +30,7 @@ from ft_jax.studies import probe, stability
 from ft_jax.training import initial_weights
 from ft_jax.training.step import create_state, make_step, parallel
 import selection
-from selection import embeddings, transport
+from selection import embeddings
 
 TF32 = 'TF32_TF32_F32'
 
@@ -137,24 +137,24 @@ def test_an_encoder_of_ones_own_has_the_highest():
 
 @pytest.mark.parametrize('method', list(selection.STRATEGIES))
 @pytest.mark.parametrize('by', ['class', 'cluster', 'example'])
-def test_selection_states_its_precision(method, by, monkeypatch):
-  """Every product of every strategy, solved whole and in chunks."""
+def test_selection_states_its_precision(method, by):
+  """Every product of every strategy, with a stored kernel and streamed."""
   rng = np.random.default_rng(0)
   source = selection.Embeddings(rng.normal(size=(60, 5)), np.arange(60) % 8)
   target = selection.Embeddings(rng.normal(size=(9, 5)), np.arange(9) % 3)
-  select = lambda: selection.select(source, target, 3, by=by, method=method, clusters=6 if by == 'cluster' else None)
+  select = lambda memory=None: selection.select(
+      source, target, 3, by=by, method=method, clusters=6 if by == 'cluster' else None, memory=memory)
   expected = select()
   with jax.default_matmul_precision(TF32):
     np.testing.assert_array_equal(select().scores, expected.scores)
-    monkeypatch.setattr(transport, 'WHOLE', 0)
-    np.testing.assert_allclose(select().scores, expected.scores, rtol=1e-4)
+    np.testing.assert_allclose(select(memory=0).scores, expected.scores, rtol=1e-4)
 
 
 def test_distances_and_clusters_state_it():
   rng = np.random.default_rng(0)
   sets = [selection.Embeddings(rng.normal(size=(12, 4)), np.arange(12) % 2) for _ in range(2)]
   with jax.default_matmul_precision(TF32):
-    assert np.isfinite(selection.distance(*sets)) and np.isfinite(selection.domain_similarity(*sets, min_images=2))
+    assert np.isfinite(selection.otdd(*sets)) and np.isfinite(selection.domain_similarity(*sets, min_images=2))
 
 
 def test_studies_and_methods_state_it():

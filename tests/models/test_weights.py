@@ -134,7 +134,7 @@ def test_half_precision_and_wrapped_names(tmp_path):
     weights.read(save(tmp_path / 'low.safetensors', **data), RESNET)
 
 
-def wrapped(*parts: dict[str, np.ndarray], path) -> weights.Loaded:
+def wrapped(*parts: dict[str, np.ndarray], path) -> weights.LoadedWeights:
   """What is read of a file with these tensors."""
   return weights.read(save(path / 'wrapped.safetensors',
                            **{name: value for part in parts for name, value in part.items()}), RESNET)

@@ -70,7 +70,7 @@ def text(outputs, stream='stdout'):
 
 def complaints(outputs):
   """What is on stderr beside progress bars, which show on a slow machine."""
-  return [line for line in re.split(r'[\r\n]+', text(outputs, 'stderr')) if line.strip()
+  return [line for line in re.split(r'(?:[\r\n]|\x1b\[A)+', text(outputs, 'stderr')) if line.strip()
           and not re.search(r'\d+%\|', line)]
 
 
@@ -168,7 +168,8 @@ def syntax(path):
 
 
 def test_finetune_uses_what_ft_jax_offers():
-  used = {node.attr for node in syntax(FINETUNE) if isinstance(node, ast.Attribute) and ast.unparse(node.value) == 'ft_jax'}
+  attributes = [node for node in syntax(FINETUNE) if isinstance(node, ast.Attribute)]
+  used = {node.attr for node in attributes if ast.unparse(node.value) == 'ft_jax'}
   assert {'finetune', 'pretrain', 'ImageSet'} <= used <= set(ft_jax.__all__)
 
 

@@ -66,7 +66,7 @@ def test_an_old_run_is_used_by_every_job_that_takes_one(old, name):
 
 def test_old_checkpoints_are_those_of_a_study(old):
   found = history.read('pretrained', default.get_config().model)
-  assert [kept.step for kept in found.kept] == [4] and found.network.width == 1 and found.source == 'folder:pool'
+  assert [kept.step for kept in found.checkpoints] == [4] and found.network.width == 1 and found.source == 'folder:pool'
   assert history.fingerprints(found, 32)
 
 

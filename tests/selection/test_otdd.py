@@ -12,7 +12,7 @@ import scipy.optimize
 
 from selection.embeddings import class_means, Embeddings
 from selection.gaussians import bures, gaussians
-from selection.otdd import distance, domain_similarity
+from selection.otdd import domain_similarity, otdd
 
 
 def images(sizes, d=6, seed=0, spread=1.0, apart=1.0, rank=None, dtype=np.float64):
@@ -70,7 +70,7 @@ def logmeanexp(x, axis):
   return np.log(np.exp(x - peak).mean(axis)) + peak.squeeze(axis)
 
 
-def otdd(source, target, epsilon, debiased=True):
+def reference_otdd(source, target, epsilon, debiased=True):
   """The formula, for sets all of whose classes have two images."""
   def cost(a, b):
     between = bures_by_singular_values(a, b)[np.ix_(a.labels, b.labels)]
@@ -168,19 +168,20 @@ def test_diagonal_bures(source, target, seed):
 
 @pytest.mark.parametrize('dtype', [np.float32, np.float64])
 @pytest.mark.parametrize('normalize,epsilon', [(True, 0.1), (True, 0.01), (False, 1.0), (False, 5.0)])
-def test_distance_is_otdd(normalize, epsilon, dtype):
+def test_otdd_is_the_published_distance(normalize, epsilon, dtype):
   """Both units; entropies that are large and small for the costs."""
   a, b = images([9, 14, 2], seed=1, dtype=dtype), images([11, 14], seed=2, dtype=dtype)
   c, d = (unit(side) if normalize else Embeddings(side.features.astype(np.float64), side.labels) for side in (a, b))
-  scale = otdd(c, d, epsilon, debiased=False)
-  assert distance(a, b, epsilon=epsilon, normalize=normalize) == pytest.approx(otdd(c, d, epsilon), abs=2e-6 * scale)
-  assert distance(a, b, epsilon=epsilon, normalize=normalize, debiased=False) == pytest.approx(scale, rel=2e-6)
+  scale = reference_otdd(c, d, epsilon, debiased=False)
+  assert otdd(a, b, epsilon=epsilon, normalize=normalize) == pytest.approx(reference_otdd(c, d, epsilon),
+                                                                           abs=2e-6 * scale)
+  assert otdd(a, b, epsilon=epsilon, normalize=normalize, debiased=False) == pytest.approx(scale, rel=2e-6)
 
 
 def test_distance_with_diagonal_covariances():
   """With one class a side, all that it changes is one number."""
   a, b = unit(images([25], seed=1)), unit(images([25], seed=2))
-  full, diagonal = (distance(a, b, covariance=covariance, debiased=False) for covariance in ('full', 'diagonal'))
+  full, diagonal = (otdd(a, b, covariance=covariance, debiased=False) for covariance in ('full', 'diagonal'))
   spread = bures(gaussians(a), gaussians(b))[0, 0], bures(gaussians(a, 'diagonal'), gaussians(b, 'diagonal'))[0, 0]
   assert spread[0] > spread[1] + 1e-3
   assert full - diagonal == pytest.approx((spread[0] - spread[1]) / 2, abs=1e-6)
@@ -188,35 +189,35 @@ def test_distance_with_diagonal_covariances():
 
 def test_distance_to_itself_is_zero_and_grows_with_the_shift():
   a = images([8, 8, 9], seed=3, spread=0.2, dtype=np.float32)
-  assert distance(a, a) == pytest.approx(0, abs=1e-6)
+  assert otdd(a, a) == pytest.approx(0, abs=1e-6)
   more = images([20, 30, 25], seed=3, spread=0.2, dtype=np.float32)
-  assert distance(more, more, max_samples=25) == pytest.approx(0, abs=1e-6)  # the same images on both sides
-  shifted = [distance(a, Embeddings(a.features + shift, a.labels), normalize=False) for shift in (0.5, 1.0, 2.0)]
+  assert otdd(more, more, max_samples=25) == pytest.approx(0, abs=1e-6)  # the same images on both sides
+  shifted = [otdd(a, Embeddings(a.features + shift, a.labels), normalize=False) for shift in (0.5, 1.0, 2.0)]
   assert 0.1 < shifted[0] < shifted[1] < shifted[2]
   # The same images with labels that mix the classes are farther away: labels count.
-  assert distance(a, Embeddings(a.features, np.random.default_rng(0).permutation(a.labels))) > 0.01
+  assert otdd(a, Embeddings(a.features, np.random.default_rng(0).permutation(a.labels))) > 0.01
 
 
 def test_distance_does_not_know_the_names_of_classes():
   a, b = images([9, 11, 5], seed=1), images([11, 14], seed=2)
   renamed = Embeddings(b.features, 1 - b.labels)
-  assert distance(a, b) == pytest.approx(distance(a, renamed), abs=1e-7)
+  assert otdd(a, b) == pytest.approx(otdd(a, renamed), abs=1e-7)
   # A class of one image is left out, and so are gaps in the labels.
   more = Embeddings(np.concatenate([b.features, [np.full(6, 9.0)]]), np.concatenate([b.labels * 3, [1]]))
-  assert distance(a, more) == pytest.approx(distance(a, b), abs=1e-7)
+  assert otdd(a, more) == pytest.approx(otdd(a, b), abs=1e-7)
 
 
 def test_distance_of_a_sample():
   """Drawn by the seed; classes are fitted to all of their images."""
   a, b = images([30, 20], seed=1), images([10, 40], seed=2)
-  whole = distance(a, b)
-  parts = [distance(a, b, max_samples=25, seed=seed) for seed in (0, 0, 1)]
+  whole = otdd(a, b)
+  parts = [otdd(a, b, max_samples=25, seed=seed) for seed in (0, 0, 1)]
   assert parts[0] == parts[1] != parts[2]
   assert parts == pytest.approx([whole] * 3, rel=0.4) and whole not in parts
-  assert distance(a, b, max_samples=50) == whole
+  assert otdd(a, b, max_samples=50) == whole
   # One image of each: nothing is left but its cost, with the spread of the classes in it.
   between = bures(gaussians(unit(a)), gaussians(unit(b))) / 2
-  assert distance(a, b, max_samples=1, debiased=False) > between.min()
+  assert otdd(a, b, max_samples=1, debiased=False) > between.min()
 
 
 def test_small_epsilons_come_near_exact_transport():
@@ -226,7 +227,7 @@ def test_small_epsilons_come_near_exact_transport():
            bures(gaussians(a), gaussians(b))[np.ix_(a.labels, b.labels)]) / 2
   exact = costs[scipy.optimize.linear_sum_assignment(costs)].mean()
   epsilon = costs.max() / 10_000
-  result = distance(a, b, epsilon=epsilon, normalize=False, debiased=False)
+  result = otdd(a, b, epsilon=epsilon, normalize=False, debiased=False)
   assert exact * (1 - 1e-6) <= result <= (exact + epsilon * np.log(25)) * (1 + 1e-6)
 
 
@@ -235,7 +236,7 @@ def test_not_converged_is_said():
   with pytest.raises(
       ValueError, match='after up to 30 iterations .* of the mass is out of place, expected less than 0.001; epsilon '
                                        '0.001 is small for costs up to .* use a larger one'):
-    distance(a, b, epsilon=0.001, normalize=False, max_iterations=30)
+    otdd(a, b, epsilon=0.001, normalize=False, max_iterations=30)
 
 
 def exact_emd(costs, a, b):
@@ -282,10 +283,9 @@ def test_published_class_means(shared):
 def test_quiet_and_light():
   """Warnings as errors in a fresh process: nothing else has imported ott before, and it is imported only where it is
   used."""
-  code = ('import sys, numpy as np; from selection import embeddings, otdd; a = embeddings.Embeddings(np.eye(4), '
-          '[0, 0, 1, 1]); '
-          'otdd.domain_similarity(a, a, min_images=1); assert "ott" not in sys.modules; '
-          'print(otdd.distance(a, a))')
+  code = ('import sys, numpy as np; from selection import embeddings; from selection.otdd import domain_similarity, '
+          'otdd; a = embeddings.Embeddings(np.eye(4), [0, 0, 1, 1]); '
+          'domain_similarity(a, a, min_images=1); assert "ott" not in sys.modules; print(otdd(a, a))')
   result = subprocess.run([sys.executable, '-W', 'error', '-c', code], capture_output=True, text=True, check=False)
   assert not result.stderr and abs(float(result.stdout)) < 1e-6
 
@@ -294,7 +294,7 @@ ROWS = np.random.default_rng(0).normal(size=(4, 3))
 GOOD = Embeddings(ROWS, [0, 0, 1, 1], ['cat', 'dog'], fingerprint='f')
 
 
-@pytest.mark.parametrize('function', [distance, domain_similarity])
+@pytest.mark.parametrize('function', [otdd, domain_similarity])
 @pytest.mark.parametrize('other,words', [
     (ROWS, 'target is a ndarray; expected selection.Embeddings'),
     (Embeddings(ROWS), 'target has no labels; give selection.Embeddings'),
@@ -318,9 +318,9 @@ def test_sets_that_do_not_fit(function, other, words):
     (GOOD, {'max_samples': 1.5}, 'max_samples is 1.5'),
     (GOOD, {'max_iterations': 0}, 'max_iterations is 0; expected a whole number from 1'),
     (GOOD, {'covariance': 'half'}, "covariance is 'half'; expected full or diagonal")])
-def test_errors_of_distance(other, kwargs, words):
+def test_errors_of_otdd(other, kwargs, words):
   with pytest.raises(ValueError, match=words):
-    distance(GOOD, other, **kwargs)
+    otdd(GOOD, other, **kwargs)
 
 
 @pytest.mark.parametrize('kwargs,words', [

@@ -11,7 +11,7 @@ import sys
 import numpy as np
 import pytest
 
-from selection import Embeddings, select, transport
+from selection import Embeddings, select
 from selection.blocks import Blocks, cosine, Settings
 from selection.journal import Journal
 from selection.pools import ArrayRows, check_rows, IteratedRows
@@ -53,10 +53,9 @@ def test_examples_are_those_of_the_targets_groups(sets, exact):
   assert exact.shares.sum() == pytest.approx(1, abs=1e-5) and exact.target_mass.sum() == pytest.approx(1, abs=1e-5)
 
 
-def test_from_a_file_from_chunks_and_without_a_stored_kernel(sets, exact, tmp_path, monkeypatch):
-  monkeypatch.setattr(transport, 'WHOLE', 0)
+def test_from_a_file_from_chunks_and_without_a_stored_kernel(sets, exact, tmp_path):
   source, target, labels = sets
-  same(select(source, (target, labels), 150, by='example'), exact)
+  same(select(source, (target, labels), 150, by='example', memory=0), exact)
   np.save(tmp_path / 'pool.npy', source)
   for pool in (tmp_path / 'pool.npy', np.load(tmp_path / 'pool.npy', mmap_mode='r'),
                [source[:7], source[7:2000], source[2000:]],
@@ -89,7 +88,6 @@ def test_a_killed_pass_goes_on_from_its_last_finished_chunk(sets, tmp_path, monk
   under way."""
   source, target, labels = sets
   monkeypatch.setattr(Blocks, '_chunk_rows', lambda self: 512)
-  monkeypatch.setattr(transport, 'WHOLE', 0)
   arguments = {'by': 'example', 'size': 150, 'memory': 0, **parameters}
   expected = select(source, (target, labels), **arguments)
   reads = []
@@ -165,7 +163,7 @@ def test_kept_passes_of_other_chunks_are_not_taken_for_these(sets, tmp_path):
   with pytest.raises(ValueError, match='source differ'):
     run([source[:1000], source[1000:2000]], 'chunks')
   run(lambda: iter([source[:1000], source[1000:]]), 'function')
-  with pytest.raises(ValueError, match='the kept pass holds 3,001 scores and the source has 2,000 rows'):
+  with pytest.raises(ValueError, match='the saved pass holds 3,001 scores and the source has 2,000 rows'):
     run(lambda: iter([source[:1000], source[1000:2000]]), 'function')
   with open(tmp_path / 'memory' / 'scores.f32', 'ab') as stream:
     stream.write(bytes(40))
@@ -186,8 +184,7 @@ def test_an_iterator_may_fill_one_array_again_and_again(sets, exact):
   same(select(chunks, (target, labels), 150, by='example', memory=0), exact)
 
 
-def test_a_damaged_journal_begins_its_pass_again(sets, exact, tmp_path, monkeypatch):
-  monkeypatch.setattr(transport, 'WHOLE', 0)
+def test_a_damaged_journal_begins_its_pass_again(sets, exact, tmp_path):
   source, target, labels = sets
   select(source, (target, labels), 150, by='example', memory=0, workdir=tmp_path)
   for name in ('solver.npz', 'iteration.npz'):
@@ -207,16 +204,15 @@ if port:
   jax.config.update('jax_cpu_collectives_implementation', 'gloo')
   jax.distributed.initialize(f'127.0.0.1:{port}', 2, process)
 import numpy as np
-from selection import select, transport
+from selection import select
 with np.load(sys.argv[4]) as f:
   source, target, labels, classes = f['source'], f['target'], f['labels'], f['classes']
 results = {}
 for name, side, arguments in (
     ('class', (source, classes), dict(size=5)), ('example', source, dict(size=150, by='example')),
-    ('kernel', source, dict(size=150, by='example')), ('stream', source, dict(size=150, by='example', memory=0)),
+    ('stream', source, dict(size=150, by='example', memory=0)),
     ('nearest', source, dict(size=150, by='example', method='nearest')),
     ('cluster', source, dict(size=8, by='cluster', clusters=30))):
-  transport.WHOLE = 0 if name in ('kernel', 'stream') else 1 << 22
   chosen = select(side, (target, labels), **arguments)
   results[name] = {'units': chosen.units.tolist(), 'scores': chosen.scores.tolist(), 'plan': chosen.plan.tolist()}
 if process == 0:
@@ -306,11 +302,11 @@ def test_blocks_hold_the_costs(sets):
   expected = 1 - unit(source.astype(np.float64)) @ unit(target.astype(np.float64)).T
   for chunk in (None, 100):
     costs = Blocks(ArrayRows(source), target, cosine, settings=Settings(chunk=chunk))
-    np.testing.assert_allclose(costs.rows(lambda entries, valid: entries), expected, atol=1e-6)
-    counted = costs.columns(lambda entries, valid: valid @ (0 * entries + 1), name='counted')
+    np.testing.assert_allclose(costs.map(lambda entries, valid: entries), expected, atol=1e-6)
+    counted = costs.sum(lambda entries, valid: valid @ (0 * entries + 1), name='counted')
     assert counted.tolist() == [3001] * 90
-  kernel = Blocks(ArrayRows(source), target, cosine, 0.1).keep()
-  np.testing.assert_allclose(kernel.rows(lambda entries, valid: entries), np.exp(-expected / 0.1), rtol=1e-4)
+  kernel = Blocks(ArrayRows(source), target, cosine, 0.1).store()
+  np.testing.assert_allclose(kernel.map(lambda entries, valid: entries), np.exp(-expected / 0.1), rtol=1e-4)
 
 
 def test_a_journal_without_a_folder_keeps_nothing():

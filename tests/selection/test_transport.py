@@ -1,4 +1,4 @@
-"""The solvers give the published plans and those of POT, chunk by chunk as well as whole, and say when they cannot."""
+"""The solvers give the published plans and those of POT, from a stored kernel and streamed, and say when they cannot."""
 
 import os
 
@@ -12,35 +12,34 @@ from selection import blocks, transport
 from selection.blocks import Blocks
 from selection.pools import ArrayRows
 
-# Both solvers: OTT on the whole kernel, and the iteration over chunks.
-SOLVERS = pytest.mark.parametrize('whole', [transport.WHOLE, 0], ids=['whole', 'chunks'])
+# Both solvers: OTT on the stored kernel, and the iteration over a pool whose kernel does not fit in memory.
+SOLVERS = pytest.mark.parametrize('memory', [None, 0], ids=['stored', 'streamed'])
 
 
-def costs(cost: np.ndarray, chunk: int | None = None) -> Blocks:
-  return Blocks(ArrayRows(cost, check=False), None, blocks.given, settings=blocks.Settings(chunk=chunk))
+def costs(cost: np.ndarray, memory: int | None = None, chunk: int | None = None) -> Blocks:
+  return Blocks(ArrayRows(cost, check=False), None, blocks.given, settings=blocks.Settings(memory, chunk))
 
 
-def plan_of(cost, whole=transport.WHOLE, chunk=None, **kwargs) -> tuple[np.ndarray, transport.Potentials]:
-  kernel, potentials = transport.solve(costs(cost, chunk), whole=whole, **kwargs)
+def plan_of(cost, memory=None, chunk=None, **kwargs) -> tuple[np.ndarray, transport.Potentials]:
+  kernel, potentials = transport.solve(costs(cost, memory, chunk), **kwargs)
   return transport.plan(kernel, potentials, np.eye(cost.shape[1])).astype(np.float64), potentials
 
 
 @SOLVERS
-def test_published_synthetic_problems(shared, whole):
+def test_published_synthetic_problems(shared, memory):
   """Plans of the authors' own code, masses of one: within 1e-5 (they agree to 2e-7)."""
   with np.load(shared / 'reference' / 'uot' / 'synthetic_cases.npz') as cases:
     for i in range(4):
       epsilon, rho_source, rho_target = cases[f'par{i}'].tolist()
-      plan, potentials = plan_of(cases[f'M{i}'], whole, epsilon=epsilon, rho_source=rho_source, rho_target=rho_target)
+      plan, potentials = plan_of(cases[f'M{i}'], memory, epsilon=epsilon, rho_source=rho_source, rho_target=rho_target)
       assert potentials.converged
       np.testing.assert_allclose(plan, cases[f'T{i}'], rtol=0, atol=1e-5)
 
 
 @SOLVERS
-def test_the_problem_of_the_published_docstring(whole):
-  plan, _ = plan_of(np.array([[0.0, 1.0], [1.0, 0.0]]), whole, epsilon=1.0, rho_source=1.0, rho_target=1.0)
-  # There the masses are one half, and the plan of masses s times as large is s^(1/(1 + tau)) times as large: tau is
-  # 1/2.
+def test_the_problem_of_the_published_docstring(memory):
+  plan, _ = plan_of(np.array([[0.0, 1.0], [1.0, 0.0]]), memory, epsilon=1.0, rho_source=1.0, rho_target=1.0)
+  # There the masses are one half, and the plan of masses s times as large is s^(1/(1 + tau)) times as large: tau is 1/2.
   np.testing.assert_allclose(plan * 0.5 ** (1 / 1.5), [[0.51122823, 0.18807035], [0.18807035, 0.51122823]], rtol=2e-6)
 
 
@@ -53,11 +52,10 @@ def pot():
 
 @SOLVERS
 @pytest.mark.parametrize('rho', [10.0, 100.0, 1000.0])
-def test_large_rhos_take_no_longer(whole, rho):
-  """Where both marginals nearly hold, the plain iteration crawls (and POT's numbers run over): a fixed point all the
-  same, and soon."""
+def test_large_rhos_take_no_longer(memory, rho):
+  """Where both marginals nearly hold, the plain iteration crawls (and POT's numbers run over): a fixed point all the same, and soon."""
   cost = np.random.default_rng(0).uniform(0, 2, (61, 7))
-  kernel, potentials = transport.solve(costs(cost), whole=whole, epsilon=0.1, rho_source=rho, rho_target=rho)
+  kernel, potentials = transport.solve(costs(cost, memory), epsilon=0.1, rho_source=rho, rho_target=rho)
   assert potentials.converged and potentials.iterations < 60
   tau = rho / (rho + 0.1)
   log_u = -tau * scipy.special.logsumexp(-cost / 0.1 + potentials.log_v, axis=1)
@@ -71,11 +69,10 @@ def test_large_rhos_take_no_longer(whole, rho):
 @given(shape=st.sampled_from([(3, 2), (12, 5), (5, 30), (61, 7)]), epsilon=st.floats(0.05, 1.0),
        rho_source=st.floats(0.05, 2.0),
        rho_target=st.floats(0.05, 10.0), seed=st.integers(0, 99))
-def test_equals_pot(pot, whole, shape, epsilon, rho_source, rho_target, seed):
-  """Random problems against POT in float64: the plan itself, not only its shares; chunks of 16 rows, the last one cut
-  short."""
+def test_equals_pot(pot, memory, shape, epsilon, rho_source, rho_target, seed):
+  """Random problems against POT in float64: the plan itself, not only its shares; chunks of 16 rows, the last one cut short."""
   cost = np.random.default_rng(seed).uniform(0, 2, shape)
-  plan, potentials = plan_of(cost, whole, 16, epsilon=epsilon, rho_source=rho_source, rho_target=rho_target)
+  plan, potentials = plan_of(cost, memory, 16, epsilon=epsilon, rho_source=rho_source, rho_target=rho_target)
   assert potentials.converged
   # With masses of one, relative entropy and entropy are the same problem.
   expected = pot.unbalanced.sinkhorn_knopp_unbalanced(
@@ -88,9 +85,9 @@ def test_equals_pot(pot, whole, shape, epsilon, rho_source, rho_target, seed):
 @SOLVERS
 @settings(max_examples=6, deadline=None)
 @given(shape=st.sampled_from([(3, 2), (12, 5), (5, 30)]), epsilon=st.floats(0.1, 1.0), seed=st.integers(0, 99))
-def test_balanced_equals_pot(pot, whole, shape, epsilon, seed):
+def test_balanced_equals_pot(pot, memory, shape, epsilon, seed):
   cost = np.random.default_rng(seed).uniform(0, 2, shape)
-  plan, potentials = plan_of(cost, whole, epsilon=epsilon, rho_source=np.inf, rho_target=np.inf, threshold=1e-5)
+  plan, potentials = plan_of(cost, memory, epsilon=epsilon, rho_source=np.inf, rho_target=np.inf, threshold=1e-5)
   assert potentials.converged
   n, m = shape
   expected = pot.sinkhorn(np.full(n, 1 / n), np.full(m, 1 / m), cost, epsilon, numItermax=20_000, stopThr=1e-12)
@@ -100,12 +97,10 @@ def test_balanced_equals_pot(pot, whole, shape, epsilon, seed):
 @SOLVERS
 @settings(max_examples=5, deadline=None)
 @given(epsilon=st.floats(0.05, 1.0), rho_source=st.floats(0.05, 2.0), seed=st.integers(0, 99))
-def test_mass_is_the_closed_form_of_the_targets_scalings(whole, epsilon, rho_source, seed):
-  """mass_i = (K v)_i^(1 - tau_source), the identity by which further images are scored; with tau of one half its
-  root."""
+def test_mass_is_the_closed_form_of_the_targets_scalings(memory, epsilon, rho_source, seed):
+  """mass_i = (K v)_i^(1 - tau_source), the identity by which further images are scored; with tau of one half its root."""
   cost = np.random.default_rng(seed).uniform(0, 2, (40, 6))
-  kernel, potentials = transport.solve(costs(cost), whole=whole, epsilon=epsilon, rho_source=rho_source,
-                                       rho_target=10.0)
+  kernel, potentials = transport.solve(costs(cost, memory), epsilon=epsilon, rho_source=rho_source, rho_target=10.0)
   plan = transport.plan(kernel, potentials, np.eye(6))
   np.testing.assert_allclose(np.exp(transport.mass(kernel, potentials)), plan.sum(1), rtol=1e-5)
   expected = (np.exp(-cost / epsilon) @ np.exp(potentials.log_v)) ** (1 - rho_source / (rho_source + epsilon))
@@ -113,10 +108,9 @@ def test_mass_is_the_closed_form_of_the_targets_scalings(whole, epsilon, rho_sou
 
 
 @SOLVERS
-def test_not_converged_is_said(whole):
+def test_not_converged_is_said(memory):
   cost = np.random.default_rng(0).uniform(0, 2, (40, 30))
-  _, potentials = transport.solve(costs(cost), whole=whole, epsilon=0.05, rho_source=5.0, rho_target=5.0,
-                                  max_iterations=3)
+  _, potentials = transport.solve(costs(cost, memory), epsilon=0.05, rho_source=5.0, rho_target=5.0, max_iterations=3)
   assert not potentials.converged and potentials.iterations == 3 and potentials.threshold < potentials.error < np.inf
 
 
@@ -127,7 +121,7 @@ def test_not_converged_is_said(whole):
     ({'rho_source': -1.0}, 'rho_source is -1.0; expected a number above 0'),
     ({'rho_target': float('nan')}, 'rho_target is nan'),
     ({'rho_source': 1e18, 'rho_target': 1e18}, 'so large that both marginals hold exactly')])
-def test_parameters_that_cannot_be(whole, kwargs, words):
+def test_parameters_that_cannot_be(memory, kwargs, words):
   cost = np.full((4, 3), 2.0)
   with pytest.raises(ValueError, match=words):
-    transport.solve(costs(cost), whole=whole, **{'epsilon': 0.1, 'rho_source': 0.1, 'rho_target': 10.0, **kwargs})
+    transport.solve(costs(cost, memory), **{'epsilon': 0.1, 'rho_source': 0.1, 'rho_target': 10.0, **kwargs})

@@ -47,19 +47,19 @@ def test_files_are_found_in_order_and_read(tmp_path, caplog):
   write(tmp_path / 'model_best.safetensors')
   (tmp_path / 'log.txt').write_text('')
   found = history.read(str(tmp_path), network())
-  assert [entry.name for entry in found.kept] == ['epoch 2', 'epoch 10'] and found.kept[1].epoch == 10.0
+  assert [entry.name for entry in found.checkpoints] == ['epoch 2', 'epoch 10'] and found.checkpoints[1].epoch == 10.0
   assert found.source is None
-  assert [entry.name for entry in history.read(str(tmp_path), network(), (10,)).kept] == ['epoch 10']
+  assert [entry.name for entry in history.read(str(tmp_path), network(), (10,)).checkpoints] == ['epoch 10']
   with pytest.raises(ValueError, match='config.study.epochs has 3, and .* there are epoch 2, epoch 10'):
     history.read(str(tmp_path), network(), (3,))
-  loaded = history.load(found.kept[1], found.network, 32)
+  loaded = history.load(found.checkpoints[1], found.network, 32)
   np.testing.assert_array_equal(loaded.classifier['kernel'], variables['params']['heads']['source']['kernel'])
   np.testing.assert_array_equal(loaded.variables['params']['conv1']['kernel'], variables['params']['conv1']['kernel'])
   assert 'heads' not in loaded.variables['params'] and len(loaded.fingerprint) == 16
 
 
 @pytest.mark.parametrize('names, words', [
-    ([], 'holds no checkpoints: it is no workdir of a run, and no file ends in'),
+    ([], 'holds no checkpoints: it is not the workdir of a run, and no file ends in'),
     (['model_best'], 'no file of .* has its epoch in its name'),
     (['a_epoch_1', 'b_epoch_2'], 'holds checkpoints of two runs, by their names: a_epoch_1.safetensors, b_epoch_2'),
     (['a_epoch_1', 'b_epoch_1'], 'two runs: a_epoch_1.safetensors and b_epoch_1.safetensors are both of epoch 1')])
@@ -83,7 +83,7 @@ def test_another_network_and_damage_are_named(tmp_path):
   broken['params']['layer1']['0']['bn1']['scale'][0] = np.nan
   save_file(export.state_dict(RESNET, flax.core.unfreeze(broken), 'source'), tmp_path / 'epoch_2.safetensors')
   (tmp_path / 'epoch_3.safetensors').write_bytes(b'no weights')
-  first, second, third = history.read(str(tmp_path), network()).kept
+  first, second, third = history.read(str(tmp_path), network()).checkpoints
   with pytest.raises(ValueError, match='epoch 1 .*epoch_1.safetensors.*do not fit the model'):
     history.load(first, network(), 32)
   with pytest.raises(ValueError, match='epoch 2 .*not finite in params/layer1/0/bn1/scale'):

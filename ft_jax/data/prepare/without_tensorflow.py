@@ -2,8 +2,9 @@
 
 The builders of image sets use TensorFlow to open files, to list folders, and to re-encode a handful of images (twelve
 of Pets, 23 of ImageNet, the masks of CUB, all of SUN397 that OpenCV does not read). Here files are opened by
-etils.epath, which TFDS itself uses elsewhere, and those images are encoded by Pillow: the bytes differ from TensorFlow's,
-the pixels only as two JPEG decoders differ. Everything else that a builder asks for comes from TensorFlow, if that is installed.
+etils.epath, which TFDS itself uses elsewhere, and those images are encoded by Pillow: the bytes differ from
+TensorFlow's, the pixels only as two JPEG decoders differ. Everything else that a builder asks for comes from
+TensorFlow, if that is installed.
 """
 
 from collections.abc import Iterator

@@ -1,11 +1,18 @@
-"""What a selection file says: every field of the right kind, or an error. Nothing that such a file says is believed."""
+"""The file of a selection: JSON, written whole or not at all. A file is untrusted: every field has the right kind, or is refused."""
 
 import base64
 from collections.abc import Mapping
 import json
+import os
 from typing import Any
 
 import numpy as np
+
+from selection import storage
+
+FORMAT_VERSION = 2
+# Longer arrays are written as base64: it takes a twentieth of the time and half of the size.
+READABLE = 10_000
 
 # Fields that hold arrays: their numbers of axes, the kinds of numbers that they may have, and the type of those written as lists.
 _ARRAYS = {'units': (1, 'iu', np.int64), 'scores': (1, 'f', np.float64), 'counts': (1, 'iu', np.int64), 'plan': (2, 'f', np.float32),
@@ -17,11 +24,34 @@ _PLAIN: dict[str, tuple[type, ...]] = {
     'solver': (dict,), 'encoder': (str,), 'source': (dict,)}
 
 
-def read(text: str) -> dict[str, Any]:
-  """The fields of a `Selection` in a JSON text, without its format version's own.
+def write(path: str | os.PathLike[str], fields: Mapping[str, Any]) -> None:
+  """Writes the fields of a `Selection`, one a line: short arrays can be read, long ones are small."""
+  saved = {'format_version': FORMAT_VERSION, **{key: _value(value) for key, value in fields.items()}}
+  for name in _LISTS:
+    saved[name] = [str(item) for item in fields[name]]
+  lines = (f'{json.dumps(key)}: {json.dumps(value, default=lambda number: number.item())}' for key, value in saved.items())
+  storage.write_text(path, '{\n' + ',\n'.join(lines) + '\n}\n')
+
+
+def read(path: str | os.PathLike[str]) -> dict[str, Any]:
+  """The fields of a `Selection` in a file, arrays as arrays and lists of names as tuples.
 
   Raises:
-    ValueError: what is no JSON, says something twice, lacks a field or has another one, or has one of another kind.
+    OSError: it cannot be read.
+    ValueError: it is of another format version, lacks a field or has an unknown one, or has one of the wrong kind.
+  """
+  document = _parsed(storage.located(path).read_bytes().decode())
+  version = document.pop('format_version', None)
+  if version != FORMAT_VERSION:
+    raise ValueError(f'it has format version {version!r:.20}; this program reads {FORMAT_VERSION}')
+  return _fields(document)
+
+
+def _parsed(text: str) -> dict[str, Any]:
+  """A JSON object.
+
+  Raises:
+    ValueError: text that is not JSON, or has a key twice.
   """
   try:
     document = json.loads(text, object_pairs_hook=_once)
@@ -32,8 +62,8 @@ def read(text: str) -> dict[str, Any]:
   return document
 
 
-def fields(document: Mapping[str, Any]) -> dict[str, Any]:
-  """The same with arrays as arrays and lists of names as tuples; errors as of `read`."""
+def _fields(document: Mapping[str, Any]) -> dict[str, Any]:
+  """Checked: arrays as arrays, and lists of names as tuples."""
   known = {*_ARRAYS, *_LISTS, *_PLAIN}
   for what, names in (('lacks', known - set(document)), ('has, which no selection has,', set(document) - known)):
     if names:
@@ -59,7 +89,16 @@ def fields(document: Mapping[str, Any]) -> dict[str, Any]:
   return {**document, **{name: tuple(document[name]) for name in _LISTS}, **arrays}
 
 
-def packed(value: np.ndarray) -> dict[str, Any]:
+def _value(value: Any) -> Any:
+  """Arrays as lists, long ones of numbers as base64."""
+  if not isinstance(value, np.ndarray):
+    return value
+  if value.size <= READABLE or value.dtype.kind == 'U':
+    return [[float(f'{x:.7g}') for x in row] for row in value] if value.ndim == 2 else value.tolist()
+  return _packed(value)
+
+
+def _packed(value: np.ndarray) -> dict[str, Any]:
   """A long array as JSON holds it."""
   little = np.ascontiguousarray(value.astype(value.dtype.newbyteorder('<')))
   return {'dtype': value.dtype.name, 'shape': list(value.shape), 'base64': base64.b64encode(little.tobytes()).decode()}
@@ -99,7 +138,7 @@ def _listed(name: str, value: Any, axes: int, kinds: str, dtype: Any) -> np.ndar
 
 
 def _unpacked(name: str, value: Mapping[str, Any], kinds: str) -> np.ndarray:
-  """What `packed` wrote."""
+  """The reverse of `_packed`."""
   if set(value) != {'dtype', 'shape', 'base64'} or value['dtype'] not in _DTYPES or np.dtype(value['dtype']).kind not in kinds:
     raise ValueError(f'{name} is packed in a way that is not known')
   shape = value['shape']

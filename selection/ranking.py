@@ -1,0 +1,16 @@
+"""The order of scores, and what the units are called."""
+
+import numpy as np
+
+NOUNS = {'class': 'classes', 'cluster': 'clusters', 'example': 'examples'}
+
+
+def best(scores: np.ndarray, ascending: bool, size: int) -> np.ndarray:
+  """Numbers of the `size` best scores (of all, where there are fewer), best first, ties by number: int `[size]`."""
+  order = scores if ascending else -scores
+  if not 0 < size < len(order):
+    return np.argsort(order, kind='stable')[:size]
+  limit = np.partition(order, size - 1)[size - 1]  # linear in n; only what is below is sorted
+  below = np.flatnonzero(order < limit)
+  candidates = np.concatenate([below, np.flatnonzero(order == limit)[:size - len(below)]])
+  return candidates[np.argsort(order[candidates], kind='stable')]
