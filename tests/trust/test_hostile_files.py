@@ -277,7 +277,7 @@ class Evil:
 
 def test_embeddings_run_nothing_and_are_no_larger_than_they_are(tmp_path):
   mark, path = tmp_path / 'ran', tmp_path / 'e.npz'
-  refused = pytest.raises(ValueError, match='e.npz holds no embeddings')
+  refused = pytest.raises(ValueError, match='e.npz cannot be read as embeddings')
   np.savez(path, features=np.array([[Evil(mark)]], object))
   with refused:
     selection.Embeddings.load(path)
