@@ -224,7 +224,7 @@ def streamed(sizes: tuple[int, int, int], rounds: int) -> None:
     result = child('stream ours', sizes, path)
   show('file, and kernel in float32', f'{4 * sizes[0] * sizes[2] / 1e6:,.0f} MB',
        f'{4 * sizes[0] * sizes[1] / 1e6:,.0f} MB',
-       'not stored' if not result['kept'] else 'STORED: nothing is streamed')
+       'not stored' if not result['stored'] else 'STORED: nothing is streamed')
   show('selection.select', f'{result["seconds"]:.1f} s',
        f'{result["iterations"]} iterations and one more pass, including compilation')
   show('peak resident memory', f'{result["peak"]:,.0f} MB', verdict(result['peak'] < 1500, 'under 1,500 MB'),
@@ -241,8 +241,8 @@ def stream_ours(sizes: tuple[int, int, int], path: pathlib.Path) -> dict[str, fl
   before = peak_megabytes()
   seconds, chosen = timed(lambda: choose(str(path), target, sizes[0] // 10, memory=memory))
   peak = peak_megabytes()
-  kept = 4 * kernel.n * kernel.m <= kernel._memory()
-  return {'seconds': seconds, 'iterations': chosen.solver['iterations'], 'peak': peak, 'before': before, 'kept': kept}
+  stored = 4 * kernel.n * kernel.m <= kernel._memory()
+  return {'seconds': seconds, 'iterations': chosen.solver['iterations'], 'peak': peak, 'before': before, 'stored': stored}
 
 
 def growth(sizes: tuple[int, int, int], rounds: int) -> None:
