@@ -12,7 +12,7 @@ problem and for any other one. This is how pools are solved that do not fit in m
 
 **Which solver?** A kernel that fits in `settings.memory` is stored, and OTT's Sinkhorn solves the problem alone and to the end. A kernel
 that does not fit is streamed: `_solve_streamed` reads the pool once an iteration. One step is added to OTT's loop, `_recentred`: in its
-kernel mode OTT does not recentre the potentials, and needs over 2,000 iterations where both marginals hold strongly (docs/speed.md).
+kernel mode OTT does not recentre the potentials, and needs over 2,000 iterations where both marginals hold strongly (docs/selection.md).
 """
 
 from collections.abc import Iterator

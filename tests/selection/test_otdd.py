@@ -173,7 +173,8 @@ def test_otdd_is_the_published_distance(normalize, epsilon, dtype):
   a, b = images([9, 14, 2], seed=1, dtype=dtype), images([11, 14], seed=2, dtype=dtype)
   c, d = (unit(side) if normalize else Embeddings(side.features.astype(np.float64), side.labels) for side in (a, b))
   scale = reference_otdd(c, d, epsilon, debiased=False)
-  assert otdd(a, b, epsilon=epsilon, normalize=normalize) == pytest.approx(reference_otdd(c, d, epsilon), abs=2e-6 * scale)
+  assert otdd(a, b, epsilon=epsilon, normalize=normalize) == pytest.approx(reference_otdd(c, d, epsilon),
+                                                                           abs=2e-6 * scale)
   assert otdd(a, b, epsilon=epsilon, normalize=normalize, debiased=False) == pytest.approx(scale, rel=2e-6)
 
 
@@ -280,8 +281,10 @@ def test_published_class_means(shared):
 
 
 def test_quiet_and_light():
-  """Warnings as errors in a fresh process: nothing else has imported ott before, and it is imported only where it is used."""
-  code = ('import sys, numpy as np; from selection import embeddings; from selection.otdd import domain_similarity, otdd; a = embeddings.Embeddings(np.eye(4), [0, 0, 1, 1]); '
+  """Warnings as errors in a fresh process: nothing else has imported ott before, and it is imported only where it is
+  used."""
+  code = ('import sys, numpy as np; from selection import embeddings; from selection.otdd import domain_similarity, '
+          'otdd; a = embeddings.Embeddings(np.eye(4), [0, 0, 1, 1]); '
           'domain_similarity(a, a, min_images=1); assert "ott" not in sys.modules; print(otdd(a, a))')
   result = subprocess.run([sys.executable, '-W', 'error', '-c', code], capture_output=True, text=True, check=False)
   assert not result.stderr and abs(float(result.stdout)) < 1e-6
