@@ -19,6 +19,7 @@ _WRONG_TYPES = {
     r"invalid literal for int\(\) with base 10: .*": 'expected a whole number',
     r"could not convert string to float: .*": 'expected a number',
     r"\('Non-boolean argument to boolean flag', .*\)": 'expected true or false',
+    r"flag --config=None: .*": '--config is missing; give a config, such as --config=configs/pets.py',
     r"(?s)Failed to parse '(.*)' as a ConfigDict: .*":
         'this is a group of fields; set one of them, as --config.group.field=value',
     r"(?s)Could not override field '(\w+)' \(reference\)\. (.*) is of original type <class '([\w.]+)'> and cannot be "

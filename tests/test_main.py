@@ -34,7 +34,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize('flags,words', [
-    ([], 'flag --config=None: Flag --config must have a value'),
+    ([], 'error: --config is missing; give a config, such as --config=configs/pets.py'),
     (['--config=configs/pets.py', '--confg.seed=1'], "Unknown command line flag 'confg.seed'"),
     (['--config=configs/pets.py:moco'], "error: unknown recipe 'moco'; expected :supervised or :mocov2"),
     (['--config=configs/digits.py:mocov2'], 'error: this config takes no argument after a colon'),
