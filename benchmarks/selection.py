@@ -1,31 +1,31 @@
-"""Selection: speed, memory and scale, beside POT's solver and bare matrix products; how good potentials fitted to a
-sample are.
+"""Selection: speed, memory and scale against POT and bare matrix products, and the accuracy of fits to a sample.
 
-    pip install pot && python benchmarks/selection.py [--only class,example,stream,growth,scoring,distance] [--gpu]
-    [--small] python benchmarks/selection.py --only fitted --embeddings SOURCE.npz TARGET.npz    (files that
-    selection.Embeddings.save wrote)
+    pip install pot && python benchmarks/selection.py [--only class,example,stream,growth,scoring,distance]
+        [--gpu] [--small]
+    python benchmarks/selection.py --only fitted --embeddings SOURCE.npz TARGET.npz
+        (files written by selection.Embeddings.save)
 
-Each question is asked in a process of its own, and what is compared takes turns; the best times are printed beside
-their targets:
-  class    1,000 x 200: our solver and the whole of selection.select against POT
-  example  50,000 x 2,000: time, peak resident memory and shares of selection.select against POT, a process for every
-    run
+Each benchmark runs in its own process and alternates between the candidates; the best times are printed with their
+targets:
+  class    1,000 x 200: our solver and all of selection.select against POT
+  example  50,000 x 2,000: time, peak resident memory and shares of selection.select against POT, one process per run
   stream   200,000 x 2,000 from a memory-mapped file, with a kernel that is not stored: peak resident memory, time,
-  iterations growth   time of an iteration against the size of the pool, and the exponent of their relation
-  scoring  rows a second that fitted potentials score, against a bare matrix product of that size
+           iterations
+  growth   time of an iteration against the size of the pool, and the exponent of their relation
+  scoring  rows per second scored with fitted potentials, against a bare matrix product of that size
   distance 57,000 images of 200 classes, 3,700 of 37: Gaussians and their Bures distances, OTDD, domain similarity;
-    seconds, each once
-  gpu      1,281,167 x 3,680 at d = 512 and 2,048, beside the floors of memory bandwidth and of arithmetic; where there
-  is a GPU or TPU, or
-           with --gpu; at d = 2,048 it takes 12 GB of memory, and of the device's 19 GB for the kernel, which is stored
-           only where that is less than half of what JAX reserves
-  fitted   what select(..., sample=s) chooses against the exact solution, by s
-Ours in float32, POT in float64. With --small all sizes are far smaller: a check that it runs.
+           seconds, each once
+  gpu      1,281,167 x 3,680 at d = 512 and 2,048, against the lower bounds from memory bandwidth and arithmetic; runs
+           on a GPU or TPU, or with --gpu; d = 2,048 needs 12 GB of host memory, and 19 GB of device memory for the
+           kernel, which is stored only if that is less than half of what JAX reserves
+  fitted   the choice of select(..., sample=s) against the exact solution, by s
+Ours in float32, POT in float64. --small runs far smaller sizes, to check that the benchmarks run.
 """
 
 import argparse
 from collections.abc import Callable
 import concurrent.futures
+import functools
 import importlib.util
 import json
 import os
@@ -41,14 +41,13 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 from _measure import best, peak_megabytes, timed, verdict
 import numpy as np
 
-# POT loads every array library that it finds, unless it is told not to.
+# Otherwise POT imports every array library that is installed.
 os.environ.update({f'POT_BACKEND_DISABLE_{name}': '1' for name in ('PYTORCH', 'TENSORFLOW', 'JAX', 'CUPY')})
 
-# Rows of the source, rows of the target, dimensions; of growth those of the largest pool.
+# Rows of the source, rows of the target, dimensions; for growth, those of the largest pool.
 SIZES = {'class': (1000, 200, 512), 'example': (50_000, 2000, 512), 'stream': (200_000, 2000, 512),
-         'scoring': (100_000, 2000, 512),
-         'growth': (200_000, 1000, 128), 'distance': (57_000, 3700, 512), 'gpu': (1_281_167, 3680, 512),
-         'gpu wide': (1_281_167, 3680, 2048)}
+         'scoring': (100_000, 2000, 512), 'growth': (200_000, 1000, 128), 'distance': (57_000, 3700, 512),
+         'gpu': (1_281_167, 3680, 512), 'gpu wide': (1_281_167, 3680, 2048)}
 SMALL = {'class': (200, 50, 64), 'example': (5000, 1000, 64), 'stream': (20_000, 500, 64), 'scoring': (20_000, 500, 64),
          'growth': (20_000, 250, 32), 'distance': (4000, 370, 64), 'gpu': (20_000, 500, 64),
          'gpu wide': (20_000, 500, 256)}
@@ -57,19 +56,20 @@ EPSILON, RHOS = 0.1, {'rho_source': 0.1, 'rho_target': 10.0}
 CHUNK = 4096
 
 
-# Data and words.
+# Data and output.
 
 def features(n: int, m: int, d: int, path: pathlib.Path | None = None) -> tuple[np.ndarray, np.ndarray]:
-  """Source and target: 300 clusters, 200 of them in the source, 100 in the target, 50 in both; `path`: a file for the
-  source."""
+  """Source and target from 300 clusters: 200 in the source, 100 in the target, 50 of these in both.
+
+  `path`: a file to which the source is memory-mapped.
+  """
   centres = np.random.default_rng(0).standard_normal((300, d), np.float32)
   source = np.empty((n, d), np.float32) if path is None else np.lib.format.open_memmap(path, 'w+', np.float32, (n, d))
   return _filled(source, centres[:200], 1), _filled(np.empty((m, d), np.float32), centres[150:250], 2)
 
 
 def _filled(rows: np.ndarray, centres: np.ndarray, seed: int) -> np.ndarray:
-  """Rows around random centres, on all cores, in chunks: making the data must not take more memory than what is
-  measured."""
+  """Rows around random centres, on all cores; in chunks, so that the peak memory is not that of making the data."""
   def fill(start: int) -> None:
     rng, part = np.random.default_rng([seed, start]), rows[start:start + CHUNK]
     noise = rng.standard_normal(part.shape, np.float32)
@@ -82,11 +82,11 @@ def _filled(rows: np.ndarray, centres: np.ndarray, seed: int) -> np.ndarray:
   return rows
 
 
-def show(what: str, value: str, *words: str) -> None:
-  print(f'  {what:50s} {value:>16s}' + ''.join(f'   {word}' for word in words), flush=True)
+def show(what: str, value: str, *notes: str) -> None:
+  print(f'  {what:50s} {value:>16s}' + ''.join(f'   {note}' for note in notes), flush=True)
 
 
-# The contestants.
+# The candidates.
 
 def choose(source: Any, target: Any, size: int, **options: Any) -> Any:
   import selection
@@ -100,7 +100,7 @@ def costs_of(source: np.ndarray, target: np.ndarray, **settings: Any) -> Any:
 
 
 def masses(source: np.ndarray, target: np.ndarray) -> np.ndarray:
-  """From features to the mass of each row, without what select adds."""
+  """The mass of each row from features, without the rest of `select`."""
   from selection import transport
   return transport.mass(*transport.solve(costs_of(source, target), epsilon=EPSILON, **RHOS))
 
@@ -124,10 +124,9 @@ def pot_cost(source: np.ndarray, target: np.ndarray) -> np.ndarray:
 def pot_plan(cost: np.ndarray) -> np.ndarray:
   import ot
   with warnings.catch_warnings():
-    warnings.filterwarnings('ignore', 'If reg_type = entropy')  # that the prior is one, as it should be
+    warnings.filterwarnings('ignore', 'If reg_type = entropy')  # that the prior is one, which is intended here
     return ot.unbalanced.sinkhorn_knopp_unbalanced(np.ones(len(cost)), np.ones(cost.shape[1]), cost, EPSILON,
-                                                   tuple(RHOS.values()),
-                                                   reg_type='entropy', stopThr=1e-6)
+                                                   tuple(RHOS.values()), reg_type='entropy', stopThr=1e-6)
 
 
 def pot_shares(source: np.ndarray, target: np.ndarray) -> np.ndarray:
@@ -135,7 +134,7 @@ def pot_shares(source: np.ndarray, target: np.ndarray) -> np.ndarray:
   return shares / shares.sum()
 
 
-# The questions. Each runs in a process of its own.
+# The benchmarks. Each runs in its own process.
 
 def class_level(sizes: tuple[int, int, int], rounds: int) -> None:
   import selection
@@ -148,7 +147,7 @@ def class_level(sizes: tuple[int, int, int], rounds: int) -> None:
   ours = selection.select(source, classes, len(means) // 10, progress=False)
   form = lambda name: f'{1000 * seconds[name]:.2f} ms'
   show('ours, from features to masses', form('solve'), verdict(seconds['solve'] < 0.02, 'under 20 ms'))
-  show('ours, the whole of selection.select', form('select'), verdict(seconds['select'] < 0.02, 'under 20 ms'))
+  show('ours, all of selection.select', form('select'), verdict(seconds['select'] < 0.02, 'under 20 ms'))
   show('POT, from features to shares', form('pot'))
   show('ours, from the cost matrix', form('solve alone'))
   show('POT, from the cost matrix', form('pot alone'))
@@ -172,7 +171,7 @@ def example_level(sizes: tuple[int, int, int], rounds: int) -> None:
   pick = lambda key: max if key == 'peak' else min
   found = {name: {key: pick(key)(run[key] for run in results) for key in results[0]} for name, results in runs.items()}
   ours, pot = found['ours'], found['POT']
-  show('ours, the whole of selection.select', f'{ours["seconds"]:.2f} s', f'first call {ours["first"]:.2f} s',
+  show('ours, all of selection.select', f'{ours["seconds"]:.2f} s', f'first call {ours["first"]:.2f} s',
        f'{ours["iterations"]} iterations')
   show('POT, from features to shares', f'{pot["seconds"]:.2f} s', f'of which its cost matrix {pot["cost"]:.2f} s')
   show('ours, from the cost matrix', f'{ours["alone"]:.2f} s')
@@ -225,9 +224,9 @@ def streamed(sizes: tuple[int, int, int], rounds: int) -> None:
     result = child('stream ours', sizes, path)
   show('file, and kernel in float32', f'{4 * sizes[0] * sizes[2] / 1e6:,.0f} MB',
        f'{4 * sizes[0] * sizes[1] / 1e6:,.0f} MB',
-       'not stored' if not result['kept'] else 'STORED: nothing is streamed')
+       'not stored' if not result['stored'] else 'STORED: nothing is streamed')
   show('selection.select', f'{result["seconds"]:.1f} s',
-       f'{result["iterations"]} iterations and one pass more, compiled in this time')
+       f'{result["iterations"]} iterations and one more pass, including compilation')
   show('peak resident memory', f'{result["peak"]:,.0f} MB', verdict(result['peak'] < 1500, 'under 1,500 MB'),
        f'before it {result["before"]:,.0f} MB; pages of the file count')
 
@@ -236,14 +235,14 @@ def stream_ours(sizes: tuple[int, int, int], path: pathlib.Path) -> dict[str, fl
   import jax
 
   target = np.load(path.with_name('target.npy'))
-  memory = None if sizes == SIZES['stream'] else 0  # by default so large a kernel is not stored
+  memory = None if sizes == SIZES['stream'] else 0  # the full-size kernel is too large to be stored by default
   kernel = costs_of(np.load(path, mmap_mode='r'), target, memory=memory).kernel(EPSILON)
   jax.devices()
   before = peak_megabytes()
   seconds, chosen = timed(lambda: choose(str(path), target, sizes[0] // 10, memory=memory))
   peak = peak_megabytes()
-  kept = 4 * kernel.n * kernel.m <= kernel._memory()
-  return {'seconds': seconds, 'iterations': chosen.solver['iterations'], 'peak': peak, 'before': before, 'kept': kept}
+  stored = 4 * kernel.n * kernel.m <= kernel._memory()
+  return {'seconds': seconds, 'iterations': chosen.solver['iterations'], 'peak': peak, 'before': before, 'stored': stored}
 
 
 def growth(sizes: tuple[int, int, int], rounds: int) -> None:
@@ -272,7 +271,7 @@ def scoring(sizes: tuple[int, int, int], rounds: int) -> None:
   whole = len(source) // block * block
   rows, right = jnp.asarray(source[:whole]), jnp.asarray(target)
   product = lambda left: jnp.matmul(left, right.T, precision=jax.lax.Precision.HIGHEST)
-  # The barrier keeps all of a block's product, and one entry of it is all that leaves.
+  # The barrier keeps XLA from computing only the one entry of the product that is returned.
   in_blocks = jax.jit(lambda rows: jax.lax.map(lambda part: jax.lax.optimization_barrier(product(part))[0, 0],
                                                rows.reshape(-1, block, rows.shape[1])))
   at_once = jax.jit(product)
@@ -297,8 +296,10 @@ def distances(sizes: tuple[int, int, int], rounds: int) -> None:
   show('bures, all pairs of classes',
        f'{timed(lambda: bures(*(gaussian for _, gaussian in fitted), progress=False))[0]:.1f} s')
   for covariance in ('full', 'diagonal'):
-    seconds, _ = timed(lambda covariance=covariance: selection.otdd(source, target, covariance=covariance, progress=False))
-    show(f'otdd, {covariance} covariances', f'{seconds:.1f} s', 'compiled in this time' if covariance == 'full' else '')
+    otdd = functools.partial(selection.otdd, source, target, covariance=covariance, progress=False)
+    seconds, _ = timed(otdd)
+    note = 'including compilation' if covariance == 'full' else ''
+    show(f'otdd, {covariance} covariances', f'{seconds:.1f} s', note)
   show('domain_similarity', f'{timed(lambda: selection.domain_similarity(source, target, min_images=1))[0]:.2f} s')
 
 
@@ -311,8 +312,7 @@ def on_gpu(sizes: tuple[int, int, int], rounds: int) -> None:
   seconds = timed(lambda: choose(source, target, n // 100))[0]
   peak = (device.memory_stats() or {}).get('peak_bytes_in_use')
   show(f'selection.select on {jax.device_count()} x {device.device_kind}', f'{seconds:.2f} s',
-       f'first call {first:.2f} s',
-       f'{chosen.solver["iterations"]} iterations')
+       f'first call {first:.2f} s', f'{chosen.solver["iterations"]} iterations')
   show('peak of the device memory', 'not known' if peak is None else f'{peak / 1e9:.1f} GB',
        f'kernel {4 * n * m / 1e9:.2f} GB')
   show('peak resident memory of the host', f'{peak_megabytes():,.0f} MB', f'features {4 * n * d / 1e6:,.0f} MB')
@@ -328,8 +328,7 @@ def on_gpu(sizes: tuple[int, int, int], rounds: int) -> None:
     show('iterations', 'not measured', 'the kernel does not fit into half of the memory, so it is not stored')
     return
   show(f'{iterations} iterations over the stored kernel', f'{1000 * iterations * each:.1f} ms',
-       f'{1000 * each:.2f} ms each',
-       f'kernel read once {1000 * memory_floor:.2f} ms at {bandwidth / 1e9:,.0f} GB/s')
+       f'{1000 * each:.2f} ms each', f'kernel read once {1000 * memory_floor:.2f} ms at {bandwidth / 1e9:,.0f} GB/s')
   larger = max(memory_floor * iterations, work_floor)
   for what, ratio in (('one iteration / kernel read once', each / memory_floor),
                       ('iterations / the larger floor', iterations * each / larger),
@@ -338,12 +337,12 @@ def on_gpu(sizes: tuple[int, int, int], rounds: int) -> None:
 
 
 def _kernel_and_iterations(costs: Any, rounds: int) -> tuple[float, float | None, int]:
-  """Seconds for the kernel; where it can be stored also seconds of one iteration, and how many there are."""
+  """Seconds for the kernel; if it can be stored also seconds per iteration, and the number of iterations."""
   import jax
 
   from selection import transport
   taus, seconds, kernel = transport._taus(EPSILON, **RHOS), 0.0, costs
-  for _ in range(2):  # the first one compiles, and is gone before the second one begins
+  for _ in range(2):  # the first one compiles, and is freed before the second one starts
     kernel = costs.kernel(EPSILON)
     seconds = timed(lambda kernel=kernel: jax.block_until_ready([part[1] for part in kernel.store()._stored or ()]))[0]
   if not kernel.is_stored:
@@ -354,7 +353,7 @@ def _kernel_and_iterations(costs: Any, rounds: int) -> tuple[float, float | None
 
 
 def _bandwidth(small: bool) -> float:
-  """Bytes a second at which a sum reads the device's memory."""
+  """Bytes per second at which a sum reads the device's memory."""
   import jax
   import jax.numpy as jnp
   array = jnp.ones((1 << (24 if small else 30),), jnp.float32)
@@ -363,7 +362,7 @@ def _bandwidth(small: bool) -> float:
 
 
 def _arithmetic(small: bool) -> float:
-  """Operations a second of a large matrix product in float32."""
+  """Operations per second of a large matrix product in float32."""
   import jax
   import jax.numpy as jnp
   size = 1024 if small else 8192
@@ -373,7 +372,7 @@ def _arithmetic(small: bool) -> float:
 
 
 def _transfer(small: bool) -> float:
-  """Bytes a second from the host to the device, in chunks as large as those of a pass."""
+  """Bytes per second from the host to the device, in chunks as large as those of a pass."""
   import jax
   array = np.ones(1 << (20 if small else 26), np.float32)
   return array.nbytes / best({'copy': lambda: jax.device_put(array).block_until_ready()}, 5)['copy']
@@ -383,33 +382,29 @@ def fitted(paths: tuple[str, str], small: bool) -> None:
   import selection
   source, target = (selection.Embeddings.load(path) for path in paths)
   size = max(1, len(source) // 10)
-  choose(source, target, size)  # compiles; of the samples the first draw does
+  choose(source, target, size)  # compiles; for each sample size the first draw includes compilation
   seconds, exact = timed(lambda: choose(source, target, size))
   print(f'  {len(source):,d} x {len(target):,d}, d = {source.features.shape[1]}; the best {size:,d} rows; three draws '
-        f'of each '
-        'sample; errors are relative, of the shares of all rows')
+        'of each sample; errors are relative, of the shares of all rows')
   print('| sample | same rows, mean |  least | largest error | median error | seconds |')
   print('|-------:|----------------:|-------:|--------------:|-------------:|--------:|')
   for sample in [s // 20 if small else s for s in SAMPLES]:
     if sample > len(source):
       break
-    # noqa: B023
-    runs = [timed(lambda seed=seed: choose(source, target, size, sample=sample, seed=seed)) for seed in range(3)]
+    runs = [timed(functools.partial(choose, source, target, size, sample=sample, seed=seed)) for seed in range(3)]
     same = [len(np.intersect1d(chosen.units, exact.units)) / size for _, chosen in runs]
     errors = [np.abs(chosen.shares / exact.shares - 1) for _, chosen in runs]
     print(f'| {sample:6,d} | {np.mean(same):15.1%} | {min(same):6.1%} | {np.max(errors):13.2%} | '
-          f'{np.median(errors):12.3%} | '
-          f'{np.median([run[0] for run in runs]):7.2f} |', flush=True)
+          f'{np.median(errors):12.3%} | {np.median([run[0] for run in runs]):7.2f} |', flush=True)
   print(f'| {"all":>6s} | {1:15.1%} | {1:6.1%} | {0:13.2%} | {0:12.3%} | {seconds:7.2f} |')
 
 
 # Processes.
 
 def child(question: str, sizes: tuple[int, int, int], path: pathlib.Path) -> dict[str, float]:
-  """What a process of its own finds."""
-  done = subprocess.run([sys.executable, __file__, '--child', question, '--sizes', *map(str, sizes), '--path',
-                         str(path)],
-                        stdout=subprocess.PIPE, text=True, check=True)
+  """The results of a benchmark part in its own process."""
+  done = subprocess.run([sys.executable, __file__, '--child', question, '--sizes', *map(str, sizes),
+                         '--path', str(path)], stdout=subprocess.PIPE, text=True, check=True)
   return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -420,7 +415,7 @@ def ask(question: str, sizes: tuple[int, int, int], rounds: int) -> None:
 
 
 def default_backend() -> str:
-  """Asked in a process of its own: one that has looked holds the device's memory."""
+  """JAX's backend, found out in another process: a process that initialises it holds the device's memory."""
   done = subprocess.run([sys.executable, '-c', 'import jax; print(jax.default_backend())'], stdout=subprocess.PIPE,
                         text=True, check=True)
   return done.stdout.split()[-1]
@@ -428,16 +423,15 @@ def default_backend() -> str:
 
 QUESTIONS: dict[str, Callable[[tuple[int, int, int], int], None]] = {
     'class': class_level, 'example': example_level, 'stream': streamed, 'growth': growth, 'scoring': scoring,
-    'distance': distances,
-    'gpu': on_gpu, 'gpu wide': on_gpu}
+    'distance': distances, 'gpu': on_gpu, 'gpu wide': on_gpu}
 PARTS: dict[str, Callable[[tuple[int, int, int], pathlib.Path], dict[str, float]]] = {
     'example ours': example_ours, 'example POT': example_pot, 'stream ours': stream_ours}
 
 
 def parsed() -> argparse.Namespace:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument('--only', default='', help='questions, with commas between them')
-  parser.add_argument('--gpu', action='store_true', help='ask "gpu" where there is none as well')
+  parser.add_argument('--only', default='', help='comma-separated benchmarks')
+  parser.add_argument('--gpu', action='store_true', help='run "gpu" without a GPU or TPU as well')
   parser.add_argument('--small', action='store_true', help='far smaller sizes')
   parser.add_argument('--rounds', type=int, default=3)
   parser.add_argument('--embeddings', nargs=2, metavar=('SOURCE', 'TARGET'), help='files for "fitted"')
@@ -466,7 +460,7 @@ def main() -> None:
     only.append('gpu')
   if {'class', 'example'} & set(only) and importlib.util.find_spec('ot') is None:
     sys.exit('class and example compare with POT: pip install pot, or leave them out with --only')
-  print(f'{os.cpu_count()} cores' + (', small sizes: the targets say nothing here' if a.small else ''))
+  print(f'{os.cpu_count()} cores' + (', small sizes: the targets do not apply' if a.small else ''))
   for question in [q for q in QUESTIONS if q.split()[0] in only]:
     ask(question, (SMALL if a.small else SIZES)[question], a.rounds)
   if 'fitted' in only:

@@ -1,4 +1,4 @@
-"""Text of any script in pictures: fonts of the system for what matplotlib's own lacks, and an escape for what no font has."""
+"""Text of any script in plots: system fonts for what matplotlib's font lacks, escapes for what no font has."""
 
 from collections.abc import Callable, Iterable
 import contextlib
@@ -13,29 +13,29 @@ _log = logging.getLogger(__name__)
 
 
 def drawable(text: str) -> str:
-  """The text with what cannot be drawn spelt out, as `\\u4f60`: characters that no font has, line breaks and the like."""
+  """The text with escapes such as `\\u4f60` for what cannot be drawn: characters that no font has, line breaks, etc."""
   return ''.join(c if c == ' ' or font else _escaped(c) for c, font in _fonts_of(text))
 
 
 def labels(names: Iterable[str], most: int) -> list[str]:
-  """Labels for matplotlib's axes of `most` characters at most, one a name: of names that differ, no two look the same."""
+  """One label of at most `most` characters per name, for matplotlib's axes; different names get different labels."""
   def shorten(name: str, ending: str) -> str:
     text, room = drawable(name), most - len(ending)
     return (text if len(text) <= room else f'{text[:room - 1].rstrip()}…') + ending
 
-  return [label.replace('$', r'\$') for label in distinct(names, shorten)]  # no formula
+  return [label.replace('$', r'\$') for label in distinct(names, shorten)]  # otherwise matplotlib reads a formula
 
 
 def distinct(names: Iterable[str], shorten: Callable[[str, str], str]) -> list[str]:
-  """What `shorten(name, '')` gives; or `shorten(name, ' #2')`, with a number, for names that would look the same.
+  """`shorten(name, '')` of each name, or `shorten(name, ' #2')`, with a number, for names that would look the same.
 
-  The numbers follow the order of the names, so that they are the same in every picture with the same names.
+  The numbers follow the sorted names, so that they are the same in every plot of the same names.
   """
   names = [str(name) for name in names]
   short = {name: shorten(name, '') for name in names}
   alike: dict[str, set[str]] = {}
   for name, label in short.items():
-    # Letters with accents in two forms, and blanks at the end, are not seen.
+    # The two encodings of accented letters look the same, and trailing spaces are invisible.
     alike.setdefault(' '.join(unicodedata.normalize('NFC', label).split()), set()).add(name)
   for group in alike.values():
     if len(group) > 1:
@@ -44,7 +44,10 @@ def distinct(names: Iterable[str], shorten: Callable[[str, str], str]) -> list[s
 
 
 def families(texts: Iterable[str]) -> list[str]:
-  """`fontfamily` for matplotlib's texts: rcParams' own, and behind it fonts with what that lacks of `labels` or `drawable` texts."""
+  """`fontfamily` for matplotlib: that of rcParams, then fonts with the characters that it lacks.
+
+  `texts` are results of `labels` or `drawable`.
+  """
   import matplotlib
 
   files = {font for _, font in _fonts_of(''.join(texts))} - {_own()}
@@ -53,7 +56,7 @@ def families(texts: Iterable[str]) -> list[str]:
 
 
 def runs(text: str, font: str) -> list[tuple[str, str]]:
-  """A `drawable` text in pieces, each with the file of a font that has it: `font` where it can, else another one."""
+  """A `drawable` text in pieces, each with a font file that has its characters: `font` where possible."""
   each = [(c, font if c == ' ' or path is None else path) for c, path in _fonts_of(text, font)]
   return [(''.join(c for c, _ in piece), path) for path, piece in itertools.groupby(each, lambda pair: pair[1])]
 
@@ -63,7 +66,7 @@ def _escaped(character: str) -> str:
 
 
 def _fonts_of(text: str, font: str = '') -> list[tuple[str, str | None]]:
-  """Each character with the file of the first font that has it, `font` ('': matplotlib's own) before the others; None where none has."""
+  """Each character with the first font file that has it, or None; `font` ('': matplotlib's own) is tried first."""
   font = font or _own()
   wanted = frozenset(c for c in text if c.isprintable())
   own = _having(font, wanted)
@@ -71,7 +74,7 @@ def _fonts_of(text: str, font: str = '') -> list[tuple[str, str | None]]:
   return [(c, font if c in own else others.get(c)) for c in text]
 
 
-# What was looked for in the fonts of the system: the file of one that has it, or None.
+# A cache of the lookups in the system's fonts: character -> the file of a font that has it, or None.
 _found: dict[str, str | None] = {}
 
 
@@ -83,19 +86,19 @@ def _elsewhere(characters: frozenset[str]) -> dict[str, str | None]:
     left -= here
     if not left:
       break
-  if left and None not in _found.values():  # said once
-    _log.warning('warning: no installed font has the character U+%04X, so pictures spell it out as %s, and others likewise; install a font '
-                 'that has it, such as the packages fonts-noto-core and fonts-noto-cjk of Debian and Ubuntu', ord(min(left)),
-                 _escaped(min(left)))
+  if left and None not in _found.values():  # warn once
+    _log.warning('warning: no installed font has the character U+%04X, so plots show it as %s, and others likewise; '
+                 'install a font that has it, such as the packages fonts-noto-core and fonts-noto-cjk of Debian and '
+                 'Ubuntu', ord(min(left)), _escaped(min(left)))
   _found.update(dict.fromkeys(left))
   return _found
 
 
 @functools.cache
 def _all_fonts() -> dict[str, str]:
-  """Files of all fonts and their families, upright ones of normal weight without serifs first.
+  """Files of all fonts and their families, upright sans-serif ones of normal weight first.
 
-  Matplotlib keeps its list of fonts from run to run; those that were installed since then are added.
+  Matplotlib caches its list of fonts across runs; fonts installed since then are added.
   """
   import matplotlib
   from matplotlib import font_manager
@@ -104,17 +107,19 @@ def _all_fonts() -> dict[str, str]:
   known = {entry.fname for entry in manager.ttflist}
   for path in font_manager.findSystemFonts():
     if path not in known:
-      with contextlib.suppress(Exception):  # bitmaps of emoji, or a damaged file: FreeType and fontTools have many errors
+      with contextlib.suppress(Exception):  # bitmap emoji or a damaged file; FreeType and fontTools raise many types
         manager.addfont(path)
-  # Its fonts for formulas have other signs at the places of letters, and the last one has a box for everything.
-  brought = os.path.join(matplotlib.get_data_path(), 'fonts')
+  # Matplotlib's formula fonts have symbols at the code points of letters; "Last Resort" draws a box for everything.
+  bundled = os.path.join(matplotlib.get_data_path(), 'fonts')
   usable = [entry for entry in manager.ttflist if not getattr(entry, 'index', 0)
-            and (entry.name.startswith('DejaVu') or not entry.fname.startswith(brought)) and 'last resort' not in entry.name.lower()]
+            and (entry.name.startswith('DejaVu') or not entry.fname.startswith(bundled))
+            and 'last resort' not in entry.name.lower()]
   return {entry.fname: entry.name for entry in sorted(usable, key=_unlikeness)}
 
 
 def _unlikeness(entry: Any) -> tuple[Any, ...]:
-  return entry.style != 'normal', str(entry.weight) not in ('400', 'normal', 'regular'), 'sans' not in entry.name.lower(), entry.name
+  weight_differs = str(entry.weight) not in ('400', 'normal', 'regular')
+  return entry.style != 'normal', weight_differs, 'sans' not in entry.name.lower(), entry.name
 
 
 @functools.cache
@@ -125,7 +130,7 @@ def _own() -> str:
 
 
 def _having(path: str, characters: frozenset[str]) -> frozenset[str]:
-  """Those of the characters that a font has; none of a file that is no font."""
+  """The characters that a font has; none if the file is not a font."""
   try:
     face = _face(path)
   except (OSError, RuntimeError):

@@ -1,4 +1,4 @@
-"""Journal: how far long passes over images or features have come, in a folder, so that a killed one goes on from there."""
+"""Journal: the progress of long passes over images or features, in a folder, from which a killed pass resumes."""
 
 import hashlib
 import json
@@ -13,49 +13,52 @@ import numpy as np
 
 from selection import storage
 
-# A pass of many small chunks is kept so often.
+# Seconds between saves of a pass with many small chunks.
 SECONDS = 60.0
 
 
 class Journal:
-  """Small arrays by name, each in a file that is replaced whole, and one growing file of scores a pass.
+  """Small arrays by name, each in a file that is replaced whole, and one growing file of scores per pass.
 
-  On several hosts `folder` must be one that all of them see; only process 0 writes. A journal without a folder keeps nothing.
+  On several hosts `folder` must be shared by all of them; only process 0 writes. Without a folder nothing is saved.
   """
 
   def __init__(self, folder: str | os.PathLike[str] | None = None, key: dict[str, Any] | None = None):
-    """Opens the folder, or makes it.
+    """Opens the folder, or creates it.
 
     Args:
-      folder: where to keep it; None keeps nothing.
-      key: what the passes depend on, as JSON can hold it.
+      folder: where to save; None saves nothing.
+      key: what the passes depend on, serializable as JSON.
 
     Raises:
-      ValueError: the folder cannot be made, or holds passes over something else.
+      ValueError: the folder cannot be created, or holds passes with another key.
     """
-    self._folder = storage.located(folder) if folder is not None else None
+    self._folder: epath.Path | None = None
     self._due = time.monotonic() + SECONDS
-    if self._folder is None:
+    if folder is None:
       return
+    self._folder = storage.located(folder)
     try:
       storage.make_folder(self._folder)
     except OSError as error:
-      raise ValueError(f'workdir {os.fspath(folder)!r} cannot be made ({error}); name a folder that can be written to') from error
-    path, key = self._folder / 'selection_passes.json', json.loads(json.dumps(key, default=lambda number: number.item()))
+      raise ValueError(f'workdir {os.fspath(folder)!r} cannot be created ({error}); '
+                       'give a folder that can be written to') from error
+    path = self._folder / 'selection_passes.json'
+    key = json.loads(json.dumps(key or {}, default=lambda number: number.item()))
     if path.exists():
       try:
         before = json.loads(path.read_bytes().decode())
       except ValueError as error:
-        raise ValueError(f'{path} cannot be read ({error}); use another workdir, or move that file aside to start anew') from error
+        raise ValueError(f'{path} cannot be read ({error}); use another workdir, or delete that file') from error
       different = [name for name in {**key, **before} if key.get(name) != before.get(name)]
       if different:
-        raise ValueError(f'{folder} holds passes over something else ({", ".join(sorted(different))} differ); '
-                         'use another workdir')
+        raise ValueError(f'{folder} holds the passes of another selection or embedding '
+                         f'({", ".join(sorted(different))} differ); use another workdir')
     elif jax.process_index() == 0:
       storage.write_whole(path, json.dumps(key, indent=1).encode())
 
   def load(self, name: str) -> dict[str, np.ndarray]:
-    """What was saved last by this name; {} where nothing was, or where a file is damaged (that pass then begins again)."""
+    """What was saved last under this name; {} if there is none or the file is damaged (the pass then starts over)."""
     if self._folder is None:
       return {}
     try:
@@ -65,7 +68,7 @@ class Journal:
       return {}
 
   def save(self, name: str, **arrays: Any) -> None:
-    """Replaces what is saved by this name."""
+    """Replaces what is saved under this name."""
     if self._folder is None or jax.process_index():
       return
     with storage.whole_file(self._folder / f'{name}.npz') as stream:
@@ -73,7 +76,7 @@ class Journal:
     self._due = time.monotonic() + SECONDS
 
   def due(self) -> bool:
-    """Whether there has been no `save` for a minute, on process 0: for passes whose chunks take less."""
+    """Whether the last `save` was a minute ago, on process 0: passes with short chunks save only then."""
     return self._folder is not None and jax.process_index() == 0 and time.monotonic() >= self._due
 
   def scores(self, name: str) -> 'ScoreFile':
@@ -84,19 +87,20 @@ class Journal:
 
 
 class ScoreFile:
-  """float32 scores of rows in their order, appended chunk by chunk; in memory, and in a file where a path is given."""
+  """float32 scores of the rows in order, appended chunk by chunk; in memory, and in a file if a path is given."""
 
   def __init__(self, path: epath.Path | None):
-    self._path, self._parts = path, []
+    self._path = path
+    self._parts: list[np.ndarray] = []
     if path is not None and path.exists():
       whole = path.stat().length // 4
       self._parts.append(np.fromfile(path, np.float32, whole))
       if jax.process_index() == 0:
-        os.truncate(path, 4 * whole)  # a number that was cut short
+        os.truncate(path, 4 * whole)  # drops a number that was only partly written
 
   @property
   def done(self) -> int:
-    """Rows that are there."""
+    """The number of rows that have scores."""
     return sum(map(len, self._parts))
 
   def append(self, scores: np.ndarray) -> None:
@@ -104,16 +108,16 @@ class ScoreFile:
     begin = self.done
     self._parts.append(np.asarray(scores, np.float32))
     if jax.process_index() == 0:
-      self._keep(begin, self._parts[-1].tobytes())
+      self._write(begin, self._parts[-1].tobytes())
 
-  def _keep(self, begin: int, data: bytes) -> None:
-    """Writes the scores of the rows from `begin` on."""
+  def _write(self, begin: int, data: bytes) -> None:
+    """Writes scores whose first row is `begin`."""
     del begin
     if self._path is None:
       return
     if not self._path.exists():
       storage.write_whole(self._path, b'')
-    storage.append(self._path, data, sync=True)  # the length of the file says how far the pass is
+    storage.append(self._path, data, sync=True)  # the length of the file is the progress of the pass
 
   def all(self) -> np.ndarray:
     """All scores, float32 `[n]`."""
@@ -121,27 +125,27 @@ class ScoreFile:
 
 
 class _ScoreObjects(ScoreFile):
-  """The same where nothing can be added to: an object for each chunk, `<name>-<its first row>.f32`."""
+  """The same on object storage, which cannot append: one object per chunk, `<name>-<its first row>.f32`."""
 
   def __init__(self, folder: epath.Path, name: str):
     super().__init__(None)
     self._folder, self._name = folder, name
     try:
       stored = {path.name: path for path in folder.iterdir()}
-    except FileNotFoundError:  # nothing is in it yet
+    except FileNotFoundError:  # nothing has been written yet
       stored = {}
-    while path := stored.get(self._of(self.done)):
+    while path := stored.get(self._file_name(self.done)):
       part = np.frombuffer(path.read_bytes(), np.float32)
       if not len(part):
         break
       self._parts.append(part)
 
-  def _of(self, row: int) -> str:
+  def _file_name(self, row: int) -> str:
     return f'{self._name}-{row:012d}.f32'
 
-  def _keep(self, begin: int, data: bytes) -> None:
+  def _write(self, begin: int, data: bytes) -> None:
     if data:
-      storage.write_whole(self._folder / self._of(begin), data)
+      storage.write_whole(self._folder / self._file_name(begin), data)
 
 
 def array_digest(*arrays: np.ndarray) -> str:

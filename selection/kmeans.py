@@ -1,4 +1,4 @@
-"""k-means for pools without labels: Lloyd's iteration from k-means++ centres, over all devices, a chunk of rows at a time."""
+"""k-means for pools without labels: Lloyd's iteration from k-means++ centres, in chunks of rows, over all devices."""
 
 from typing import NamedTuple
 
@@ -9,14 +9,14 @@ import numpy as np
 from selection.blocks import Blocks, DEFAULTS, given, Settings
 from selection.pools import Rows
 
-# The first centres are drawn from so many rows for each cluster.
+# Rows per cluster from which the first centres are drawn.
 SEED_ROWS = 20
 
 
 class Clusters(NamedTuple):
   """`centres` [k, d]; `labels` [n], the nearest centre of each row; `counts` [k], rows of each.
 
-  `inertia`: the mean squared distance to the centres before the last, whose rows have the `centres` as means.
+  `inertia`: the mean squared distance of rows to their centres, before the last update of the centres.
   """
   centres: np.ndarray
   labels: np.ndarray
@@ -24,20 +24,20 @@ class Clusters(NamedTuple):
   inertia: float
 
 
-def kmeans(pool: Rows, clusters: int, rng: np.random.Generator, settings: Settings = DEFAULTS, *, max_iterations: int = 50,
-           tolerance: float = 1e-4) -> Clusters:
+def kmeans(pool: Rows, clusters: int, rng: np.random.Generator, settings: Settings = DEFAULTS, *,
+           max_iterations: int = 50, tolerance: float = 1e-4) -> Clusters:
   """Minimises the mean squared distance of rows to their centres.
 
-  Lloyd (1982), started by k-means++ (Arthur and Vassilvitskii, 2007) on at most 20 rows a cluster that are drawn from the pool.
-  A centre that loses all its rows is moved to the drawn row that is farthest from all centres.
+  Lloyd (1982), initialised by k-means++ (Arthur and Vassilvitskii, 2007) on a random sample of at most 20 rows per
+  cluster. A centre that loses all its rows is moved to the drawn row that is farthest from all centres.
 
   Args:
     pool: rows `[n, d]`, not normalised.
-    clusters: how many; fewer come back where rows are the same or a cluster stays empty.
-    rng: for the drawing.
-    settings: of the passes, one for each iteration.
-    max_iterations: after which it stops.
-    tolerance: it also stops when the mean squared distance falls by less than this part of itself.
+    clusters: how many; fewer are returned if rows are equal or a cluster stays empty.
+    rng: draws the sample and the first centres.
+    settings: of the passes, one per iteration.
+    max_iterations: when to stop at the latest.
+    tolerance: it also stops when the mean squared distance falls by less than this fraction of itself.
 
   Raises:
     ValueError: more clusters than rows, or fewer than one.
@@ -55,7 +55,8 @@ def kmeans(pool: Rows, clusters: int, rng: np.random.Generator, settings: Settin
   done = bool(before) and bool(before['done'])
   while not done and iteration < max_iterations:
     iteration += 1
-    sums = rows.sum(_cluster_sums, centres, name='k-means iteration', turn=iteration, what=f'k-means, iteration {iteration}')
+    sums = rows.sum(_cluster_sums, centres, name='k-means iteration', turn=iteration,
+                    what=f'k-means, iteration {iteration}')
     counts, new_inertia = sums[:, -2], float(sums[:, -1].sum() / n)
     done, inertia = new_inertia >= (1 - tolerance) * inertia, new_inertia
     empty = np.flatnonzero(counts == 0)
@@ -66,12 +67,12 @@ def kmeans(pool: Rows, clusters: int, rng: np.random.Generator, settings: Settin
     journal.save('k-means', centres=centres, inertia=inertia, iteration=iteration, done=done)
   labels = rows.map(_nearest, centres, name='clusters').astype(np.int32)
   counts = np.bincount(labels, minlength=clusters)
-  number = np.cumsum(counts > 0) - 1  # clusters without a row are left out
+  number = np.cumsum(counts > 0) - 1  # empty clusters are left out
   return Clusters(centres[counts > 0].astype(np.float32), number[labels].astype(np.int32), counts[counts > 0], inertia)
 
 
 def _plus_plus(drawn: np.ndarray, clusters: int, seed: int) -> np.ndarray:
-  """The first centres `[k, d]`: each next one is a row drawn with the square of its distance to those before."""
+  """The first centres `[k, d]`: rows drawn with probability proportional to the squared distance to earlier centres."""
   mesh = jax.sharding.Mesh(np.asarray(jax.devices()), ('rows',))
   extra = -len(drawn) % mesh.size
   padded = np.concatenate([drawn, np.zeros((extra, drawn.shape[1]), np.float32)])
@@ -114,7 +115,7 @@ def _nearest(rows: jax.Array, valid: jax.Array, centres: jax.Array) -> jax.Array
 
 @jax.jit
 def _squares(rows: jax.Array, centres: jax.Array) -> jax.Array:
-  """Squared distances `[b, k]`; around the mean of the centres, so that little cancels in float32."""
+  """Squared distances `[b, k]`; centred on the mean of the centres to lose few digits in float32."""
   middle = centres.mean(0)
   rows, centres = rows - middle, centres - middle
   products = jnp.matmul(rows, centres.T, precision=jax.lax.Precision.HIGHEST)

@@ -1,4 +1,4 @@
-"""Pools: rows of features in memory, in a memory-mapped file, or from an iterator; read in chunks, as often as needed."""
+"""Pools: rows of features in memory, in a memory-mapped file or from an iterator, read in chunks and several passes."""
 
 from collections.abc import Callable, Iterable, Iterator
 import os
@@ -8,23 +8,33 @@ import numpy as np
 
 
 class Rows(Protocol):
-  """What is read in chunks: `dimension` is d; `known_length` is None before the first whole pass of an iterator; `len` makes that pass."""
-  dimension: int
-  known_length: int | None
+  """Rows of features `[n, d]` that can be read in chunks."""
 
-  def __len__(self) -> int: ...  # noqa: D105
+  @property
+  def dimension(self) -> int:
+    """The d of `[n, d]`."""
+
+  @property
+  def known_length(self) -> int | None:
+    """The number of rows; None for an iterator that has not been read to its end yet."""
+
+  def __len__(self) -> int:
+    """The number of rows; an iterator is read to its end to count them."""
 
   def read(self, size: int, first: int = 0) -> Iterator[tuple[int, np.ndarray]]:
-    """Goes through the rows from row `first`: (number of the first row, float32 `[size, d]`); the last chunk may be smaller."""
+    """Yields (number of the chunk's first row, float32 `[size, d]`), starting at row `first`.
+
+    The last chunk may be smaller.
+    """
 
   def take(self, rows: np.ndarray) -> np.ndarray:
     """The features of some rows, float32 `[k, d]`, in the order of `rows`."""
 
 
 class ArrayRows:
-  """Rows of one array `[n, d]`, which may be a `numpy.memmap`: only the rows that are asked for are read.
+  """Rows of one array `[n, d]`, which may be a `numpy.memmap`: only the requested rows are read.
 
-  `check`: whether rows that are zero or not finite are refused; rows of costs may well be zero.
+  `check`: whether rows that are zero or not finite raise ValueError. Turn it off for costs, which may be zero.
   """
 
   def __init__(self, features: np.ndarray, what: str = 'source', check: bool = True):
@@ -52,16 +62,21 @@ class ArrayRows:
 
 
 class IteratedRows:
-  """Rows of chunks `[c, d]` of any sizes; `chunks` gives a new iterator over all of them at every call, always in the same order."""
+  """Rows of chunks `[c, d]` of any sizes.
+
+  `chunks` must return a new iterator over all chunks at every call, always in the same order.
+  """
 
   def __init__(self, chunks: Callable[[], Iterable[np.ndarray]], length: int | None = None, what: str = 'source'):
-    self._chunks, self.known_length, self._what, self._checked = chunks, length, what, 0
+    self._chunks, self._what, self._checked = chunks, what, 0
+    self.known_length = length
     once, again = chunks(), chunks()
     if once is again and isinstance(once, Iterator):
-      raise ValueError(f'the function of {what} chunks gives the same iterator twice, which can be read only once; make a new one in it')
+      raise ValueError(f'the function of {what} chunks returned the same iterator twice, which can be read only once; '
+                       'return a new iterator at each call')
     first = next((array for array in self._arrays() if len(array)), None)
     if first is None or not first.shape[1]:
-      raise ValueError(f'the iterator of {what} chunks gives none with a row; expected arrays [c, d]')
+      raise ValueError(f'the iterator of {what} chunks yielded no rows; expected arrays [c, d]')
     self.dimension = first.shape[1]
 
   def __len__(self) -> int:
@@ -71,7 +86,8 @@ class IteratedRows:
 
   def read(self, size: int, first: int = 0) -> Iterator[tuple[int, np.ndarray]]:
     """See `Rows`."""
-    start, end, parts = first, 0, []
+    start, end = first, 0
+    parts: list[np.ndarray] = []
     for array in self._arrays():
       begin, end = end, end + len(array)
       array = array[max(0, first - begin):]
@@ -85,8 +101,8 @@ class IteratedRows:
     if parts:
       yield start, self._joined(parts, start)
     if self.known_length is not None and self.known_length != end:
-      raise ValueError(f'the {self._what} chunks held {end:,d} rows in this pass and {self.known_length:,d} before; '
-                       'every pass must give the same rows in the same order')
+      raise ValueError(f'the {self._what} chunks had {end:,d} rows in this pass and {self.known_length:,d} before; '
+                       'every pass must yield the same rows in the same order')
     self.known_length = end
 
   def take(self, rows: np.ndarray) -> np.ndarray:
@@ -99,7 +115,8 @@ class IteratedRows:
       low, high = np.searchsorted(wanted, (begin, end))
       taken[order[low:high]] = array[wanted[low:high] - begin]
     if high < len(rows):
-      raise ValueError(f'the {self._what} chunks held {end:,d} rows in this pass, and row {wanted[-1]:,d} in one before')
+      raise ValueError(f'the {self._what} chunks had {end:,d} rows in this pass, and an earlier pass had row '
+                       f'{wanted[-1]:,d}; every pass must yield the same rows in the same order')
     return taken
 
   def _joined(self, parts: list[np.ndarray], start: int) -> np.ndarray:
@@ -119,42 +136,47 @@ class IteratedRows:
 
 
 def open_rows(source: Any, what: str = 'source') -> Rows | None:
-  """Chunks from an iterable or a function that returns an iterator; None where `source` is none of the two.
+  """Rows of an iterable of chunks, or of a function that returns an iterator; None if `source` is neither.
 
   Raises:
-    ValueError: an iterator, which can be read only once.
+    ValueError: `source` is an iterator, which can be read only once.
   """
   if callable(source):
     return IteratedRows(source, what=what)
   if isinstance(source, Iterator):
-    raise ValueError(f'{what} is an iterator, which can be read only once, and several passes are needed; give the function that '
-                     'makes it, or a list of arrays')
+    raise ValueError(f'{what} is an iterator, which can be read only once, and several passes are needed; pass the '
+                     'function that creates it, or a list of arrays')
   if isinstance(source, list) and source and all(np.ndim(part) == 2 for part in source):
     return IteratedRows(lambda: iter(source), sum(map(len, source)), what)
-  if isinstance(source, Iterable) and not isinstance(source, (list, tuple, str, os.PathLike)) and not hasattr(source, '__array__'):
+  is_array_or_path = isinstance(source, (list, tuple, str, os.PathLike)) or hasattr(source, '__array__')
+  if isinstance(source, Iterable) and not is_array_or_path:
     return IteratedRows(lambda: iter(source), what=what)
   return None
 
 
 def check_rows(features: np.ndarray, start: int = 0, what: str = 'source') -> None:
-  """Raises ValueError for rows that are zero or not finite: how many, and the number of the first; `start` is that of row 0."""
+  """Raises ValueError if rows are zero or not finite, with their count and the number of the first one.
+
+  `start` is the number of row 0 of `features` in the whole pool.
+  """
   for first in range(0, len(features), 16384):  # no second copy of all features
     with np.errstate(all='ignore'):
       part = np.asarray(features[first:first + 16384])
       squares = np.einsum('ij,ij->i', part, part, dtype=np.float64 if part.dtype.itemsize < 4 else part.dtype)
     if np.isfinite(squares).all() and squares.all():
       continue
-    # Something is wrong: now all rows are looked at, to say how many.
+    # Something is wrong: go through all rows to count them.
     finite = np.concatenate([np.isfinite(features[k:k + 16384]).all(1) for k in range(0, len(features), 16384)])
     zero = ~np.concatenate([np.asarray(features[k:k + 16384]).any(1) for k in range(0, len(features), 16384)])
     rows = f' of the {len(features):,d} from row {start:,d}' if start else ''
     for bad, reason in ((~finite, 'are not finite'), (zero, 'are zero, and so have no direction')):
       if bad.any():
-        raise ValueError(f'{bad.sum():,d} rows{rows} of {what} features {reason}, the first is row {start + np.flatnonzero(bad)[0]:,d}; '
-                         'leave them out, or embed them again')
+        raise ValueError(f'{bad.sum():,d} rows{rows} of {what} features {reason}, the first is row '
+                         f'{start + np.flatnonzero(bad)[0]:,d}; leave them out, or embed them again')
     limit = np.sqrt(np.finfo(np.float32).max)
-    if not np.isfinite(squares).all():
-      raise ValueError(f'row {start + first + np.flatnonzero(~np.isfinite(squares))[0]:,d} of {what} features is longer than {limit:.0e}, '
-                       'too long for float32; scale the features down')
-    raise ValueError(f'row {start + first + np.flatnonzero(squares == 0)[0]:,d} of {what} features is shorter than {1 / limit:.0e}, '
-                     'too short for float32; scale the features up')
+    too_long = ~np.isfinite(squares)
+    if too_long.any():
+      raise ValueError(f'row {start + first + np.flatnonzero(too_long)[0]:,d} of {what} features is longer than '
+                       f'{limit:.0e}, too long for float32; scale the features down')
+    raise ValueError(f'row {start + first + np.flatnonzero(squares == 0)[0]:,d} of {what} features is shorter than '
+                     f'{1 / limit:.0e}, too short for float32; scale the features up')

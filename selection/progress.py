@@ -1,4 +1,4 @@
-"""What a person sees while something long runs."""
+"""Progress bars."""
 
 import sys
 from typing import Any
@@ -7,7 +7,10 @@ import jax
 
 
 def bar(what: str, total: int | None, unit: str, *, shown: bool = True, **options: Any) -> Any:
-  """A tqdm bar for what takes more than two seconds, on a terminal or in a notebook; hidden elsewhere, and on hosts but the first."""
+  """A tqdm bar, shown after two seconds in a terminal or a notebook.
+
+  It is hidden where stderr is not a terminal, on all processes but the first, and where `shown` is False.
+  """
   from tqdm import tqdm
   shown = shown and (sys.stderr.isatty() or 'ipykernel' in sys.modules) and jax.process_index() == 0
   return tqdm(desc=what, total=total, unit=f' {unit}', delay=2, leave=False, disable=not shown, **options)

@@ -1,4 +1,4 @@
-"""Units: what a selection chooses among, and what draws them: classes, clusters, or single images."""
+"""Units: what a selection chooses from, and the target units that it serves: classes, clusters or single images."""
 
 from collections.abc import Callable, Sequence
 import dataclasses
@@ -11,62 +11,71 @@ from selection.embeddings import class_means, Embeddings
 from selection.kmeans import kmeans
 from selection.pools import ArrayRows, Rows
 
-# Clusters of a pool, unless the caller says how many: as the paper's file names suggest, or a tenth of the rows of a small pool.
+# The default number of clusters, as the paper's file names suggest; small pools get a tenth of their rows.
 CLUSTERS = 2000
 
 
 class Units(NamedTuple):
   """Units of one side.
 
-  rows: one row of features `[n, d]` a unit.
+  rows: one row of features `[n, d]` per unit.
   names: of the units; () where they are rows without names.
-  counts: images of each unit, `[n]`, or None where each is one.
-  images: all images with their unit as label; None where they are not at hand (means were given, or chunks).
-  members: the unit of each row of the source, or None where the rows are not at hand or are the units.
+  counts: images of each unit, `[n]`, or None where each unit is one image.
+  images: all images with their unit as label; None where only means or chunks were given.
+  members: the unit of each row of the source; None where only means were given, or the rows are the units.
   """
   rows: Rows
-  names: Sequence[str] = ()
+  names: Sequence[str] | np.ndarray = ()
   counts: np.ndarray | None = None
   images: Embeddings | None = None
   members: np.ndarray | None = None
 
 
-def class_units(side: Embeddings | Rows, settings: Settings, clusters: int | None, rng: np.random.Generator, what: str) -> Units:
-  """A unit a class: the mean of its features."""
+def class_units(side: Embeddings | Rows, settings: Settings, clusters: int | None, rng: np.random.Generator,
+                what: str) -> Units:
+  """One unit per class: the mean of its features."""
   del settings, clusters, rng
   if not isinstance(side, Embeddings) or side.labels is None:
-    raise ValueError(f"the {what} has no labels, and class means need labels; give selection.Embeddings(features, labels), or select "
-                     "by='cluster' or by='example'")
+    raise ValueError(f"the {what} has no labels, and class means need labels; give selection.Embeddings(features, "
+                     "labels), or select by='cluster' or by='example'")
   means = class_means(side)
   images = side if side.weights is None else None  # rows with weights are means already
   names = means.class_names if means.class_names is not None else tuple(str(i) for i in range(len(means)))
   return Units(ArrayRows(means.features, what), names, means.weights, images, None if images is None else side.labels)
 
 
-def cluster_units(side: Embeddings | Rows, settings: Settings, clusters: int | None, rng: np.random.Generator, what: str) -> Units:
-  """A unit a cluster of k-means: the mean of its features."""
+def cluster_units(side: Embeddings | Rows, settings: Settings, clusters: int | None, rng: np.random.Generator,
+                  what: str) -> Units:
+  """One unit per cluster of k-means: the mean of its features."""
   rows = _rows(side, what)
-  found = kmeans(rows, min(CLUSTERS, max(1, len(rows) // 10)) if clusters is None else clusters, rng, settings)
+  if clusters is None:
+    clusters = min(CLUSTERS, max(1, len(rows) // 10))
+  found = kmeans(rows, clusters, rng, settings)
   names = tuple(f'cluster {i}' for i in range(len(found.centres)))
-  images = dataclasses.replace(side, labels=found.labels, class_names=names) if isinstance(side, Embeddings) else None
+  images = None
+  if isinstance(side, Embeddings):
+    images = dataclasses.replace(side, labels=found.labels, class_names=names)
   return Units(ArrayRows(found.centres, what), names, found.counts, images, found.labels)
 
 
-def example_units(side: Embeddings | Rows, settings: Settings, clusters: int | None, rng: np.random.Generator, what: str) -> Units:
-  """Every row a unit."""
+def example_units(side: Embeddings | Rows, settings: Settings, clusters: int | None, rng: np.random.Generator,
+                  what: str) -> Units:
+  """One unit per row."""
   del settings, clusters, rng
-  names = () if not isinstance(side, Embeddings) or side.ids is None else side.ids
-  return Units(_rows(side, what), names, images=side if isinstance(side, Embeddings) else None)
+  if not isinstance(side, Embeddings):
+    return Units(side)
+  return Units(_rows(side, what), () if side.ids is None else side.ids, images=side)
 
 
 def target_units(target: Embeddings, by: str) -> Units:
-  """The target's side: its classes against classes and clusters, its images against images and wherever it has no labels."""
+  """The target units: its classes where classes or clusters are selected; its images for examples or without labels."""
   if by != 'example' and target.labels is not None:
     units = class_units(target, Settings(), None, np.random.default_rng(0), 'target')
     return units._replace(members=np.arange(len(units.names)))
+  names: Sequence[str] = ()
   if target.labels is not None:
     target.check_classes()
-  names = target.class_names or tuple(str(i) for i in range(target.num_classes)) if target.labels is not None else ()
+    names = target.class_names or tuple(str(i) for i in range(target.num_classes))
   return Units(ArrayRows(target.features, 'target'), names, target.weights, target, target.labels)
 
 

@@ -96,7 +96,7 @@ def test_no_folder_no_lock_or_one_that_others_write_to(no_cache, tmp_path, monke
   compiled.keep('auto')
   monkeypatch.delenv('HOME', raising=False)
   monkeypatch.setattr(os.path, 'expanduser', lambda path: path)  # as where the system does not know the user
-  with pytest.raises(ValueError, match='there is no home directory to put in the place of ~'):
+  with pytest.raises(ValueError, match='there is no home directory to expand ~'):
     compiled.keep('~/compiled')
   assert jax.config.jax_compilation_cache_dir is None
 

@@ -63,7 +63,7 @@ def test_the_folder(monkeypatch, tmp_path):
 def test_what_must_be_in_the_home_is_refused(no_home, tmp_path):
   """Libraries would write to a folder named `~` in the folder that the program was started from."""
   for path in ('~', '~/runs/pets'):
-    with pytest.raises(ValueError, match='there is no home directory to put in the place of ~'):
+    with pytest.raises(ValueError, match='there is no home directory to expand ~'):
       storage.located(path)
   assert os.fspath(storage.located(tmp_path / '~')) == str(tmp_path / '~')
   with pytest.raises(ValueError,

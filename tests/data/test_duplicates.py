@@ -373,7 +373,7 @@ def test_other_samples_of_the_target_cost_no_other_search(sets, monkeypatch):
   alone = [overlap.find(splits, pool) for splits in seeds]
   assert len({len(found[overlap.POOL]) for found in alone}) > 1
   assert overlap.find(seeds[0], pool, unsampled) == alone[0]
-  monkeypatch.setattr(duplicates, '_hashed', None)
+  monkeypatch.setattr(duplicates, '_hash_all', None)
   searched, nearest = [], duplicates._nearest
   monkeypatch.setattr(duplicates, '_nearest', lambda some, *rest: searched.append(len(some)) or nearest(some, *rest))
   assert [overlap.find(splits, pool, unsampled) for splits in seeds] == alone

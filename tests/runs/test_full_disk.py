@@ -59,7 +59,7 @@ def test_a_full_disk_ends_the_run(found):
   assert first['status'] == 1 and 'Traceback' not in first['printed'] and first['printed'].count('\nerror: ') == 1
   error = first['printed'].splitlines()[-1]
   assert 'PLACE/run/checkpoints/4 cannot be written: the disk is full (' in error and ' are free)' in error
-  assert error.endswith('What was written before stays as it was; make room there, and the same command resumes')
+  assert error.endswith('What was written before is unchanged; free some space there, and the same command resumes')
   assert first['steps'] == [] and len(first['lines']) >= 2
   assert first['lines'] == found['undisturbed']['lines'][:len(first['lines'])]
 
@@ -69,7 +69,7 @@ def test_too_little_room_for_a_second_checkpoint(found):
   error, left = found['small']
   assert 'PLACE/run/checkpoints/8 cannot be written: the disk is full (' in error
   assert error.endswith(
-      'the newest whole checkpoint is PLACE/run/checkpoints/4; make room there, and the same command resumes')
+      'the newest whole checkpoint is PLACE/run/checkpoints/4; free some space there, and the same command resumes')
   assert left['steps'] == [4] and [line['step'] for line in left['lines']] == [2, 4, 6, 8]
 
 
@@ -80,10 +80,10 @@ def test_a_disk_that_becomes_read_only(found):
 
 
 def test_a_workdir_that_vanishes(found):
-  """It is not made anew without its beginning; where it comes back, the run goes on from it."""
+  """It is not created again without its first lines; once it is restored, the run resumes."""
   error, there = found['vanished']
-  assert 'cannot be written: its folder is not there any more. ' in error
-  assert 'bring it back, and the same command resumes' in error
+  assert 'cannot be written: its folder does not exist any more. ' in error
+  assert 'restore it, and the same command resumes' in error
   assert not there
 
 
@@ -103,7 +103,7 @@ def test_whatever_is_written_is_whole_or_as_before(found):
 def test_a_first_folder_that_cannot_be_made(found):
   assert found['first'][0].startswith('PLACE/new/run cannot be written: the disk is read-only. ')
   assert found['first'][1].startswith(
-      "workdir 'PLACE/new/run' cannot be made (PLACE/new/run cannot be written: the disk is read-only. ")
+      "workdir 'PLACE/new/run' cannot be created (PLACE/new/run cannot be written: the disk is read-only. ")
 
 
 def test_without_permission(tmp_path):

@@ -109,7 +109,7 @@ def test_a_selection_and_embeddings_come_back(bucket):
   np.testing.assert_array_equal(again.features, embeddings.features)
   assert again.ids.tolist() == ['a', 'b', 'c', 'd'] and again.class_names == ('x', 'y')
   assert chosen.export('gs://bucket/some/chosen.txt') == 2 and bucket.read('some/chosen.txt') == b'b\nd\n'
-  with pytest.raises(ValueError, match='gs://bucket/none.npz holds no embeddings'):
+  with pytest.raises(ValueError, match='gs://bucket/none.npz cannot be read as embeddings'):
     Embeddings.load('gs://bucket/none.npz')
   assert not bucket.refused
 
@@ -137,7 +137,7 @@ def test_long_passes_go_on_from_their_last_chunk(bucket):
   np.testing.assert_array_equal(again.load('potentials')['values'], np.arange(3))
   assert again.load('others') == {} and again.scores('scores').done == 6
   np.testing.assert_array_equal(again.scores('scores').all(), [4, 4, 4, 4, 2, 2])
-  with pytest.raises(ValueError, match='over something else'):
+  with pytest.raises(ValueError, match='passes of another selection or embedding'):
     Journal('gs://bucket/passes', {'size': 4})
   assert not bucket.refused
 
@@ -212,8 +212,8 @@ def test_weights_in_an_object(bucket, tmp_path):
 
 
 def test_a_bucket_that_cannot_be_reached(bucket, monkeypatch):
-  with pytest.raises(OSError, match='gs://other/run/config.json cannot be written: there is no bucket other, or it may '
-                                    'not be seen from'):
+  with pytest.raises(OSError, match='gs://other/run/config.json cannot be written: there is no bucket other, or it '
+                                    'cannot be accessed from'):
     Workdir('gs://other/run', FIELDS)
   monkeypatch.setenv('STORAGE_EMULATOR_HOST', 'http://127.0.0.1:9')
   monkeypatch.setattr('gcsfs.retry.asyncio.sleep', lambda seconds: real_sleep(0))
@@ -223,7 +223,7 @@ def test_a_bucket_that_cannot_be_reached(bucket, monkeypatch):
     Workdir('gs://bucket/run', FIELDS)
 
 
-@pytest.mark.parametrize('path, says', [('s3://bucket/run', 'of the kind s3:// is not known here; known: gs://'),
+@pytest.mark.parametrize('path, says', [('s3://bucket/run', 'of the kind s3:// is not supported; supported: gs://'),
                                         ('gs://bucket/run', 'needs the package gcsfs: pip install gcsfs')])
 def test_what_is_missing_is_said_at_the_start(monkeypatch, path, says):
   monkeypatch.setattr(storage.importlib.util, 'find_spec', lambda name: None)
@@ -237,8 +237,8 @@ def test_what_is_missing_is_said_at_the_start(monkeypatch, path, says):
 
 
 @pytest.mark.parametrize('path', ['gs:', 'gs:bucket', 'gs:/bucket/run', 'gs://', 'gs:///run'])
-def test_what_is_no_place_is_no_folder_either(path):
-  with pytest.raises(ValueError, match='is no place on object storage; expected gs://bucket/folder'):
+def test_invalid_urls_are_not_taken_for_folders(path):
+  with pytest.raises(ValueError, match='is not a valid object storage URL; expected gs://bucket/folder'):
     storage.located(path)
 
 

@@ -1,4 +1,4 @@
-"""Embeddings are checked where they are made, and embedding gives the same on any number of devices."""
+"""Embeddings are validated on construction, and embed() gives the same result on any number of devices."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -44,8 +44,8 @@ def test_streamed_class_means_are_the_means(pieces):
   assert streamed.weights.tolist() == whole.weights.tolist() == np.bincount(labels).tolist()
 
 
-def test_images_alone(pieces):
-  """What a notebook has: batches of images and nothing else."""
+def test_batches_without_labels(pieces):
+  """Batches of images and nothing else, as in a notebook."""
   images, _, _, variables = pieces
   embeddings = embed(encode, variables, ({'input': images[i:i + 3]} for i in range(0, 11, 3)))
   np.testing.assert_allclose(embeddings.features, images.reshape(11, 12) @ variables['w'], rtol=1e-5)
@@ -53,16 +53,18 @@ def test_images_alone(pieces):
 
 
 @pytest.fixture
-def kept_at_once(monkeypatch):
-  """A minute is up after each batch."""
+def save_each_batch(monkeypatch):
+  """Progress is saved after each batch instead of every minute."""
   monkeypatch.setattr(journal, 'SECONDS', 0.0)
 
 
 @pytest.mark.parametrize('function', [embed, embed_class_means])
-@pytest.mark.usefixtures('kept_at_once')
-def test_goes_on_where_it_was_killed(function, tmp_path):
-  """Bit for bit, and with one batch alone once more: on other images, in other batches or with other weights it is
-  refused the folder."""
+@pytest.mark.usefixtures('save_each_batch')
+def test_resumes_where_it_was_killed(function, tmp_path):
+  """The result is the same bit for bit, and only one batch is embedded twice, to compare it.
+
+  Other images, other batches or other weights in the same folder raise ValueError.
+  """
   rng = np.random.default_rng(1)
   variables = {'w': rng.normal(size=(12, 6)).astype(np.float32)}
   batches = [{'input': rng.integers(0, 255, (4, 2, 2, 3)).astype(np.uint8), 'label': np.arange(4) % 3}
@@ -82,9 +84,9 @@ def test_goes_on_where_it_was_killed(function, tmp_path):
     with pytest.raises(KeyboardInterrupt):
       function(encode, variables, until(stop), class_names='abc', workdir=tmp_path)
   again = function(encode, variables, until(None), class_names='abc', workdir=tmp_path)
-  # The batch before the one that is asked for is with the devices, and the one before that is compared.
+  # At each kill the last batch was still on the devices; the last saved one is embedded again to compare it.
   assert asked == [0, 1, 3] and again.features.tobytes() == expected.features.tobytes()
-  with pytest.raises(ValueError, match=r'passes over something else \(encoder differ\)'):
+  with pytest.raises(ValueError, match=r'passes of another selection or embedding \(encoder differ\)'):
     function(encode, variables, until(None), class_names='abc', fingerprint='other', workdir=tmp_path)
   halves = [{key: value[rows] for key, value in batch.items()} for batch in batches
             for rows in (slice(0, 2), slice(2, 4))]
@@ -97,8 +99,8 @@ def test_goes_on_where_it_was_killed(function, tmp_path):
     function(encode, variables, batches, class_names='abc', workdir=tmp_path)
 
 
-@pytest.mark.usefixtures('kept_at_once')
-def test_what_is_kept_and_damaged_is_embedded_again(tmp_path):
+@pytest.mark.usefixtures('save_each_batch')
+def test_a_damaged_save_is_embedded_again(tmp_path):
   rng = np.random.default_rng(1)
   variables = {'w': np.eye(12, dtype=np.float32)}
   batches = [{'input': rng.integers(0, 255, (4, 2, 2, 3)).astype(np.uint8)} for _ in range(4)]
@@ -110,9 +112,9 @@ def test_what_is_kept_and_damaged_is_embedded_again(tmp_path):
   assert asked == [0] and (again.features == expected.features).all()
 
 
-@pytest.mark.usefixtures('kept_at_once')
-def test_what_is_not_finite_is_told_each_time(tmp_path):
-  """Not as features of other images, when the last batch is compared."""
+@pytest.mark.usefixtures('save_each_batch')
+def test_features_that_are_not_finite_raise_each_time(tmp_path):
+  """Comparing the last batch does not report them as features of other images."""
   images = np.random.default_rng(1).integers(0, 255, (8, 2, 2, 3)).astype(np.uint8)
   call = lambda: embed(encode, {'w': np.full((12, 6), np.nan)}, lambda first: [{'input': images}] * 2 if not first
                        else [{'input': images}],
@@ -122,9 +124,9 @@ def test_what_is_not_finite_is_told_each_time(tmp_path):
       call()
 
 
-@pytest.mark.usefixtures('kept_at_once')
+@pytest.mark.usefixtures('save_each_batch')
 def test_batches_have_the_same_fields(tmp_path):
-  """Also those that were kept: a label that is missing later is no label for anything."""
+  """Also across a restart: labels of some batches only are useless."""
   images, variables = np.random.default_rng(1).integers(0, 255, (4, 2, 2, 3)).astype(np.uint8), {'w': np.eye(12)}
   labelled, bare = {'input': images, 'label': np.arange(4)}, {'input': images}
   with pytest.raises(ValueError,
@@ -135,8 +137,8 @@ def test_batches_have_the_same_fields(tmp_path):
     embed(encode, variables, lambda first: [labelled, bare, bare][first:], workdir=tmp_path)
 
 
-@pytest.mark.usefixtures('kept_at_once')
-def test_bfloat16_is_kept_as_float32(tmp_path):
+@pytest.mark.usefixtures('save_each_batch')
+def test_bfloat16_is_saved_as_float32(tmp_path):
   images = np.random.default_rng(1).integers(0, 255, (8, 2, 2, 3)).astype(np.uint8)
   half = lambda variables, images: encode(variables, images).astype(jnp.bfloat16)
   call = lambda: embed(half, {'w': np.eye(12)}, lambda first: [{'input': images[k:k + 4]} for k in (0, 4)][first:],
@@ -145,14 +147,14 @@ def test_bfloat16_is_kept_as_float32(tmp_path):
 
 
 def test_ids_name_the_images(pieces):
-  """By the index of each image, whatever the order of the batches."""
+  """By the row of each image, whatever the order of the batches."""
   _, _, batches, variables = pieces
   embeddings = embed(encode, variables, batches, ids=[f'{i}.jpg' for i in range(11)])
   assert embeddings.ids.tolist() == [f'{i}.jpg' for i in range(11)]
 
 
 def test_of_classes():
-  """Rows of some classes, labelled anew in the order in which they were asked for."""
+  """The rows of some classes, relabelled in the order of the argument."""
   all_of_them = Embeddings(np.arange(10.0).reshape(5, 2), [0, 1, 2, 1, 0], ['a', 'b', 'c'], list('vwxyz'),
                            fingerprint='f')
   part = all_of_them.of_classes([2, 0])
@@ -170,7 +172,7 @@ def test_save_and_load(tmp_path):
   assert after.weights.tolist() == [1, 2, 3] and after.ids is None
   assert [p.name for p in (tmp_path / 'deep').iterdir()] == ['e.npz']
   (tmp_path / 'deep' / 'e.npz').write_bytes((tmp_path / 'deep' / 'e.npz').read_bytes()[:100])
-  with pytest.raises(ValueError, match='holds no embeddings'):
+  with pytest.raises(ValueError, match='cannot be read as embeddings'):
     Embeddings.load(tmp_path / 'deep' / 'e.npz')
 
 

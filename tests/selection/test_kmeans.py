@@ -1,4 +1,4 @@
-"""k-means finds what is there, and its centres are the means of their rows."""
+"""k-means finds separate groups, and its centres are the means of their rows."""
 
 import numpy as np
 import pytest
@@ -10,13 +10,13 @@ from selection.pools import ArrayRows, IteratedRows
 
 @pytest.fixture(scope='module')
 def groups() -> tuple[np.ndarray, np.ndarray]:
-  """2,000 rows in 20 groups that lie far apart."""
+  """2,000 rows in 20 well separated groups."""
   rng = np.random.default_rng(0)
   labels = np.sort(rng.integers(0, 20, 2000))
   return (10 * rng.normal(size=(20, 8))[labels] + rng.normal(size=(2000, 8))).astype(np.float32), labels
 
 
-def test_it_finds_groups_that_lie_apart(groups):
+def test_it_finds_separate_groups(groups):
   rows, labels = groups
   found = kmeans(ArrayRows(rows), 20, np.random.default_rng(0))
   assert len({(a, b) for a, b in zip(labels, found.labels)}) <= 22  # nearly one to one, from one start
@@ -24,8 +24,7 @@ def test_it_finds_groups_that_lie_apart(groups):
 
 
 def test_a_fixed_point_of_lloyds_iteration(groups):
-  """Each row belongs to its nearest centre, each centre is nearly the mean of its rows, and the inertia is what it
-  says."""
+  """Each row has its nearest centre, each centre is nearly the mean of its rows, and the inertia is right."""
   rows, _ = groups
   found = kmeans(ArrayRows(rows), 50, np.random.default_rng(1), tolerance=1e-7, max_iterations=200)
   squares = ((rows[:, None].astype(np.float64) - found.centres) ** 2).sum(2)
@@ -53,7 +52,7 @@ def test_chunks_make_no_difference(groups):
 
 
 def test_fewer_different_rows_than_clusters():
-  """Rows that are all the same a few times over: empty clusters are left out, and every row has one."""
+  """Three distinct rows, repeated: empty clusters are left out, and every row has a cluster."""
   rows = np.repeat(np.eye(3, dtype=np.float32), 4, 0)
   found = kmeans(ArrayRows(rows), 7, np.random.default_rng(0))
   assert found.counts.min() > 0 and found.counts.sum() == 12 and found.inertia == pytest.approx(0, abs=1e-6)

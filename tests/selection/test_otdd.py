@@ -1,4 +1,4 @@
-"""Distances of classes and of data sets equal their formulas, written plainly in float64."""
+"""Distances of classes and of data sets against direct float64 implementations of their formulas."""
 
 import os
 import subprocess
@@ -16,8 +16,7 @@ from selection.otdd import domain_similarity, otdd
 
 
 def images(sizes, d=6, seed=0, spread=1.0, apart=1.0, rank=None, dtype=np.float64):
-  """Images of classes of given sizes, each with a mean and a covariance (of some rank) of its own; rows are
-  shuffled."""
+  """Images of classes of given sizes, each with its own mean and covariance (of a given rank); rows are shuffled."""
   rng = np.random.default_rng(seed)
   features = np.concatenate([apart * rng.normal(size=d) +
                              spread * rng.normal(size=(n, rank or d)) @ rng.normal(size=(rank or d, d))
@@ -36,7 +35,7 @@ def moments(embeddings):
 
 
 def bures_by_singular_values(source, target):
-  """The formula without a root of a matrix, which a singular one need not have in floating point.
+  """The formula without matrix square roots, which fail for singular matrices in floating point.
 
   Where S = A'A and T = B'B, the trace of (S^1/2 T S^1/2)^1/2 is the sum of the singular values of A B'.
   """
@@ -49,8 +48,7 @@ def bures_by_singular_values(source, target):
 
 
 def sinkhorn(costs, epsilon, symmetric):
-  """OT in the log domain with uniform marginals, until it stands still; both potentials are one where both sides
-  are."""
+  """OT in the log domain with uniform marginals, until it converges; `symmetric`: both sides share one potential."""
   f, g = np.zeros(len(costs)), np.zeros(costs.shape[1])
   for _ in range(20_000):
     new = -epsilon * logmeanexp((g - costs) / epsilon, axis=1)
@@ -71,7 +69,7 @@ def logmeanexp(x, axis):
 
 
 def reference_otdd(source, target, epsilon, debiased=True):
-  """The formula, for sets all of whose classes have two images."""
+  """The formula, for sets whose classes have at least two images each."""
   def cost(a, b):
     between = bures_by_singular_values(a, b)[np.ix_(a.labels, b.labels)]
     return (((a.features[:, None] - b.features) ** 2).sum(-1) + between) / 2
@@ -91,11 +89,11 @@ sizes = st.lists(st.integers(1, 12), min_size=1, max_size=3)
 @settings(max_examples=30, deadline=None)
 @given(source=sizes, target=sizes, d=st.integers(1, 7), rank=st.sampled_from([None, 1, 2]), seed=st.integers(0, 99))
 def test_bures_is_the_formula(source, target, d, rank, seed):
-  """Few and many images for the dimensions, covariances of full rank and not."""
+  """Fewer and more images than dimensions, covariances with and without full rank."""
   a, b = images(source, d, seed, rank=rank), images(target, d, seed + 1)
   scale = max(np.trace(s) for _, s in moments(a) + moments(b)) + 1
   result = bures(gaussians(a), gaussians(b))
-  # A root of a singular matrix has half the digits.
+  # The root of a singular matrix has only half of the digits.
   np.testing.assert_allclose(result, bures_by_singular_values(a, b), rtol=1e-6, atol=1e-6 * scale)
   np.testing.assert_allclose(bures(gaussians(b), gaussians(a)).T, result, rtol=1e-10, atol=1e-12 * scale)
   assert (result >= 0).all()
@@ -115,8 +113,7 @@ def test_factors_give_the_covariances(d, dtype):
 
 
 def test_bures_of_a_set_and_itself():
-  """Zero for the same class, and the same whether computed for one half or for both, in one block of factors or in
-  several."""
+  """Zero for the same class; equal whether only one triangle or all is computed, in one block of factors or several."""
   a = gaussians(images([3, 30, 8, 20], 15))
   half = bures(a, a)
   whole = bures(a, a._replace(means=a.means.copy()))
@@ -128,8 +125,8 @@ def test_bures_of_a_set_and_itself():
     np.testing.assert_allclose(bures(a, a._replace(means=a.means.copy())), half, rtol=1e-12, atol=1e-12 * whole.max())
 
 
-def test_bures_keeps_its_digits_where_classes_are_nearly_alike():
-  """A class and itself blown up by 1 + h: W2^2 = h^2 tr S, far below tr S."""
+def test_bures_is_accurate_for_nearly_equal_classes():
+  """A class and itself scaled by 1 + h: W2^2 = h^2 tr S, far below tr S."""
   a = images([30, 9], 12, apart=0.0)
   means = class_means(a).features[a.labels].astype(np.float64)
   for h in (1e-2, 1e-4):
@@ -140,7 +137,7 @@ def test_bures_keeps_its_digits_where_classes_are_nearly_alike():
 
 
 def test_bures_without_any_overlap():
-  """Covariances in different dimensions, and classes of one image: nothing is shared."""
+  """Covariances in different dimensions, and classes of one image."""
   a, b = np.zeros((3, 4)), np.zeros((3, 4))
   a[:, 0], b[:, 2] = (-1, 0, 1), (2, 4, 6)
   a, b = Embeddings(a, [0, 0, 0]), Embeddings(b, [0, 0, 1])
@@ -150,12 +147,12 @@ def test_bures_without_any_overlap():
 @settings(max_examples=20, deadline=None)
 @given(source=sizes, target=sizes, seed=st.integers(0, 99))
 def test_diagonal_bures(source, target, seed):
-  """What is left of the formula when covariances have a diagonal alone."""
+  """The formula for diagonal covariances."""
   a, b = images(source, 5, seed), images(target, 5, seed + 1)
   deviations = lambda side: [np.concatenate([m, np.sqrt(np.diag(s))]) for m, s in moments(side)]
   expected = [[((x - y) ** 2).sum() for y in deviations(b)] for x in deviations(a)]
   np.testing.assert_allclose(bures(gaussians(a, 'diagonal'), gaussians(b, 'diagonal')), expected, rtol=1e-9, atol=1e-12)
-  # Without correlations full covariances say the same.
+  # Without correlations full covariances give the same.
   if a.num_classes == b.num_classes == 1:
     axes = Embeddings(np.concatenate([np.diag(np.arange(1.0, 6)), -np.diag(np.arange(1.0, 6))]), [0] * 5 + [0] * 5)
     other = Embeddings(3 * axes.features + 1, axes.labels)
@@ -169,7 +166,7 @@ def test_diagonal_bures(source, target, seed):
 @pytest.mark.parametrize('dtype', [np.float32, np.float64])
 @pytest.mark.parametrize('normalize,epsilon', [(True, 0.1), (True, 0.01), (False, 1.0), (False, 5.0)])
 def test_otdd_is_the_published_distance(normalize, epsilon, dtype):
-  """Both units; entropies that are large and small for the costs."""
+  """With and without normalization; epsilons that are large and small relative to the costs."""
   a, b = images([9, 14, 2], seed=1, dtype=dtype), images([11, 14], seed=2, dtype=dtype)
   c, d = (unit(side) if normalize else Embeddings(side.features.astype(np.float64), side.labels) for side in (a, b))
   scale = reference_otdd(c, d, epsilon, debiased=False)
@@ -179,7 +176,7 @@ def test_otdd_is_the_published_distance(normalize, epsilon, dtype):
 
 
 def test_distance_with_diagonal_covariances():
-  """With one class a side, all that it changes is one number."""
+  """With one class per side, only one constant of the cost changes."""
   a, b = unit(images([25], seed=1)), unit(images([25], seed=2))
   full, diagonal = (otdd(a, b, covariance=covariance, debiased=False) for covariance in ('full', 'diagonal'))
   spread = bures(gaussians(a), gaussians(b))[0, 0], bures(gaussians(a, 'diagonal'), gaussians(b, 'diagonal'))[0, 0]
@@ -198,7 +195,7 @@ def test_distance_to_itself_is_zero_and_grows_with_the_shift():
   assert otdd(a, Embeddings(a.features, np.random.default_rng(0).permutation(a.labels))) > 0.01
 
 
-def test_distance_does_not_know_the_names_of_classes():
+def test_distance_does_not_depend_on_the_numbers_of_classes():
   a, b = images([9, 11, 5], seed=1), images([11, 14], seed=2)
   renamed = Embeddings(b.features, 1 - b.labels)
   assert otdd(a, b) == pytest.approx(otdd(a, renamed), abs=1e-7)
@@ -215,12 +212,12 @@ def test_distance_of_a_sample():
   assert parts[0] == parts[1] != parts[2]
   assert parts == pytest.approx([whole] * 3, rel=0.4) and whole not in parts
   assert otdd(a, b, max_samples=50) == whole
-  # One image of each: nothing is left but its cost, with the spread of the classes in it.
+  # One image of each: the distance is their cost, which includes the spread of the classes.
   between = bures(gaussians(unit(a)), gaussians(unit(b))) / 2
   assert otdd(a, b, max_samples=1, debiased=False) > between.min()
 
 
-def test_small_epsilons_come_near_exact_transport():
+def test_small_epsilons_approach_exact_transport():
   """Costs ten thousand times epsilon: the plan costs as much as the exact one, up to epsilon log n."""
   a, b = images([10, 15], seed=1), images([13, 12], seed=2)
   costs = (((a.features[:, None] - b.features) ** 2).sum(-1) +
@@ -231,7 +228,7 @@ def test_small_epsilons_come_near_exact_transport():
   assert exact * (1 - 1e-6) <= result <= (exact + epsilon * np.log(25)) * (1 + 1e-6)
 
 
-def test_not_converged_is_said():
+def test_not_converged_raises():
   a, b = images([20, 5], seed=1), images([10, 15], seed=2)
   with pytest.raises(
       ValueError, match='after up to 30 iterations .* of the mass is out of place, expected less than 0.001; epsilon '
@@ -261,7 +258,7 @@ def test_domain_similarity_is_exact(shape, scale, seed):
 
 
 def test_domain_similarity_by_hand():
-  """Two of three images lie at 0 and have to go to 1 and to 3; classes that are too small do not count."""
+  """Two of three images are at 0 and move to 1 and to 3; classes that are too small are left out."""
   source = Embeddings([[0.0], [0.0], [3.0], [99.0]], [0, 0, 1, 2], weights=[1, 1, 1, 0.5])
   target = Embeddings([[1.0], [3.0]], [0, 1], weights=[100, 200])
   assert domain_similarity(source, target, min_images=1) == pytest.approx(np.exp(-0.01 * (1 / 3 * 1 + 1 / 3 * 3)))
@@ -269,7 +266,7 @@ def test_domain_similarity_by_hand():
 
 
 def test_published_class_means(shared):
-  """A target whose classes are among the source's is nearer than one of other things."""
+  """A target whose classes are among those of the source is nearer than one with other classes."""
   source, pets, aircraft = (
       Embeddings(arrays['features'], np.arange(len(arrays['counts'])), weights=arrays['counts']) for arrays in
       (np.load(shared / 'reference' / 'class_means' / 'resnet18' / f'{name}.npz')
@@ -281,8 +278,7 @@ def test_published_class_means(shared):
 
 
 def test_quiet_and_light():
-  """Warnings as errors in a fresh process: nothing else has imported ott before, and it is imported only where it is
-  used."""
+  """No warnings in a new process that has not imported ott yet; it is imported only when it is used."""
   code = ('import sys, numpy as np; from selection import embeddings; from selection.otdd import domain_similarity, '
           'otdd; a = embeddings.Embeddings(np.eye(4), [0, 0, 1, 1]); '
           'domain_similarity(a, a, min_images=1); assert "ott" not in sys.modules; print(otdd(a, a))')

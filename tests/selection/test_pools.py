@@ -1,5 +1,4 @@
-"""Pools that do not fit: the same selection from memory, a file, chunks, on any number of devices and processes, and
-after a kill."""
+"""The same selection from memory, a file or chunks, on any number of devices and processes, and after a kill."""
 
 import json
 import os
@@ -64,7 +63,7 @@ def test_from_a_file_from_chunks_and_without_a_stored_kernel(sets, exact, tmp_pa
 
 
 def test_half_precision_files(sets, exact, tmp_path):
-  """float16 features, as large pools are often kept: nearly the same selection."""
+  """float16 features, as large pools are often stored: nearly the same selection."""
   source, target, labels = sets
   np.save(tmp_path / 'pool.npy', source.astype(np.float16))
   chosen = select(tmp_path / 'pool.npy', (target, labels), 150, by='example')
@@ -83,9 +82,11 @@ def test_fitted_to_all_rows_is_exact_and_to_a_sample_near(sets, exact):
 @pytest.mark.parametrize('parameters',
                          [{}, {'sample': 1000}, {'method': 'softmax'}, {'by': 'cluster', 'clusters': 60, 'size': 10}],
                          ids=['exact', 'fitted', 'softmax', 'cluster'])
-def test_a_killed_pass_goes_on_from_its_last_finished_chunk(sets, tmp_path, monkeypatch, parameters):
-  """Killed while any chunk is read, again and again: the same result bit for bit, and no chunk is read twice but those
-  under way."""
+def test_a_killed_pass_resumes_after_its_last_finished_chunk(sets, tmp_path, monkeypatch, parameters):
+  """Killed again and again while reading any chunk: the same result bit for bit.
+
+  Only chunks that were being processed at a kill are read twice.
+  """
   source, target, labels = sets
   monkeypatch.setattr(Blocks, '_chunk_rows', lambda self: 512)
   arguments = {'by': 'example', 'size': 150, 'memory': 0, **parameters}
@@ -125,7 +126,7 @@ def test_a_killed_pass_goes_on_from_its_last_finished_chunk(sets, tmp_path, monk
   select(source, (target, labels), **arguments)
   assert read_in_all <= len(reads) + 3 * killed
   reads.clear()
-  select(source, (target, labels), workdir=tmp_path, **arguments)  # done: nothing is computed again
+  select(source, (target, labels), workdir=tmp_path, **arguments)  # all passes are complete: nothing is computed again
   assert not reads
 
 
@@ -134,17 +135,17 @@ def test_a_workdir_belongs_to_one_selection(sets, tmp_path):
   select(source, (target, labels), 150, by='example', memory=0, workdir=tmp_path)
   select(source, (target, labels), 20, by='example', memory=0, workdir=tmp_path)  # another cut of the same scores
   for changed in (dict(epsilon=0.2), dict(method='softmax')):
-    with pytest.raises(ValueError, match='holds passes over something else .*use another workdir'):
+    with pytest.raises(ValueError, match='passes of another selection or embedding .*use another workdir'):
       select(source, (target, labels), 150, by='example', memory=0, workdir=tmp_path, **changed)
-  with pytest.raises(ValueError, match=r'over something else .source differ'):
+  with pytest.raises(ValueError, match=r'another selection or embedding .source differ'):
     select(source[:-1], (target, labels), 150, by='example', memory=0, workdir=tmp_path)
   (tmp_path / 'selection_passes.json').write_text('{"sour')
   with pytest.raises(ValueError, match='cannot be read'):
     select(source, (target, labels), 150, by='example', memory=0, workdir=tmp_path)
 
 
-def test_kept_passes_of_other_chunks_are_not_taken_for_these(sets, tmp_path):
-  """Other rows in memory, a file that was written again, fewer chunks, a score too many: refused, never mixed."""
+def test_saved_passes_of_another_source_raise(sets, tmp_path):
+  """Other rows in memory, a rewritten file, fewer chunks or surplus scores raise ValueError."""
   source, target, labels = sets
   arguments = dict(size=150, by='example', memory=0, method='nearest')
   run = lambda pool, folder: select(pool, (target, labels), workdir=tmp_path / folder, **arguments)
@@ -171,7 +172,7 @@ def test_kept_passes_of_other_chunks_are_not_taken_for_these(sets, tmp_path):
     run(source, 'memory')
 
 
-def test_an_iterator_may_fill_one_array_again_and_again(sets, exact):
+def test_an_iterator_may_reuse_its_buffer(sets, exact):
   source, target, labels = sets
 
   def chunks():
@@ -184,7 +185,7 @@ def test_an_iterator_may_fill_one_array_again_and_again(sets, exact):
   same(select(chunks, (target, labels), 150, by='example', memory=0), exact)
 
 
-def test_a_damaged_journal_begins_its_pass_again(sets, exact, tmp_path):
+def test_a_pass_with_a_damaged_journal_starts_over(sets, exact, tmp_path):
   source, target, labels = sets
   select(source, (target, labels), 150, by='example', memory=0, workdir=tmp_path)
   for name in ('solver.npz', 'iteration.npz'):
@@ -223,8 +224,7 @@ if process == 0:
 
 @pytest.mark.slow
 def test_one_device_eight_devices_and_two_processes_select_the_same(sets, tmp_path):
-  """Classes, examples with a stored kernel and without, clusters: the rows are spread over all devices, and nothing
-  changes."""
+  """Classes, clusters, and examples with and without a stored kernel, sharded over all devices: the same selection."""
   source, target, labels = sets
   np.savez(tmp_path / 'sets.npz', source=source, target=target, labels=labels, classes=np.arange(3001) % 17)
   with socket.socket() as free:
@@ -264,15 +264,15 @@ def test_chunks_of_any_size_are_read_as_one_array():
   np.testing.assert_array_equal(ArrayRows(rows).take(wanted), rows[wanted])
 
 
-def test_an_iterator_that_changes_is_refused():
+def test_an_iterator_that_changes_raises():
   lengths = iter([5, 5, 5, 5, 6])
   pool = IteratedRows(lambda: iter([np.ones((next(lengths), 2))]))
   list(pool.read(2))
-  with pytest.raises(ValueError, match='held 6 rows in this pass and 5 before'):
+  with pytest.raises(ValueError, match='had 6 rows in this pass and 5 before'):
     list(pool.read(2))
 
 
-def test_bad_rows_are_counted_and_named():
+def test_bad_rows_are_counted_and_located():
   rows = np.ones((40000, 3), np.float32)
   rows[[5, 30000, 39999]] = np.nan
   with pytest.raises(ValueError, match='3 rows of source features are not finite, the first is row 5;'):
@@ -285,7 +285,7 @@ def test_bad_rows_are_counted_and_named():
 
 
 def test_a_mapped_file_is_checked_while_it_is_read(tmp_path):
-  """Nothing is read where it is opened; bad rows are found in the first pass."""
+  """Opening reads nothing; bad rows are found in the first pass."""
   rows = np.ones((50, 4), np.float32)
   rows[33] = np.inf
   np.save(tmp_path / 'pool.npy', rows)
@@ -296,7 +296,7 @@ def test_a_mapped_file_is_checked_while_it_is_read(tmp_path):
 
 
 def test_blocks_hold_the_costs(sets):
-  """Entries against numpy, whatever the chunk; padding never counts."""
+  """Entries against numpy, for any chunk size; padding does not count."""
   source, target, _ = sets
   unit = lambda rows: rows / np.linalg.norm(rows, axis=1, keepdims=True)
   expected = 1 - unit(source.astype(np.float64)) @ unit(target.astype(np.float64)).T
@@ -309,7 +309,7 @@ def test_blocks_hold_the_costs(sets):
   np.testing.assert_allclose(kernel.map(lambda entries, valid: entries), np.exp(-expected / 0.1), rtol=1e-4)
 
 
-def test_a_journal_without_a_folder_keeps_nothing():
+def test_a_journal_without_a_folder_saves_nothing():
   journal = Journal()
   journal.save('a', x=1)
   assert journal.load('a') == {} and journal.scores('s').done == 0

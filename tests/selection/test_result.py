@@ -1,4 +1,4 @@
-"""A selection reads as a table, keeps what it is when saved, and belongs to its data set."""
+"""A selection prints as a table, survives saving and loading, and is checked against its data set."""
 
 import dataclasses
 import json
@@ -31,7 +31,7 @@ def test_table(chosen):
 
 
 def test_explanation_adds_up(chosen):
-  """The parts of a class over all target classes are one."""
+  """The fractions of a class over all target classes sum to one."""
   for parts in chosen.explain(3):
     assert sum(part for _, part in parts) == pytest.approx(1, abs=1e-6)
     assert [part for _, part in parts] == sorted((part for _, part in parts), reverse=True)
@@ -53,9 +53,8 @@ def test_save_and_load(chosen, tmp_path):
 
 
 @pytest.mark.parametrize('method', ['uot', 'ot', 'least', 'softmax', 'nearest', 'greedy_emd', 'random', 'none'])
-def test_converged_is_said(images, method, tmp_path):
-  """True where an iteration ended well, None where there is none; kept in the file, also by versions whose files do not
-  have it."""
+def test_converged_is_reported(images, method, tmp_path):
+  """True after convergence, None for methods without iterations; also for files of versions without this field."""
   chosen = select(images, images.features[:6], 3, method=method, by='example')
   expected = True if method in ('uot', 'ot', 'least') else None
   chosen.save(tmp_path / 's.json')
@@ -66,7 +65,7 @@ def test_converged_is_said(images, method, tmp_path):
     assert selection.converged is expected and ('converged in' in repr(selection)) == bool(expected)
 
 
-def test_not_converged_is_said(chosen, tmp_path):
+def test_not_converged_is_reported(chosen, tmp_path):
   """In the first line of the table, in the representation, and after loading."""
   ended = dataclasses.replace(chosen, solver={'iterations': 2000, 'error': 0.0123, 'converged': False})
   ended.save(tmp_path / 's.json')
@@ -75,11 +74,11 @@ def test_not_converged_is_said(chosen, tmp_path):
     for text in (repr(selection), str(selection).splitlines()[0]):
       assert 'source classes, not converged after 2000 iterations (error 0.012)' in text
   (tmp_path / 's.json').write_text((tmp_path / 's.json').read_text().replace('"converged": false', '"converged": "no"'))
-  with pytest.raises(ValueError, match='no selection that can be read .solver has a wrong kind of error or converged'):
+  with pytest.raises(ValueError, match='no selection that can be read .solver has an error or converged of'):
     Selection.load(tmp_path / 's.json')
 
 
-def test_load_refuses(chosen, tmp_path):
+def test_load_raises(chosen, tmp_path):
   path = tmp_path / 'selection.json'
   chosen.save(path)
   with pytest.raises(ValueError, match='made for pool .fingerprint abc., not for this data set .fingerprint def.'):
@@ -98,7 +97,7 @@ def test_load_refuses(chosen, tmp_path):
 
 
 def test_explanation_of_the_target_adds_up(chosen):
-  """What a class of the target draws from chosen units is covered by them; with all units chosen it is all of it."""
+  """The mass of a target class from chosen units is its coverage, which is 100% if all units are chosen."""
   for parts, covered in zip(chosen.explain_target(4), chosen.coverage()):
     assert sum(part for _, part in parts) == pytest.approx(covered, rel=1e-4) and 0 < covered < 1
   np.testing.assert_allclose(everything(chosen).coverage(), 1, rtol=1e-4)
@@ -113,8 +112,8 @@ def everything(chosen: Selection) -> Selection:
   return select(source, Embeddings(rng.normal(size=(3, 5)), np.arange(3), ['x', 'y', 'z']), 12)
 
 
-def test_long_names_are_cut_where_they_say_least():
-  """Names of one word, too: the front of a class name and its end, the file name of a path."""
+def test_long_names_are_shortened():
+  """Class names keep their start, paths their file name."""
   names = ['001.Black_footed_Albatross_of_the_northern_Pacific', 'n01440764/n01440764_10026_and_more.JPEG']
   table = select(Embeddings(np.eye(2, 3), [0, 1], names), np.ones((1, 3)), 2).table()
   assert '001.Black_footed_Albatross_of...' in table and '_10026_and_more.JPEG' in table
@@ -128,7 +127,7 @@ def test_compare(chosen):
   assert str(found).startswith('4 shared (100.0% of the smaller): ') and 'only in the first: none' in str(found)
   clusters = [select(np.random.default_rng(0).normal(size=(90, 3)), np.eye(3), 3, by='cluster', clusters=9, seed=seed)
               for seed in (0, 1)]
-  with pytest.raises(ValueError, match='the units are not the same'):  # other clusters by the same names
+  with pytest.raises(ValueError, match='the units are not the same'):  # other clusters with the same names
     clusters[0].compare(clusters[1])
   with pytest.raises(ValueError, match='a selection of 12 classes cannot be compared with one of 5 examples'):
     chosen.compare(select(np.eye(5, 5) + 1, np.eye(3, 5) + 1, 2, by='example'))
@@ -144,7 +143,7 @@ def images() -> Embeddings:
 
 @pytest.mark.parametrize('by', ['class', 'cluster', 'example'])
 def test_images_of_the_chosen_units(images, by, tmp_path):
-  """Ids of the images, by unit, whatever the unit; kept in the file; exported sorted and once."""
+  """Ids of the images of each kind of unit; saved in the file; exported sorted, without duplicates."""
   chosen = select(images, images.features[:6], 3, by=by, clusters=9 if by == 'cluster' else None)
   if by == 'class':
     assert sorted(chosen.examples) == sorted(images.ids[np.isin(images.labels, chosen.classes)])
@@ -164,7 +163,7 @@ def test_images_of_the_chosen_units(images, by, tmp_path):
 
 
 def test_export(chosen, images, tmp_path):
-  """From means by a list of files with their classes; by row numbers; and what cannot be written."""
+  """From means with a list of files and their classes; by row numbers; and what raises ValueError."""
   files, labels = ['b.jpg', 'a.jpg', 'b.jpg', 'c.jpg'], [chosen.classes[0], chosen.classes[1], chosen.classes[0],
                                                          chosen.ranking()[-1]]
   assert chosen.export(tmp_path / 'list.txt', files, labels) == 2
@@ -174,7 +173,7 @@ def test_export(chosen, images, tmp_path):
   assert (tmp_path / 'list.txt').read_text().splitlines() == [f'{i:02d}' for i in sorted(by_row.units)]
   by_row.export(tmp_path / 'list.txt')
   assert (tmp_path / 'list.txt').read_text().splitlines() == [str(i) for i in sorted(by_row.units)]
-  for wrong, words in ((lambda: chosen.export(tmp_path / 'new.txt'), 'made from means, and knows no images'),
+  for wrong, words in ((lambda: chosen.export(tmp_path / 'new.txt'), 'made from means, so its images are not known'),
                        (lambda: by_row.export(tmp_path / 'new.txt', ['a']),
                         '1 files do not fit: expected one for each of the 40 rows'),
                        (lambda: chosen.export(tmp_path / 'new.txt', files, labels[:2]),
@@ -197,7 +196,7 @@ def test_load_checks_the_set(chosen, tmp_path):
 
 
 def test_a_large_selection_is_saved_small_and_whole(tmp_path):
-  """Long arrays as base64: 12,000 of 30,000 examples, in and out the same."""
+  """Long arrays are saved as base64: 12,000 of 30,000 examples are the same after loading."""
   rng = np.random.default_rng(0)
   chosen = select(rng.normal(size=(30_000, 4)), (rng.normal(size=(20, 4)), np.arange(20) % 3), 12_000, by='example')
   chosen.save(tmp_path / 's.json')
@@ -210,7 +209,7 @@ def test_a_large_selection_is_saved_small_and_whole(tmp_path):
 
 
 def test_plots(chosen, images):
-  """Ranking and heat map with names; the part that goes to each class of the target; nothing to draw is said."""
+  """Ranking and heat map with names; fractions per target class; an error if there is no plan to draw."""
   figure = chosen.plot()
   ranking, plan = figure.axes[:2]
   assert [text.get_text() for text in plan.get_yticklabels()][1:] == list(chosen.class_names[1:])
@@ -219,7 +218,7 @@ def test_plots(chosen, images):
   assert figure._repr_png_()[:4] == b'\x89PNG'
   assert len(select(images, images.features[:4], 3, method='greedy_emd').plot().axes) == 1
   assert select(images, images.features[:4], 3, method='none').plot()
-  with pytest.raises(ValueError, match='no plan to draw: random says nothing of single classes'):
+  with pytest.raises(ValueError, match='no plan to draw: random does not relate units to single classes'):
     plots.heat_map(select(images, images.features[:4], 3, method='random'))
   large = select(np.random.default_rng(0).normal(size=(3000, 4)), (images.features[:30, :4], np.arange(30)), 1000,
                  by='example')
@@ -227,7 +226,7 @@ def test_plots(chosen, images):
 
 
 def test_ranking_plot(chosen):
-  """A bar a class, the chosen ones in the first colour; a curve where there are too many for names."""
+  """One bar per class, the chosen ones in their own colour; a curve if there are too many for names."""
   import matplotlib.colors
 
   axes = plots.ranking(chosen).axes[0]

@@ -1,5 +1,6 @@
-"""select() gives the published selections, and refuses what cannot be right."""
+"""select() gives the published selections, and raises ValueError for invalid arguments."""
 
+import pathlib
 import subprocess
 import sys
 
@@ -61,8 +62,8 @@ def test_none_selects_nothing(sets):
   assert chosen.classes == () and not len(chosen.units)
 
 
-def test_class_means_given_as_embeddings_count_as_they_are(sets):
-  """Means with weights select the same as the images that they were made of."""
+def test_class_means_as_embeddings(sets):
+  """Means with weights give the same selection as their images."""
   means = selection.class_means(sets[0])
   assert means.weights.tolist() == [8.0] * 10
   np.testing.assert_allclose(select(means, sets[1], 3).shares, select(*sets, 3).shares, rtol=1e-5)
@@ -77,20 +78,20 @@ def test_class_means_given_as_embeddings_count_as_they_are(sets):
     (dict(size=float('nan')), 'size is nan'), (dict(size=float('inf')), 'size is inf'),
     (dict(size='ten'), "size is 'ten'"),
     (dict(size=0.5, method='nearest'),
-     'size is 0.5, a share of transported mass, which nearest does not go by; give a whole number'),
+     'size is 0.5, a share of transported mass, but nearest chooses by number; give a whole number'),
     (dict(method='best'), "selection method 'best'; known: uot, ot, softmax, nearest"),
     (dict(by='colour'), "by 'colour'; known: class, cluster, example"),
     (dict(temperature=1.0), "uot has no parameter 'temperature'; known: cost, epsilon, rho_source, rho_target"),
     (dict(method='random', epsilon=1.0), "random has no parameter 'epsilon'; known: none"),
     (dict(cost='manhattan'), "cost is 'manhattan'; known: cosine, euclidean, bures"),
     (dict(source=np.ones((3, 12))), 'source has no labels, and class means need labels'),
-    (dict(source=['a', 'b']), 'source is a list that is no array'),
+    (dict(source=['a', 'b']), 'source is a list that cannot be read as an array'),
     (dict(source='no/such.npy'), "source 'no/such.npy' cannot be read"),
     (dict(source=(np.ones((3, 12)), [0, 1])), r'labels have shape \(2,\); expected \[3\]'),
     (dict(source=iter([np.ones((3, 12))]), by='example'), 'source is an iterator, which can be read only once'),
     (dict(source=[np.ones((3, 12)), np.ones((3, 5))], by='example'),
      r'chunk 1 of source has shape \(3, 5\); expected \[c, 12\]'),
-    (dict(source=lambda: iter(()), by='example'), 'the iterator of source chunks gives none'),
+    (dict(source=lambda: iter(()), by='example'), 'the iterator of source chunks yielded no rows'),
     (dict(source=lambda: iter([np.ones((3, 12)), np.zeros((2, 12))]), by='example'),
      '2 rows of source features are zero'),
     (dict(source=[np.ones((3, 12))]), "the source has no labels, and class means need labels"),
@@ -120,8 +121,9 @@ def test_class_means_given_as_embeddings_count_as_they_are(sets):
     (dict(target=(np.float32([[1, 2], [-1, -2]]).repeat(6, 1), [0, 0])), '1 rows of target features are zero'),
     (dict(target=np.ones((3, 12)) * 1e25), 'row 0 of target features is longer than 2e'),
     (dict(target=np.ones((2, 3, 12))), 'the target: features have shape'),
-    (dict(source=lambda: iter([np.ones((0, 12))]), by='example'), 'gives none with a row'),
-    (dict(source=(lambda same: lambda: same)(iter([np.ones((3, 12))])), by='example'), 'gives the same iterator twice'),
+    (dict(source=lambda: iter([np.ones((0, 12))]), by='example'), 'yielded no rows'),
+    (dict(source=(lambda same: lambda: same)(iter([np.ones((3, 12))])), by='example'),
+     'returned the same iterator twice'),
     (dict(by='cluster', clusters=20, size=50), 'size is 50; expected a whole number from 1 to 20'),
 ])
 def test_errors(sets, change, words):
@@ -130,7 +132,7 @@ def test_errors(sets, change, words):
     select(**arguments)
 
 
-def test_different_encoders_are_refused(sets):
+def test_different_encoders_raise(sets):
   import dataclasses
   source, target = (dataclasses.replace(s, fingerprint=f) for s, f in zip(sets, ('abc', 'def')))
   with pytest.raises(ValueError, match='fingerprints abc and def'):
@@ -140,8 +142,7 @@ def test_different_encoders_are_refused(sets):
 def test_importing_selection_stays_light():
   """No TFDS, flax, absl, TensorFlow, ott or matplotlib until they are needed."""
   code = ("import selection, sys; print([m for m in ('tensorflow', 'tensorflow_datasets', 'flax', 'absl', 'ott', "
-          "'matplotlib', 'grain', "
-          "'ft_jax', 'ml_collections') if m in sys.modules])")
+          "'matplotlib', 'grain', 'ft_jax', 'ml_collections') if m in sys.modules])")
   run = subprocess.run([sys.executable, '-W', 'error', '-c', code], capture_output=True, text=True, check=True,
-                       cwd=str(__import__('pathlib').Path(__file__).parents[2]))
+                       cwd=pathlib.Path(__file__).parents[2])
   assert run.stdout.strip() == '[]'

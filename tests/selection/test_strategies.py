@@ -1,4 +1,4 @@
-"""Each strategy against its formula, written plainly in float64."""
+"""Each strategy against a direct float64 implementation of its formula."""
 
 import numpy as np
 import pytest
@@ -82,7 +82,7 @@ def test_softmax(sets, cosines):
 
 
 def test_ot(sets, cosines):
-  """Both marginals hold, so all units give the same, and what differs is the mean cost of it."""
+  """Both marginals hold, so all units give the same mass and differ only in its mean cost."""
   plan = scaling_iteration(1 - cosines, tau_source=1, tau_target=1, target_mass=12 / 4)
   assert np.ptp(plan.sum(1)) < 1e-6 * plan.sum(1).mean()
   check(select(*sets, 5, method='ot'), (plan * (1 - cosines)).sum(1) / plan.sum(1), ascending=True, rtol=1e-4)
@@ -95,13 +95,13 @@ def test_nearest(sets, cosines):
 
 
 def test_greedy_emd(sets):
-  """The mean distance of the features as they are, weighted by the images of each target class."""
+  """The mean distance without normalization, weighted by the images of each target class."""
   distances = np.linalg.norm(means(sets[0])[:, None] - means(sets[1]), axis=2)
   check(select(*sets, 5, method='greedy_emd'), distances @ (np.arange(5, 9) / 26), ascending=True)
 
 
 def test_published_closed_form(shared):
-  """The column soft-max sum gives nearly the published top 100: all of it for the supervised encoder, as FACTS says."""
+  """The column softmax sum gives nearly the published top 100: all of it for the supervised encoder."""
   means_of = lambda encoder, name: np.load(shared / 'reference' / 'class_means' / encoder / f'{name}.npz')
   for encoder, least in (('resnet18', 100), ('mocov2', 81)):
     for name in ('cub', 'pets', 'aircraft', 'dogs', 'caltech101'):
@@ -112,7 +112,7 @@ def test_published_closed_form(shared):
 
 
 def test_strategies_choose_among_examples_and_clusters_too(sets):
-  """Every strategy with every unit: the best example has the best score, and chunks or not is all the same."""
+  """Every strategy with examples and clusters: distinct units, in the order of their scores."""
   source, target = sets
   for method in ('uot', 'ot', 'softmax', 'nearest', 'greedy_emd', 'random', 'least'):
     for by in ('example', 'cluster'):
@@ -122,8 +122,8 @@ def test_strategies_choose_among_examples_and_clusters_too(sets):
       assert len(chosen.examples) == (sum(chosen.counts[chosen.units]) if by == 'cluster' else 6)
 
 
-def test_all_that_is_drawn_is_covered_by_all_units(sets):
-  """With every unit chosen the plan holds all of the mass, and every target class is covered whole."""
+def test_all_units_cover_the_whole_target(sets):
+  """If every unit is chosen, the plan has all of the mass, and every target class is covered to 100%."""
   source, target = sets
   for method in ('uot', 'ot', 'softmax', 'least'):
     for by, size in (('class', 12), ('example', 150)):
@@ -133,7 +133,7 @@ def test_all_that_is_drawn_is_covered_by_all_units(sets):
 
 
 def test_distances_far_from_the_origin():
-  """What all features have in common says nothing, and costs no digits."""
+  """A large common offset of all features changes nothing and loses no digits."""
   rng = np.random.default_rng(0)
   means_, near = rng.normal(size=(10, 4)), rng.normal(size=(3, 4))
   expected = np.linalg.norm(means_[:, None] - near, axis=2).mean(1)
@@ -142,7 +142,7 @@ def test_distances_far_from_the_origin():
 
 
 def test_under_x64(sets):
-  """Where a notebook has switched jax to float64, the same comes out."""
+  """The results are the same if jax is set to float64, as in some notebooks."""
   import jax
   for arguments in (dict(size=5), dict(size=5, by='cluster', clusters=9), dict(size=9, by='example', method='ot')):
     expected = select(*sets, **arguments)
@@ -152,7 +152,7 @@ def test_under_x64(sets):
 
 
 def test_size_as_a_share_of_the_mass(sets):
-  """The fewest units that cover it."""
+  """A fractional size chooses the fewest units whose mass reaches it."""
   for size in (0.05, 0.5, 0.999999):
     chosen = select(*sets, size)
     covered = chosen.shares[chosen.units].sum()

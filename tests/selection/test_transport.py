@@ -1,4 +1,4 @@
-"""The solvers give the published plans and those of POT, from a stored kernel and streamed, and say when they cannot."""
+"""Both solvers, stored and streamed, give the published plans and those of POT, and report when they cannot."""
 
 import os
 
@@ -39,7 +39,7 @@ def test_published_synthetic_problems(shared, memory):
 @SOLVERS
 def test_the_problem_of_the_published_docstring(memory):
   plan, _ = plan_of(np.array([[0.0, 1.0], [1.0, 0.0]]), memory, epsilon=1.0, rho_source=1.0, rho_target=1.0)
-  # There the masses are one half, and the plan of masses s times as large is s^(1/(1 + tau)) times as large: tau is 1/2.
+  # The masses there are one half. Masses scaled by s scale the plan by s^(1/(1 + tau)); tau is 1/2.
   np.testing.assert_allclose(plan * 0.5 ** (1 / 1.5), [[0.51122823, 0.18807035], [0.18807035, 0.51122823]], rtol=2e-6)
 
 
@@ -53,13 +53,16 @@ def pot():
 @SOLVERS
 @pytest.mark.parametrize('rho', [10.0, 100.0, 1000.0])
 def test_large_rhos_take_no_longer(memory, rho):
-  """Where both marginals nearly hold, the plain iteration crawls (and POT's numbers run over): a fixed point all the same, and soon."""
+  """The fixed point is found in few iterations even if both marginals nearly hold.
+
+  The plain iteration would converge slowly there, and POT overflows.
+  """
   cost = np.random.default_rng(0).uniform(0, 2, (61, 7))
   kernel, potentials = transport.solve(costs(cost, memory), epsilon=0.1, rho_source=rho, rho_target=rho)
   assert potentials.converged and potentials.iterations < 60
   tau = rho / (rho + 0.1)
   log_u = -tau * scipy.special.logsumexp(-cost / 0.1 + potentials.log_v, axis=1)
-  # Masses of 61 and 7 that nearly hold: u and v are far apart, by hundreds in their logarithms.
+  # Marginals of mass 61 and 7 that nearly hold: log u and log v differ by hundreds.
   np.testing.assert_allclose(-tau * scipy.special.logsumexp(-cost / 0.1 + log_u[:, None], axis=0), potentials.log_v,
                              rtol=1e-5, atol=1e-5)
 
@@ -70,7 +73,7 @@ def test_large_rhos_take_no_longer(memory, rho):
        rho_source=st.floats(0.05, 2.0),
        rho_target=st.floats(0.05, 10.0), seed=st.integers(0, 99))
 def test_equals_pot(pot, memory, shape, epsilon, rho_source, rho_target, seed):
-  """Random problems against POT in float64: the plan itself, not only its shares; chunks of 16 rows, the last one cut short."""
+  """Random problems against POT in float64, the whole plan, in chunks of 16 rows, the last one shorter."""
   cost = np.random.default_rng(seed).uniform(0, 2, shape)
   plan, potentials = plan_of(cost, memory, 16, epsilon=epsilon, rho_source=rho_source, rho_target=rho_target)
   assert potentials.converged
@@ -98,7 +101,7 @@ def test_balanced_equals_pot(pot, memory, shape, epsilon, seed):
 @settings(max_examples=5, deadline=None)
 @given(epsilon=st.floats(0.05, 1.0), rho_source=st.floats(0.05, 2.0), seed=st.integers(0, 99))
 def test_mass_is_the_closed_form_of_the_targets_scalings(memory, epsilon, rho_source, seed):
-  """mass_i = (K v)_i^(1 - tau_source), the identity by which further images are scored; with tau of one half its root."""
+  """mass_i = (K v)_i^(1 - tau_source), the identity that scores further images; a square root for tau 1/2."""
   cost = np.random.default_rng(seed).uniform(0, 2, (40, 6))
   kernel, potentials = transport.solve(costs(cost, memory), epsilon=epsilon, rho_source=rho_source, rho_target=10.0)
   plan = transport.plan(kernel, potentials, np.eye(6))
@@ -108,7 +111,7 @@ def test_mass_is_the_closed_form_of_the_targets_scalings(memory, epsilon, rho_so
 
 
 @SOLVERS
-def test_not_converged_is_said(memory):
+def test_not_converged_is_reported(memory):
   cost = np.random.default_rng(0).uniform(0, 2, (40, 30))
   _, potentials = transport.solve(costs(cost, memory), epsilon=0.05, rho_source=5.0, rho_target=5.0, max_iterations=3)
   assert not potentials.converged and potentials.iterations == 3 and potentials.threshold < potentials.error < np.inf
@@ -121,7 +124,7 @@ def test_not_converged_is_said(memory):
     ({'rho_source': -1.0}, 'rho_source is -1.0; expected a number above 0'),
     ({'rho_target': float('nan')}, 'rho_target is nan'),
     ({'rho_source': 1e18, 'rho_target': 1e18}, 'so large that both marginals hold exactly')])
-def test_parameters_that_cannot_be(memory, kwargs, words):
+def test_invalid_parameters(memory, kwargs, words):
   cost = np.full((4, 3), 2.0)
   with pytest.raises(ValueError, match=words):
     transport.solve(costs(cost, memory), **{'epsilon': 0.1, 'rho_source': 0.1, 'rho_target': 10.0, **kwargs})

@@ -220,15 +220,16 @@ def test_a_damaged_selection_file_is_refused(saved, data):
 
 
 @pytest.mark.parametrize('change, words', [
-    ({'units': [0.5, 1, 2]}, 'units holds what is no whole number'), ({'units': ['0', '1', '2']}, 'no whole number'),
-    ({'units': [True, 0, 2]}, 'no whole number'), ({'units': [10**30, 1, 2]}, 'units has a number that is too large'),
+    ({'units': [0.5, 1, 2]}, 'units holds values that are not whole numbers'),
+    ({'units': ['0', '1', '2']}, 'not whole numbers'),
+    ({'units': [True, 0, 2]}, 'not whole numbers'), ({'units': [10**30, 1, 2]}, 'units has a number that is too large'),
     ({'scores': [float('nan')] * 6}, 'scores has numbers that are not finite'),
-    ({'names': 'abcdef'}, 'names is no list of texts'),
+    ({'names': 'abcdef'}, 'names is a string; expected a list of strings'),
     ({'rows': [-1] * 30}, 'its rows are not those of the chosen units'),
     ({'source': 5}, 'source is a number; expected dict'),
-    ({'rows': [10**9] * 30}, 'its rows are not those'), ({'solver': {'x': 1}}, 'solver says no number of iterations'),
+    ({'rows': [10**9] * 30}, 'its rows are not those'), ({'solver': {'x': 1}}, 'solver has no number of iterations'),
     ({'seed': None}, 'seed is null'), ({'size': float('nan')}, 'size or seed'),
-    ({'evil': 1}, "which no selection has, 'evil'")])
+    ({'evil': 1}, "the field 'evil' is unknown")])
 def test_kinds_of_wrong_fields(saved, change, words):
   document = json.loads(saved.read_text())
   path = saved.with_name('wrong.json')
@@ -240,7 +241,7 @@ def test_kinds_of_wrong_fields(saved, change, words):
 @pytest.mark.parametrize('text, words', [
     ('[' * 100_000, 'nested too deeply'), ('{"a":' * 9999 + '1' + '}' * 9999, 'nested too deeply'),
     ('[]', 'it is a list'),
-    ('{"format_version": 2, "units": [1], "units": [2]}', 'it says something twice'),
+    ('{"format_version": 2, "units": [1], "units": [2]}', 'it has a key twice'),
     ('{"format_version": ' + '9' * 5000 + '}', 'digits'),
     ('{"format_version": "2"}', "format version '2'"), ('\x00', 'Expecting value'), ('', 'Expecting value')])
 def test_texts_that_are_no_selection(saved, text, words):
@@ -277,7 +278,7 @@ class Evil:
 
 def test_embeddings_run_nothing_and_are_no_larger_than_they_are(tmp_path):
   mark, path = tmp_path / 'ran', tmp_path / 'e.npz'
-  refused = pytest.raises(ValueError, match='e.npz holds no embeddings')
+  refused = pytest.raises(ValueError, match='e.npz cannot be read as embeddings')
   np.savez(path, features=np.array([[Evil(mark)]], object))
   with refused:
     selection.Embeddings.load(path)

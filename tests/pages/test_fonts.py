@@ -1,5 +1,4 @@
-"""Classes of any script can be told apart in pictures: by a font of the system that has it, or spelt out; never as
-`????`."""
+"""Class names in any script are legible in plots: by a system font that has them, or as escapes; never as `????`."""
 
 import io
 import pathlib
@@ -71,14 +70,14 @@ def pictures(names):
   yield plots.ranking(Selection.of_rows([0], names))
 
 
-def test_without_a_font_characters_are_spelt_out_and_it_is_said_once(system, caplog):
+def test_without_a_font_characters_are_escaped_with_one_warning(system, caplog):
   system()
   assert fonts.labels(CHINESE, 20) == [r'\u72d7', r'\u732b'] and fonts.drawable('\u72d7 dog') == r'\u72d7 dog'
   for picture in pictures(CHINESE):
     page.svg(picture)  # matplotlib's warnings of missing glyphs are errors here
   assert len({drawn.tobytes() for drawn in tiles(CHINESE)}) == 2
   assert [record.levelname for record in caplog.records] == ['WARNING']
-  assert 'no installed font has the character U+72D7, so pictures spell it out as \\u72d7' in caplog.text
+  assert 'no installed font has the character U+72D7, so plots show it as \\u72d7' in caplog.text
   assert '\n' not in caplog.records[0].getMessage()
 
 
@@ -93,8 +92,8 @@ def test_a_font_of_the_system_is_used(system, chinese, caplog):
   assert fonts.families(['plain']) == matplotlib.rcParams['font.family']
 
 
-def test_files_that_are_no_fonts_are_passed_over(system, chinese, tmp_path):
-  """Such as bitmaps of emoji, which FreeType does not open here."""
+def test_files_that_are_not_fonts_are_ignored(system, chinese, tmp_path):
+  """Such as bitmap emoji, which FreeType does not open here."""
   (tmp_path / 'bad.ttf').write_bytes(b'no font')
   system(tmp_path / 'bad.ttf', tmp_path / 'gone.ttf', chinese)
   assert fonts.drawable(CHINESE[0]) == CHINESE[0]
