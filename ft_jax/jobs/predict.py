@@ -48,10 +48,10 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
   if problems and not skip:
     raise ValueError(f'config.predict.images: {next(iter(problems.values()))}' +
                      (f', and {len(problems) - 1} more cannot be read' if len(problems) > 1 else '') +
-                     ('; mend the list (relative paths start at its folder)' if listed else '; mend or remove it') +
+                     ('; fix the list (relative paths start at its folder)' if listed else '; fix or remove it') +
                      ', or leave such images out with --config.data.on_error=skip')
   run = trained.load(config.workdir)
-  top = config.predict.top
+  top = config.predict.top or min(3, len(run.class_names))
   if top > len(run.class_names):
     raise ValueError(f'config.predict.top is {top}; expected 1 to {len(run.class_names)}, the classes of {run.path}')
   folder = trained.output_folder(workdir)
