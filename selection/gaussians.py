@@ -1,6 +1,7 @@
-"""Classes as Gaussians, and how far those are from each other."""
+"""A Gaussian for each class, and the distances between Gaussians."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+import functools
 import os
 from typing import Any, Literal, NamedTuple
 
@@ -11,9 +12,9 @@ from selection.progress import bar
 
 Covariance = Literal['full', 'diagonal']
 
-# Columns of target factors that are multiplied at once: a block that a cache holds, in products long enough to be fast.
+# Columns of target factors that are multiplied at once: few enough for a CPU cache, enough for fast products.
 _COLUMNS = 4096
-# Error of a Bures distance, as a part of it, above which singular values are computed the slow way.
+# Relative error of a Bures distance above which singular values are computed by an SVD, which is slower.
 _TOLERANCE = 1e-7
 
 
@@ -22,8 +23,8 @@ class Gaussians(NamedTuple):
 
   Attributes:
     means: float64 `[k, d]`.
-    factors: for each class A `[d, r]` with the covariance S = A A' and r = min(n - 1, d) for n images (in the precision of the
-      features); or, for diagonal covariances, the standard deviations, float64 `[k, d]`.
+    factors: for each class A `[d, r]` with the covariance S = A A' and r = min(n - 1, d) for n images (in the precision
+      of the features); or, for diagonal covariances, the standard deviations, float64 `[k, d]`.
   """
   means: np.ndarray
   factors: Sequence[np.ndarray] | np.ndarray
@@ -32,23 +33,24 @@ class Gaussians(NamedTuple):
 def gaussians(embeddings: Embeddings, covariance: Covariance = 'full', *, progress: bool = True) -> Gaussians:
   """The Gaussian that fits the features of each class: mean and covariance, divided by n, not by n - 1.
 
-  The factors of full covariances are as large as the features, if classes have fewer images than the features have dimensions.
+  If classes have fewer images than the features have dimensions, the factors of full covariances take as much memory as
+  the features.
 
   Args:
     embeddings: of images, with labels. A class of one image has covariance zero.
-    covariance: 'full', or 'diagonal' for the variances alone.
-    progress: whether a bar is shown when it takes more than two seconds.
+    covariance: 'full', or 'diagonal' for the variances only.
+    progress: whether to show a bar when it takes more than two seconds.
 
   Raises:
-    ValueError: without labels, a class without an image, or rows that are means already.
+    ValueError: no labels, a class without an image, or rows that are means of several images.
   """
   if covariance not in ('full', 'diagonal'):
     raise ValueError(f'covariance is {covariance!r}; expected full or diagonal')
   labels, counts = image_labels(embeddings, 'embeddings')
   empty = np.flatnonzero(counts == 0)
   if len(empty):
-    raise ValueError(f'{len(empty)} of {len(counts)} classes have no image, the first is {_name(embeddings, empty[0])}; '
-                     'leave them out (labels from 0 without gaps)')
+    raise ValueError(f'{len(empty)} of {len(counts)} classes have no image, the first is '
+                     f'{_name(embeddings, empty[0])}; leave them out (labels from 0 without gaps)')
   classes = np.split(np.argsort(labels, kind='stable'), np.cumsum(counts)[:-1])
   fits = []
   with bar('Gaussians of classes', len(counts), 'classes', shown=progress) as shown:
@@ -56,28 +58,32 @@ def gaussians(embeddings: Embeddings, covariance: Covariance = 'full', *, progre
       fits.append(fit)
       shown.update()
   means, factors = np.stack([fit[0] for fit in fits]), tuple(fit[1] for fit in fits)
-  if not np.isfinite(means).all():
-    raise ValueError(f'features of class {_name(embeddings, np.flatnonzero(~np.isfinite(means).all(1))[0])} are not finite')
+  finite = np.isfinite(means).all(1)
+  if not finite.all():
+    raise ValueError(f'features of class {_name(embeddings, np.flatnonzero(~finite)[0])} are not finite; leave those '
+                     'images out, or embed them again')
   return Gaussians(means, np.stack(factors) if covariance == 'diagonal' else factors)
 
 
 def bures(source: Gaussians, target: Gaussians, *, progress: bool = True) -> np.ndarray:
-  """Squared 2-Wasserstein distances between Gaussians, each of the source with each of the target.
+  """Squared 2-Wasserstein distances between each Gaussian of the source and each of the target.
 
       W2^2 = |m - m'|^2 + tr S + tr S' - 2 tr (S^1/2 S' S^1/2)^1/2
 
-  The last trace is the sum of the singular values of A' B, for S = A A' and S' = B B', so no root of a matrix is needed. (Dowson and
-  Landau, 1982.) For diagonal covariances it is |m - m'|^2 + |s - s'|^2 with the standard deviations s. The time grows with the
-  smaller rank cubed: for many classes of many images on both sides, diagonal covariances are the quick way.
+  The last trace is the sum of the singular values of A' B, for S = A A' and S' = B B', so no root of a matrix is needed
+  (Dowson and Landau, 1982). For diagonal covariances it is |m - m'|^2 + |s - s'|^2 with the standard deviations s. The
+  time grows with the cube of the smaller rank: for many classes of many images on both sides, diagonal covariances are
+  much faster.
 
   Args:
     source: k Gaussians.
-    target: l Gaussians in the same space; the same object as source for distances among themselves, in half the time.
-    progress: whether a bar is shown when it takes more than two seconds.
+    target: l Gaussians in the same space. Pass the same object as source for the distances within one set: they take
+      half the time.
+    progress: whether to show a bar when it takes more than two seconds.
 
   Returns:
-    float64 `[k, l]`, at least 0, in units of the features squared. Rounding is below 1e-6 of each, and for factors in float32 about 1e-9
-    of the traces.
+    float64 `[k, l]`, at least 0, in units of the features squared. The relative rounding error is below 1e-6; factors
+    in float32 add an error of about 1e-9 of the traces.
 
   Raises:
     ValueError: different dimensions, or one side diagonal and the other not.
@@ -85,12 +91,13 @@ def bures(source: Gaussians, target: Gaussians, *, progress: bool = True) -> np.
   from scipy.spatial import distance as scipy_distance
 
   if source.means.shape[1] != target.means.shape[1]:
-    raise ValueError(f'source Gaussians have {source.means.shape[1]} dimensions and those of the target {target.means.shape[1]}; '
-                     'embed both with the same encoder')
+    raise ValueError(f'source Gaussians have {source.means.shape[1]} dimensions and those of the target '
+                     f'{target.means.shape[1]}; embed both with the same encoder')
   diagonal = isinstance(source.factors, np.ndarray)
   if diagonal != isinstance(target.factors, np.ndarray):
-    raise ValueError('the Gaussians of one side have diagonal covariances and those of the other full ones; fit both alike')
-  # Differences are squared as they are, so nothing cancels.
+    raise ValueError('the Gaussians of one side have diagonal covariances and those of the other full ones; fit both '
+                     'with the same covariance')
+  # Differences are squared directly, so no digits cancel.
   result = scipy_distance.cdist(source.means, target.means, 'sqeuclidean')
   if diagonal:
     return result + scipy_distance.cdist(source.factors, target.factors, 'sqeuclidean')
@@ -113,8 +120,8 @@ def _fit(features: np.ndarray, covariance: Covariance) -> tuple[np.ndarray, np.n
 def _factor(centred: np.ndarray) -> np.ndarray:
   """A `[d, min(n - 1, d)]` with A A' = X' X / n for centred rows X `[n, d]`."""
   n, d = centred.shape
-  # The reflection of the rows that turns the vector of ones to the first axis: the first row is zero then, for rows of mean zero, and
-  # the other n - 1 have the same X' X.
+  # A reflection that maps the vector of ones to the first axis: as the rows have mean zero, the first row becomes zero,
+  # and the other n - 1 have the same X' X.
   rest = centred[1:] - centred[0] / (1 + np.sqrt(n))
   if len(rest) > d:
     rest = np.linalg.qr(rest, mode='r')
@@ -126,7 +133,7 @@ def _traces(side: Gaussians) -> np.ndarray:
 
 
 def _subtract_cross_terms(distances: np.ndarray, source: Gaussians, target: Gaussians, progress: bool) -> None:
-  """Subtracts 2 |A_i' B_j|_* from entry (i, j) of the sum of the other terms `[k, l]`; where both sides are one, for i < j alone."""
+  """Subtracts 2 |A_i' B_j|_* from entry (i, j) of the other terms' sum `[k, l]`; for one set itself, only if i < j."""
   symmetric = source is target
   total = len(distances) * (len(distances) - 1) // 2 if symmetric else distances.size
   with bar('distances of classes', total, 'pairs', shown=progress) as shown:
@@ -135,20 +142,22 @@ def _subtract_cross_terms(distances: np.ndarray, source: Gaussians, target: Gaus
       ends = np.cumsum([factor.shape[1] for factor in target.factors[block]])[:-1]
       rows = range(block.stop if symmetric else len(distances))
       first = [max(0, i + 1 - block.start) if symmetric else 0 for i in rows]
-      row = lambda i, first: _cross_terms(source.factors[i], columns, ends, distances[i, block], first)  # noqa: B023 (used at once)
-      for i, terms in zip(rows, _parallel(row, rows, first)):
+      cross_terms = functools.partial(_cross_terms, columns, ends)
+      factors, totals = [source.factors[i] for i in rows], [distances[i, block] for i in rows]
+      for i, terms in zip(rows, _parallel(cross_terms, factors, totals, first)):
         distances[i, block] -= terms
         shown.update(len(terms) - first[i])
 
 
-def _cross_terms(factor: np.ndarray, columns: np.ndarray, ends: np.ndarray, wholes: np.ndarray, first: int) -> np.ndarray:
-  """2 |A' B_j|_* `[b]` for the factors B_j side by side in `columns`, from number `first` on and 0 before."""
+def _cross_terms(columns: np.ndarray, ends: np.ndarray, factor: np.ndarray, totals: np.ndarray,
+                 first: int) -> np.ndarray:
+  """2 |A' B_j|_* `[b]` for the factors B_j side by side in `columns`; 0 for those before number `first`."""
   products = np.split(factor.astype(np.float64).T @ columns, ends, axis=1)
-  return np.array([0.0 if j < first else 2 * _nuclear_norm(product, wholes[j]) for j, product in enumerate(products)])
+  return np.array([0.0 if j < first else 2 * _nuclear_norm(product, totals[j]) for j, product in enumerate(products)])
 
 
 def _blocks(widths: Sequence[int]) -> Iterator[slice]:
-  """Consecutive factors with about `_COLUMNS` columns together."""
+  """Slices of consecutive factors that have about `_COLUMNS` columns together."""
   first = 0
   while first < len(widths):
     size = max(1, int(np.searchsorted(np.cumsum(widths[first:]), _COLUMNS, side='right')))
@@ -156,11 +165,11 @@ def _blocks(widths: Sequence[int]) -> Iterator[slice]:
     first += size
 
 
-def _nuclear_norm(matrix: np.ndarray, whole: float) -> float:
-  """The sum of the singular values, for a distance of `whole` minus twice this.
+def _nuclear_norm(matrix: np.ndarray, total: float) -> float:
+  """The sum of the singular values, accurate enough for a distance of `total` minus twice this sum.
 
-  They are the roots of the eigenvalues of the smaller product of the matrix with itself, in half the time of an SVD. Squaring costs
-  small ones their digits, so where that could matter the SVD has the last word.
+  They are the roots of the eigenvalues of the smaller Gram matrix, which takes half the time of an SVD. Squaring loses
+  digits of the small ones; if that could matter, the SVD is computed instead.
   """
   if 0 in matrix.shape:
     return 0.0
@@ -169,7 +178,7 @@ def _nuclear_norm(matrix: np.ndarray, whole: float) -> float:
   unsure = max(matrix.shape) * np.finfo(np.float64).eps * values[-1]
   if unsure > 0:
     roots = np.sqrt(np.maximum(values, unsure))
-    if 2 * (unsure / roots).sum() < _TOLERANCE * (whole - 2 * roots.sum()):
+    if 2 * (unsure / roots).sum() < _TOLERANCE * (total - 2 * roots.sum()):
       return float(roots.sum())
   return float(np.linalg.svd(matrix, compute_uv=False).sum())
 
@@ -177,11 +186,12 @@ def _nuclear_norm(matrix: np.ndarray, whole: float) -> float:
 def image_labels(embeddings: Embeddings, what: str) -> tuple[np.ndarray, np.ndarray]:
   """The labels, and the number of images of each class `[k]`."""
   if embeddings.labels is None:
-    raise ValueError(f'{what}: no labels, which say what is a class; give selection.Embeddings(features, labels)')
+    raise ValueError(f'{what}: no labels, so the classes are not known; give selection.Embeddings(features, labels)')
   if embeddings.weights is not None and (embeddings.weights != 1).any():
     row = np.argmax(embeddings.weights != 1)
-    raise ValueError(f'{what}: row {row}, class {_name(embeddings, embeddings.labels[row])}, stands for {embeddings.weights[row]:g} images '
-                     '(weights); a covariance needs the features of the images themselves, not means of classes')
+    raise ValueError(f'{what}: row {row}, class {_name(embeddings, embeddings.labels[row])}, stands for '
+                     f'{embeddings.weights[row]:g} images (weights); a covariance needs the features of the images '
+                     'themselves, not means of classes')
   return embeddings.labels, np.bincount(embeddings.labels, minlength=embeddings.num_classes)
 
 
@@ -192,8 +202,8 @@ def _name(embeddings: Embeddings, k: int) -> str:
 def _parallel(function: Callable[..., Any], *arguments: Iterable[Any]) -> Iterator[Any]:
   """`map` on all cores, for functions that spend their time in numpy's linear algebra.
 
-  Each call has one thread. Matrices of a class are too small to be shared out: the threads of the BLAS would wait for each other, and
-  where the machine has other work to do that takes ten times as long.
+  Each call uses one thread. The matrices of a class are too small for several: the threads of the BLAS would wait for
+  each other, which takes ten times as long on a machine that has other work to do.
   """
   from concurrent import futures
 

@@ -1,4 +1,4 @@
-"""The order of scores, and what the units are called."""
+"""The best scores in order, and the plural names of the units."""
 
 import numpy as np
 
@@ -6,11 +6,11 @@ NOUNS = {'class': 'classes', 'cluster': 'clusters', 'example': 'examples'}
 
 
 def best(scores: np.ndarray, ascending: bool, size: int) -> np.ndarray:
-  """Numbers of the `size` best scores (of all, where there are fewer), best first, ties by number: int `[size]`."""
+  """Indices of the `size` best scores (of all if there are fewer), best first, ties by index: int `[size]`."""
   order = scores if ascending else -scores
   if not 0 < size < len(order):
     return np.argsort(order, kind='stable')[:size]
-  limit = np.partition(order, size - 1)[size - 1]  # linear in n; only what is below is sorted
+  limit = np.partition(order, size - 1)[size - 1]  # linear in n, so only the best ones have to be sorted
   below = np.flatnonzero(order < limit)
   candidates = np.concatenate([below, np.flatnonzero(order == limit)[:size - len(below)]])
   return candidates[np.argsort(order[candidates], kind='stable')]

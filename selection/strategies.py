@@ -56,7 +56,7 @@ class Scores:
   values: np.ndarray
   measure: str
   ascending: bool = False
-  plan: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None
+  plan: Callable[[np.ndarray, np.ndarray | None], np.ndarray] | None = None
   target_mass: np.ndarray | None = None
   solver: dict[str, Any] = dataclasses.field(default_factory=dict)
 

@@ -12,7 +12,7 @@ from selection.ranking import best, NOUNS
 if TYPE_CHECKING:  # result.py imports this file
   from selection.result import Comparison, Selection
 
-# A terminal would obey control characters in the name of a file.
+# A terminal would interpret control characters in the name of a file.
 _CONTROLS = {code: f'\\x{code:02x}' for code in (*range(32), *range(127, 160))}
 
 
@@ -80,7 +80,7 @@ def target_table(chosen: Selection, most: int | None) -> str:
 
 
 def comparison(found: Comparison) -> str:
-  """What two selections share, and what only one of them has."""
+  """The names of the units that two selections share, and of those that only one of them has."""
   return (f'{len(found.shared):,d} shared ({found.overlap:.1%} of the smaller): {_listed(found.shared)}\n'
           f'only in the first: {_listed(found.only_first)}\nonly in the second: {_listed(found.only_second)}')
 
@@ -93,7 +93,7 @@ def one_line(error: Exception) -> str:
 def short(name: Any, width: int = 32) -> str:
   """A name that fits in a column."""
   name = ' '.join(str(name).split()).translate(_CONTROLS)
-  # Names of classes differ at the front, paths of files at the end.
+  # Class names differ at the front, so the front is shown; paths differ at the end.
   end = 3 * width // 4 - 3 if '/' in name else 0
   return name if len(name) <= width else name[:width - 3 - end] + '...' + name[len(name) - end:]
 

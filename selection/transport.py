@@ -2,17 +2,19 @@
 
     min over T >= 0 of  <T, C> + epsilon * sum T (log T - 1) + rho_source KL(T 1 | a) + rho_target KL(T' 1 | b)
 
-with masses a and b of one for each unit (Liu et al., NeurIPS 2022; the problem and its scaling iteration: Chizat et al., 2018).
-The plan is T_ij = u_i K_ij v_j with K = exp(-C / epsilon), and at the solution
+with masses a and b of one for each unit (Liu et al., NeurIPS 2022; the problem and its scaling iteration: Chizat et
+al., 2018). The plan is T_ij = u_i K_ij v_j with K = exp(-C / epsilon), and at the solution
 
     u = (1 / K v)^tau_source,   v = (1 / K' u)^tau_target,   tau = rho / (rho + epsilon),
 
-so v, one number for each target unit, determines everything: the mass of source unit i is (K v)_i^(1 - tau_source), for units of the
-problem and for any other one. This is how pools are solved that do not fit in memory, and how further images are scored.
+so v, one number for each target unit, determines everything: the mass of source unit i is (K v)_i^(1 - tau_source), for
+units of the problem and for any other one. This makes it possible to solve for pools that do not fit in memory, and to
+score images that were not part of the problem.
 
-**Which solver?** A kernel that fits in `settings.memory` is stored, and OTT's Sinkhorn solves the problem alone and to the end. A kernel
-that does not fit is streamed: `_solve_streamed` reads the pool once an iteration. One step is added to OTT's loop, `_recentred`: in its
-kernel mode OTT does not recentre the potentials, and needs over 2,000 iterations where both marginals hold strongly (docs/selection.md).
+**Which solver?** A kernel that fits in `settings.memory` is stored, and OTT's Sinkhorn solves the whole problem. A
+kernel that does not fit is streamed: `_solve_streamed` reads the pool once in each iteration. One step is added to
+OTT's loop, `_recentred`: in its kernel mode OTT does not recentre the potentials, and needs over 2,000 iterations if
+both marginals are enforced strongly (docs/selection.md).
 """
 
 from collections.abc import Iterator
@@ -27,7 +29,8 @@ import numpy as np
 
 from selection.blocks import Blocks, cosine, row_sums, StoredKernel, unit_euclidean
 
-# OTT computes its error, which costs as much as an iteration, once in so many iterations; from twice as many on it chooses its momentum by it.
+# OTT computes its error, which costs as much as an iteration, once in this many iterations. After twice as many it
+# chooses its momentum from the error.
 INNER_ITERATIONS = 5
 
 
@@ -35,11 +38,12 @@ class Potentials(NamedTuple):
   """A solved problem.
 
   log_v: `[m]`, logarithms of the target's scalings.
-  tau_source, tau_target: how hard the marginals hold, from 0 (not at all) to 1 (exactly).
-  iterations: of the solver.
-  error: of a stored kernel the L1 norm of the gradient as a fraction of the mass (OTT's); of a streamed one the largest change of a log_v.
+  tau_source, tau_target: how strongly the marginals are enforced, from 0 (not at all) to 1 (exactly).
+  iterations: number of iterations of the solver.
+  error: for a stored kernel the L1 norm of the gradient as a fraction of the mass (OTT's); for a streamed kernel the
+    largest change of a log_v.
   converged: whether the error fell below the threshold.
-  threshold: on the error.
+  threshold: the threshold of the error.
   """
   log_v: np.ndarray
   tau_source: float
@@ -55,10 +59,12 @@ def solve(costs: Blocks, *, epsilon: float, rho_source: float, rho_target: float
   """Solves the problem.
 
   Args:
-    costs: the costs `[n, m]`, at least 0. OTT solves the problem if its kernel fits in `settings.memory`; else the pool is streamed.
+    costs: the costs `[n, m]`, at least 0. OTT solves the problem if its kernel fits in `settings.memory`; otherwise the
+      pool is streamed.
     epsilon: strength of the entropy, in units of the cost.
-    rho_source, rho_target: strengths with which the marginals hold, in units of the cost; infinity for both is balanced transport.
-    threshold: for the error, see `Potentials`.
+    rho_source, rho_target: how strongly the marginals are enforced, in units of the cost; infinity for both is balanced
+      transport.
+    threshold: the solver has converged if its error is below this, see `Potentials`.
     max_iterations: the solver stops after this many, converged or not.
 
   Returns:
@@ -79,12 +85,16 @@ def mass(kernel: Blocks, potentials: Potentials) -> np.ndarray:
   kv = kernel.map(row_sums, np.exp(potentials.log_v - shift))
   if not kv.all():
     raise ValueError(_underflow(kernel))
-  # Python's floats leave long pools in float32.
-  return (1 - float(potentials.tau_source)) * (np.log(kv, dtype=np.float64 if len(kv) < 1 << 20 else np.float32) + float(shift))
+  # Long pools stay in float32, which Python's floats do not change.
+  log_kv = np.log(kv, dtype=np.float64 if len(kv) < 1 << 20 else np.float32)
+  return (1 - float(potentials.tau_source)) * (log_kv + float(shift))
 
 
 def target_mass(potentials: Potentials) -> np.ndarray:
-  """Share of the transported mass that arrives at each target unit, `[m]`; sum 1: v_j (K' u)_j = v_j^(1 - 1 / tau_target)."""
+  """Share of the transported mass that arrives at each target unit, `[m]`, sum 1.
+
+  The mass is v_j (K' u)_j = v_j^(1 - 1 / tau_target).
+  """
   return normalised((1 - 1 / potentials.tau_target) * potentials.log_v)
 
 
@@ -92,9 +102,9 @@ def plan(kernel: Blocks, potentials: Potentials, groups: np.ndarray | None = Non
   """The rows of the plan `[n, m]` for masses of one; or `[n, g]`, summed over groups of target units.
 
   Args:
-    kernel: for the wanted rows alone, see `Blocks.of`.
-    potentials: of the whole problem.
-    groups: `[m, g]`, which part of each target unit belongs to each group; None keeps them apart.
+    kernel: the kernel of the wanted rows only, see `Blocks.of`.
+    potentials: the solution of the whole problem.
+    groups: `[m, g]`, the fraction of each target unit that belongs to each group; None gives a column to each unit.
   """
   shift = potentials.log_v.max()
   operands = () if groups is None else (groups,)
@@ -104,7 +114,7 @@ def plan(kernel: Blocks, potentials: Potentials, groups: np.ndarray | None = Non
 
 
 def closed_form(kernel: Blocks) -> Potentials:
-  """The potentials of transport whose source marginal is free and whose target marginal holds: v_j = 1 / (K' 1)_j, in one pass."""
+  """The potentials for a free source marginal and an exact target marginal: v_j = 1 / (K' 1)_j, in one pass."""
   with np.errstate(divide='ignore'):
     log_v = -np.log(kernel.sum(_scaled_column_sums, np.ones(kernel.m), 0, name='column sums'))
   if not np.isfinite(log_v).all():
@@ -122,15 +132,16 @@ def _taus(epsilon: float, rho_source: float, rho_target: float) -> tuple[float, 
   for name, value in (('rho_source', rho_source), ('rho_target', rho_target)):
     if not value > 0:
       raise ValueError(f'{name} is {value}; expected a number above 0')
-  taus = tuple(1.0 if rho == np.inf else rho / (rho + epsilon) for rho in (rho_source, rho_target))
-  if taus[0] * taus[1] == 1 and not rho_source == rho_target == np.inf:
-    raise ValueError(f'rho_source {rho_source} and rho_target {rho_target} are so large that both marginals hold exactly, '
-                     'which leaves nothing to choose; use smaller ones')
-  return taus
+  tau_source, tau_target = (1.0 if rho == np.inf else rho / (rho + epsilon) for rho in (rho_source, rho_target))
+  if tau_source * tau_target == 1 and not rho_source == rho_target == np.inf:
+    raise ValueError(f'rho_source {rho_source} and rho_target {rho_target} are so large that both marginals hold '
+                     'exactly, which leaves nothing to choose; use smaller ones')
+  return tau_source, tau_target
 
 
-def _solve_streamed(kernel: Blocks, tau_source: float, tau_target: float, threshold: float, max_iterations: int) -> Potentials:
-  """The scaling iteration, one pass over the pool for each: u of a chunk is computed from v alone and used at once."""
+def _solve_streamed(kernel: Blocks, tau_source: float, tau_target: float, threshold: float,
+                    max_iterations: int) -> Potentials:
+  """The scaling iteration, in one pass over the pool each: u of a chunk is computed from v and used immediately."""
   journal = kernel.settings.journal
   log_v, iteration, error = np.zeros(kernel.m), 0, np.inf
   before = journal.load('solver')
@@ -147,8 +158,9 @@ def _iterate(kernel: Blocks, log_v: np.ndarray, tau_source: float, tau_target: f
              error: float = np.inf) -> tuple[np.ndarray, float]:
   """One streamed iteration: the next log v, and the largest change.
 
-  If v is multiplied by s, its next value is multiplied by s^(tau_source tau_target). Along this direction, by far the slowest one,
-  the fixed point is solved for, not iterated: the same solution in about a third of the iterations.
+  If v is multiplied by s, its next value is multiplied by s^(tau_source tau_target). Along this direction, in which the
+  iteration converges most slowly, the fixed point is computed directly: the same solution in about a third of the
+  iterations.
   """
   what = f'iteration {turn}' + (f', error {error:.1g}' if error < np.inf else '')
   shift = log_v.max()
@@ -163,7 +175,8 @@ def _iterate(kernel: Blocks, log_v: np.ndarray, tau_source: float, tau_target: f
   return new + damping * level / (1 - damping), float(np.abs(new - log_v).max())
 
 
-def _solve_stored(kernel: Blocks, tau_source: float, tau_target: float, threshold: float, max_iterations: int) -> Potentials:
+def _solve_stored(kernel: Blocks, tau_source: float, tau_target: float, threshold: float,
+                  max_iterations: int) -> Potentials:
   """OTT's Sinkhorn on the stored kernel, whose rows are spread over the devices."""
   inner = min(INNER_ITERATIONS, max_iterations)
   stored = kernel.stored()
@@ -182,15 +195,17 @@ def _sinkhorn(kernel: StoredKernel, threshold: jax.Array, tau_source: float, tau
               max_iterations: int) -> tuple[jax.Array, ...]:
   """(log v for masses total / n and total / m, the total, iterations, error, converged).
 
-  The total is the sum of the kernel: u = v = 1 is then a good start, and the plan has about that mass. OTT's error, the L1 norm of the
-  gradient, is divided by it, and by epsilon / rho where that is above one, by which the gradient magnifies the rounding of u and v.
+  The total is the sum of the kernel: u = v = 1 is then a good start, and the plan has about that mass. OTT's error, the
+  L1 norm of the gradient, is divided by it, and by epsilon / rho if that is above one, as the gradient magnifies the
+  rounding of u and v by that factor.
   """
   acceleration, linear_problem, sinkhorn, geometry = _ott()
   ones = kernel.valid()
   total = jnp.sum(kernel.column_sums(ones))
   n, m = jnp.sum(ones), kernel.shape[1]
   a, b = ones * total / n, jnp.full(m, total / m)
-  problem = linear_problem.LinearProblem(geometry(kernel_matrix=kernel, epsilon=1.0), a, b, tau_a=tau_source, tau_b=tau_target)
+  problem = linear_problem.LinearProblem(geometry(kernel_matrix=kernel, epsilon=1.0), a, b, tau_a=tau_source,
+                                         tau_b=tau_target)
   unit = total * max(1.0, 1 / tau_source - 1, 1 / tau_target - 1)
   solver = sinkhorn(lse_mode=False, threshold=threshold * unit, inner_iterations=inner, max_iterations=max_iterations,
                     momentum=acceleration.Momentum(start=2 * inner))
@@ -200,7 +215,8 @@ def _sinkhorn(kernel: StoredKernel, threshold: jax.Array, tau_source: float, tau
 
 
 def _has_empty_rows_or_columns(kernel: Blocks) -> bool:
-  return not kernel.map(row_sums, np.ones(kernel.m)).all() or not kernel.sum(_scaled_column_sums, np.ones(kernel.m), 0, name='sums').all()
+  ones = np.ones(kernel.m)
+  return not kernel.map(row_sums, ones).all() or not kernel.sum(_scaled_column_sums, ones, 0, name='sums').all()
 
 
 def _scaled_column_sums(kernel: jax.Array, valid: jax.Array, v: jax.Array, tau_source: jax.Array) -> jax.Array:
@@ -208,22 +224,24 @@ def _scaled_column_sums(kernel: jax.Array, valid: jax.Array, v: jax.Array, tau_s
   return jnp.matmul(u, kernel, precision=jax.lax.Precision.HIGHEST)
 
 
-def _plan_rows(kernel: jax.Array, valid: jax.Array, v: jax.Array, tau_source: jax.Array, groups: jax.Array | None = None) -> jax.Array:
+def _plan_rows(kernel: jax.Array, valid: jax.Array, v: jax.Array, tau_source: jax.Array,
+               groups: jax.Array | None = None) -> jax.Array:
   u = row_sums(kernel, valid, v) ** -tau_source
   plan = u[:, None] * kernel * v
   return plan if groups is None else jnp.matmul(plan, groups, precision=jax.lax.Precision.HIGHEST)
 
 
 def _underflow(kernel: Blocks) -> str:
-  # Distances of unit vectors are at most 2; given costs are there to be looked at.
-  highest = 2.0 if kernel.cost in (cosine, unit_euclidean) else float(np.max([chunk.max() for _, chunk in kernel.pool.read(1 << 16)]))
-  return (f'epsilon {kernel.epsilon} is too small for costs up to {highest:.3g}: exp(-cost / epsilon) is zero in float32 for whole rows or '
-          f'columns; use at least {highest / 80:.2g}')
+  highest = 2.0  # of costs between unit vectors
+  if kernel.cost not in (cosine, unit_euclidean):
+    highest = float(np.max([chunk.max() for _, chunk in kernel.pool.read(1 << 16)]))
+  return (f'epsilon {kernel.epsilon} is too small for costs up to {highest:.3g}: exp(-cost / epsilon) is zero in '
+          f'float32 for whole rows or columns; use at least {highest / 80:.2g}')
 
 
 @contextlib.contextmanager
 def importing_ott() -> Iterator[None]:
-  """For imports of ott, which take two seconds and warn that one of its own dependencies is not maintained any more."""
+  """Hides the warning of ott, when it is imported, that one of its own dependencies is no longer maintained."""
   with warnings.catch_warnings():
     warnings.filterwarnings('ignore', 'JAXopt is no longer maintained', DeprecationWarning)
     yield
@@ -231,7 +249,7 @@ def importing_ott() -> Iterator[None]:
 
 @functools.cache
 def _ott() -> tuple[Any, ...]:
-  """ott's modules, and its solver and geometry with our changes."""
+  """ott's modules, and its solver and geometry with our changes; cached, as the import takes two seconds."""
   with importing_ott():
     from ott.geometry import geometry
     from ott.problems.linear import linear_problem
@@ -239,11 +257,16 @@ def _ott() -> tuple[Any, ...]:
 
   @jax.tree_util.register_pytree_node_class
   class KernelGeometry(geometry.Geometry):
-    """A geometry with a `StoredKernel`, applied block by block; ott's own raises its kernel to a power at every use."""
+    """A geometry with a `StoredKernel`, applied block by block; ott's own raises its kernel to a power at each use."""
+
+    @property
+    def _kernel(self) -> StoredKernel:
+      kernel: Any = self._kernel_matrix
+      return kernel
 
     @property
     def shape(self) -> tuple[int, int]:
-      return self._kernel_matrix.shape
+      return self._kernel.shape
 
     @property
     def dtype(self) -> Any:
@@ -251,26 +274,29 @@ def _ott() -> tuple[Any, ...]:
 
     def apply_kernel(self, vec: jax.Array, eps: float | None = None, axis: int = 0) -> jax.Array:
       del eps  # constant here
-      return self._kernel_matrix.row_sums(vec) if axis == 1 else self._kernel_matrix.column_sums(vec)
+      return self._kernel.row_sums(vec) if axis == 1 else self._kernel.column_sums(vec)
 
   @jax.tree_util.register_pytree_node_class
   class RecentredSinkhorn(sinkhorn.Sinkhorn):
-    """ott's solver, whose potentials are recentred in kernel mode too."""
+    """ott's solver, with potentials that are recentred in kernel mode too."""
 
     def kernel_step(self, ot_prob: Any, state: Any, iteration: int) -> Any:
       state = super().kernel_step(ot_prob, state, iteration)
-      return state.set(potentials=_recentred(*state.potentials, ot_prob.a, ot_prob.b, ot_prob.tau_a, ot_prob.tau_b))
+      u, v = state.potentials
+      return state.set(potentials=_recentred(u, v, ot_prob.a, ot_prob.b, ot_prob.tau_a, ot_prob.tau_b))
 
   return acceleration, linear_problem, RecentredSinkhorn, KernelGeometry
 
 
-def _recentred(u: jax.Array, v: jax.Array, a: jax.Array, b: jax.Array, tau_a: float, tau_b: float) -> tuple[jax.Array, jax.Array]:
+def _recentred(u: jax.Array, v: jax.Array, a: jax.Array, b: jax.Array, tau_a: float,
+               tau_b: float) -> tuple[jax.Array, jax.Array]:
   """u s and v / s with the best s, in closed form (Sejourne, Vialard and Peyre, AISTATS 2022, proposition 2)."""
   power_a, power_b = 1 / tau_a - 1, 1 / tau_b - 1  # epsilon / rho
-  if power_a + power_b == 0:  # balanced: every s is as good
+  if power_a + power_b == 0:  # balanced: every s is equally good
     return u, v
   of_a = jnp.sum(jnp.where(a > 0, a * u**-power_a, 0))  # rows that pad a chunk have no mass
-  # The logarithm of the ratio, which is near one: a difference of logarithms would lose digits.
+  # The ratio is near one: its logarithm keeps digits that a difference of two logarithms would lose.
   level = jnp.log(of_a / jnp.sum(b * v**-power_b)) / (power_a + power_b)
-  level = jnp.where(jnp.abs(level) > 1e-5, level, 0)  # below that it is mostly rounding of the sums: the iteration itself does the rest
+  # Smaller values are mostly rounding of the sums; the iteration itself converges from there.
+  level = jnp.where(jnp.abs(level) > 1e-5, level, 0)
   return u * jnp.exp(level), v * jnp.exp(-level)

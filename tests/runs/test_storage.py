@@ -109,7 +109,7 @@ def test_a_selection_and_embeddings_come_back(bucket):
   np.testing.assert_array_equal(again.features, embeddings.features)
   assert again.ids.tolist() == ['a', 'b', 'c', 'd'] and again.class_names == ('x', 'y')
   assert chosen.export('gs://bucket/some/chosen.txt') == 2 and bucket.read('some/chosen.txt') == b'b\nd\n'
-  with pytest.raises(ValueError, match='gs://bucket/none.npz holds no embeddings'):
+  with pytest.raises(ValueError, match='gs://bucket/none.npz cannot be read as embeddings'):
     Embeddings.load('gs://bucket/none.npz')
   assert not bucket.refused
 

@@ -172,7 +172,7 @@ def test_save_and_load(tmp_path):
   assert after.weights.tolist() == [1, 2, 3] and after.ids is None
   assert [p.name for p in (tmp_path / 'deep').iterdir()] == ['e.npz']
   (tmp_path / 'deep' / 'e.npz').write_bytes((tmp_path / 'deep' / 'e.npz').read_bytes()[:100])
-  with pytest.raises(ValueError, match='holds no embeddings'):
+  with pytest.raises(ValueError, match='cannot be read as embeddings'):
     Embeddings.load(tmp_path / 'deep' / 'e.npz')
 
 

@@ -173,7 +173,7 @@ def test_export(chosen, images, tmp_path):
   assert (tmp_path / 'list.txt').read_text().splitlines() == [f'{i:02d}' for i in sorted(by_row.units)]
   by_row.export(tmp_path / 'list.txt')
   assert (tmp_path / 'list.txt').read_text().splitlines() == [str(i) for i in sorted(by_row.units)]
-  for wrong, words in ((lambda: chosen.export(tmp_path / 'new.txt'), 'made from means, and knows no images'),
+  for wrong, words in ((lambda: chosen.export(tmp_path / 'new.txt'), 'made from means, so its images are not known'),
                        (lambda: by_row.export(tmp_path / 'new.txt', ['a']),
                         '1 files do not fit: expected one for each of the 40 rows'),
                        (lambda: chosen.export(tmp_path / 'new.txt', files, labels[:2]),
@@ -218,7 +218,7 @@ def test_plots(chosen, images):
   assert figure._repr_png_()[:4] == b'\x89PNG'
   assert len(select(images, images.features[:4], 3, method='greedy_emd').plot().axes) == 1
   assert select(images, images.features[:4], 3, method='none').plot()
-  with pytest.raises(ValueError, match='no plan to draw: random says nothing of single classes'):
+  with pytest.raises(ValueError, match='no plan to draw: random does not relate units to single classes'):
     plots.heat_map(select(images, images.features[:4], 3, method='random'))
   large = select(np.random.default_rng(0).normal(size=(3000, 4)), (images.features[:30, :4], np.arange(30)), 1000,
                  by='example')
