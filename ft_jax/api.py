@@ -12,6 +12,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from ft_jax import arguments, compiled, progress, stopping
+from ft_jax.data import BACKENDS
 from ft_jax.data.image_set import ImageSet
 from ft_jax.models.network import OPTIONS
 from ft_jax.run import Run
@@ -52,12 +53,13 @@ def finetune(target: Images | None = None, source: Images | None = None, *, work
   from ft_jax.jobs import finetune as job
 
   with _called():
+    folder = arguments.as_path('workdir', workdir)
     made, images = _make_config('finetune', config, target, source, weights, settings)
     if not made.source.name and 'method' not in dict(settings.get('selection') or {}):
       made.selection.method = 'none'
     with compiled.kept(made.compile_cache):
-      job.run(made, os.fspath(workdir), **images)
-    return Run(workdir)
+      job.run(made, folder, **images)
+    return Run(folder)
 
 
 def pretrain(source: Images | None = None, *, workdir: Path, weights: Path | None = None, config: str = 'pretrain',
@@ -77,10 +79,11 @@ def pretrain(source: Images | None = None, *, workdir: Path, weights: Path | Non
   from ft_jax.jobs import pretrain as job
 
   with _called():
+    folder = arguments.as_path('workdir', workdir)
     made, images = _make_config('pretrain', config, None, source, weights, settings)
     with compiled.kept(made.compile_cache):
-      job.run(made, os.fspath(workdir), **images)
-    return Run(workdir)
+      job.run(made, folder, **images)
+    return Run(folder)
 
 
 def load(workdir: Path) -> Run:
@@ -104,6 +107,8 @@ def _make_config(job: str, base: str, target: Images | None, source: Images | No
       given[group], sets = _image_fields(group, value)
       images |= {group: sets} if sets else {}
   if weights is not None:
+    if not isinstance(weights, (str, os.PathLike)):
+      raise ValueError(f'weights is {weights!r}; expected text such as timm:resnet18.tv_in1k, or a path')
     model = given.get('model', {})
     model = dict(model) if isinstance(model, Mapping) else {'name': model}
     given['model'] = {**_network_of(os.fspath(weights)), **model, 'weights': os.fspath(weights)}
@@ -118,13 +123,18 @@ def _image_fields(group: str, value: Images) -> tuple[Mapping[str, Any], dict[st
   if isinstance(value, os.PathLike):
     return {'name': f'folder:{os.fspath(value)}'}, {}
   if isinstance(value, str):
-    return {'name': value}, {}
+    return {'name': _checked_name(group, value)}, {}
   fields = dict(value) if isinstance(value, Mapping) else {'train': value}
   sets = {split: given for split, given in fields.items() if isinstance(given, ImageSet)}
   if not sets:
     if not isinstance(value, Mapping):
       raise ValueError(f'{group} is of type {type(value).__name__}; expected text such as folder:photos, an '
                        'ft_jax.ImageSet (such as ImageSet.from_arrays(images, labels)), or a dict of fields')
+    if wrong := [split for split in _SPLITS if not isinstance(fields.get(split, ''), (str, type(None)))]:
+      raise ValueError(f'{group}[{wrong[0]!r}] is of type {type(fields[wrong[0]]).__name__}; expected an '
+                       'ft_jax.ImageSet, such as ImageSet.from_arrays(images, labels), or the name of a split')
+    if isinstance(name := fields.get('name'), str):
+      _checked_name(group, name)
     return fields, {}
   if wrong := [split for split in sets if split not in _SPLITS]:
     raise ValueError(f'{group}[{wrong[0]!r}] is an image set; expected one only for {", ".join(_SPLITS)}')
@@ -134,6 +144,14 @@ def _image_fields(group: str, value: Images) -> tuple[Mapping[str, Any], dict[st
     raise ValueError(f"{group}[{text[0]!r}] is {fields[text[0]]!r}; expected an image set, as {group}['train'] is one")
   names = {split: f'images:{given.fingerprint}' for split, given in sets.items()}
   return {'val': '', 'test': '', **fields, **names, 'name': sets['train'].name}, sets
+
+
+def _checked_name(group: str, name: str) -> str:
+  """The name of a set that a user gives for `target` or `source`; raises ValueError for one of no known kind."""
+  if name and name.partition(':')[0] not in BACKENDS:
+    hint = f'; did you mean {f"folder:{name}"!r}?' if os.path.isdir(os.path.expanduser(name)) else ''
+    raise ValueError(f'{group} is {name!r}; expected {", ".join(f"{known}:..." for known in BACKENDS)}{hint}')
+  return name
 
 
 _SPLITS = ('train', 'val', 'test')

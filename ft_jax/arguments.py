@@ -22,15 +22,18 @@ from ft_jax.methods import METHODS
 # Fields that are arguments of their own, or called otherwise.
 _NAMES = {'target.name': 'target', 'source.name': 'source', 'model.weights': 'weights', 'predict.images': 'images'}
 
+# Arguments that are no fields of a config.
+_OWN = ('workdir', 'weights', 'config')
+
 # Fields that are no arguments: of other jobs, or the call itself says it.
 _NOT_HERE = ('job', 'workdir', 'checkpoints', 'compare', 'predict', 'stability', 'study')
 
 
-def make_config(base: str, job: str, given: Mapping[str, Any]) -> ConfigDict:
+def make_config(base: str | os.PathLike[str], job: str, given: Mapping[str, Any]) -> ConfigDict:
   """The config of a job.
 
   Args:
-    base: the config that it starts from, by name.
+    base: the config that it starts from: a name in configs/, or a file.
     job: finetune or pretrain.
     given: values by argument; a group's is a dict, a method's also the value of its first field.
 
@@ -38,15 +41,22 @@ def make_config(base: str, job: str, given: Mapping[str, Any]) -> ConfigDict:
     TypeError: an argument that does not exist.
     ValueError: a field that does not exist, or a value that does not fit; the message names the argument.
   """
-  config = config_files.load(base)
+  if not isinstance(base, (str, os.PathLike)):
+    raise ValueError(f'config is {base!r}; expected the name of a config, such as pets, or the path of a file')
+  base = os.fspath(base)
+  try:
+    config = config_files.load(base)
+  except (OSError, ValueError) as error:
+    raise ValueError(f'config {base!r}: {error}') from error
   if config.job != job and base != 'default':
     raise ValueError(f'config {base!r} is for job {config.job}; expected one for {job}')
   config.job = job
+  not_here = (*_NOT_HERE, 'target') if job == 'pretrain' else _NOT_HERE
   for name, value in given.items():
-    if name not in config or name in _NOT_HERE:
-      known = [field for field in config if field not in _NOT_HERE]
+    if name not in config or name in not_here:
+      known = [field for field in config if field not in not_here]
       raise TypeError(f'{job}() has no argument {name!r}{_did_you_mean(name, config)}; '
-                      f'known: workdir, weights, config, {", ".join(known)}')
+                      f'known: {", ".join((*_OWN, *known))}')
     _set(config, name, value)
   return config
 
@@ -97,10 +107,11 @@ def _as_tuple(value: Any) -> Any:
 
 def _did_you_mean(name: str, config: ConfigDict, group: str = '') -> str:
   """The field that was probably meant: of a similar name in the group, or of that name in another one."""
-  known: Mapping[str, Any] = config
+  inner: Any = config
   for part in group.split('.') if group else ():
-    known = known[part]
-  if near := difflib.get_close_matches(name, list(known), 1):
+    inner = inner[part]
+  known = list(inner) if group else [*_OWN, *(field for field in inner if field not in _NOT_HERE)]
+  if near := difflib.get_close_matches(name, known, 1):
     return f'; did you mean {near[0]!r}?'
   elsewhere = [path for path in settings.flat(config.to_dict())
                if path.rpartition('.')[2] == name and path.partition('.')[0] not in _NOT_HERE]
@@ -136,7 +147,14 @@ def in_arguments(message: str) -> str:
   message = _FIELD.sub(lambda found: argument(found['path']), message)
   message = re.sub(_bare_fields(), lambda found: argument(found[0]), message)
   message = re.sub(r'(?<![\w-])--workdir(?:=(?P<value>[^\s;,)]+))?', _workdir, message)
-  return message.replace('the same command', 'the same call')
+  return message.replace('the same command', 'the same call').replace('run its command again', 'make its call again')
+
+
+def as_path(name: str, value: Any) -> str:
+  """The argument `name`, a path, as text; raises ValueError for anything else."""
+  if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
+    raise ValueError(f'{name} is {value!r}; expected a path, such as runs/photos')
+  return os.fspath(value)
 
 
 @contextlib.contextmanager
@@ -151,7 +169,7 @@ def errors_in_arguments() -> Iterator[None]:
 
 # A flag with its value, which may be in quotation marks; a dot or bracket behind it belongs to the sentence.
 _FLAG = re.compile(r"""--config\.(?P<path>\w+(?:\.\w+)*)=(?P<value>"[^"]*"|'[^']*'|\.\.\.|[^\s;,)]*[^\s;,.)]|)""")
-_FIELD = re.compile(r'(?:--)?\bconfig\.(?P<path>\w+(?:\.\w+)*)')
+_FIELD = re.compile(r'(?:--)?\bconfig\.(?!json\b|py\b)(?P<path>\w+(?:\.\w+)*)')
 
 
 def _workdir(found: re.Match[str]) -> str:

@@ -95,7 +95,7 @@ def get_config() -> ConfigDict:
 
   config.predict = ConfigDict()  # job predict
   config.predict.images = ''  # a folder, an image, or a text file of paths, one per line
-  config.predict.top = 3  # number of classes in each row of the CSV file
+  config.predict.top = 0  # number of classes in each row of the CSV file; 0: three, or all if there are fewer
 
   config.stability = ConfigDict()  # job stability: sharpness of the minimum, and its distance from the start
   config.stability.sigma = 1e-3  # standard deviation of the noise on each weight

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 import contextlib
+import difflib
 import importlib.util
 import os
 import pathlib
@@ -29,7 +30,9 @@ def find(name: str) -> str:
   if not os.path.isfile(path):
     short = path.removeprefix('configs/').removesuffix('.py') if path.startswith('configs/') else path
     if short not in known:
-      raise ValueError(f'there is no file {path}; known configs: {", ".join(known)}')
+      near = difflib.get_close_matches(short, list(known), 1)
+      hint = f'; did you mean {near[0]!r}?' if near else ''
+      raise ValueError(f'there is no file {path}{hint}; known configs: {", ".join(known)}')
     path = str(known[short])
   return f'{path}{colon}{argument}'
 
@@ -48,7 +51,7 @@ def load(name: str) -> ConfigDict:
     spec.loader.exec_module(module)
     get_config = module.get_config
     if argument and not get_config.__code__.co_argcount:
-      raise ValueError(f'config {name!r}: this config takes no argument after a colon')
+      raise ValueError('this config takes no argument after a colon')
     return get_config(argument) if argument else get_config()
 
 

@@ -1,6 +1,6 @@
 """A finished run as Python sees it: its results, and its network applied to images."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 import dataclasses
 import functools
 import html
@@ -16,9 +16,8 @@ import PIL.Image
 
 from ft_jax import arguments, parallel, progress, trained
 from ft_jax import config as config_fields
-from ft_jax.data import decode
-from ft_jax.data.image_set import Image, ImageSet
-from ft_jax.data.path_list import open_paths
+from ft_jax.data.image_set import ImageSet
+from ft_jax.data.path_list import file_problem, from_files, open_paths
 from ft_jax.data.pipeline import EvalBatches
 from ft_jax.workdir import read_metrics
 import selection
@@ -58,7 +57,8 @@ class Predictions(NamedTuple):
   Attributes:
     class_names: the likeliest class of each image, `[n]`.
     probabilities: float32 `[n, K]`, in the order of `Run.class_names`.
-    ids: names of the images, `[n]`: paths, those of the image set, or numbers.
+    ids: names of the images, `[n]`: paths, those of the image set, or for arrays the position and a hash of the
+      pixels.
   """
   class_names: list[str]
   probabilities: np.ndarray
@@ -77,7 +77,7 @@ class Run:
 
   def __init__(self, workdir: str | os.PathLike[str]) -> None:
     """Opens the run in a workdir; see `ft_jax.load`."""
-    self._network = trained.load(os.fspath(workdir), 'workdir')
+    self._network = trained.load(arguments.as_path('workdir', workdir), 'workdir')
     self.workdir: epath.Path = self._network.path
     self.config: ConfigDict = self._network.config
     self.results: dict[str, Any] = self._network.results
@@ -218,26 +218,32 @@ def _image_set(images: Images) -> ImageSet | None:
   if isinstance(images, (str, os.PathLike)):
     opened = open_paths(os.fspath(images))
     if opened.problems:
-      raise ValueError(f'images: {next(iter(opened.problems.values()))}')
+      where = f', as {os.fspath(images)} lists' if opened.is_list else ''
+      raise ValueError(f'images: {next(iter(opened.problems.values()))}{where}')
     return opened.images
-  if isinstance(images, PIL.Image.Image):
-    return ImageSet.from_arrays([decode.from_pillow(images, 'images')], name='images')
-  if hasattr(images, 'shape'):
-    array = np.asarray(images)
+  if isinstance(images, (bytes, PIL.Image.Image)):
+    return ImageSet.from_arrays([images], name='images')
+  # A column of paths has a shape too.
+  if hasattr(images, 'shape') and (array := np.asarray(images)).dtype.kind not in 'OSU':
     one = array.ndim == 2 or array.ndim == 3 and array.shape[-1] == 3
-    return ImageSet.from_arrays(array[None] if one else array, name='images') if len(array) else None
+    is_empty = array.ndim > 0 and not len(array)
+    return None if is_empty else ImageSet.from_arrays(array[None] if one else array, name='images')
+  if isinstance(images, Mapping) or not isinstance(images, Iterable):
+    raise ValueError(f'images is of type {type(images).__name__}; expected a path, a list of paths, arrays or Pillow '
+                     'images, an array uint8 [n, h, w, 3], or an ft_jax.ImageSet')
   given = list(images)
   if not given:
     return None
   if all(isinstance(image, (str, os.PathLike)) for image in given):
-    return ImageSet.from_files(given, name='images')
-  return ImageSet.from_arrays([_one(image, f'images[{i}]') for i, image in enumerate(given)], name='images')
+    return from_files(given, name='images', argument='images')
+  return ImageSet.from_arrays([_read(image, i) for i, image in enumerate(given)], name='images')
 
 
-def _one(image: Any, what: str) -> Image:
-  """An image of a list of various kinds."""
-  if isinstance(image, PIL.Image.Image):
-    return decode.from_pillow(image, what)
-  if isinstance(image, (str, os.PathLike)):
-    return pathlib.Path(image).read_bytes()
-  return image
+def _read(image: Any, i: int) -> Any:
+  """The bytes of a file in place of its path; any other image of a list as it is."""
+  if not isinstance(image, (str, os.PathLike)):
+    return image
+  path = pathlib.Path(os.path.expanduser(image))
+  if problem := file_problem(path):
+    raise ValueError(f'images[{i}]: {problem}')
+  return path.read_bytes()

@@ -57,7 +57,7 @@ def check_fields(config: ConfigDict) -> None:
 def check_field(name: str, value: Any, kind: Kind) -> None:
   """Raises ValueError, with the field's name and what was expected, for a value that does not fit."""
   if not kind.fits(value):
-    shown = repr(value)
+    shown = ' '.join(repr(value).split())  # of an array, several lines
     raise ValueError(f'{name} is {shown if len(shown) < 100 else shown[:97] + "..."}; expected {kind.expected}')
 
 
@@ -256,7 +256,7 @@ FIELDS: Mapping[str, Kind] = {
     'augment.short_side': whole(0, _SIDE),
     **{f'{group}.{name}': kind for group in ('train', 'pretrain') for name, kind in TRAIN.items()},
     'predict.images': text(),
-    'predict.top': whole(1),
+    'predict.top': whole(meaning='; 0 is three, or all classes if there are fewer'),
     'stability.sigma': number(above=0),
     'stability.draws': whole(meaning=_LEFT_OUT),
     'stability.images': whole(meaning='; 0 is all'),
@@ -286,6 +286,7 @@ REMOVED: dict[str, Any] = {}
 # Fields that may differ between two starts of one run. Where they change its images, its checkpoints refuse to resume.
 MAY_CHANGE = (
     'compile_cache', 'data.cache', 'data.on_error', 'data.timeout', 'train.skip_diverged', 'pretrain.skip_diverged',
+    'predict.top',  # only job predict uses it
     # Removed from the config: runs of older versions still have them.
     'train.nonfinite_steps', 'pretrain.nonfinite_steps')
 

@@ -203,7 +203,8 @@ def test_predictions_do_not_depend_on_how_images_are_given(run, sets, tmp_path):
   np.testing.assert_allclose(expected.probabilities.sum(1), 1, rtol=1e-5)
   features = run.features(test.subset(range(5)))
   for given in (np.stack(arrays), arrays, paths, [str(path) for path in paths], tmp_path,
-                [PIL.Image.open(path) for path in paths], [arrays[0], *paths[1:]]):
+                [PIL.Image.open(path) for path in paths], [arrays[0], *paths[1:]],
+                np.array([str(path) for path in paths])):
     np.testing.assert_allclose(run.predict(given).probabilities, expected.probabilities, rtol=1e-4)
     np.testing.assert_allclose(run.features(given), features, rtol=1e-4, atol=1e-6)
   for one in (arrays[0], paths[0], PIL.Image.open(paths[0]), [arrays[0]]):
@@ -241,10 +242,18 @@ def test_pillow_images_of_any_mode(run, mode):
     (np.zeros(8, np.uint8), r'images has shape \(8,\); expected'),
     ([np.zeros((8, 8, 4), np.uint8)], r'images\[0\] has shape \(8, 8, 4\)'),
     ([3], r'images\[0\] is of type int; expected'),
-    (PIL.Image.fromarray(np.zeros((8, 8), np.float32)), 'images cannot be read as an image .its pixels are of mode F'),
+    (None, '^images is of type NoneType; expected a path, a list of paths'),
+    (3, '^images is of type int; expected a path'),
+    ({'a': 1}, '^images is of type dict; expected a path'),
+    (np.uint8(3), r'^images has shape \(\); expected'),
+    (np.zeros((8, 9, 4), np.uint8), r'^images has shape \(8, 9, 4\), which is one image with transparency'),
+    (['/no/such.png', np.zeros((8, 8), np.uint8)], r'^images\[0\]: there is no file /no/such.png'),
+    ([str(ROOT), np.zeros((8, 8), np.uint8)], r'^images\[0\]: .* is a folder'),
+    (PIL.Image.fromarray(np.zeros((8, 8), np.float32)),
+     r'images\[0\] cannot be read as an image .its pixels are of mode F'),
     ('/no/such.png', '^images: .*there is no file /no/such.png'),
-    (['/no/such.png'], r'paths\[0\]: there is no file /no/such.png'),
-    (str(ROOT / 'setup.py'), 'images: there is no file')])
+    (['/no/such.png'], r'^images\[0\]: there is no file /no/such.png'),
+    (str(ROOT / 'setup.py'), 'images: there is no file .*, as .*setup.py lists$')])
 def test_images_that_cannot_be_read(run, images, message):
   with pytest.raises(ValueError, match=message):
     run.predict(images)
@@ -266,10 +275,15 @@ def test_export(run, tmp_path):
                      r"selection={'method': 'none'}"),
     ({'target': ''}, '^target is empty; name your images'),
     ({'target': 'folder:/no/such'}, 'there is no folder /no/such'),
+    ({'target': str(ROOT)}, f"^target is '{ROOT}'; expected tfds:..., .*; did you mean 'folder:{ROOT}'"),
+    ({'target': {'name': 'digits:target', 'val': 'vla'}}, r"^target\['val'\] is 'vla': "),
+    ({'target': {'train': np.zeros((2, 8, 8))}}, r"^target\['train'\] is of type ndarray; expected an ft_jax.ImageSet"),
+    ({'target': {'name': 'digits:target', 'metric': 'f1'}}, r"^target\['metric'\] is 'f1'; known: top1"),
+    ({'weights': 3}, '^weights is 3; expected text such as timm:'),
     ({'target': 3}, '^target is of type int; expected text such as folder:photos, an ft_jax.ImageSet'),
     ({'weights': 'no.pth'}, '^weights: there is no file or folder no.pth'),
     ({'model': 'vgg'}, r"^model\['name'\] is 'vgg'; known: resnet18"),
-    ({'config': 'nothing'}, '^there is no file nothing; known configs: aircraft'),
+    ({'config': 'nothing'}, "^config 'nothing': there is no file nothing; known configs: aircraft"),
     ({'methods': {'l2_sp': 1}}, r"^methods\['l2_sp'\] needs pre-trained weights, but weights is empty")])
 def test_wrong_arguments_are_refused(given, message, tmp_path):
   selected = {'method': 'uot', **SETTINGS['selection'], **given.get('selection', {})}
@@ -292,8 +306,15 @@ def test_an_argument_that_does_not_exist(tmp_path):
 
 
 def test_a_folder_without_a_run(tmp_path):
-  with pytest.raises(ValueError, match='^workdir: .* holds no run'):
+  with pytest.raises(ValueError, match=r'^workdir: .* holds no run \(no config.json of one\)'):
     ft_jax.load(tmp_path)
+
+
+@pytest.mark.parametrize('call', [ft_jax.load, lambda workdir: ft_jax.finetune('digits:target', workdir=workdir)])
+@pytest.mark.parametrize('workdir', [None, 3, ''])
+def test_what_is_no_workdir(call, workdir):
+  with pytest.raises(ValueError, match=f'^workdir is {workdir!r}; expected a path, such as runs/photos$'):
+    call(workdir)
 
 
 def test_a_run_of_a_newer_version(run, tmp_path):

@@ -1,6 +1,7 @@
 """Arguments become the config that flags would have made, and messages name arguments."""
 
 import pathlib
+import re
 
 import numpy as np
 import pytest
@@ -35,6 +36,21 @@ def test_the_config_that_they_change_has_a_name():
     arguments.make_config('pretrain', 'finetune', {})
 
 
+@pytest.mark.parametrize('name,message', [
+    (None, 'config is None; expected the name of a config, such as pets, or the path of a file'),
+    ('pet', "config 'pet': there is no file pet; did you mean 'pets'?; known configs: "),
+    ('pets:x', "config 'pets:x': unknown recipe 'x'; expected :supervised or :mocov2"),
+    ('digits:x', "config 'digits:x': this config takes no argument after a colon")])
+def test_configs_that_do_not_exist(name, message):
+  with pytest.raises(ValueError, match=f'^{re.escape(message)}'):
+    arguments.make_config(name, 'finetune', {})
+
+
+def test_a_pretraining_has_no_target():
+  with pytest.raises(TypeError, match=r"^pretrain\(\) has no argument 'target'; .*known: workdir, weights, config, "):
+    arguments.make_config('pretrain', 'pretrain', {'target': {'name': 'folder:photos'}})
+
+
 @pytest.mark.parametrize('given,message', [
     ({'train': {'epochs': -1}}, r"train\['epochs'\] is -1; expected a number from 0"),
     ({'train': {'epochs': 'many'}}, r"train\['epochs'\] is 'many'; expected a number"),
@@ -47,6 +63,7 @@ def test_the_config_that_they_change_has_a_name():
     ({'methods': {'l2_sp': 'strong'}}, r"methods\['l2_sp'\]\['weight'\] is 'strong'; expected"),
     ({'model': {'weights': 3}}, 'weights is 3; expected text'),
     ({'target': {'name': ['photos']}}, r"target is \['photos'\]; expected text"),
+    ({'train': {'steps': np.zeros((40, 2))}}, r"train\['steps'\] is array\(\[\[0\., 0\.\], \[0"),
     ({'seed': -1}, 'seed is -1; expected a whole number from 0')])
 def test_wrong_values_are_refused(given, message):
   with pytest.raises(ValueError, match=f'^{message}'):
@@ -55,7 +72,8 @@ def test_wrong_values_are_refused(given, message):
 
 @pytest.mark.parametrize('given,message', [
     ({'sead': 1}, r"finetune\(\) has no argument 'sead'; did you mean 'seed'\?; known: workdir, weights, config, "),
-    ({'predict': {}}, r"finetune\(\) has no argument 'predict'"),
+    ({'predict': {}}, r"finetune\(\) has no argument 'predict'; known: "),
+    ({'weigths': ''}, r"finetune\(\) has no argument 'weigths'; did you mean 'weights'\?; known: "),
     ({'epochs': 20}, r"finetune\(\) has no argument 'epochs'; did you mean train={'epochs': ...}\?; known: "),
     ({'temperature': 20},
      r"finetune\(\) has no argument 'temperature'; did you mean methods={'\w+': {'temperature': ...}}\?")])
@@ -79,6 +97,7 @@ def test_arguments_that_do_not_exist(given, message):
      "methods['fixmatch'] and methods={'fixmatch': {'weight': 1}}"),
     ('give another --workdir; the same command resumes', 'give another workdir; the same call resumes'),
     ('give the run, such as --workdir=runs/pets', "give the run, such as workdir='runs/pets'"),
+    ('no config.json of one; see ft_jax/config.py', 'no config.json of one; see ft_jax/config.py'),
     ('config.predict.images: there is no file', 'images: there is no file'),
     ('runs/train.steps/selection.json, see main.py', 'runs/train.steps/selection.json, see main.py')])
 def test_messages_name_arguments(message, expected):

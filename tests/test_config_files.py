@@ -27,14 +27,15 @@ def test_a_file_of_ones_own(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('name', ['cats', 'configs/cats.py', 'other/pets.py', 'pets.py', 'configs'])
 def test_a_config_that_is_not_there(name):
-  with pytest.raises(ValueError, match=f'^there is no file {name}; known configs: aircraft, caltech101, '):
+  message = f'^there is no file {name}(; did you mean .*)?; known configs: aircraft, caltech101, '
+  with pytest.raises(ValueError, match=message):
     config_files.find(name)
 
 
 def test_load_gives_the_config():
   assert config_files.load('default').to_dict() == config.get_config().to_dict()
   assert config_files.load('pets:mocov2').model.name == 'resnet50'
-  with pytest.raises(ValueError, match="config 'digits:x': this config takes no argument after a colon"):
+  with pytest.raises(ValueError, match="^this config takes no argument after a colon"):
     config_files.load('digits:x')
 
 

@@ -5,6 +5,7 @@ so that importing this package needs neither TFDS nor grain.
 """
 
 from collections.abc import Callable
+import os
 
 from ft_jax.data.image_set import Example, ImageSet
 
@@ -28,7 +29,8 @@ def open_set(name: str, split: str, data_dir: str = '', quiet: bool = False) -> 
   """
   backend, _, rest = name.partition(':')
   if backend not in BACKENDS or not rest:
-    raise ValueError(f'data set {name!r}: expected {", ".join(f"{known}:..." for known in BACKENDS)}')
+    hint = f'; did you mean {f"folder:{name}"!r}?' if os.path.isdir(os.path.expanduser(name)) else ''
+    raise ValueError(f'data set {name!r}: expected {", ".join(f"{known}:..." for known in BACKENDS)}{hint}')
   opened = BACKENDS[backend](rest, split, data_dir)
   if not quiet and opened.unused is not None:
     from ft_jax.data.unused_files import log_unused

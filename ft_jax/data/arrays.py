@@ -1,6 +1,6 @@
 """Back-end for images in memory: one array, or a list of arrays, Pillow images or the bytes of image files."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 import os
 
 import numpy as np
@@ -15,7 +15,9 @@ from ft_jax.data.labels import as_class_labels
 def from_arrays(images: np.ndarray | Sequence[Image], labels: Labels | None = None,
                 class_names: Sequence[str] | None = None, name: str = 'arrays') -> ImageSet:
   """Makes an image set of images in memory; see `ImageSet.from_arrays`."""
-  if isinstance(images, (str, bytes)):
+  if isinstance(images, PIL.Image.Image):
+    raise ValueError('images is one Pillow image; expected a list of images: give [image]')
+  if isinstance(images, (str, bytes, Mapping)) or not isinstance(images, Iterable):
     raise ValueError(f'images is of type {type(images).__name__}; expected uint8 [n, h, w, 3], or a list of images '
                      '(paths of files are for ImageSet.from_files)')
   checked = _check_images(images)
@@ -45,6 +47,9 @@ def _check_batch(array: np.ndarray) -> np.ndarray:
   if array.ndim == 3 and array.shape[-1] == 3:
     raise ValueError(f'images has shape {array.shape}, which is one image [h, w, 3]; {expected}. '
                      'For a set of one image give images[None]')
+  if array.ndim == 3 and array.shape[-1] == 4:
+    raise ValueError(f'images has shape {array.shape}, which is one image with transparency [h, w, 4]; {expected}. '
+                     'Put it on a background first, or give images[None, ..., :3]')
   if array.ndim not in (3, 4):
     raise ValueError(f'images has shape {array.shape}; {expected}')
   if 0 in array.shape[1:]:

@@ -82,6 +82,9 @@ class ImageSet:
       ValueError: the folder or split does not exist or has no images.
     """
     from ft_jax.data import open_set
+    if not isinstance(path, (str, os.PathLike)) or not isinstance(split, str):
+      raise ValueError(f'path is {path!r} and split is {split!r}; expected the path of a folder and text such as train')
+    path = os.fspath(path).removeprefix('folder:')
     return open_set(f'folder:{os.path.abspath(os.path.expanduser(path))}', split)
 
   @classmethod
@@ -97,6 +100,8 @@ class ImageSet:
       ValueError: the set is not known or not prepared, or has no such split.
     """
     from ft_jax.data import open_set
+    if not isinstance(name, str) or not isinstance(split, str):
+      raise ValueError(f'name is {name!r} and split is {split!r}; expected text such as mnist and train')
     return open_set(f'tfds:{name.removeprefix("tfds:")}', split, data_dir)
 
   @classmethod

@@ -1,6 +1,6 @@
 """Labels that a Python user gives with images: checked, and turned into numbers of classes."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -55,6 +55,8 @@ def as_class_labels(labels: Labels | None, class_names: Sequence[str] | None,
 def _check_names(class_names: Sequence[str]) -> tuple[str, ...]:
   if isinstance(class_names, str):
     raise ValueError(f'class_names is the string {class_names!r}; expected a list of names')
+  if not isinstance(class_names, Iterable):
+    raise ValueError(f'class_names is {class_names!r}; expected a list of names')
   names = tuple(str(name) if isinstance(name, np.str_) else name for name in class_names)
   wrong = next((name for name in names if not isinstance(name, str) or not name), None)
   if wrong is not None:

@@ -1,6 +1,6 @@
 """Back-end for image files by their paths: `from_files` for Python users, `open_paths` for job predict."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 import os
 import pathlib
 from typing import NamedTuple
@@ -55,7 +55,7 @@ def open_paths(path: str) -> PathList:
     files = {line: given.parent / os.path.expanduser(line) for line in lines}
   else:
     raise ValueError(f'config.predict.images: there is no file or folder {path}')
-  problems = {name: problem for name, file in files.items() if (problem := _problem(file))}
+  problems = {name: problem for name, file in files.items() if (problem := file_problem(file))}
   if is_one_image and problems:
     raise ValueError(f'config.predict.images: {path}: {problems[path]}')
   readable = {name: file for name, file in files.items() if name not in problems}
@@ -63,20 +63,23 @@ def open_paths(path: str) -> PathList:
 
 
 def from_files(paths: Sequence[str | os.PathLike[str]], labels: Labels | None = None,
-               class_names: Sequence[str] | None = None, name: str = 'files') -> ImageSet:
-  """Makes an image set of image files; see `ImageSet.from_files`."""
-  if isinstance(paths, (str, bytes, os.PathLike)):
-    raise ValueError(f'paths is {paths!r}; expected a list of paths (a folder is for ImageSet.from_folder)')
-  ids = [os.fspath(path) for path in paths]
+               class_names: Sequence[str] | None = None, name: str = 'files', argument: str = 'paths') -> ImageSet:
+  """Makes an image set of image files; see `ImageSet.from_files`. Messages call the paths `argument`."""
+  if isinstance(paths, (str, bytes, os.PathLike)) or not isinstance(paths, Iterable):
+    raise ValueError(f'{argument} is {paths!r}; expected a list of paths (a folder is for ImageSet.from_folder)')
+  given = list(paths)
+  if wrong := [i for i, path in enumerate(given) if not isinstance(path, (str, os.PathLike))]:
+    raise ValueError(f'{argument}[{wrong[0]}] is of type {type(given[wrong[0]]).__name__}; expected a path')
+  ids = [os.fspath(path) for path in given]
   if not ids:
-    raise ValueError('paths is empty; expected at least one image')
+    raise ValueError(f'{argument} is empty; expected at least one image')
   files = [pathlib.Path(os.path.expanduser(path)) for path in ids]
   first: dict[str, int] = {}
   for i, (path, file) in enumerate(zip(ids, files)):
-    if problem := _problem(file):
-      raise ValueError(f'paths[{i}]: {problem}')
+    if problem := file_problem(file):
+      raise ValueError(f'{argument}[{i}]: {problem}')
     if first.setdefault(path, i) != i:
-      raise ValueError(f'paths[{i}] is {path!r}, as is paths[{first[path]}]; give each image once')
+      raise ValueError(f'{argument}[{i}] is {path!r}, as is {argument}[{first[path]}]; give each image once')
   numbers, names = as_class_labels(labels, class_names, len(ids))
   hashes, _ = contents.of_files(files, os.path.commonpath([os.path.abspath(file) for file in files]), name)
   return ImageSet(
@@ -123,7 +126,7 @@ def _read_list(path: pathlib.Path, name: str) -> list[str]:
   return lines
 
 
-def _problem(path: pathlib.Path) -> str:
+def file_problem(path: pathlib.Path) -> str:
   """Why a path cannot be an image file, '' if it can."""
   if path.is_dir():
     return f'{path} is a folder'

@@ -94,7 +94,7 @@ class Splits(NamedTuple):
 
 
 def open_splits(settings: SplitSettings, data_dir: str, seed: int,
-                images: Given | None = None) -> Splits:
+                images: Given | None = None, group: str = 'target') -> Splits:
   """Opens train, val (split off from train where it has no name) and test of an image set.
 
   Args:
@@ -103,6 +103,7 @@ def open_splits(settings: SplitSettings, data_dir: str, seed: int,
     seed: of the images that are sampled or split off.
     images: image sets in place of what `settings` names: train, and val and test if there are any; test may also be
       'rest'.
+    group: the group of the config that `settings` is from, for messages.
 
   Raises:
     ValueError: a set, split or folder that does not exist or has no classes, or splits of different classes or with
@@ -114,17 +115,23 @@ def open_splits(settings: SplitSettings, data_dir: str, seed: int,
     found = open_set(named.name, split, data_dir, quiet=True) if images is None else images[split]
     return _labelled(found).without(named.without)
 
+  def opened_as(field: str, split: str) -> ImageSet:
+    try:
+      return opened(split)
+    except ValueError as error:  # train could be opened, so it is this field that is wrong
+      raise ValueError(f'config.{group}.{field} is {split!r}: {error}') from error
+
   train = opened(named.train)
   rest = None
   if named.samples:
     train, rest = sample_per_class(train, named.train_per_class, seed, named.train_fraction)
   if named.val:
-    val = opened(named.val)
+    val = opened_as('val', named.val)
   else:
     train, val = split_off_val(train, named.val_fraction, seed)
   test = None
   if named.test:
-    test = rest if named.test == 'rest' else opened(named.test)
+    test = rest if named.test == 'rest' else opened_as('test', named.test)
   log_unused(named.name, [split.unused for split in (train, val, test) if split is not None])
   if test is not None and not len(test):
     sampled = f'train_fraction {named.train_fraction}'

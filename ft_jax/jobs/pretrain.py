@@ -150,7 +150,7 @@ def pretrain(settings: Settings, workdir: epath.PathLike, left_out: Sequence[str
 def _open_splits(settings: Settings, left_out: Sequence[str],
                  source: Given | None) -> tuple[Splits, dict[str, list[str]]]:
   """What is trained on, and the ids of images that cannot be read, by split."""
-  splits = open_splits(settings.source, settings.data_dir, settings.seed, source)
+  splits = open_splits(settings.source, settings.data_dir, settings.seed, source, 'source')
   if left_out:
     remaining = lambda images: images and images.subset(np.flatnonzero(~np.isin(images.ids, left_out)))
     splits = Splits(*map(remaining, splits))

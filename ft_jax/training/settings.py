@@ -81,7 +81,7 @@ class Training:
 
   def __post_init__(self) -> None:
     if self.metric not in METRICS:
-      raise ValueError(f'metric is {self.metric!r}; known: {", ".join(METRICS)}')
+      raise ValueError(f'config.target.metric is {self.metric!r}; known: {", ".join(METRICS)}')
     if not self.steps and not self.epochs:
       raise ValueError('train.steps and train.epochs are both 0; one of them gives the length')
     if self.schedule not in SCHEDULES:

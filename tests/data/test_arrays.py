@@ -144,6 +144,7 @@ def test_what_is_not_an_image(images, words):
     (['a', '', 'b', 'a'], None, r'labels\[1\] is empty'),
     (['a', 1, 'b', 'a'], None, 'labels mixes strings with other values'),
     ([0, 1, 0, 1], [], 'class_names is empty'),
+    ([0, 1, 0, 1], 2, 'class_names is 2; expected a list of names'),
     ([0, 1, 0, 1], 'ab', "class_names is the string 'ab'; expected a list of names"),
     ([0, 1, 0, 1], ['a', 'a'], "class_names contains 'a' twice"),
     ([0, 1, 0, 1], ['a', ''], "class_names contains ''; expected non-empty strings"),

@@ -4,6 +4,7 @@ import os
 import pathlib
 
 import numpy as np
+import PIL.Image
 import pytest
 
 from ft_jax.data import contents
@@ -53,6 +54,19 @@ def test_wrong_paths(folder, paths, words):
   with pytest.raises(ValueError, match=words) as caught:
     ImageSet.from_files([folder / path for path in paths])
   assert '\n' not in str(caught.value)
+
+
+@pytest.mark.parametrize('call,words', [
+    (lambda: ImageSet.from_files(None), 'paths is None; expected a list of paths'),
+    (lambda: ImageSet.from_files([3]), r'paths\[0\] is of type int; expected a path'),
+    (lambda: ImageSet.from_folder(None), 'path is None and split is \'train\'; expected the path of a folder'),
+    (lambda: ImageSet.from_tfds('mnist', 3), "name is 'mnist' and split is 3; expected text"),
+    (lambda: ImageSet.from_arrays(None), 'images is of type NoneType; expected uint8'),
+    (lambda: ImageSet.from_arrays({'a': b'x'}), 'images is of type dict; expected uint8'),
+    (lambda: ImageSet.from_arrays(PIL.Image.new('L', (8, 8))), r'images is one Pillow image; .* give \[image\]')])
+def test_values_of_other_types(call, words):
+  with pytest.raises(ValueError, match=f'^{words}'):
+    call()
 
 
 def test_a_folder_is_not_a_list_of_paths(folder):

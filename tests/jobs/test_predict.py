@@ -8,19 +8,20 @@ import os
 import pathlib
 import shutil
 
-from conftest import quick_main
+from conftest import quick_main, write_images
 from etils import epath
 import jax
 import numpy as np
 import PIL.Image
 import pytest
 
+from configs import miniature
 from configs import predict as predict_config
 from ft_jax import trained, workdir
 from ft_jax.data import open_set
 from ft_jax.data.image_set import Example, split_off_val
 from ft_jax.data.path_list import open_paths
-from ft_jax.jobs import predict
+from ft_jax.jobs import finetune, predict
 from ft_jax.pages import contact_sheet, page, report
 
 
@@ -174,7 +175,7 @@ def test_links_in_a_folder(trained_run, photo, tmp_path):
   assert open_paths(str(tmp_path / 'images')).names == ['a/1.jpg', 'b/1.jpg', 'c/1.jpg']
   (tmp_path / 'images' / 'gone.jpg').symlink_to('nothing.jpg')
   with pytest.raises(ValueError,
-                     match='gone.jpg is a link to a file that does not exist; mend or remove it, or leave') as raised:
+                     match='gone.jpg is a link to a file that does not exist; fix or remove it, or leave') as raised:
     predict.run(config_of(trained_run, tmp_path / 'images'), tmp_path / 'out')
   assert 'list' not in str(raised.value)
 
@@ -228,6 +229,21 @@ def test_wrong_settings(trained_run, mixed, tmp_path):
     with pytest.raises(ValueError, match=words):
       predict.run(config_of(trained_run, mixed, **fields), tmp_path / 'out')
   assert not (tmp_path / 'out').exists()
+
+
+def test_two_classes_give_two_columns_unless_three_are_asked_for(tmp_path):
+  workdir = tmp_path / 'two'
+  for split, count in (('train', 8), ('test', 2)):
+    write_images(tmp_path / 'images' / split, dict.fromkeys(('cat', 'dog'), count), seed=count)
+  config = miniature.get_config('finetune')
+  config.target.name, config.selection.method, config.source.name = f'folder:{tmp_path / "images"}', 'none', ''
+  config.model.weights, config.model.width, config.image_size, config.augment.short_side = '', 4, 32, 36
+  config.train.steps, config.train.batch_size, config.train.eval_every = 2, 4, 2
+  finetune.run(config, workdir)
+  predict.run(config_of(workdir, tmp_path / 'images' / 'test'), tmp_path / 'out')
+  assert list(rows(tmp_path / 'out' / 'predictions.csv')[0])[-3:] == ['class_2', 'probability_2', 'true_class']
+  with pytest.raises(ValueError, match='top is 3; expected 1 to 2'):
+    predict.run(config_of(workdir, tmp_path / 'images', predict={'top': 3}), tmp_path / 'out')
 
 
 def test_contact_sheet_takes_any_shape_and_name():
