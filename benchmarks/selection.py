@@ -242,7 +242,8 @@ def stream_ours(sizes: tuple[int, int, int], path: pathlib.Path) -> dict[str, fl
   seconds, chosen = timed(lambda: choose(str(path), target, sizes[0] // 10, memory=memory))
   peak = peak_megabytes()
   stored = 4 * kernel.n * kernel.m <= kernel._memory()
-  return {'seconds': seconds, 'iterations': chosen.solver['iterations'], 'peak': peak, 'before': before, 'stored': stored}
+  return {'seconds': seconds, 'iterations': chosen.solver['iterations'], 'peak': peak, 'before': before,
+          'stored': stored}
 
 
 def growth(sizes: tuple[int, int, int], rounds: int) -> None:

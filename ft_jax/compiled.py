@@ -90,13 +90,14 @@ def remove_incomplete(path: pathlib.Path) -> None:
 @contextlib.contextmanager
 def kept(folder: str) -> Iterator[None]:
   """Within it, compiled programs are kept in a folder; see `keep`. Afterwards, jax's settings are as they were."""
-  before, seconds = jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs
-  most = jax.config.jax_compilation_cache_max_size
+  before = jax.config.values['jax_compilation_cache_dir']
+  seconds = jax.config.values['jax_persistent_cache_min_compile_time_secs']
+  most = jax.config.values['jax_compilation_cache_max_size']
   keep(folder)
   try:
     yield
   finally:
-    if jax.config.jax_compilation_cache_dir != before:
+    if jax.config.values['jax_compilation_cache_dir'] != before:
       jax.config.update('jax_compilation_cache_max_size', most)
       _use(before, seconds)
 

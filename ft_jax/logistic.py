@@ -25,8 +25,8 @@ class Classifier(NamedTuple):
   converged: bool
 
 
-def fit(features: np.ndarray, labels: np.ndarray, classes: int, *, strength: float, bias: bool = True, start: Classifier | None = None,
-        tolerance: float = 1e-5, max_iterations: int = 1000) -> Classifier:
+def fit(features: np.ndarray, labels: np.ndarray, classes: int, *, strength: float, bias: bool = True,
+        start: Classifier | None = None, tolerance: float = 1e-5, max_iterations: int = 1000) -> Classifier:
   """The minimum of mean cross-entropy + strength / 2 * |weights|^2, by L-BFGS with a line search; computed in the
   features' precision.
 
@@ -60,12 +60,15 @@ def fit(features: np.ndarray, labels: np.ndarray, classes: int, *, strength: flo
   if not 0 <= strength < np.inf:
     raise ValueError(f'strength is {strength}; expected a number from 0')
   dtype = jax.dtypes.canonicalize_dtype(np.result_type(features.dtype, np.float32))
-  # Without their mean the problem is the same and better conditioned: half the iterations on features behind a ReLU.
+  # Without their mean the problem is the same and better conditioned: half the iterations on features after a ReLU.
   mean = features.mean(0, dtype=np.float64) if bias else np.zeros(features.shape[1])
   weights = np.zeros((features.shape[1], classes)) if start is None else start.weights.astype(np.float64)
-  first = {'weights': weights} | ({'bias': (np.zeros(classes) if start is None else start.bias) + mean @ weights} if bias else {})
+  first = {'weights': weights}
+  if bias:
+    first['bias'] = (np.zeros(classes) if start is None else start.bias) + mean @ weights
+  first = jax.tree.map(lambda x: jnp.asarray(x, dtype), first)
   params, loss, iterations, ended = jax.device_get(_minimise(
-      jnp.asarray(features - mean, dtype), jnp.asarray(labels, jnp.int32), jax.tree.map(lambda x: jnp.asarray(x, dtype), first),
+      jnp.asarray(features - mean, dtype), jnp.asarray(labels, jnp.int32), first,
       jnp.asarray(strength, dtype), jnp.asarray(tolerance, dtype), max_iterations))
   offset = params['bias'] - mean @ params['weights'] if bias else np.zeros(classes)
   return Classifier(params['weights'], offset.astype(dtype), float(loss), int(iterations),
@@ -82,8 +85,9 @@ class _Carry(NamedTuple):
 
 
 @jax.jit
-def _minimise(features: jax.Array, labels: jax.Array, params: dict[str, jax.Array], strength: jax.Array, tolerance: jax.Array,
-              max_iterations: int) -> tuple[dict[str, jax.Array], jax.Array, jax.Array, jax.Array]:
+def _minimise(
+    features: jax.Array, labels: jax.Array, params: dict[str, jax.Array], strength: jax.Array, tolerance: jax.Array,
+    max_iterations: int) -> tuple[dict[str, jax.Array], jax.Array, jax.Array, jax.Array]:
   """Parameters, loss, iterations, and whether there is nothing left to do."""
   answers = jax.nn.one_hot(labels, params['weights'].shape[1], dtype=features.dtype)
 
@@ -102,11 +106,12 @@ def _minimise(features: jax.Array, labels: jax.Array, params: dict[str, jax.Arra
     return _Carry(optax.apply_updates(carry.params, updates), state, loss, optax.tree.norm(gradient, ord=jnp.inf),
                   carry.iterations + 1, loss < value)
 
-  def goes_on(carry: _Carry) -> jax.Array:
+  def is_unfinished(carry: _Carry) -> jax.Array:
     return (carry.largest > tolerance * carry.loss) & carry.falling
 
   infinite = jnp.asarray(jnp.inf, features.dtype)
+  begin = _Carry(params, solver.init(params), jnp.zeros((), features.dtype), infinite,
+                 iterations=jnp.zeros((), jnp.int32), falling=jnp.asarray(True))
   end = jax.lax.while_loop(
-      lambda carry: (carry.iterations < max_iterations) & goes_on(carry), iterate,
-      _Carry(params, solver.init(params), jnp.zeros((), features.dtype), infinite, jnp.zeros((), jnp.int32), jnp.asarray(True)))
-  return end.params, end.loss, end.iterations, ~goes_on(end)
+      lambda carry: (carry.iterations < max_iterations) & is_unfinished(carry), iterate, begin)
+  return end.params, end.loss, end.iterations, ~is_unfinished(end)

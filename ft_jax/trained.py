@@ -71,7 +71,7 @@ def load(workdir: str, field: str = 'config.workdir') -> Trained:
   try:
     run = _read(path, ConfigDict(stored), json.loads((path / 'results.json').read_text()))
     run.summary()
-  except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:  # of another program, or edited by hand
+  except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:  # another program's, or edited
     raise ValueError(f'{field}: config.json and results.json of {workdir} are not those of a finished run '
                      f'({type(error).__name__}: {error})') from error
   return run._replace(variables=_with_head(load_variables(path), run.head))
@@ -82,8 +82,9 @@ def _read(path: epath.Path, config: ConfigDict, results: dict[str, Any]) -> Trai
   head = HEADS[config.job]
   class_names = tuple(str(row['name']) for row in results['val']['per_class'])
   options = {name: config.model.get(name, default) for name, default in OPTIONS.items()}
-  model = models.build(config.model.name, {head: len(class_names)}, size=config.image_size, dtype=models.DTYPES[config.model.dtype],
-                       precision=config.model.get('precision', 'default'), **options)
+  model = models.build(
+      config.model.name, {head: len(class_names)}, size=config.image_size, dtype=models.DTYPES[config.model.dtype],
+      precision=config.model.get('precision', 'default'), **options)
   transform = Transform(config.image_size, short_side=short_side(config.image_size, config.augment))
   return Trained(path, config, results, head, class_names, model, {}, transform)
 

@@ -1,4 +1,4 @@
-"""Which of this pre-training data helps that target?
+"""Selects the pre-training data that helps a target.
 
     chosen = selection.select(source, target, size=100)
 

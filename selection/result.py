@@ -50,7 +50,7 @@ class Selection:
   scores: np.ndarray
   measure: str
   ascending: bool
-  names: Sequence[str]
+  names: Sequence[str] | np.ndarray
   target_names: Sequence[str]
   counts: np.ndarray | None = None
   plan: np.ndarray | None = None

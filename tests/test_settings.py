@@ -87,7 +87,8 @@ def door(path: str, config: ConfigDict, folder: pathlib.Path) -> None:
   elif group == 'stability':
     stability.check(config)
   elif group in ('study', 'checkpoints'):
-    study.check(config, history.History('', config.model, None, 0, (history.SavedCheckpoint('epoch 1', 1.0, 1, None, ''),)))
+    checkpoints = (history.SavedCheckpoint('epoch 1', 1.0, 1, None, ''),)
+    study.check(config, history.History('', config.model, None, 0, checkpoints))
   elif group == 'compare':
     for method in config.compare.methods:
       finetune.Settings.from_config(compare.config_of_run(config, method, 0))

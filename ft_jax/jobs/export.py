@@ -77,10 +77,12 @@ def describe(run: trained.Trained, today: datetime.date) -> dict[str, Any]:
           'image_size': transform.size, 'short_side': transform.short_side, 'mean': list(run.model.input.mean),
           'std': list(run.model.input.std), 'steps': steps},
       'stablehlo': {
-          'input': f'uint8 [b, {transform.size}, {transform.size}, 3], any b from 1', 'precision': run.config.model.dtype,
+          'input': f'uint8 [b, {transform.size}, {transform.size}, 3], any b from 1',
+          'precision': run.config.model.dtype,
           'output': {name: f'float32 [b, {classes}]' for name in ('logits', 'probabilities')},
           'platforms': list(PLATFORMS), 'jax': jax.__version__,
-          'calling_convention_version': jax.config.jax_export_calling_convention_version, 'exported': str(today),
+          'calling_convention_version': jax.config.values['jax_export_calling_convention_version'],
+          'exported': str(today),
           'readable_until': str(months_later(today, READABLE_MONTHS))},
       'trained': {
           'job': run.config.job, 'data': run.config[run.head].name, 'step': run.results['best_step'],
@@ -93,7 +95,8 @@ def safetensors_file(run: trained.Trained, about: dict[str, Any]) -> bytes:
   from safetensors import numpy as safetensors
 
   # A name may hold any bytes.
-  texts = {key: _encode(json.dumps(about[key], ensure_ascii=False)).decode() for key in ('architecture', 'classes', 'preprocessing')}
+  texts = {key: _encode(json.dumps(about[key], ensure_ascii=False)).decode()
+           for key in ('architecture', 'classes', 'preprocessing')}
   # Other readers look for the format 'pt'.
   return safetensors.save(state_dict(run.model, run.variables, run.head), {'format': 'pt', **texts})
 
@@ -106,7 +109,7 @@ def stablehlo_file(run: trained.Trained) -> bytes:
   model = run.model.clone(portable=True)
 
   def classify(images: jax.Array) -> dict[str, jax.Array]:
-    logits = model.apply(run.variables, images, train=False).logits[run.head]
+    logits = model.predict(run.variables, images).logits[run.head]
     return {'logits': logits, 'probabilities': jax.nn.softmax(logits)}
 
   size = run.transform.size

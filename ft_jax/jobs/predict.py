@@ -60,7 +60,8 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
   problems |= unreadable
   truth = _true_classes(found.ids, run.class_names)
   text = table(names, found, problems if skip else None, run.class_names, truth)
-  write_bytes(folder / 'predictions.csv', text.encode(errors='surrogateescape'))  # file names as the file system has them
+  # File names as the file system has them.
+  write_bytes(folder / 'predictions.csv', text.encode(errors='surrogateescape'))
   (folder / 'contact_sheet.png').unlink(missing_ok=True)  # of the last time: it would not belong to the table
   if found.ids:
     write_bytes(folder / 'contact_sheet.png', _sheet(run, source, found, truth, len(problems)))
@@ -118,7 +119,8 @@ def table(names: list[str], found: Predictions, problems: dict[str, str] | None,
   What a spreadsheet would take for a formula begins with an apostrophe (`names.cell`).
   """
   top = found.classes.shape[1]
-  rows = {name: (classes, probabilities) for name, classes, probabilities in zip(found.ids, found.classes, found.probabilities)}
+  rows = {name: (classes, probabilities)
+          for name, classes, probabilities in zip(found.ids, found.classes, found.probabilities)}
   true = dict(zip(found.ids, truth)) if truth else {}
   lines = [csv_line(['file', *(f'{what}_{k + 1}' for k in range(top) for what in ('class', 'probability')),
                      *(['true_class'] if truth else []), *(['problem'] if problems is not None else [])])]
@@ -126,8 +128,12 @@ def table(names: list[str], found: Predictions, problems: dict[str, str] | None,
     ranked = [''] * (2 * top)
     if name in rows:
       ranked = [value for k, p in zip(*rows[name]) for value in (cell(class_names[k]), f'{p:.6f}')]
-    lines.append(csv_line([cell(name), *ranked, *([cell(class_names[true[name]]) if name in true else ''] if truth else []),
-                           *([cell(problems.get(name, ''))] if problems is not None else [])]))
+    row = [cell(name), *ranked]
+    if truth:
+      row.append(cell(class_names[true[name]]) if name in true else '')
+    if problems is not None:
+      row.append(cell(problems.get(name, '')))
+    lines.append(csv_line(row))
   return ''.join(lines)
 
 
@@ -141,18 +147,20 @@ def _true_classes(ids: list[str], class_names: tuple[str, ...]) -> list[int] | N
   return [numbers[parent] for parent in parents] if ids and all(parent in numbers for parent in parents) else None
 
 
-def _sheet(run: trained.Trained, source: ImageSet, found: Predictions, truth: list[int] | None, unreadable: int) -> bytes:
+def _sheet(run: trained.Trained, source: ImageSet, found: Predictions, truth: list[int] | None,
+           unreadable: int) -> bytes:
   """The least sure ones first: those are what a person can judge better."""
   rows = {name: row for row, name in enumerate(source.ids.tolist())}
   order = np.argsort(found.probabilities[:, 0], kind='stable')[:SHOWN].tolist()
   tiles = []
   for k in progress.bar(order, 'drawing', len(order), 'input'):
     example = source[rows[found.ids[k]]]
-    wrong = truth is not None and truth[k] != found.classes[k, 0]
+    true_class = ''  # where the prediction is wrong
+    if truth is not None and truth[k] != found.classes[k, 0]:
+      true_class = run.class_names[truth[k]]
     tiles.append(contact_sheet.Tile(
         decode(example.image, example.id), run.class_names[found.classes[k, 0]], float(found.probabilities[k, 0]),
-        found.ids[k].rpartition('/')[2],
-        run.class_names[truth[k]] if wrong else ''))
+        found.ids[k].rpartition('/')[2], true_class))
   total = len(found.ids)
   count = f'{_counted(total)}, the least sure first' if total <= SHOWN else \
       f'the {SHOWN} least sure of {total:,d} images; predictions.csv has all'
@@ -177,5 +185,6 @@ def _summary(names: list[str], found: Predictions, truth: list[int] | None, prob
   if problems:
     log.warning('warning: %s could not be read, such as %s', _counted(len(problems)), next(iter(problems.values())))
   if truth:
-    log.info('top-1 %.1f%% of the %s, whose folders name their classes', 100 * _accuracy(found, truth), _counted(len(found.ids)))
+    log.info('top-1 %.1f%% of the %s, whose folders name their classes', 100 * _accuracy(found, truth),
+             _counted(len(found.ids)))
   return {'images': len(found.ids), 'unreadable': len(problems), 'top1': _accuracy(found, truth) if truth else None}

@@ -57,7 +57,8 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
     log.warning('warning: no distances from the start: %s', start.about)
   # Noise of 0.001 on the weights would be lost in the rounding of bfloat16 or TF32.
   network = run.model.clone(dtype=jnp.float32, precision='highest')
-  minimum = Minimum(network, run.head, len(run.class_names), run.variables, read_crops(images, run, config.data.timeout))
+  crops = read_crops(images, run, config.data.timeout)
+  minimum = Minimum(network, run.head, len(run.class_names), run.variables, crops)
   estimates = Estimates(folder / 'estimates.json', parallel.agreed(_made_of(settings, run, images)))
   stability_estimates.measure(minimum, settings, estimates)
   results = {
@@ -142,7 +143,8 @@ def _made_of(settings: Settings, run: trained.Trained, images: ImageSet) -> dict
   """What estimates depend on; see `Estimates`."""
   numbers = b''.join(np.ascontiguousarray(value).tobytes() for _, value in sorted(flat(run.variables).items()))
   crops = f'{run.transform.size}/{run.transform.short_side}'
-  return {'network': digest(numbers, images.fingerprint, crops, str(settings.seed)), 'noise': repr(float(settings.sigma))}
+  network = digest(numbers, images.fingerprint, crops, str(settings.seed))
+  return {'network': network, 'noise': repr(float(settings.sigma))}
 
 
 def format_results(results: Mapping[str, Any]) -> Iterator[str]:

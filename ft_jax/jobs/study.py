@@ -152,8 +152,8 @@ class _Study:
 
   def _fine_tunings(self) -> list[tuple[int, int, int]]:
     """(target, checkpoint, seed): all of a seed before those of the next."""
-    checkpoints = range(len(self._history.checkpoints))
-    order = itertools.product(self._config.study.seeds, range(len(self._targets)), checkpoints)
+    targets, checkpoints = range(len(self._targets)), range(len(self._history.checkpoints))
+    order = itertools.product(self._config.study.seeds, targets, checkpoints)
     return [(t, c, seed) for seed, t, c in order]
 
   # What parts are made of.
@@ -194,12 +194,12 @@ class _Study:
     """From each checkpoint on each target with each seed."""
     todo = self._fine_tunings()
     for count, (t, c, seed) in enumerate(todo):
-      own = _own(self._config, self._targets[t].name, seed, self._history.checkpoints[c].weights)
+      target, checkpoint = self._targets[t], self._history.checkpoints[c]
+      own = _own(self._config, target.name, seed, checkpoint.weights)
       name = digest(*map(str, self._tuned(t, c, seed)), _fields(own.to_dict()))
-      folder = self._folder / 'fine_tuned' / f'{self._history.checkpoints[c].name.replace(" ", "-")}-seed-{seed}-{name}'
+      folder = self._folder / 'fine_tuned' / f'{checkpoint.name.replace(" ", "-")}-seed-{seed}-{name}'
       if seed not in self._found[t][c]['ft']:
-        log.info('[%d/%d] %s from %s, seed %d', count + 1, len(todo), self._targets[t].name,
-                 self._history.checkpoints[c].name, seed)
+        log.info('[%d/%d] %s from %s, seed %d', count + 1, len(todo), target.name, checkpoint.name, seed)
         self._fine_tune(own, t, c, seed, folder)
         compiled.clear_compiled()
         # Its pictures take longer than a short fine-tuning; after the last one everything is written anyway.

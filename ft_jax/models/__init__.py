@@ -42,7 +42,8 @@ def build(name: str, heads: Mapping[str, int], *, size: int = 224, dtype: Any = 
     if option not in known and value != OPTIONS[option]:
       raise ValueError(f'model.{option} is {value!r}, but {name} has no such option; leave it at {OPTIONS[option]!r}')
   network = NETWORKS[name](
-      heads=dict(heads), size=size, dtype=dtype, precision=precision, frozen=_pattern(frozen), batch_norm=batch_norm, axis_name=axis_name,
+      heads=dict(heads), size=size, dtype=dtype, precision=precision, frozen=_pattern(frozen), batch_norm=batch_norm,
+      axis_name=axis_name,
       **{option: value for option, value in options.items() if option in known})
   if not network.has_batch_norm and (batch_norm != 'train' or axis_name):
     field = "model.batch_norm is 'frozen'" if batch_norm != 'train' else 'model.sync_batch_norm is True'

@@ -25,13 +25,13 @@ class BatchNorm(nn.BatchNorm):
     return self.train and not (self.frozen and re.fullmatch(self.frozen, '/'.join((*self.path, 'scale'))))
 
   @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def __call__(self, x: jax.Array) -> jax.Array:  # type: ignore[override]  # `train` and `frozen` say the rest
     """`[..., c]` to the same."""
-    before = self.get_variable('batch_stats', 'var')
+    before: jax.Array = self.get_variable('batch_stats', 'var')
     y = super().__call__(x, use_running_average=not self.trains)
     if self.trains and not self.is_initializing():
       n = x.size // x.shape[-1] * (jax.lax.axis_size(self.axis_name) if self.axis_name else 1)
-      after = self.get_variable('batch_stats', 'var')
+      after: jax.Array = self.get_variable('batch_stats', 'var')
       # The update added (1 - momentum) times the variance.
       self.put_variable('batch_stats', 'var', after + (after - self.momentum * before) / max(n - 1, 1))
     return y

@@ -44,8 +44,9 @@ def conv2d(x: jax.Array, kernel: jax.Array, stride: int = 1, precision: Precisio
 def conv2d_xla(x: jax.Array, kernel: jax.Array, stride: int = 1, precision: Precision = None) -> jax.Array:
   """XLA's own convolution, in every pass."""
   pad = kernel.shape[0] // 2
-  return lax.conv_general_dilated(x, kernel, (stride, stride), ((pad, pad), (pad, pad)), dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
-                                  precision=precision)
+  return lax.conv_general_dilated(
+      x, kernel, (stride, stride), ((pad, pad), (pad, pad)), dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+      precision=precision)
 
 
 def conv2d_im2col(x: jax.Array, kernel: jax.Array, stride: int = 1, precision: Precision = None) -> jax.Array:

@@ -40,14 +40,17 @@ def parse(name: str) -> Repo | None:
   kind, colon, rest = name.partition(':')
   if not colon or kind not in ('timm', 'hf'):
     return None
-  match = re.fullmatch(r'(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?', f'timm/{rest}' if kind == 'timm' else rest)
+  path = f'timm/{rest}' if kind == 'timm' else rest
+  match = re.fullmatch(r'(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?', path)
   if not match or '..' in rest:
-    expected = 'timm:<name>[@revision], such as timm:resnet18.tv_in1k' if kind == 'timm' else 'hf:<owner>/<name>[@revision]'
+    expected = 'hf:<owner>/<name>[@revision]'
+    if kind == 'timm':
+      expected = 'timm:<name>[@revision], such as timm:resnet18.tv_in1k'
     raise ValueError(f'model.weights is {name!r}; expected {expected}')
   return Repo(match['repo'], match['revision'] or 'main')
 
 
-def fetch(repo: Repo, *, endpoint: str | None = None, cache_dir: str | os.PathLike[str] | None = None) -> HubFile:
+def fetch(repo: Repo, *, endpoint: str | None = None, cache_dir: str | pathlib.Path | None = None) -> HubFile:
   """The safetensors file of a repository: out of the cache where it is there, else downloaded to it.
 
   A branch that is in the cache is not looked up again: it stays at the commit that was downloaded.
@@ -102,7 +105,7 @@ def _ensure_home() -> None:
                 'set HF_HOME to a folder to keep them')
 
 
-def _cached(repo: Repo, cache_dir: str | os.PathLike[str] | None) -> HubFile | None:
+def _cached(repo: Repo, cache_dir: str | pathlib.Path | None) -> HubFile | None:
   import huggingface_hub
   from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -147,18 +150,21 @@ def _explain(repo: Repo, error: Exception, downloading: bool = False) -> str:
   log_in = 'log in with `hf auth login` or set HF_TOKEN'
   status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else 0
   if isinstance(error, errors.OfflineModeIsEnabled):
-    return f'{name}@{repo.revision} is not in the cache of huggingface_hub, and HF_HUB_OFFLINE is set; unset it, or give a local file'
+    return (f'{name}@{repo.revision} is not in the cache of huggingface_hub, and HF_HUB_OFFLINE is set; unset it, or '
+            'give a local file')
   if isinstance(error, errors.RevisionNotFoundError):
     return f'the repository {name} has no revision {repo.revision!r}; expected a branch, tag or commit of {where}'
   if isinstance(error, errors.GatedRepoError):
     return f'the repository {name} is open only to those who asked for it: ask at {where}, then {log_in}'
   if isinstance(error, errors.RepositoryNotFoundError):
-    tagged = '; names of timm have a tag, as in timm:resnet50.tv_in1k' if name.startswith('timm/') and '.' not in name else ''
+    untagged = name.startswith('timm/') and '.' not in name
+    tagged = '; names of timm have a tag, as in timm:resnet50.tv_in1k' if untagged else ''
     return f'there is no repository {name} at the Hugging Face Hub{tagged}. If it is a private one, {log_in}'
   if status == 401:
-    return f'the Hugging Face Hub refuses your token: {log_in} anew, or remove it if {name} is public'
+    return f'the Hugging Face Hub refuses your token: {log_in} again, or remove it if {name} is public'
   if status == 403:
-    return f'your token of Hugging Face gives no access to {name}; give it the right to read that repository, or {log_in} with another'
+    return (f'your token of Hugging Face gives no access to {name}; give it the right to read that repository, or '
+            f'{log_in} with another')
   if status and not downloading:
     return f'the Hugging Face Hub answers {status} for {name}; try again later, or give a local file'
   reason = f'{type(error).__name__}: {error}'.split('\n')[0]

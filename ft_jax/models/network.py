@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 import functools
 import math
 import re
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, cast, ClassVar, NamedTuple
 
 import flax
 from flax import linen as nn
@@ -121,6 +121,11 @@ class Network(nn.Module, kw_only=True):
     """
     raise NotImplementedError
 
+  @nn.nowrap
+  def predict(self, variables: Any, inputs: jax.Array) -> Outputs:
+    """The outputs in evaluation mode."""
+    return cast(Outputs, self.apply(variables, inputs, train=False))
+
   @property
   def features_dim(self) -> int:
     """How many numbers the features of an example have."""
@@ -196,8 +201,8 @@ class Network(nn.Module, kw_only=True):
     """Names in a state dict of a tensor before the first stage and of one in it: they tell where the network begins in
     a larger model.
     """
-    names = [self.torch_name(f'params/{path}') for path in flax.traverse_util.flatten_dict(self.shapes()['params'], sep='/')]
-    return names[0], names[-1]
+    paths = list(flax.traverse_util.flatten_dict(self.shapes()['params'], sep='/'))
+    return self.torch_name(f'params/{paths[0]}'), self.torch_name(f'params/{paths[-1]}')
 
   @nn.nowrap
   def options_like(self, shapes: Mapping[str, Any]) -> dict[str, Any]:
@@ -261,7 +266,7 @@ def frozen_mask(network: Network, tree: Any) -> Any:
   are.
   """
 
-  def stays(path: tuple[str, ...], _: Any) -> bool:
+  def stays(path: tuple[Any, ...], _: Any) -> bool:
     # Running statistics stay where the scale of their layer does.
     name = '/'.join((*path[:-1], 'scale') if path[-1] in ('mean', 'var') else path)
     if network.batch_norm == 'frozen' and network.is_norm(name):

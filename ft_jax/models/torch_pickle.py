@@ -71,7 +71,8 @@ def read(path: str | os.PathLike[str]) -> StateDict:
     raise ValueError(f'{path} {_INCOMPLETE}') from error
   except Exception as error:  # whatever a damaged zip file or pickle makes the libraries raise
     reason = f'{type(error).__name__}: {error}'
-    raise ValueError(f'{path} {_INCOMPLETE if "truncated" in reason else f"cannot be read as a state dict ({reason})"}') from error
+    problem = _INCOMPLETE if 'truncated' in reason else f'cannot be read as a state dict ({reason})'
+    raise ValueError(f'{path} {problem}') from error
 
 
 def check(path: str | os.PathLike[str]) -> None:
@@ -106,7 +107,7 @@ def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
   try:
     found = safetensors.deserialize(path.read_bytes())
   except safetensors.SafetensorError as error:
-    raise _Unreadable(f'is no whole safetensors file ({error}); copy or download it again') from error
+    raise _Unreadable(f'is not a complete safetensors file ({error}); copy or download it again') from error
   other = sorted({tensor['dtype'] for _, tensor in found} - set(_SAFETENSORS_DTYPES))
   if other:
     raise _Unreadable(f'holds tensors of type {", ".join(other)}; known: {", ".join(_SAFETENSORS_DTYPES)}')
@@ -169,7 +170,7 @@ def _read_legacy(path: pathlib.Path, stream: BinaryIO) -> StateDict:
   for key in _load(stream).content:
     length = int.from_bytes(_exactly(stream, 8), 'little', signed=True)
     dtype, size = loaded.storages.get(key, (None, None))
-    if length != size:
+    if dtype is None or length != size:
       raise _Unreadable(f'is damaged: storage {_text(key)} has {length} numbers where {size} are expected. Copy or '
                         'download it again')
     places[key] = (stream.tell(), length * dtype.itemsize)
@@ -277,7 +278,7 @@ def _first(names: Sequence[str], most: int = 4) -> str:
 
 
 def _refusal(names: str) -> str:
-  return (f'is not read: it asks for {names}, which is no part of a state dict. Such a file could run code; save '
+  return (f'is not read: it asks for {names}, which does not belong in a state dict. Such a file could run code; save '
           'model.state_dict() alone')
 
 
@@ -321,7 +322,8 @@ def _array(name: str, tensor: '_Tensor', numbers: np.ndarray) -> np.ndarray:
   # The second condition keeps a few bytes from being spread over terabytes.
   if offset + sum((n - 1) * s for n, s in zip(shape, stride)) >= len(own) or math.prod(shape) > len(own):
     raise _Unreadable(f'is damaged: {name} reaches beyond its storage')
-  return np.lib.stride_tricks.as_strided(own[offset:], shape, [s * storage.dtype.itemsize for s in stride], writeable=False)
+  strides = [s * storage.dtype.itemsize for s in stride]
+  return np.lib.stride_tricks.as_strided(own[offset:], shape, strides, writeable=False)
 
 
 class _Storage(NamedTuple):
@@ -368,7 +370,7 @@ def _check_size(stream: BinaryIO) -> None:
   # Of each object on the stack and in the memo, how many there are in it, counted as often as they are in it. Lists and
   # dicts may grow later; they have no hash, and nothing that a pickle may call makes a tuple of what is in them.
   stack: list[int | None] = []  # None is a mark
-  memo: dict[int, int] = {}
+  memo: dict[Any, int] = {}  # by the argument of the opcode that put it there
   for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
     inside, taken = 1, opcode.stack_before
     if pickletools.markobject in taken:
@@ -395,7 +397,8 @@ class _NotMade(dict):
   tensors. It is compared and hashed by identity, and its repr is short, however deep it is nested.
   """
   __slots__ = ()
-  __eq__, __ne__, __hash__ = object.__eq__, object.__ne__, object.__hash__
+  __eq__, __ne__ = object.__eq__, object.__ne__
+  __hash__ = object.__hash__  # type: ignore[assignment]  # dict declares it as None
 
   def __new__(cls, *_: Any, **__: Any) -> '_NotMade':
     return super().__new__(cls)
@@ -439,7 +442,8 @@ class _Unpickler(pickle.Unpickler):
     kind, name, key, _, size, *view = pid
     if kind == 'storage' and name is _NotMade:  # of numbers of another type, such as complex ones
       return _NotMade()
-    if kind != 'storage' or name not in _STORAGE_DTYPES or not isinstance(key, str) or not isinstance(size, int) or size < 0:
+    is_sized = isinstance(size, int) and size >= 0
+    if kind != 'storage' or name not in _STORAGE_DTYPES or not isinstance(key, str) or not is_sized:
       raise _Unreadable(f'is damaged: it describes a storage as {reprlib.repr(pid)}')
     dtype = np.dtype(_STORAGE_DTYPES[name])
     if self.storages.setdefault(key, (dtype, size)) != (dtype, size):
@@ -482,9 +486,9 @@ _ALLOWED: dict[tuple[str, str], Any] = {
 # Modules that run programs, open files or import: no training script saves them. (A placeholder would be harmless, but
 # the file is an attack.)
 _HOSTILE = frozenset((
-    'os', 'posix', 'nt', 'ntpath', 'posixpath', 'sys', 'subprocess', 'commands', 'shutil', 'socket', 'importlib', 'imp', 'pip',
-    'runpy', 'ctypes', 'pty', 'webbrowser', 'code', 'codeop', 'pickle', '_pickle', 'marshal', 'dill', 'cloudpickle', 'joblib',
-    'pdb', 'bdb', 'timeit', 'cProfile', 'profile', 'doctest', 'io', '_io'))
+    'os', 'posix', 'nt', 'ntpath', 'posixpath', 'sys', 'subprocess', 'commands', 'shutil', 'socket', 'importlib', 'imp',
+    'pip', 'runpy', 'ctypes', 'pty', 'webbrowser', 'code', 'codeop', 'pickle', '_pickle', 'marshal', 'dill',
+    'cloudpickle', 'joblib', 'pdb', 'bdb', 'timeit', 'cProfile', 'profile', 'doctest', 'io', '_io'))
 # Likewise of the builtins; `getattr` is not among them, as some versions of Python save members of an Enum by it.
 _HOSTILE_BUILTINS = frozenset((
     '__import__', 'breakpoint', 'compile', 'delattr', 'eval', 'exec', 'execfile', 'file', 'globals', 'input', 'locals',
@@ -492,11 +496,11 @@ _HOSTILE_BUILTINS = frozenset((
 
 _STORAGE_DTYPES: dict[str, Any] = {
     'FloatStorage': np.float32, 'HalfStorage': np.float16, 'BFloat16Storage': jnp.bfloat16, 'DoubleStorage': np.float64,
-    'LongStorage': np.int64, 'IntStorage': np.int32, 'ShortStorage': np.int16, 'CharStorage': np.int8, 'ByteStorage': np.uint8,
-    'BoolStorage': np.bool_,
+    'LongStorage': np.int64, 'IntStorage': np.int32, 'ShortStorage': np.int16, 'CharStorage': np.int8,
+    'ByteStorage': np.uint8, 'BoolStorage': np.bool_,
 }
 
 _SAFETENSORS_DTYPES: dict[str, Any] = {
-    'F32': np.float32, 'F16': np.float16, 'BF16': jnp.bfloat16, 'F64': np.float64, 'I64': np.int64, 'I32': np.int32, 'I16': np.int16,
-    'I8': np.int8, 'U8': np.uint8, 'BOOL': np.bool_,
+    'F32': np.float32, 'F16': np.float16, 'BF16': jnp.bfloat16, 'F64': np.float64, 'I64': np.int64, 'I32': np.int32,
+    'I16': np.int16, 'I8': np.int8, 'U8': np.uint8, 'BOOL': np.bool_,
 }

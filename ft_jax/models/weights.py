@@ -114,7 +114,8 @@ def _find_network(names: Collection[str], network: Network, path: str | os.PathL
   if len(taken) > 1:
     taken = [prefix for prefix in taken if not _AVERAGES.fullmatch(prefix)]
   if not found:
-    strange = sorted(names, key=lambda name: network.torch_path(name) is not None or name.endswith('num_batches_tracked'))
+    is_known = lambda name: network.torch_path(name) is not None or name.endswith('num_batches_tracked')
+    strange = sorted(names, key=is_known)
     raise ValueError(f'{path} holds none of {", ".join(NETWORKS)}: there is no {anchor} among '
                      f'{listed(strange)}')
   if len(taken) != 1:
@@ -215,10 +216,17 @@ def _problems(expected: Mapping[str, Any], given: Mapping[str, Any]) -> list[str
   """What differs between two flat trees of arrays or their shapes."""
   missing, extra = expected.keys() - given.keys(), given.keys() - expected.keys()
   shapes = [f'{key} {given[key].shape} in the weights, {expected[key].shape} in the model'
-            for key in sorted(expected.keys() & given.keys(), key=_params_first) if given[key].shape != expected[key].shape]
-  return [*([f'Missing in the weights: {listed(sorted(missing, key=_params_first))}'] if missing else []),
-          *([f'Not in the model: {listed(sorted(extra, key=_params_first))}'] if extra else []),
-          *([f'Other shapes: {"; ".join(shapes[:3])}' + (f' and {len(shapes) - 3} more' if len(shapes) > 3 else '')] if shapes else [])]
+            for key in sorted(expected.keys() & given.keys(), key=_params_first)
+            if given[key].shape != expected[key].shape]
+  problems = []
+  if missing:
+    problems.append(f'Missing in the weights: {listed(sorted(missing, key=_params_first))}')
+  if extra:
+    problems.append(f'Not in the model: {listed(sorted(extra, key=_params_first))}')
+  if shapes:
+    more = f' and {len(shapes) - 3} more' if len(shapes) > 3 else ''
+    problems.append(f'Other shapes: {"; ".join(shapes[:3])}{more}')
+  return problems
 
 
 def _nearest(network: Network, given: Mapping[str, Any]) -> str:

@@ -106,17 +106,21 @@ def sentence(choice: Choice, names: Sequence[str]) -> str:
   if choice.best_other is None:
     return f'There is one checkpoint, {names[best]}, and nothing to compare it with.'
   other = last if best != last else choice.best_other
-  margin, of_other = choice.margins[other], f'{"the last one" if other == last else "the best of the others"} ({names[other]})'
-  points = f'{abs(100 * margin.mean):.1f}' + (f' ± {100 * margin.standard_error:.1f}' if margin.standard_error is not None else '')
+  margin = choice.margins[other]
+  role = 'the last one' if other == last else 'the best of the others'
+  of_other = f'{role} ({names[other]})'
+  points = f'{abs(100 * margin.mean):.1f}'
+  if margin.standard_error is not None:
+    points += f' ± {100 * margin.standard_error:.1f}'
   side = 'above' if margin.mean >= 0 else 'below'
   if not margin.seen:
     if best == last:
-      return f'No difference to be seen: {names[best]}, the last one, is best on val, and on test it is {points} points {side} {of_other}.'
+      return (f'No difference to be seen: {names[best]}, the last one, is best on val, and on test it is {points} '
+              f'points {side} {of_other}.')
     return (f'No difference to be seen: {names[best]} is best on val, and on test it is {points} points {side} '
-            f'{of_other}, '
-            'which is as good a choice.')
+            f'{of_other}, which is as good a choice.')
   if margin.mean > 0:
-    return f'Start from {names[best]}{", the last one" if best == last else ""}: on test it is {points} points above {of_other}.'
+    remark = ', the last one' if best == last else ''
+    return f'Start from {names[best]}{remark}: on test it is {points} points above {of_other}.'
   return (f'Val and test do not agree: {names[best]} is best on val, and on test it is {points} points below '
-          f'{of_other}; '
-          'val is too small to choose by.')
+          f'{of_other}; val is too small to choose by.')

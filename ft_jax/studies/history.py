@@ -107,7 +107,10 @@ def load(checkpoint: SavedCheckpoint, network: ConfigDict, image_size: int) -> L
   model = models.from_config(network, {}, image_size)
   try:
     path = storage.located(checkpoint.weights)
-    variables = (finished_runs.load_variables(path.parent.parent, int(path.name)) if path.is_dir() else initial_weights.read_file(path, model).variables)
+    if path.is_dir():
+      variables = finished_runs.load_variables(path.parent.parent, int(path.name))
+    else:
+      variables = initial_weights.read_file(path, model).variables
     heads = variables['params'].pop('heads', {})
     merged = initial_weights.init_variables(model, 0, variables)
   except (ValueError, OSError) as error:
@@ -127,7 +130,8 @@ def fingerprints(found: History, image_size: int) -> list[str]:
   Raises:
     ValueError: as of `load`; or classifiers of different classes.
   """
-  prints, classifiers = [], {}
+  prints: list[str] = []
+  classifiers: dict[int | None, str] = {}
   for entry in progress.bar(found.checkpoints, 'reading checkpoints', len(found.checkpoints), 'checkpoint'):
     loaded = load(entry, found.network, image_size)
     prints.append(loaded.fingerprint)
@@ -136,8 +140,7 @@ def fingerprints(found: History, image_size: int) -> list[str]:
     (one, first), (other, second) = list(classifiers.items())[:2]
     describe = lambda classes: 'no classifier' if classes is None else f'a classifier of {classes} classes'
     raise ValueError(f'config.checkpoints: {found.path} holds checkpoints of two runs: {first} has {describe(one)}, '
-                     f'{second} '
-                     f'{describe(other)}; put each run into a folder of its own')
+                     f'{second} {describe(other)}; put each run into a folder of its own')
   return prints
 
 
@@ -153,8 +156,7 @@ def _of_run(folder: epath.Path, stored: Mapping[str, Any]) -> History:
   for saved in every:
     if differing := checkpoint_files.differing(made_from, saved.made_from):
       raise ValueError(f'config.checkpoints: {folder} holds checkpoints of two runs: those of step {saved.step} and '
-                       'step '
-                       f'{every[-1].step} differ in {", ".join(differing)}; put each run into a folder of its own')
+                       f'step {every[-1].step} differ in {", ".join(differing)}; put each run into a folder of its own')
   config = ConfigDict(stored)
   results = json.loads((folder / 'results.json').read_text()) if (folder / 'results.json').exists() else {}
   epoch_steps = results.get('steps_per_epoch')
@@ -167,6 +169,7 @@ def _of_run(folder: epath.Path, stored: Mapping[str, Any]) -> History:
     log.info('%s: epochs are not known before the run is finished; its checkpoints are named by their steps', folder)
   found = []
   for step, metrics, _ in every:
+    assert metrics is not None  # those that were not evaluated are left out above
     # An epoch of 445.3 steps ends at step 445.
     epoch = float(asked.get(step, round(step / epoch_steps, 2))) if epoch_steps else None
     found.append(SavedCheckpoint(f'step {step}' if epoch is None else f'epoch {epoch:g}', epoch, step,
@@ -179,12 +182,11 @@ def _of_files(folder: epath.Path, network: ConfigDict) -> History:
                  key=lambda path: path.name)
   if not paths:
     raise ValueError(f'config.checkpoints: {folder} holds no checkpoints: it is not the workdir of a run, and no file '
-                     'ends in '
-                     f'{", ".join(torch_pickle.ENDINGS)}')
-  numbers = {path: _number(path.name) for path in paths}
-  if without := [path.name for path, number in numbers.items() if number is None]:
+                     f'ends in {", ".join(torch_pickle.ENDINGS)}')
+  numbers = {path: unit_number for path in paths if (unit_number := _number(path.name)) is not None}
+  if without := [path.name for path in paths if path not in numbers]:
     log.info('left out, as there is no epoch in their names: %s', ', '.join(without))
-  counted = sorted((path for path in paths if numbers[path] is not None), key=lambda path: numbers[path][1])
+  counted = sorted(numbers, key=lambda path: numbers[path][1])
   if not counted:
     raise ValueError(f'config.checkpoints: no file of {folder} has its epoch in its name ({paths[0].name}); name them '
                      'epoch_1.pth, ...')
@@ -195,12 +197,13 @@ def _of_files(folder: epath.Path, network: ConfigDict) -> History:
                        f'{numbers[first][0]} {numbers[first][1]:g}; put each run into a folder of its own')
   if len(patterns := {re.sub(r'\d+([.]\d+)?', '#', path.name): path.name for path in counted}) > 1:
     raise ValueError(f'config.checkpoints: {folder} holds checkpoints of two runs, by their names: '
-                     f'{", ".join(patterns.values())}; put '
-                     'each run into a folder of its own')
+                     f'{", ".join(patterns.values())}; put each run into a folder of its own')
   found = []
   for path in counted:
     unit, number = numbers[path]
-    found.append(SavedCheckpoint(f'{unit} {number:g}', number if unit == 'epoch' else None, int(number) if unit == 'step' else None, None, str(path)))
+    epoch = number if unit == 'epoch' else None
+    step = int(number) if unit == 'step' else None
+    found.append(SavedCheckpoint(f'{unit} {number:g}', epoch, step, None, str(path)))
   return History(str(folder), network, None, 0, tuple(found))
 
 

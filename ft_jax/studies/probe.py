@@ -101,8 +101,10 @@ def linear(train: Labelled, val: Labelled, test: np.ndarray, classes: int, *, st
       best, highest = (strength, classifier, predictions), reached
     if highest >= 1:
       break
+  assert best is not None  # there is a strength, and every score is above -inf
   strength, classifier, predictions = best
-  return Probed(strength, predictions, _classes(classifier, standard(test)), highest < 1 and strength in (grid[0], grid[-1]))
+  at_edge = highest < 1 and strength in (grid[0], grid[-1])
+  return Probed(strength, predictions, _classes(classifier, standard(test)), at_edge)
 
 
 def _classes(classifier: logistic.Classifier, features: np.ndarray) -> np.ndarray:
@@ -117,7 +119,8 @@ def nearest_mean(train: Labelled, val: Labelled, test: np.ndarray, classes: int)
   """
   train, val, test = _checked(train, val, test, classes)
   images = np.bincount(train.labels, minlength=classes)
-  centre = train.features.mean(0, dtype=np.float64)  # distances are differences of large numbers where features are far from 0
+  # Features far from 0 would make distances differences of large numbers.
+  centre = train.features.mean(0, dtype=np.float64)
   means = np.zeros((classes, train.features.shape[1]))
   np.add.at(means, train.labels, train.features - centre)
   means /= np.maximum(images, 1)[:, None]
@@ -165,12 +168,14 @@ def _directions(features: np.ndarray) -> np.ndarray:
   return features / np.where(lengths > 0, lengths, 1)
 
 
-def _voted(directions: np.ndarray, labels: np.ndarray, features: np.ndarray, numbers: Sequence[int], classes: int) -> list[np.ndarray]:
+def _voted(directions: np.ndarray, labels: np.ndarray, features: np.ndarray, numbers: Sequence[int],
+           classes: int) -> list[np.ndarray]:
   """The predictions for each number of neighbours."""
   step, training = max(1, BLOCK // len(labels)), jnp.asarray(directions)
   predicted: list[list[np.ndarray]] = [[] for _ in numbers]
   blocks = (_directions(features[begin:begin + step]) for begin in range(0, len(features), step))
-  for similarities, near in parallel.read_late((_nearest(block, training, max(numbers)) for block in blocks), jax.device_get):
+  nearest = (_nearest(block, training, max(numbers)) for block in blocks)
+  for similarities, near in parallel.read_late(nearest, jax.device_get):
     voters, weights = labels[near], np.exp(similarities.astype(np.float64) / TEMPERATURE)
     for k, found in zip(numbers, predicted):
       found.append(_elected(voters[:, :k], weights[:, :k], classes))
@@ -197,13 +202,15 @@ def _checked(train: Labelled, val: Labelled, test: np.ndarray, classes: int) -> 
   """The arrays, features in float32 where they are not float64."""
   if classes < 1:
     raise ValueError(f'classes is {classes}; expected the number of classes, from 1')
-  features = {name: _features(name, array) for name, array in (('train', train.features), ('val', val.features), ('test', test))}
+  given = {'train': train.features, 'val': val.features, 'test': test}
+  features = {name: _features(name, array) for name, array in given.items()}
   dimensions = {name: array.shape[1] for name, array in features.items()}
   if len(set(dimensions.values())) > 1:
     raise ValueError('features of one network have one dimension; these have '
                      + ', '.join(f'{d} ({name})' for name, d in dimensions.items()))
-  labels = [_labels(name, split.labels, len(features[name]), classes) for name, split in (('train', train), ('val', val))]
-  return Labelled(features['train'], labels[0]), Labelled(features['val'], labels[1]), features['test']
+  train_labels, val_labels = (_labels(name, split.labels, len(features[name]), classes)
+                              for name, split in (('train', train), ('val', val)))
+  return Labelled(features['train'], train_labels), Labelled(features['val'], val_labels), features['test']
 
 
 def _features(name: str, array: np.ndarray) -> np.ndarray:

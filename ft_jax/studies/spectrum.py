@@ -9,7 +9,7 @@ memory at once.
 from collections.abc import Iterable, Iterator
 import itertools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -72,8 +72,7 @@ class Spectrum(NamedTuple):
     if self.images >= len(self.mean):
       return None
     return (f'{self.images} images have features of {len(self.mean)} dimensions: there are at most {len(self.values)} '
-            'singular values, '
-            'and sizes and ranks depend on the number of images')
+            'singular values, and sizes and ranks depend on the number of images')
 
 
 class Change(NamedTuple):
@@ -96,7 +95,8 @@ def gram(batches: Iterable[np.ndarray]) -> Gram:
   Raises:
     ValueError: no images, shapes that do not fit, or features that are not finite.
   """
-  mean, scatter = _Mean(), 0.0
+  mean = _Mean()
+  scatter: Any = 0.0  # an array from the first rows on
   for rows in _slices(batches):
     weight, step = mean.centre(rows)
     scatter += rows.T @ rows
@@ -114,8 +114,9 @@ def cross(first: Iterable[np.ndarray], second: Iterable[np.ndarray]) -> Cross:
   Raises:
     ValueError: as of `gram`, or unequal numbers of images.
   """
-  first_mean, second_mean, scatter = _Mean(), _Mean(), 0.0
-  for x, y in itertools.zip_longest(_slices(first), _slices(second), fillvalue=()):
+  first_mean, second_mean = _Mean(), _Mean()
+  scatter: Any = 0.0  # an array from the first rows on
+  for x, y in itertools.zip_longest(_slices(first), _slices(second), fillvalue=np.empty((0, 0))):
     if len(x) != len(y):
       raise ValueError(f'there are features of {first_mean.images + len(x)} images of the first network and '
                        f'{second_mean.images + len(y)} of the second (or more); expected the same images in both')
@@ -286,7 +287,9 @@ def change(first: Spectrum, k1: int, second: Spectrum, k2: int, cross: Cross) ->
   if any(mean.any() and not np.allclose(mean, of, rtol=0, atol=1e-6 * np.abs(of).max()) for mean, of in means):
     raise ValueError('the spectra have other means than the products; expected the same features, first and second in '
                      'the same order')
-  return Change(_moved(first, slice(0, k1), second, slice(0, k2), cross), _moved(first, slice(k1, None), second, slice(k2, None), cross))
+  main = _moved(first, slice(0, k1), second, slice(0, k2), cross)
+  residual = _moved(first, slice(k1, None), second, slice(k2, None), cross)
+  return Change(main, residual)
 
 
 def _moved(first: Spectrum, chosen: slice, second: Spectrum, other: slice, cross: Cross) -> float:
@@ -306,9 +309,9 @@ class _Mean:
   small spread.
   """
 
-  def __init__(self):
+  def __init__(self) -> None:
     self.images = 0
-    self._first = self._step = 0.0
+    self._first = self._step = np.zeros(())  # of shape [d] from the first rows on
 
   def centre(self, rows: np.ndarray) -> tuple[float, np.ndarray]:
     """Takes from the rows, in place, their own mean.
@@ -350,13 +353,12 @@ def _slices(batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
       finite = np.isfinite(rows).all(1)
       if not finite.all():
         raise ValueError(f'features of image {images + int(np.argmin(finite))} (counted from 0) have values that are '
-                         'not finite; '
-                         'the weights that made them are damaged or of a training that diverged')
+                         'not finite; the weights that made them are damaged or of a training that diverged')
       filled, images = filled + len(rows), images + len(rows)
       if filled == SLICE:
         yield held
         filled = 0
-  if filled:
+  if held is not None and filled:
     yield held[:filled]
 
 

@@ -63,8 +63,8 @@ def is_perturbed(model: Network, path: str) -> bool:
   return path.endswith('/kernel') and not model.is_shortcut(path)
 
 
-def losses_under_noise(model: Network, head: str, variables: Any, batches: Iterable[Mapping[str, np.ndarray]], *, classes: int, sigma: float,
-                       seed: int, numbers: Iterable[int]) -> Iterator[float]:
+def losses_under_noise(model: Network, head: str, variables: Any, batches: Iterable[Mapping[str, np.ndarray]], *,
+                       classes: int, sigma: float, seed: int, numbers: Iterable[int]) -> Iterator[float]:
   """The mean loss of each perturbed network: every weight of `is_perturbed` plus sigma times a normal number of its
   own.
 
@@ -80,8 +80,12 @@ def losses_under_noise(model: Network, head: str, variables: Any, batches: Itera
   """
   def perturb(variables: Any, number: jax.Array) -> Any:
     noise = flat(_drawn(jax.random.normal, variables['params'], jax.random.fold_in(jax.random.key(seed), number)))
-    return {**variables, 'params': flax.traverse_util.path_aware_map(
-        lambda path, w: w + sigma * noise['/'.join(path)] if is_perturbed(model, '/'.join(path)) else w, variables['params'])}
+
+    def add_noise(path: tuple[Any, ...], w: jax.Array) -> jax.Array:
+      name = '/'.join(path)
+      return w + sigma * noise[name] if is_perturbed(model, name) else w
+
+    return {**variables, 'params': flax.traverse_util.path_aware_map(add_noise, variables['params'])}
 
   perturbed, predict = parallel.pmap(perturb, in_axes=(0, None)), make_predict(model, head)
   for number in numbers:
@@ -126,8 +130,9 @@ def curvatures(model: Network, head: str, variables: Any, batches: Iterable[Mapp
   """
   def of_batch(variables: Any, batch: Mapping[str, jax.Array], number: jax.Array) -> dict[str, jax.Array]:
     def loss(params: Any) -> jax.Array:
-      logits = model.apply({**variables, 'params': params}, batch['input'], train=False).logits[head]
-      return jnp.sum(jnp.where(batch['mask'], optax.softmax_cross_entropy_with_integer_labels(logits, batch['label']), 0.0))
+      logits = model.predict({**variables, 'params': params}, batch['input']).logits[head]
+      losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch['label'])
+      return jnp.sum(jnp.where(batch['mask'], losses, 0.0))
 
     products = curvature(loss, variables['params'], jax.random.fold_in(jax.random.key(seed), number))
     return jax.lax.psum({'products': products, 'examples': batch['mask'].sum()}, parallel.AXIS)

@@ -122,7 +122,8 @@ def add_probes(minimum: Minimum, settings: Settings, estimates: Estimates, varia
   totals = estimates.totals
   if used_probes(totals, settings) < settings.probes and not is_settled(totals, settings):
     done, batches = len(totals), len(minimum.batches)
-    with progress.counter('random vectors for the Hessian', settings.probes * batches, 'batch', done * batches) as shown:
+    total = settings.probes * batches
+    with progress.counter('random vectors for the Hessian', total, 'batch', done * batches) as shown:
       products = stability.curvatures(minimum.network, minimum.head, variables, minimum.batches, seed=settings.seed,
                                       numbers=range(done, settings.probes), after_batch=shown.update)
       for product in products:
@@ -147,7 +148,8 @@ def is_settled(totals: Sequence[float], settings: Settings) -> bool:
   return stability.settled(totals[:used_probes(totals, settings)], settings.tolerance)
 
 
-def summarize(minimum: Minimum, settings: Settings, estimates: Estimates, start: Mapping[str, Any] | None) -> dict[str, Any]:
+def summarize(minimum: Minimum, settings: Settings, estimates: Estimates,
+              start: Mapping[str, Any] | None) -> dict[str, Any]:
   """What stability.json says of the loss, the noise, the trace, and each stage and parameter.
 
   Args:
@@ -168,16 +170,21 @@ def summarize(minimum: Minimum, settings: Settings, estimates: Estimates, start:
     return _spread([sum(probe[name] for name in wanted) for probe in probes]) if probes else None
 
   def row(wanted: Sequence[str]) -> dict[str, Any]:
-    return {'numbers': sum(values[name].size for name in wanted), **_distance(distances, wanted), 'trace': trace(wanted)}
+    size = sum(values[name].size for name in wanted)
+    return {'numbers': size, **_distance(distances, wanted), 'trace': trace(wanted)}
 
   stages: dict[str, list[str]] = {}
   for name in names:
     stages.setdefault(stability.stage_of(network, name), []).append(name)
+  of_hessian = None
+  if probes:
+    of_hessian = {
+        'vectors': len(probes), 'settled': is_settled(totals, settings), 'tolerance': settings.tolerance,
+        'all': trace(names), 'perturbed': trace(noisy), 'by_vector': totals[:len(probes)]}
   return {
       'loss': estimates.loss,
       'noise': _noise(settings, estimates, trace(noisy)),
-      'trace': {'vectors': len(probes), 'settled': is_settled(totals, settings), 'tolerance': settings.tolerance, 'all': trace(names),
-                'perturbed': trace(noisy), 'by_vector': totals[:len(probes)]} if probes else None,
+      'trace': of_hessian,
       'stages': [{'name': stage, **row(of_stage)} for stage, of_stage in stages.items()],
       'parameters': [{'name': name, 'perturbed': name in noisy, **row([name])} for name in names]}
 

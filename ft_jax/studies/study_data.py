@@ -79,10 +79,15 @@ def open_target(config: ConfigDict, name: str) -> Target:
   expressions = dict.fromkeys(split for split in (fields.train, fields.val, fields.test) if split and split != 'rest')
   sources = tuple(open_set(name, split, config.data_dir).without(fields.without) for split in expressions)
   if config.data.on_error == 'skip':
-    sources = tuple(unreadable.drop(source, f'{name} {split}', split == fields.train)[0] for split, source in zip(expressions, sources))
+    sources = tuple(unreadable.drop(source, f'{name} {split}', every_class=split == fields.train)[0]
+                    for split, source in zip(expressions, sources))
   places = {name: row for row, name in enumerate(np.concatenate([source.ids for source in sources]).tolist())}
-  rows = {seed: Rows(*(np.array([places[i] for i in split.ids.tolist() if i in places], np.int64) for split in of_seed))
-          for seed, of_seed in splits.items()}
+
+  def rows_of(split: ImageSet | None) -> np.ndarray:
+    assert split is not None  # a study without test is refused
+    return np.array([places[name] for name in split.ids.tolist() if name in places], np.int64)
+
+  rows = {seed: Rows(*map(rows_of, of_seed)) for seed, of_seed in splits.items()}
 
   def stamp(fingerprints: Sequence[str]) -> dict[int, str]:
     return {seed: digest(*fingerprints, *(part.tobytes().hex() for part in of_seed)) for seed, of_seed in rows.items()}
@@ -109,27 +114,31 @@ class FrozenFeatures:
     key = rows.tobytes()
     if key not in self._spectra:
       gram = spectrum.gram(self.features[rows])
-      self._spectra[key] = {'plain': spectrum.spectrum(gram, centred=False), 'centred': spectrum.spectrum(gram, centred=True)}
+      self._spectra[key] = {'plain': spectrum.spectrum(gram, centred=False),
+                            'centred': spectrum.spectrum(gram, centred=True)}
     return self._spectra[key]
 
 
 def describe_spectra(spectra: Mapping[str, spectrum.Spectrum], threshold: float) -> dict[str, dict[str, Any]]:
   """The numbers of each spectrum."""
-  told = {}
+  numbers = {}
   for which, each in spectra.items():
     k = spectrum.main_size(each.values, threshold)
-    told[which] = {'images': each.images, 'dimensions': len(each.mean), 'values': each.values.tolist(), 'main': k,
-                   'share': float(each.values[:k].sum() / each.values.sum()) if each.values.any() else 0.0,
-                   'energy': spectrum.energy(each.values, k),
-                   'effective_rank': spectrum.effective_rank(each.values), 'stable_rank': spectrum.stable_rank(each.values)}
-  return told
+    share = float(each.values[:k].sum() / each.values.sum()) if each.values.any() else 0.0
+    numbers[which] = {
+        'images': each.images, 'dimensions': len(each.mean), 'values': each.values.tolist(), 'main': k, 'share': share,
+        'energy': spectrum.energy(each.values, k), 'effective_rank': spectrum.effective_rank(each.values),
+        'stable_rank': spectrum.stable_rank(each.values)}
+  return numbers
 
 
-def measure_change(before: FrozenFeatures, after: FrozenFeatures, rows: np.ndarray, which: str, threshold: float) -> dict[str, Any]:
+def measure_change(before: FrozenFeatures, after: FrozenFeatures, rows: np.ndarray, which: str,
+                   threshold: float) -> dict[str, Any]:
   """How far the main part and the residual of the same images' features are from what they were; angles in degrees."""
   first, second = before.spectra(rows)[which], after.spectra(rows)[which]
   sizes = [spectrum.main_size(each.values, threshold) for each in (first, second)]
-  change = spectrum.change(first, sizes[0], second, sizes[1], spectrum.cross(before.features[rows], after.features[rows]))
+  cross = spectrum.cross(before.features[rows], after.features[rows])
+  change = spectrum.change(first, sizes[0], second, sizes[1], cross)
   # JSON has no infinity: what something is more than nothing is not known.
   return {'angles': spectrum.principal_angles(first, sizes[0], second, sizes[1]).tolist(),
           **{name: value if np.isfinite(value) else None for name, value in change._asdict().items()}}

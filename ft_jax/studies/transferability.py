@@ -54,7 +54,8 @@ def leep(source_probabilities: np.ndarray, labels: np.ndarray) -> float:
   theta, groups = _probabilities(source_probabilities, labels)
   joint = groups.sums(theta)
   totals = joint.sum(0)
-  given = np.divide(joint, totals, out=np.zeros_like(joint), where=totals > 0)  # a class that is never seen adds nothing
+  # A class that is never seen adds nothing.
+  given = np.divide(joint, totals, out=np.zeros_like(joint), where=totals > 0)
   return float(np.mean(np.log(np.concatenate([rows @ given[k] for k, rows in enumerate(groups.split(theta))]))))
 
 
@@ -108,8 +109,8 @@ def logme(features: np.ndarray, labels: np.ndarray) -> float:
     new_beta = np.divide(n - rank + np.sum(left, 0), error, out=beta.copy(), where=going & (error > 0))
     alpha, beta = new_alpha, new_beta
     going &= np.abs(alpha / beta - ratio) >= LOGME_TOLERANCE * ratio
-  evidence = (rank * np.log(alpha) + n * np.log(beta) - np.sum(np.log(alpha + beta * squares), 0) - beta * error - alpha * weight
-              - n * np.log(2 * np.pi)) / 2
+  evidence = (rank * np.log(alpha) + n * np.log(beta) - np.sum(np.log(alpha + beta * squares), 0) - beta * error
+              - alpha * weight - n * np.log(2 * np.pi)) / 2
   return float(np.mean(evidence / n))
 
 
@@ -235,8 +236,7 @@ def _probabilities(source_probabilities: np.ndarray, labels: np.ndarray) -> tupl
   sums = theta.sum(1)
   if theta.min() < 0 or np.abs(sums - 1).max() > 1e-2:  # such as those of bfloat16
     raise ValueError(f'source_probabilities are from {theta.min():.3g}, and rows sum to {sums.min():.3g} to '
-                     f'{sums.max():.3g}; expected '
-                     'probabilities, the soft-max of the logits')
+                     f'{sums.max():.3g}; expected probabilities, the soft-max of the logits')
   return theta, groups
 
 
@@ -253,6 +253,12 @@ class _Target:
   def centred(self) -> tuple[_Centred, _Groups]:
     return _centred(self.features, self.labels)
 
+  @property
+  def of_classifier(self) -> np.ndarray:
+    """`source_probabilities`, for the scores that need them."""
+    assert self.source_probabilities is not None  # `scores` leaves these scores out then
+    return self.source_probabilities
+
 
 class TransferabilityScore(NamedTuple):
   """A score.
@@ -265,7 +271,8 @@ class TransferabilityScore(NamedTuple):
   of: Callable[[_Target], float]
 
 
-def scores(features: np.ndarray, labels: np.ndarray, source_probabilities: np.ndarray | None) -> dict[str, float | None]:
+def scores(features: np.ndarray, labels: np.ndarray,
+           source_probabilities: np.ndarray | None) -> dict[str, float | None]:
   """All of SCORES by name, from what `h_score` and `leep` take; None where a score needs the classifier and there is
   none.
 
@@ -315,8 +322,10 @@ def correlate(scores: Sequence[float | None], accuracies: Sequence[float | None]
 SCORES = {
     'h_score': TransferabilityScore('features', lambda target: _h_score(*target.centred)),
     'h_score_regularised': TransferabilityScore('features', lambda target: _h_score_regularised(*target.centred)),
-    'leep': TransferabilityScore('source_probabilities', lambda target: leep(target.source_probabilities, target.labels)),
-    'nce': TransferabilityScore('source_probabilities', lambda target: nce(np.argmax(target.source_probabilities, 1), target.labels)),
+    'leep': TransferabilityScore(
+        'source_probabilities', lambda target: leep(target.of_classifier, target.labels)),
+    'nce': TransferabilityScore(
+        'source_probabilities', lambda target: nce(np.argmax(target.of_classifier, 1), target.labels)),
     'logme': TransferabilityScore('features', lambda target: logme(target.features, target.labels)),
     'transrate': TransferabilityScore('features', lambda target: _transrate(*target.centred)),
 }

@@ -137,7 +137,7 @@ def set_aside(checkpoint: epath.Path, why: str) -> None:
   folder = checkpoint.parent
   if len(saved_steps(folder.parent)) < 2:
     raise Damaged(f'{why}. There is no other checkpoint in {folder}, so it stays there: restore it from a copy, or '
-                  'give another --workdir to start anew')
+                  'give another --workdir to start over')
   # Nothing is replaced.
   names = itertools.chain([checkpoint.name], (f'{checkpoint.name}-{n}' for n in itertools.count(2)))
   aside = next(path for name in names if not (path := folder.parent / 'damaged' / name).exists())

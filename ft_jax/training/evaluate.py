@@ -28,12 +28,12 @@ class Evaluation:
 
   @property
   def top1(self) -> float:
-    """The part of all examples that is right."""
+    """The fraction of all examples that is right."""
     return float(np.trace(self.confusion) / self.confusion.sum())
 
   @property
   def per_class(self) -> np.ndarray:
-    """The part of each class that is right, `[K]`; NaN for a class without examples."""
+    """The fraction of each class that is right, `[K]`; NaN for a class without examples."""
     totals = self.confusion.sum(1)
     return np.divide(np.diag(self.confusion), totals, out=np.full(len(totals), np.nan), where=totals > 0)
 
@@ -51,10 +51,10 @@ def make_predict(model: Network, head: str) -> PredictFn:
   """The pmapped forward pass in evaluation mode; every host gets the predictions of all."""
 
   def predict(variables: Any, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    logits = model.apply(variables, batch['input'], train=False).logits[head]
+    logits = model.predict(variables, batch['input']).logits[head]
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch['label'])
-    return jax.lax.all_gather({'prediction': jnp.argmax(logits, -1), 'loss': losses, 'label': batch['label'],
-                               'mask': batch['mask']}, parallel.AXIS, tiled=True)
+    results = {'prediction': jnp.argmax(logits, -1), 'loss': losses, 'label': batch['label'], 'mask': batch['mask']}
+    return jax.lax.all_gather(results, parallel.AXIS, tiled=True)
 
   return parallel.pmap(predict)
 
@@ -64,21 +64,22 @@ def make_rank(model: Network, head: str, most: int) -> PredictFn:
 
   Returns:
     A function of replicated variables and a sharded batch, whose results (replicated) are `classes` int32 `[b, most]`,
-    the likeliest first, their `probabilities` float32 `[b, most]`, and the batch's `index` and `mask`.
+    the likeliest first, their `probabilities` float32 `[b, most]`, and the batch's `row` and `mask`.
   """
 
   def rank(variables: Any, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    logits = model.apply(variables, batch['input'], train=False).logits[head]
+    logits = model.predict(variables, batch['input']).logits[head]
     # By logits: two probabilities may round to the same number. Of equals, the first one wins, as in `argmax`.
     _, classes = jax.lax.top_k(logits, most)
     probabilities = jnp.take_along_axis(jax.nn.softmax(logits), classes, axis=-1)
-    return jax.lax.all_gather({'classes': classes, 'probabilities': probabilities, 'row': batch['row'], 'mask': batch['mask']},
-                              parallel.AXIS, tiled=True)
+    ranked = {'classes': classes, 'probabilities': probabilities, 'row': batch['row'], 'mask': batch['mask']}
+    return jax.lax.all_gather(ranked, parallel.AXIS, tiled=True)
 
   return parallel.pmap(rank)
 
 
-def evaluate(predict: PredictFn, variables: Any, batches: Iterable[Mapping[str, np.ndarray]], num_classes: int) -> Evaluation:
+def evaluate(predict: PredictFn, variables: Any, batches: Iterable[Mapping[str, np.ndarray]],
+             num_classes: int) -> Evaluation:
   """Evaluates replicated variables on the batches of a split.
 
   Args:

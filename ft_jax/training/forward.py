@@ -1,5 +1,5 @@
-"""The forward pass of a training step: several streams of images through the network at once, in parts where memory
-asks for it.
+"""The forward pass of a training step: several streams of images through the network at once, in
+microbatches where memory is short.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,8 +13,9 @@ import numpy as np
 from ft_jax.models.network import Network, Outputs
 
 
-def forward(model: Network, variables: Mapping[str, Any], images: Mapping[str, jax.Array], *, train: bool = True, layers: Sequence[str] = (),
-            key: jax.Array | None = None, parts: int = 1) -> tuple[dict[str, Outputs], Any]:
+def forward(model: Network, variables: Mapping[str, Any], images: Mapping[str, jax.Array], *, train: bool = True,
+            layers: Sequence[str] = (), key: jax.Array | None = None,
+            microbatches: int = 1) -> tuple[dict[str, Outputs], Any]:
   """All streams in one pass, so BatchNorm sees their mixture (Liu et al., NeurIPS 2022).
 
   Args:
@@ -24,20 +25,21 @@ def forward(model: Network, variables: Mapping[str, Any], images: Mapping[str, j
     train: whether BatchNorm uses the batch and updates its running statistics.
     layers: modules whose outputs are wanted as `taps`, by path, as the network uses them; () leaves the model's own
       taps.
-    key: for a normalisation layer that is random; all parts have the same.
-    parts: the pass goes in so many parts, each with its share of every stream, and the backward pass computes each part
-      again: the memory is that of one part, the result that of the whole batch, but for the statistics that BatchNorm
-      takes: those of each part.
+    key: for a normalisation layer that is random; all microbatches have the same.
+    microbatches: how many passes the batch is divided into, each with its share of every stream. The backward pass
+      computes each of them again, so only one's activations are in memory. The result is that of the whole batch,
+      except that BatchNorm uses the statistics of each microbatch.
 
   Returns:
     The outputs by stream, and the running statistics after the pass.
   """
-  if len({image.dtype for image in images.values()}) > 1:  # where some were mixed, the others are still bytes
+  if len({image.dtype for image in images.values()}) > 1:  # mixed streams are float, the others still bytes
     images = {stream: model.input.normalize(image) for stream, image in images.items()}
 
   def run(batch_stats: Any, images: Mapping[str, jax.Array]) -> tuple[Any, dict[str, Outputs]]:
+    mixture = jnp.concatenate(list(images.values()))
     (outputs, updates) = model.apply(
-        {'params': variables['params'], 'batch_stats': batch_stats}, jnp.concatenate(list(images.values())), train=train,
+        {'params': variables['params'], 'batch_stats': batch_stats}, mixture, train=train,
         rngs=None if key is None else {'norm': key}, mutable=['batch_stats', 'intermediates'],
         capture_intermediates=lambda module, _: '/'.join(module.path) in layers)
     if layers:
@@ -46,19 +48,22 @@ def forward(model: Network, variables: Mapping[str, Any], images: Mapping[str, j
       # own comes last; so does the last one of a layer that is used more than once.
       outputs = outputs._replace(taps={layer: kept[f'{layer}/__call__'][-1] for layer in layers})
     ends = np.cumsum([len(image) for image in images.values()]).tolist()
-    parts_of = {stream: slice(end - len(image), end) for (stream, image), end in zip(images.items(), ends)}
-    return updates.get('batch_stats', batch_stats), {stream: _cut(outputs, rows) for stream, rows in parts_of.items()}
+    rows_of = {stream: slice(end - len(image), end) for (stream, image), end in zip(images.items(), ends)}
+    by_stream = {stream: slice_outputs(outputs, rows) for stream, rows in rows_of.items()}
+    return updates.get('batch_stats', batch_stats), by_stream
 
-  if parts == 1:
+  if microbatches == 1:
     batch_stats, outputs = run(variables['batch_stats'], images)
     return outputs, batch_stats
   # A scan gives its dicts back with sorted keys.
-  split = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), dict(images))
-  # In a loop XLA's convolutions on the CPU take eight times as long. Without one, that saves no memory there.
-  batch_stats, outputs = jax.lax.scan(jax.checkpoint(run), variables['batch_stats'], split, unroll=jax.default_backend() == 'cpu')
+  split = jax.tree.map(lambda x: x.reshape(microbatches, -1, *x.shape[1:]), dict(images))
+  # On the CPU, XLA's convolutions take eight times as long inside a loop. Unrolled, this saves no memory there.
+  unroll = jax.default_backend() == 'cpu'
+  batch_stats, outputs = jax.lax.scan(jax.checkpoint(run), variables['batch_stats'], split, unroll=unroll)
   outputs = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), outputs)
   return {stream: outputs[stream] for stream in images}, batch_stats
 
 
-def _cut(outputs: Outputs, rows: slice) -> Outputs:
+def slice_outputs(outputs: Outputs, rows: slice) -> Outputs:
+  """The outputs of some rows of the batch."""
   return jax.tree.map(lambda x: x[rows], outputs)

@@ -71,9 +71,9 @@ def _weights_file(path: epath.Path) -> epath.Path:
   if (chosen := hub.weights_in(inside)) is not None:
     return path / chosen
   near = [name for name in inside if name.lower().endswith(torch_pickle.ENDINGS)]
-  raise ValueError(f'model.weights: {path} is no workdir of a run, which has a folder checkpoints/, and has no '
-                   f'{" or ".join(hub.WEIGHTS)}; ' + (f'give one of its files: {listed(near)}' if near else
-                                                      'give such a folder, or a file'))
+  advice = f'give one of its files: {listed(near)}' if near else 'give such a folder, or a file'
+  raise ValueError(f'model.weights: {path} is not the workdir of a run (it has no folder checkpoints/), and has no '
+                   f'{" or ".join(hub.WEIGHTS)}; {advice}')
 
 
 def _check_timm(network: str, tag: str = '', *, config: ConfigDict) -> None:
@@ -148,7 +148,8 @@ def load_weights(name: str, network: Network, *, classes: int | None = None, cla
   says = (f'; dropped: {says}' if says else '') + ''.join(f'; {note}' for note in notes)
   log.info('weights: %s%s: %d tensors used%s', name, f' at {commit}' if commit else '', len(jax.tree.leaves(variables)),
            says)
-  return Weights(variables, {'name': name, 'revision': commit, 'fingerprint': weights_fingerprint(network_variables(variables))})
+  fingerprint = weights_fingerprint(network_variables(variables))
+  return Weights(variables, {'name': name, 'revision': commit, 'fingerprint': fingerprint})
 
 
 def read_file(path: epath.PathLike, network: Network) -> LoadedWeights:
@@ -161,7 +162,8 @@ def _read_run(folder: epath.Path) -> LoadedWeights:
   """A workdir, or one of its checkpoints."""
   is_run = (folder / 'checkpoints').is_dir()  # whatever it and the folder above it are called
   step = int(folder.name) if not is_run and folder.parent.name == 'checkpoints' and folder.name.isdigit() else None
-  return LoadedWeights(load_variables(folder if step is None else folder.parent.parent, step), {'of that training': ['optimizer']})
+  workdir = folder if step is None else folder.parent.parent
+  return LoadedWeights(load_variables(workdir, step), {'of that training': ['optimizer']})
 
 
 def _check_same_classes(name: str, known: Sequence[str] | None, wanted: Sequence[str]) -> None:
@@ -198,10 +200,11 @@ def _source_classes(path: epath.Path) -> tuple[str, ...] | None:
 
 def init_variables(model: Network, seed: int, weights: Mapping[str, Any] | None) -> dict[str, Any]:
   """Fresh variables of a network; those that `weights` have come from there, heads included."""
-  if weights is not None and not model.heads:  # nothing is fresh, so shapes are enough; compiling init takes many seconds
+  if weights is not None and not model.heads:  # nothing is fresh, so shapes are enough: init takes seconds to compile
     return merge(model, model.shapes(), weights)
   example = jnp.zeros(model.example().shape, model.example().dtype)
-  variables = network_variables(parallel.same_arrays(jax.device_get(jax.jit(model.init)(jax.random.key(seed), example))))
+  initial = jax.device_get(jax.jit(model.init)(jax.random.key(seed), example))
+  variables = network_variables(parallel.same_arrays(initial))
   return variables if weights is None else merge(model, variables, weights)
 
 

@@ -104,7 +104,8 @@ def scale_by_amsgrad(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> o
   optax.scale_by_amsgrad takes the maximum after it, where the large corrections of the first steps stay for good.
   """
 
-  def update(updates: Any, state: optax.ScaleByAmsgradState, params: Any = None) -> tuple[Any, optax.ScaleByAmsgradState]:
+  def update(updates: Any, state: optax.ScaleByAmsgradState,
+             params: Any = None) -> tuple[Any, optax.ScaleByAmsgradState]:
     count = state.count + 1
     mu = jax.tree.map(lambda g, m: b1 * m + (1 - b1) * g, updates, state.mu)
     nu = jax.tree.map(lambda g, v: b2 * v + (1 - b2) * g * g, updates, state.nu)

@@ -96,7 +96,7 @@ def make_step(model: Network, optimizer: optax.GradientTransformation, loss_weig
   needs = all_needs(methods, model)
   if (layer := norm(methods)) is not None:
     model = model.clone(norm=layer)
-  run = functools.partial(forward, model, parts=microbatches)
+  run = functools.partial(forward, model, microbatches=microbatches)
 
   # For the products in methods: the network's own layers have the precision as an argument.
   @precision.default_of(model.precision)
@@ -108,7 +108,7 @@ def make_step(model: Network, optimizer: optax.GradientTransformation, loss_weig
     teacher = None
     if needs.teacher:
       teacher = forward(teacher_of(model, state.start), teacher_variables(state.start), {'target': images['target']},
-                        train=False, layers=needs.layers, parts=microbatches)[0]['target']
+                        train=False, layers=needs.layers, microbatches=microbatches)[0]['target']
     images |= {view.path: batch[view.stream][view.name] for view in needs.forwarded_views}
     fixed = frozen_mask(model, state.params)
 

@@ -114,13 +114,14 @@ def test_devices_draw_alike():
 
 
 def test_parts_of_a_batch_draw_alike():
-  """A pass in two parts is two passes with the same draw, the second one with the statistics that the first one left.
-  """
+  """A pass in two microbatches is two passes with the same draw, the second with the statistics that the first left."""
   model = resnet.ResNet((1,), resnet.BasicBlock, heads={}, width=4, stem='3x3', norm=StochNorm(True).norm())
   variables, images = method_case.variables(model), method_case.images(8, 4)['input']
-  run = jax.jit(lambda variables, images, parts: forward(model, variables, {'target': images}, key=jax.random.key(3),
-                                                         parts=parts),
-                static_argnums=2, compiler_options=method_case.QUICK)
+
+  def draw(variables, images, microbatches):
+    return forward(model, variables, {'target': images}, key=jax.random.key(3), microbatches=microbatches)
+
+  run = jax.jit(draw, static_argnums=2, compiler_options=method_case.QUICK)
   whole, whole_stats = run(variables, images, 2)
   first, stats = run(variables, images[:4], 1)
   second, stats = run(variables | {'batch_stats': stats}, images[4:], 1)
@@ -139,14 +140,14 @@ class Shifted(BatchNorm):
 
 
 @pytest.mark.parametrize('norm', [StochNorm(True).norm(), Shifted, BatchNorm])
-@pytest.mark.parametrize('parts', [1, 2])
-def test_taps_are_the_outputs_that_the_next_layer_gets(norm, parts):
+@pytest.mark.parametrize('microbatches', [1, 2])
+def test_taps_are_the_outputs_that_the_next_layer_gets(norm, microbatches):
   """A block is relu(input + bn2): so the tap of bn2 is not the output of one of the calls that it is made of."""
   model = resnet.ResNet((2,), resnet.BasicBlock, heads={}, width=4, stem='3x3', norm=norm)
   variables, images = method_case.variables(model), method_case.images(8, 4)['input']
   layers = ('layer1/0', 'layer1/1/bn2', 'layer1/1')
   run = jax.jit(lambda variables, images: forward(model, variables, {'target': images}, key=jax.random.key(3),
-                                                  layers=layers, parts=parts),
+                                                  layers=layers, microbatches=microbatches),
                 compiler_options=method_case.QUICK)
   taps = run(variables, images)[0]['target'].taps
   np.testing.assert_allclose(np.maximum(taps['layer1/0'] + taps['layer1/1/bn2'], 0), taps['layer1/1'], atol=1e-6)

@@ -134,7 +134,7 @@ def test_a_file_is_downloaded_once_and_its_commit_known(tmp_path, name, file_nam
 
 
 @pytest.mark.parametrize('name,token,words', [
-    ('timm:resnet18.tiny', 'hf_expired', 'refuses your token: log in with `hf auth login` or set HF_TOKEN anew'),
+    ('timm:resnet18.tiny', 'hf_expired', 'refuses your token: log in with `hf auth login` or set HF_TOKEN again'),
     ('timm:resnet18', 'hf_test',
      r'no repository timm/resnet18 at .*names of timm have a tag, as in timm:resnet50.tv_in1k'),
     ('hf:owner/nothing', 'hf_test', 'there is no repository owner/nothing .*private'),

@@ -55,7 +55,7 @@ def test_a_file_cut_short_is_an_error_that_names_it(name, tmp_path):
     path.write_bytes(data[:length])
     with pytest.raises(ValueError, match=name):
       torch_pickle.read(path)
-  with pytest.raises(ValueError, match=f'{name} is (incomplete|no whole safetensors file).* again'):
+  with pytest.raises(ValueError, match=f'{name} is (incomplete|not a complete safetensors file).* again'):
     torch_pickle.read(path)  # one byte short
 
 
@@ -146,7 +146,7 @@ def test_a_pickle_cannot_run_code(tmp_path, legacy_format):
   else:
     with zipfile.ZipFile(path, 'w') as archive:
       archive.writestr('evil/data.pkl', pickle.dumps(evil))
-  with pytest.raises(ValueError, match='evil.pth is not read: it asks for .*system, which is no part of a state dict'):
+  with pytest.raises(ValueError, match='evil.pth is not read: .*system, which does not belong in a state dict'):
     torch_pickle.read(path)
   assert not mark.exists()
   pickle.loads(pickle.dumps(evil))
@@ -156,7 +156,7 @@ def test_a_pickle_cannot_run_code(tmp_path, legacy_format):
 @pytest.mark.parametrize('call', [b'ctorch._utils\n__globals__\n', b'cbuiltins\ngetattr\n', b'ctorch\nload\n',
                                   b'ctorch.nn\nLinear\n'])
 def test_other_names_are_refused(tmp_path, call):
-  with pytest.raises(ValueError, match='which is no part of a state dict'):
+  with pytest.raises(ValueError, match='which does not belong in a state dict'):
     torch_pickle.read(legacy(tmp_path / 'a.pth', call=call))
 
 
@@ -247,7 +247,7 @@ def test_other_files_are_named_by_their_bytes(kind, tmp_path):
   for name in ('a.pth', 'A.SAFETENSORS', 'a'):
     (tmp_path / name).write_bytes(content)
     if kind == 'other' and name == 'A.SAFETENSORS':
-      words = 'is no whole safetensors file'
+      words = 'is not a complete safetensors file'
     with pytest.raises(ValueError, match=f'{name} .*{words}') as error:
       torch_pickle.read(tmp_path / name)
     assert '\n' not in str(error.value)
@@ -342,9 +342,8 @@ def test_objects_that_are_not_made_cannot_take_part(tmp_path, monkeypatch):
   assert state.notes == (r"objects that were not created: 'x\nerror.A'",)  # in one line
   for content in (table(weight=tensor(), bias=b'cnumpy\nndarray\n)R'), b'ctorchvision.models.resnet\nResNet\n)\x81}b',
                   table(model=b'ctorchvision.models.resnet\nResNet\n)\x81}b', epoch=b'K\x01')):
-    with pytest.raises(ValueError, match=r'asks for (numpy.ndarray|torchvision.models.resnet.ResNet), which is no part '
-                                         r'of a state dict.*'
-                                         'save model.state_dict'):
+    with pytest.raises(ValueError, match=r'asks for (numpy.ndarray|torchvision.models.resnet.ResNet), which does not '
+                                         r'belong in a state dict.*save model.state_dict'):
       torch_pickle.read(torch_file(tmp_path / 'a.pth', content))
 
 
@@ -366,6 +365,6 @@ def test_a_pickle_cannot_change_what_stands_for_objects(tmp_path):
 def test_what_only_an_attack_asks_for_is_refused(tmp_path, name):
   """Even beside the network, where it would not run: who sent such a file meant harm."""
   ask = b'c' + name.replace(' ', '\n').encode() + b'\n)R'
-  with pytest.raises(ValueError, match=f'asks for {name.replace(" ", ".")}, which is no part of a state dict. Such a '
-                                       f'file could run code'):
+  expected = f'asks for {name.replace(" ", ".")}, which does not belong in a state dict. Such a file could run code'
+  with pytest.raises(ValueError, match=expected):
     torch_pickle.read(torch_file(tmp_path / 'a.pth', table(args=ask, state_dict=NETWORK)))

@@ -268,7 +268,8 @@ def test_weights_without_what_is_asked_for(name, wanted, words):
 @pytest.mark.parametrize('fields,words', [
     ({'weights': 'no.pth'}, 'there is no file or folder no.pth; expected one, or timm:<name>, or hf:<owner>/<name>'),
     ({'weights': 'torchvision:resnet50'}, 'there is no file or folder torchvision:resnet50'),
-    ({'weights': 'tests'}, 'tests is no workdir of a run'), ({'weights': 'hf:resnet50'}, 'expected hf:<owner>/<name>'),
+    ({'weights': 'tests'}, 'tests is not the workdir of a run'),
+    ({'weights': 'hf:resnet50'}, 'expected hf:<owner>/<name>'),
     ({'weights': 'timm:resnet50d.ra2_in1k'},
      'a resnet50d, which is another network than resnet18, resnet34, resnet50, resnet101'),
     ({'weights': 'timm:wide_resnet50_2.tv_in1k'}, 'a wide_resnet50_2, which is another network'),
@@ -291,8 +292,8 @@ def test_a_folder_as_on_the_hub(tmp_path):
   """A cloned repository: its weights are found; where they are called otherwise, they are named."""
   (tmp_path / 'config.json').write_text('{"architecture": "resnet18"}')
   with pytest.raises(ValueError,
-                     match='is no workdir of a run.* and has no model.safetensors or pytorch_model.bin; give such a '
-                           'folder'):
+                     match='is not the workdir of a run.* and has no model.safetensors or pytorch_model.bin; '
+                           'give such a folder'):
     initial_weights.load_weights(str(tmp_path), RESNET)
   shutil.copy(DATA / 'resnet18.pth', tmp_path / 'net.PTH')
   with pytest.raises(ValueError, match='give one of its files: net.PTH'):

@@ -122,7 +122,7 @@ def test_a_header_of_safetensors_that_lies(tmp_path, header, data, length):
   path = tmp_path / 'a.safetensors'
   path.write_bytes(struct.pack('<Q', length or len(header)) + header + bytes(data))
   with pytest.raises(ValueError,
-                     match='a.safetensors (is no whole safetensors file|has a tensor of a shape that cannot be)'):
+                     match='a.safetensors (is not a complete safetensors file|has a tensor of a shape that cannot be)'):
     torch_pickle.read(path)
 
 
