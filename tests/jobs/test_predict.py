@@ -238,7 +238,7 @@ def test_two_classes_give_two_columns_unless_three_are_asked_for(tmp_path):
   config = miniature.get_config('finetune')
   config.target.name, config.selection.method, config.source.name = f'folder:{tmp_path / "images"}', 'none', ''
   config.model.weights, config.model.width, config.image_size, config.augment.short_side = '', 4, 32, 36
-  config.train.steps, config.train.batch_size, config.train.eval_every = 2, 4, 2
+  config.train.steps, config.train.batch_size, config.train.eval_every = 2, 8, 2
   finetune.run(config, workdir)
   predict.run(config_of(workdir, tmp_path / 'images' / 'test'), tmp_path / 'out')
   assert list(rows(tmp_path / 'out' / 'predictions.csv')[0])[-3:] == ['class_2', 'probability_2', 'true_class']
