@@ -226,8 +226,9 @@ def _image_set(images: Images) -> ImageSet | None:
   # A column of paths has a shape too.
   if hasattr(images, 'shape') and (array := np.asarray(images)).dtype.kind not in 'OSU':
     one = array.ndim == 2 or array.ndim == 3 and array.shape[-1] == 3
-    is_empty = array.ndim > 0 and not len(array)
-    return None if is_empty else ImageSet.from_arrays(array[None] if one else array, name='images')
+    if array.ndim and not len(array):
+      return None
+    return ImageSet.from_arrays(array[None] if one else array, name='images')
   if isinstance(images, Mapping) or not isinstance(images, Iterable):
     raise ValueError(f'images is of type {type(images).__name__}; expected a path, a list of paths, arrays or Pillow '
                      'images, an array uint8 [n, h, w, 3], or an ft_jax.ImageSet')

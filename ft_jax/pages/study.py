@@ -62,12 +62,13 @@ def _target(results: Mapping[str, Any], target: Mapping[str, Any]) -> dict[str, 
   """What the page shows of one target."""
   accuracy, sizes = study_figures.accuracy(results, target), study_figures.sizes(target)
   changes, scores = study_figures.changes(target), study_figures.scores(target)
+  score_columns = 2 if len(scores) in (2, 4) else 3
   spectra = [page.svg(study_figures.singular_values(results, target, kind)) for kind in SPECTRA]
   return {
       'name': target['name'], 'target': target, 'answers': [answer(results, target, way) for way in WAYS],
       'accuracy': _panels(results, accuracy, 3 if len(accuracy) == 3 else 2), 'spectra': Panels(2, spectra),
       'sizes': _panels(results, sizes, 4), 'changes': _panels(results, changes, len(changes)) if changes else None,
-      'scores': _panels(results, scores, 2 if len(scores) in (2, 4) else 3) if scores else None,
+      'scores': _panels(results, scores, score_columns) if scores else None,
       'correlations': _correlations(target), 'tables': _tables(results, target)}
 
 
