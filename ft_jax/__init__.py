@@ -8,7 +8,6 @@
 of files, arrays or TFDS. Importing this package is fast: jax is imported when one of these functions is first used.
 """
 
-import importlib
 from typing import Any, TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -17,19 +16,15 @@ if TYPE_CHECKING:
 
 __all__ = ['ImageSet', 'Run', 'finetune', 'load', 'pretrain']
 
-_MODULES = {
-    'ImageSet': 'ft_jax.data.image_set',
-    'Run': 'ft_jax.api',
-    'finetune': 'ft_jax.api',
-    'load': 'ft_jax.api',
-    'pretrain': 'ft_jax.api',
-}
-
 
 def __getattr__(name: str) -> Any:
-  if name not in _MODULES:
-    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-  return getattr(importlib.import_module(_MODULES[name]), name)
+  if name == 'ImageSet':
+    from ft_jax.data.image_set import ImageSet
+    return ImageSet
+  if name in __all__:
+    from ft_jax import api
+    return vars(api)[name]
+  raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
 
 
 def __dir__() -> list[str]:

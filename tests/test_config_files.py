@@ -43,5 +43,7 @@ def test_a_package_of_that_name_is_left_alone(monkeypatch):
   """Other projects have a package named configs, too."""
   other = types.ModuleType('configs')
   monkeypatch.setitem(sys.modules, 'configs', other)
+  for name in [name for name in sys.modules if name.startswith('configs.')]:  # of this project, from other tests
+    monkeypatch.delitem(sys.modules, name)
   assert config_files.load('pets').target.name == 'tfds:oxford_iiit_pet'
   assert sys.modules['configs'] is other and 'configs.liu2022' not in sys.modules

@@ -15,13 +15,13 @@ from orbax import checkpoint as ocp
 import pytest
 
 from configs import default, miniature
-from ft_jax import methods, parallel
+from ft_jax import methods, models, parallel
 from ft_jax.data import open_set, pipeline
 from ft_jax.data.pipeline import place_of, rows_at, Stalled, train_batches, Transform
 from ft_jax.data.splits import open_splits, SplitSettings
 from ft_jax.embedding import Encoder, remove_partial
 from ft_jax.jobs import finetune
-from ft_jax.training import fit
+from ft_jax.training import fit, initial_weights
 from ft_jax.training.loop import Diverged
 from selection import journal
 

@@ -17,6 +17,7 @@ import pytest
 
 from ft_jax.data import open_set
 import selection
+from selection.ranking import NOUNS
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -249,7 +250,7 @@ def fine_tune_by(photos, pool, workdir, by: str, *flags: str) -> tuple[dict, str
   chosen, used = json.loads((workdir / 'selection.json').read_text()), results['selection']
   assert used['by'] == by and used['units'] == len(chosen['units']) and used['images'] == len(chosen['rows']) < 60
   page = (workdir / 'report.html').read_text()
-  assert f'The chosen {by}s, best first' in page and page.count('data:image/jpeg') >= used['units'] + 8
+  assert f'Selected {NOUNS[by]}, best first' in page and page.count('data:image/jpeg') >= used['units'] + 8
   return results, run.stderr
 
 
@@ -287,7 +288,7 @@ def test_single_images_of_sets_with_damaged_files(photos, pool, tmp_path):
           results['source']['images']) == (19, 46, 59)
   assert results['precision'] == {'training': 'default', 'embeddings': 'highest'}
   assert 'source pool: 1 of 60 images cannot be read and are skipped: c/4.jpg' in printed
-  assert 'keeping 46 decoded images in memory (target train, target val): ' in printed
+  assert 'caching 46 decoded images in memory (target train, target val): ' in printed
   lines = [json.loads(line) for line in (tmp_path / 'run' / 'metrics.jsonl').read_text().splitlines()]
   # the first step is compiled, and a window of its own
   assert 'waiting_share' not in lines[0] and 'images_per_second' not in lines[0]
@@ -296,7 +297,7 @@ def test_single_images_of_sets_with_damaged_files(photos, pool, tmp_path):
 
 def test_same_images_on_both_sides_are_refused(photos, tmp_path):
   run = main(tmp_path / 'run', '--config=configs/miniature.py:finetune', f'--config.source.name=folder:{photos}',
-             f'--config.target.name=folder:{photos}', '--config.model.weights=')
+             f'--config.target.name=folder:{photos}', '--config.model.weights=', '--config.selection.size=2')
   assert run.returncode == 1 and 'every image of it is in the target too; give other pre-training data' in run.stderr
   assert 'Traceback' not in run.stderr
 
