@@ -42,7 +42,7 @@ def defaults() -> dict[str, Any]:
 
 
 class Kind(NamedTuple):
-  """What a field may be: in words, behind "expected", and as a test of a value."""
+  """What a field may be: as text after "expected", and as a test of a value."""
   expected: str
   fits: Callable[[Any], bool]
 

@@ -429,7 +429,7 @@ def _network(settings: Settings, sets: Sets, weights: Weights | None) -> fit.Ini
 
 def _about(settings: Settings, results: Mapping[str, Any], sets: Sets, weights: Weights | None,
            chosen: selection.Selection | None, streams: Mapping[str, fit.Stream]) -> dict[str, Any]:
-  """What results.json says beside the results of the training."""
+  """What results.json says in addition to the results of the training."""
   splits, pool = sets.splits, sets.pool
   embedded = chosen is not None and chosen.encoder and settings.selection.embeds
   target = {'name': settings.target.name or splits.train.name, 'classes': len(splits.train.class_names),

@@ -99,7 +99,7 @@ def predict(run: trained.Trained, source: ImageSet, top: int, skip: bool,
 
 @dataclasses.dataclass(frozen=True)
 class _Tolerant(Transform):
-  """Notes an image that cannot be read, and goes on with a black one in its place."""
+  """Notes an image that cannot be read, and continues with a black one in its place."""
   unreadable: dict[str, str] = dataclasses.field(default_factory=dict)
 
   def evaluate(self, example: Example) -> np.ndarray:

@@ -79,7 +79,7 @@ _conv2d_strided.defvjp(_strided_forward, _strided_backward)
 
 
 def max_pool(x: jax.Array) -> jax.Array:
-  """Max-pooling 3x3 with stride 2 and one pixel of padding, as behind the stem; `[b, h, w, c]` to `[b, h/2, w/2, c]`.
+  """Max-pooling 3x3 with stride 2 and one pixel of padding, as after the stem; `[b, h, w, c]` to `[b, h/2, w/2, c]`.
 
   Where values tie, the gradient goes to the first of them in every form.
   """

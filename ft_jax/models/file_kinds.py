@@ -88,7 +88,7 @@ def _is_protobuf(head: bytes) -> bool:
 
 
 def _explain_text(head: bytes) -> str | None:
-  """What a text is; None where it is no text."""
+  """What kind of text this is; None if it is not text."""
   try:
     text = head.decode('utf-8-sig', errors='ignore' if len(head) >= HEAD_SIZE else 'strict').strip()
   except UnicodeDecodeError:

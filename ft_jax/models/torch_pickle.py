@@ -305,7 +305,7 @@ def _arrays(of: Mapping[Any, '_Tensor'], numbers: Callable[[str], bytes], file_s
 
 
 def _text(key: Any) -> str:
-  """A name in the file for messages, in one line: what is no text may be nested without end."""
+  """A name in the file for messages, in one line: what is not text may be nested without end."""
   return key if isinstance(key, str) and key.isprintable() and len(key) <= 200 else reprlib.repr(key)
 
 

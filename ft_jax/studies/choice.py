@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-# A margin of fewer standard errors is no difference to be seen: about 95 % of a normal distribution.
+# A margin of fewer standard errors counts as no visible difference: about 95 % of a normal distribution.
 ERRORS = 2.0
 
 
@@ -27,7 +27,7 @@ class Choice(NamedTuple):
     row: the one that is chosen.
     margins: of it over each checkpoint, on test; over itself it is 0.
     best_other: which of the others is best on val; None where there is one checkpoint.
-    similar: the others that are not to be told from it on test.
+    similar: the others that cannot be distinguished from it on test.
   """
   row: int
   margins: tuple[Margin, ...]

@@ -48,7 +48,7 @@ class Probed(NamedTuple):
 
 
 def top1(labels: np.ndarray, predictions: np.ndarray, classes: int) -> float:
-  """The part of all images that is right."""
+  """The fraction of all images that is classified correctly."""
   return float(np.mean(labels == predictions))
 
 

@@ -1,4 +1,4 @@
-"""The spectrum of features: which singular values a network's features have, and which part of them changes.
+"""The spectrum of features: which singular values a network's features have, and which of them change.
 
 Deng et al. ("Towards Inadequately Pre-trained Models in Transfer Learning", ICCV 2023) split the feature matrix F = U S
 V^T, one row an image, into a main part, its first k singular components, and the residual; k by `main_size`. V and S

@@ -48,8 +48,8 @@ def read_about(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
 def read_shapes(folder: epath.Path) -> dict[str, Any]:
   """Shapes and types of a checkpoint's state, as nested dicts, after all of its files were read, one after the other.
 
-  Orbax reads everything at once, and where files are missing or cut short, its threads print tracebacks beside the
-  error.
+  Orbax reads everything at once, and where files are missing or cut short, its threads print tracebacks in addition
+  to the error.
 
   Raises:
     Damaged: a file is missing or cannot be read.

@@ -47,9 +47,9 @@ class Checkpoints:
 
     Args:
       workdir: the run's.
-      made_from: fingerprints of what the run depends on beside its config, by name; saved with each checkpoint.
+      made_from: fingerprints of what the run depends on besides its config, by name; saved with each checkpoint.
       read_only: changes nothing, as the folder may be another process's; nothing can be saved then.
-      keep: steps whose checkpoints are kept, beside the newest and the best.
+      keep: steps whose checkpoints are kept, besides the newest and the best.
       formerly: fingerprints that older versions gave to some of `made_from`; checkpoints with them are resumed too.
     """
     self._formerly = dict(formerly or {})
