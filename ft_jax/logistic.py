@@ -40,8 +40,8 @@ def fit(features: np.ndarray, labels: np.ndarray, classes: int, *, strength: flo
     strength: of the penalty, which leaves the bias out; from 0, where there need not be a minimum.
     bias: whether there is one.
     start: begins there and not at zero; such as the result of a larger strength.
-    tolerance: it ends where no entry of the gradient is above this fraction of the loss; or where the loss does not go down
-      any more in this precision.
+    tolerance: it ends where no entry of the gradient exceeds this fraction of the loss; or where the loss stops falling
+      in this precision.
     max_iterations: it ends there in any case.
 
   Raises:
