@@ -83,8 +83,8 @@ class Network(nn.Module, kw_only=True):
   """A backbone and any set of named heads.
 
   A family defines `__call__`, `features_dim` and `stage_names`, and puts `Heads(self.heads, ..., name='heads')` on its
-  features. The other answers have defaults, which suit a network of modules named as `stage_names` says, with layers called
-  `...norm...` where it normalises, and no counterpart in torch.
+  features. The other answers have defaults, which suit a network of modules named as `stage_names` says, with layers
+  called `...norm...` where it normalises, and no counterpart in torch.
 
   Attributes:
     heads: number of classes of each head, by name.

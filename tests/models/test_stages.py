@@ -7,7 +7,6 @@ import tarfile
 import jax
 import numpy as np
 import pytest
-from torch_weights import load_torch
 
 from ft_jax.data import open_set
 from ft_jax.data.pipeline import EvalBatches, Transform
@@ -44,8 +43,8 @@ def test_answers_of_the_first_stages():
   network = build('resnet18', {'target': 2}, width=4, stages=3)
   assert network.stage_names == ('layer1', 'layer2', 'layer3')
   assert network.stage_layers[-1] == 'layer3/1/conv2' and network.stage('layer3/0/conv1/kernel') == 3
-  assert [network.depth(f'{path}/kernel') for path in ('heads/target', 'layer3/1/conv2', 'layer1/0/conv1', 'conv1')] == [
-      0, 1, 6, 7]
+  paths = ('heads/target', 'layer3/1/conv2', 'layer1/0/conv1', 'conv1')
+  assert [network.depth(f'{path}/kernel') for path in paths] == [0, 1, 6, 7]
   assert network.shapes()['params']['heads']['target']['kernel'].shape == (16, 2)
   assert not network.torch_constructor('resnet18', 2), 'torchvision has no such network'
   with pytest.raises(ValueError, match='model.stages is 5; expected 1 to 4, or 0 for all'):
