@@ -62,7 +62,7 @@ def load(workdir: str, field: str = 'config.workdir') -> Trained:
     raise ValueError(f'{field}: {workdir} holds no run (no config.json of one); give the workdir of a finished '
                      'fine-tuning')
   if str(stored['job']) not in HEADS:
-    inside = sorted(p.name for p in path.iterdir() if read_config(p)) if stored['job'] == 'compare' else []
+    inside = sorted(f'cells/{p.name}' for p in (path / 'cells').iterdir()) if (path / 'cells').is_dir() else []
     raise ValueError(f'{field}: {workdir} is of job {stored["job"]}; give that of a fine-tuning'
                      + (f', such as {path / inside[0]} ({len(inside)} are inside)' if inside else ''))
   if not (path / 'results.json').exists():
