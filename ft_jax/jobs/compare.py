@@ -30,7 +30,8 @@ from ft_jax.jobs.compare_variants import (
 )
 from ft_jax.pages import comparison
 from ft_jax.progress import log
-from ft_jax.settings import check_fields
+from ft_jax.settings import check_fields, flat
+from ft_jax.studies.comparison import summarize
 from ft_jax.workdir import read_json, Workdir, write_results, write_text
 
 FORMAT_VERSION = 1
@@ -198,6 +199,7 @@ class Report:
 
   def __init__(self, grid: Grid, work: Workdir, processes: int):
     self._grid, self._work, self._processes = grid, work, processes
+    self._write_after = 0.0
     # What was finished before is not logged again.
     self._logged = {cell.folder for cell in grid.known() if grid.outcome(cell)}
     self._chosen = {variant.name for variant in grid.variants if variant.tuned and grid.choice(variant)}
@@ -220,8 +222,11 @@ class Report:
       else:
         log.error('%s; see %s', what, self._work.path / cell.folder / 'log.txt')
     self._log_choices()
-    if new:
+    if new and time.monotonic() >= self._write_after:
+      began = time.monotonic()
       write_compare_json(self._grid, self._work)
+      # The statistics of many runs may take longer than a short run.
+      self._write_after = time.monotonic() + 20 * (time.monotonic() - began)
 
   def finish(self) -> dict[str, Any]:
     """Writes the results and the page; returns what results.json holds.
@@ -240,7 +245,7 @@ class Report:
       raise RuntimeError(f'{len(problems)} of {grid.size} runs failed: {"; ".join(problems[:5])}. The same command '
                          'tries them again')
     if not parallel.agreed(work.results_json.exists):
-      write_results(work, summarize(grid))
+      write_results(work, results_by_variant(grid))
     results = parallel.agreed(lambda: read_json(work.results_json))
     log.info('%s', comparison.markdown(results))
     comparison.write(work)
@@ -306,9 +311,15 @@ def at_edge(variant: Variant, tuned: Mapping[str, Any]) -> list[tuple[str, Any, 
 
 
 def write_compare_json(grid: Grid, work: Workdir) -> None:
-  """Writes what is known of a comparison; see docs/compare.md for the fields."""
-  if parallel.is_main():
-    write_text(work.path / 'compare.json', json.dumps(compare_json(grid), indent=1, allow_nan=False) + '\n')
+  """Writes what is known of a comparison and what it says; see docs/compare.md for the fields."""
+  if not parallel.is_main():
+    return
+  known = compare_json(grid)
+  predicted = {cell['folder']: work.path / cell['folder'] / 'predictions.json'
+               for variant in known['variants'] for cell in variant['cells'] if not cell['error']}
+  predictions = {folder: read_json(path) for folder, path in predicted.items() if path.exists()}
+  write_text(work.path / 'compare.json',
+             json.dumps(summarize(known, predictions), indent=1, allow_nan=False) + '\n')
 
 
 def compare_json(grid: Grid) -> dict[str, Any]:
@@ -328,8 +339,11 @@ def _variant_json(grid: Grid, variant: Variant) -> dict[str, Any]:
   trials = [(cell, outcome) for cell in grid.trials(variant) if (outcome := grid.outcome(cell)) is not None]
   cells = [(cell, outcome) for cell in grid.cells(variant) if (outcome := grid.outcome(cell)) is not None]
   metric = grid.config.target.metric
+  # Those that say what a variant is are there even where the config sets them for all.
+  shown = {name: value for name, value in flat(grid.config.to_dict()).items()
+           if name in ('selection.method', grid.config.compare.axis)}
   return {
-      'name': variant.name, 'fields': dict(variant.fields), 'tuned': choice and choice.tuned,
+      'name': variant.name, 'fields': shown | dict(variant.fields), 'tuned': choice and choice.tuned,
       'error': choice.error or None if choice else None,
       'trials': [{'fields': dict(cell.tuned), 'seed': cell.seed, 'folder': cell.folder, 'error': outcome.error or None,
                   'val': outcome.results['val'][metric] if outcome.results else None} for cell, outcome in trials],
@@ -346,7 +360,7 @@ def _cell_json(cell: Cell, outcome: Outcome, metric: str) -> dict[str, Any]:
                   'wall_seconds': outcome.seconds}
 
 
-def summarize(grid: Grid) -> dict[str, Any]:
+def results_by_variant(grid: Grid) -> dict[str, Any]:
   """What results.json holds: the accuracies of each variant by seed; the first variant is the baseline."""
   each = compare_json(grid)
   rows: list[dict[str, Any]] = [
