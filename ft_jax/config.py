@@ -44,11 +44,13 @@ def get_config() -> ConfigDict:
   config.source.val = ''  # pre-training only: as target.val
   config.source.test = ''  # pre-training only: as target.test
   config.source.val_fraction = 0.05  # pre-training only: as target.val_fraction
+  config.source.shuffle_labels = False  # control: permute the labels of the selected images at random, by seed
 
   config.model = ConfigDict()
   config.model.name = 'resnet50'  # resnet18, resnet34, resnet50, resnet101
   config.model.width = 64  # channels of the first stage; 64 is the published network
   config.model.stem = '7x7'  # 7x7 (stride 2 and pooling, for photographs) or 3x3 (full resolution, for tiny images)
+  config.model.stages = 0  # use only the first n stages of the network: features are the mean of stage n; 0: all
   # timm:<name>[@revision], hf:<owner>/<name>[@revision], a .safetensors, .pth or .pth.tar file, the workdir of a run,
   config.model.weights = ''  # or 'pretrain', which runs config.pretrain first; '': random
   config.model.source_head = 'fresh'  # head of the source classes: fresh (as published), or pretrained (from weights)
@@ -59,7 +61,8 @@ def get_config() -> ConfigDict:
   config.model.precision = 'default'  # or highest (float32, slower); embeddings for selection always use highest
 
   config.selection = ConfigDict()
-  config.selection.method = 'uot'  # uot, ot, softmax, nearest, greedy_emd, random, least; none: plain fine-tuning
+  # uot, ot, softmax, nearest, greedy_emd, random, least; all: the whole pool, whatever the size;
+  config.selection.method = 'uot'  # none: plain fine-tuning
   config.selection.size = 100.0  # number of units to select; below 1: the share of transported mass to cover
   config.selection.by = 'class'  # unit: class, cluster (k-means, for sources with poor labels) or example (an image)
   config.selection.clusters = 2000  # by = cluster: number of clusters

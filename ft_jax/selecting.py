@@ -19,6 +19,8 @@ from selection import storage, strategies
 from selection.result import NOUNS
 
 FEATURES = ('pooled', 'projection')
+# Besides the strategies, which rank units by their features: every class of the pool.
+ALL = 'all'
 
 # Ids of images that the pool does not have any more, by the reason.
 Lost = Mapping[str, Sequence[str]]
@@ -43,8 +45,8 @@ class SelectionSettings:
   parameters: Mapping[str, Any]
 
   def __post_init__(self) -> None:
-    if self.method not in selection.STRATEGIES:
-      raise ValueError(f'config.selection.method is {self.method!r}; known: {", ".join(selection.STRATEGIES)}')
+    if self.method not in (known := (*selection.STRATEGIES, ALL)):
+      raise ValueError(f'config.selection.method is {self.method!r}; known: {", ".join(known)}')
     if self.file and not self.used:
       raise ValueError("config.selection.file is set, but config.selection.method is 'none', which uses no selection; "
                        'set either')
@@ -61,7 +63,7 @@ class SelectionSettings:
     if self.by == 'example' and cost == 'bures':
       raise ValueError("config.selection.cost is 'bures', which compares classes or clusters, but "
                        "config.selection.by is 'example'")
-    if self.size < 1 and self.used and self.method not in strategies.BY_SHARE:
+    if self.size < 1 and self.used and self.method not in (*strategies.BY_SHARE, ALL):
       raise ValueError(f'config.selection.size is {self.size:g}, a share of transported mass, which {self.method} '
                        'does not use; give a number of units')
 
@@ -82,7 +84,7 @@ class SelectionSettings:
   @property
   def embeds(self) -> bool:
     """Whether features of images are compared."""
-    return self.used and not self.file
+    return self.used and not self.file and self.method != ALL
 
   @property
   def projects(self) -> bool:
@@ -131,6 +133,8 @@ def select(settings: SelectionSettings, work: Workdir, pool: ImageSet, target: I
     return load(work, pool)
   if settings.file:
     return _save(read(settings.file, pool, lost), work, pool)
+  if settings.method == ALL:
+    return _save(whole(pool), work, pool)
   encoder = make_encoder()
   source, wanted = (encoder.embed(images, what, settings.class_means)
                     for images, what in ((pool, 'source'), (target, 'target')))
@@ -149,6 +153,15 @@ def load(work: Workdir, pool: ImageSet) -> selection.Selection:
                      'images, labels or duplicates (config.source.duplicates) have changed since then (fingerprint '
                      f'{pool.fingerprint}); restore them, or give another --workdir')
   return chosen
+
+
+def whole(pool: ImageSet) -> selection.Selection:
+  """All classes of a pool, in their order."""
+  classes = len(pool.class_names)
+  return selection.Selection(
+      method=ALL, by='class', size=classes, seed=0, parameters={}, units=np.arange(classes), scores=np.ones(classes),
+      measure='given', ascending=False, names=pool.class_names, target_names=(),
+      counts=np.bincount(pool.labels, minlength=classes))
 
 
 def read(path: str, pool: ImageSet, lost: Lost = types.MappingProxyType({})) -> selection.Selection:

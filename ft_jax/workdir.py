@@ -28,7 +28,7 @@ _COMMITTED = 'commit_success.txt'
 
 class Workdir:
   """A run's files: config.json, duplicates.json, selection.json, embeddings/, metrics.jsonl, tensorboard/,
-  checkpoints/<step>/, results.json, report.html.
+  checkpoints/<step>/, predictions.json, results.json, report.html.
   """
 
   def __init__(self, path: epath.PathLike, config: Mapping[str, Any]):
@@ -83,6 +83,7 @@ class Workdir:
   duplicates_json = property(lambda self: self.path / 'duplicates.json')
   metrics_jsonl = property(lambda self: self.path / 'metrics.jsonl')
   results_json = property(lambda self: self.path / 'results.json')
+  predictions_json = property(lambda self: self.path / 'predictions.json')  # of the best checkpoint
   diverged_json = property(lambda self: self.path / 'diverged.json')
   predicted_json = property(lambda self: self.path / 'predicted.json')  # label noise from a network
   report_html = property(lambda self: self.path / 'report.html')

@@ -20,12 +20,12 @@ from typing import Any
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 # What a file operation belongs to, by parts of the path below the workdir; the first one that fits.
 KINDS = (('checkpoints', 'checkpoint'), ('damaged', 'checkpoint'), ('results.json', 'results'),
-         ('report.html', 'report'),
-         ('selection.json', 'selection'), ('embeddings', 'embeddings'), ('unfinished', 'embeddings'),
+         ('predictions.json', 'results'),
+         ('report.html', 'report'), ('selection.json', 'selection'), ('embeddings', 'embeddings'), ('unfinished', 'embeddings'),
          ('metrics.jsonl', 'metrics'), ('config.json', 'config'), ('study.', 'results'), ('parts', 'results'),
          ('', 'other'))
-# Fields of metrics.jsonl that depend on the clock, and of results.json that say how and where it was run.
-CLOCK, COMMAND = ('images_per_second', 'waiting_share'), ('command', 'commit')
+# Fields of metrics.jsonl that depend on the clock, and of results.json that say how, where and how fast it was run.
+CLOCK, COMMAND = ('images_per_second', 'waiting_share'), ('command', 'commit', 'cost')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,7 +265,7 @@ def differences(found: pathlib.Path, expected: pathlib.Path, stopped: bool = Fal
 
 
 def _different(found: pathlib.Path, expected: pathlib.Path, stopped: bool) -> Iterator[str]:
-  for name in ('config.json', 'selection.json'):
+  for name in ('config.json', 'selection.json', 'predictions.json'):
     if _bytes(found / name) != _bytes(expected / name):
       yield f'{name} differs'
   results = [_json(folder / 'results.json') for folder in (found, expected)]

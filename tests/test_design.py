@@ -18,7 +18,7 @@ import selection
 from selection import strategies
 
 ROOT = pathlib.Path(__file__).parents[1]
-RESULTS = (ROOT / 'docs' / 'results.md').read_text()
+WORKDIR_PAGE = (ROOT / 'docs' / 'workdir.md').read_text()
 
 
 def example(name: str) -> dict[str, Any]:
@@ -99,9 +99,9 @@ def test_the_strategy_is_its_formula():
 
 
 def test_every_key_of_the_results_is_described(run):
-  """In docs/results.md; and every metric."""
+  """In docs/workdir.md; and every metric."""
   results, workdir = run
-  table = RESULTS.partition('## results.json')[2].partition('## metrics.jsonl')
+  table = WORKDIR_PAGE.partition('## results.json')[2].partition('## metrics.jsonl')
   for key, value in results.items():
     assert f'`{key}`' in table[0], key
     for inner in value if isinstance(value, dict) and key != 'versions' else ():
@@ -115,4 +115,4 @@ def test_every_key_of_the_results_is_described(run):
 def test_every_file_of_the_workdir_is_described(run):
   _, workdir = run
   for path in workdir.iterdir():
-    assert f'`{path.name}' in RESULTS, path.name
+    assert f'`{path.name}' in WORKDIR_PAGE, path.name

@@ -191,7 +191,7 @@ def test_arguments_of_configs_exist():
 
 def test_every_file_of_a_workdir_is_described():
   """Of those that `Workdir` names."""
-  text = (ROOT / 'docs' / 'results.md').read_text()
+  text = (ROOT / 'docs' / 'workdir.md').read_text()
   for name, value in vars(Workdir).items():
     if isinstance(value, property):
       path = value.fget(Workdir.__new__(Workdir)) if name == 'path' else value.fget(_At())

@@ -5,6 +5,7 @@ import csv
 import dataclasses
 import io
 from typing import NamedTuple
+import zlib
 
 from etils import epath
 import numpy as np
@@ -85,6 +86,14 @@ def probabilities(kind: str, classes: int, seed: int) -> np.ndarray:
   if kind == 'nonuniform':
     weights = np.exp([_uniform('class', str(seed), str(k)) for k in range(classes)])
   return weights / weights.sum()
+
+
+def shuffled(images: ImageSet, seed: int) -> ImageSet:
+  """The same images, with their labels permuted at random: each class keeps its number of images."""
+  order = np.random.default_rng((zlib.crc32(b'shuffled labels'), seed)).permutation(len(images))
+  labels = images.labels[order]
+  return dataclasses.replace(images, labels=labels, fingerprint=digest(images.fingerprint, labels.tobytes()),
+                             legacy_fingerprint=digest(images.legacy_fingerprint, labels.tobytes()))
 
 
 def read_predictions(path: str, images: ImageSet) -> np.ndarray:

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from ft_jax import embedding, methods, models, noise, parallel, selecting
-from ft_jax.data import open_set, overlap
+from ft_jax.data import label_noise, open_set, overlap
 from ft_jax.data.image_set import ImageSet
 from ft_jax.data.pipeline import make_transform, Transform
 from ft_jax.data.splits import (
@@ -60,6 +60,7 @@ class Settings:
     target: its splits.
     balanced: whether every class of the target comes equally often.
     source: the pre-training data, of which `train` is selected from (and pre-trained on).
+    shuffle_labels: whether the labels of the selected images are permuted.
     duplicates: what is done with images that both have; one of `overlap.RULES`.
     noise: in the labels of the target's training images.
     reading: of images.
@@ -82,6 +83,7 @@ class Settings:
   target: SplitSettings
   balanced: bool
   source: SplitSettings
+  shuffle_labels: bool
   duplicates: str
   noise: noise.NoiseSettings
   reading: Reading
@@ -121,7 +123,7 @@ class Settings:
                        f"{config.model.weights!r} do not have; give MoCo-v2's .pth.tar, or use "
                        "--config.selection.features=pooled")
     overlap.check(config.source.duplicates)
-    label_noise = noise.NoiseSettings.from_config(config.noise)
+    noisy = noise.NoiseSettings.from_config(config.noise)
     reading = Reading.from_config(config.data)
     if config.embeddings_dir:
       storage.located(config.embeddings_dir)
@@ -132,13 +134,17 @@ class Settings:
     training = Training.from_config(config.train, config.target.metric)
     source_batch = _source_batch(config.source_ratio, training) if chosen.used else 0
     model, trainable = _model(config, active, training, source_batch)
+    if config.source.shuffle_labels and 'source' not in model.heads:
+      raise ValueError('config.source.shuffle_labels is True, but no labels of source images are trained on '
+                       f'(config.selection.method {chosen.method!r}); leave it False')
     pretraining = None
     if config.model.weights == 'pretrain':
       pretraining = pretrain.Settings.from_config(_pretrain_config(config), source_given)
     return cls(
         fields=config.to_dict(), seed=config.seed, data_dir=config.data_dir, target=target,
         balanced=config.target.balanced,
-        source=SplitSettings.from_config(config.source), duplicates=config.source.duplicates, noise=label_noise,
+        source=SplitSettings.from_config(config.source), shuffle_labels=config.source.shuffle_labels,
+        duplicates=config.source.duplicates, noise=noisy,
         reading=reading, transform=transform, methods=active, model=model, weights=config.model.weights,
         source_head=config.model.source_head, training=training, trainable=trainable, selection=chosen,
         source_weight=config.source_weight, source_batch=source_batch, embeddings_dir=config.embeddings_dir,
@@ -282,6 +288,7 @@ def _pretrain_config(config: ConfigDict) -> ConfigDict:
   own.job, own.train, own.model.weights = 'pretrain', fields['pretrain'], ''
   own.model.source_head, own.model.batch_norm = 'fresh', 'train'
   own.data.cache = False  # that is for the target: the pool is large
+  own.source.shuffle_labels = False  # that is for the selected images
   own.source.duplicates = 'drop'  # results.json says what was left out, whatever the rule was
   return own
 
@@ -411,6 +418,8 @@ def _streams(settings: Settings, sets: Sets, chosen: selection.Selection | None)
   elif len(present := np.unique(images.labels)) == 1:
     log.warning('warning: all source images are of one class, %s, so their labels teach nothing; choose more '
                 '(config.selection.size)', pool.class_names[present[0]])
+  if settings.shuffle_labels:
+    images = label_noise.shuffled(images, settings.seed)
   weight = settings.source_weight if settings.labelled_source else None
   return {**streams, 'source': fit.Stream(images, settings.source_batch, weight)}
 
@@ -442,7 +451,7 @@ def _about(settings: Settings, results: Mapping[str, Any], sets: Sets, weights: 
   selected = None if chosen is None else {
       'method': chosen.method, 'by': chosen.by, 'noun': NOUNS[chosen.by], 'units': len(chosen.units),
       'classes': list(chosen.class_names), 'images': len(streams['source'].images),
-      'fingerprint': streams['source'].images.fingerprint}
+      'fingerprint': streams['source'].images.fingerprint, 'shuffled_labels': settings.shuffle_labels}
   return {
       # Of embeddings None where none were made.
       'precision': {**results['precision'], 'embeddings': embedding.PRECISION if embedded else None},

@@ -87,6 +87,9 @@ class Settings:
     if 'noise' in config and (config.noise.kind or config.noise.rate):
       raise ValueError(f'config.noise.kind is {config.noise.kind!r}, which is for the target of a fine-tuning and '
                        'not for job pretrain')
+    if config.source.shuffle_labels:
+      raise ValueError('config.source.shuffle_labels is True, which is for the selected images of a fine-tuning and '
+                       'not for job pretrain')
     initial_weights.check_weights(config.model)
     training = Training.from_config(config.train)
     heads = {} if active else {'source': UNKNOWN}

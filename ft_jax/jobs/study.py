@@ -41,7 +41,7 @@ _ELSEWHERE = ('checkpoints', 'compare', 'predict', 'pretrain', 'stability', 'stu
 _WITHOUT_EFFECT = ('data', 'data_dir', 'embeddings_dir')
 # Fields, by path, that came after the first version of the parts. At their defaults they are left out of what a part is
 # made of: so the parts that were made before are found. tests/jobs/test_study.py says where one is missing here.
-ADDED: tuple[str, ...] = ('model.precision', 'source.duplicates')
+ADDED: tuple[str, ...] = ('model.precision', 'source.duplicates', 'source.shuffle_labels', 'model.stages')
 
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:

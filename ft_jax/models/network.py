@@ -23,7 +23,7 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 # The options of `config.model` that only some families have, at the values of the published networks.
-OPTIONS: Mapping[str, Any] = {'width': 64, 'stem': '7x7'}
+OPTIONS: Mapping[str, Any] = {'width': 64, 'stem': '7x7', 'stages': 0}
 
 BATCH_NORMS = ('train', 'frozen')
 
@@ -82,9 +82,9 @@ class Heads(nn.Module):
 class Network(nn.Module, kw_only=True):
   """A backbone and any set of named heads.
 
-  A family defines `__call__`, `features_dim` and `stages`, and puts `Heads(self.heads, ..., name='heads')` on its
-  features. The other answers have defaults, which suit a network of modules named as `stages` says, with layers called
-  `...norm...` where it normalises, and no counterpart in torch.
+  A family defines `__call__`, `features_dim` and `stage_names`, and puts `Heads(self.heads, ..., name='heads')` on its
+  features. The other answers have defaults, which suit a network of modules named as `stage_names` says, with layers
+  called `...norm...` where it normalises, and no counterpart in torch.
 
   Attributes:
     heads: number of classes of each head, by name.
@@ -137,20 +137,20 @@ class Network(nn.Module, kw_only=True):
     return Input('image', (self.size, self.size, 3))
 
   @property
-  def stages(self) -> tuple[str, ...]:
+  def stage_names(self) -> tuple[str, ...]:
     """The modules that layer-wise methods tell apart, by path, from the input to the features."""
     raise NotImplementedError
 
   @property
   def stage_layers(self) -> tuple[str, ...]:
     """The layer of each stage, by path, whose output stands for the stage (DELTA)."""
-    return self.stages
+    return self.stage_names
 
   @nn.nowrap
   def stage(self, path: str) -> int | None:
     """The stage of a parameter, counted from 1 at the input; None for those before the first stage and those of heads.
     """
-    return next((i + 1 for i, stage in enumerate(self.stages) if path.startswith(f'{stage}/')), None)
+    return next((i + 1 for i, stage in enumerate(self.stage_names) if path.startswith(f'{stage}/')), None)
 
   @nn.nowrap
   def depth(self, path: str) -> int:
@@ -159,7 +159,7 @@ class Network(nn.Module, kw_only=True):
     """
     if not is_backbone(path):
       return 0
-    return len(self.stages) + 1 - (self.stage(path) or 0)
+    return len(self.stage_names) + 1 - (self.stage(path) or 0)
 
   @nn.nowrap
   def is_norm(self, path: str) -> bool:
@@ -203,6 +203,11 @@ class Network(nn.Module, kw_only=True):
     """
     paths = list(flax.traverse_util.flatten_dict(self.shapes()['params'], sep='/'))
     return self.torch_name(f'params/{paths[0]}'), self.torch_name(f'params/{paths[-1]}')
+
+  @nn.nowrap
+  def is_beyond(self, path: str) -> bool:
+    """Whether a parameter is of a stage that the family has and this network, which ends before it, does not."""
+    return False
 
   @nn.nowrap
   def options_like(self, shapes: Mapping[str, Any]) -> dict[str, Any]:

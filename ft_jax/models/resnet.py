@@ -109,15 +109,17 @@ class ResNet(Network):
   """The network: images to features, logits of every head, and the output of each stage.
 
   Attributes:
-    depths: blocks of each stage; the published networks have four stages.
+    depths: blocks of each stage of the family; the published networks have four stages.
     block: BasicBlock or Bottleneck.
     width: channels of the first stage; 64 is the published network.
     stem: '7x7' (stride 2 and a max-pool of stride 2, for photographs) or '3x3' (full resolution, for tiny images).
+    stages: how many of the stages there are, from the first on; 0 is all. The features are the mean of the last one.
   """
   depths: Sequence[int]
   block: type[BasicBlock] | type[Bottleneck]
   width: int = 64
   stem: str = '7x7'
+  stages: int = 0
 
   has_batch_norm: ClassVar[bool] = True
 
@@ -126,6 +128,8 @@ class ResNet(Network):
       raise ValueError(f'model.stem is {self.stem!r}; known: {", ".join(STEMS)}')
     if self.width < 1:
       raise ValueError(f'model.width is {self.width}; expected 1 or more (64 is the published network)')
+    if not 0 <= self.stages <= len(self.depths):
+      raise ValueError(f'model.stages is {self.stages}; expected 1 to {len(self.depths)}, or 0 for all')
     super().__post_init__()
 
   @nn.compact
@@ -143,7 +147,7 @@ class ResNet(Network):
     else:
       x = nn.relu(norm(name='bn1')(conv(self.width, 3, name='conv1')(x)))
     taps = {}
-    for i, (name, depth) in enumerate(zip(self.stages, self.depths)):
+    for i, (name, depth) in enumerate(zip(self.stage_names, self._depths)):
       x = Stage(self.block, depth, self.width * 2**i, 1 if i == 0 else 2, conv, norm, name=name)(x)
       taps[name] = x
     features = jnp.mean(x, axis=(1, 2), dtype=jnp.promote_types(x.dtype, jnp.float32))
@@ -152,18 +156,23 @@ class ResNet(Network):
   @property
   def features_dim(self) -> int:
     """The channels of the last stage."""
-    return self.width * 2 ** (len(self.depths) - 1) * self.block.expansion
+    return self.width * 2 ** (len(self._depths) - 1) * self.block.expansion
 
   @property
-  def stages(self) -> tuple[str, ...]:
+  def stage_names(self) -> tuple[str, ...]:
     """`layer1` and so on."""
-    return tuple(f'layer{i + 1}' for i in range(len(self.depths)))
+    return tuple(f'layer{i + 1}' for i in range(len(self._depths)))
+
+  @property
+  def _depths(self) -> Sequence[int]:
+    """Blocks of each stage of this network."""
+    return self.depths[:self.stages or None]
 
   @property
   def stage_layers(self) -> tuple[str, ...]:
     """The last convolution of each stage."""
     name = 'conv3' if self.block is Bottleneck else 'conv2'
-    return tuple(f'{stage}/{depth - 1}/{name}' for stage, depth in zip(self.stages, self.depths))
+    return tuple(f'{stage}/{depth - 1}/{name}' for stage, depth in zip(self.stage_names, self._depths))
 
   @nn.nowrap
   def depth(self, path: str) -> int:
@@ -173,9 +182,9 @@ class ResNet(Network):
     if not is_backbone(path):
       return 0
     if not (match := re.match(r'layer(\d+)/(\d+)/', path)):
-      return sum(self.depths) + 1
+      return sum(self._depths) + 1
     stage, block = int(match[1]), int(match[2])
-    return sum(self.depths[stage - 1:]) - block
+    return sum(self._depths[stage - 1:]) - block
 
   @nn.nowrap
   def is_norm(self, path: str) -> bool:
@@ -197,7 +206,7 @@ class ResNet(Network):
   @nn.nowrap
   def torch_constructor(self, name: str, classes: int) -> str:
     """Torchvision's, which has one width and one stem."""
-    published = self.width == 64 and self.stem == '7x7'
+    published = self.width == 64 and self.stem == '7x7' and len(self._depths) == len(self.depths)
     return f'torchvision.models.{name}(num_classes={classes})' if published else ''
 
   @nn.nowrap
@@ -224,7 +233,16 @@ class ResNet(Network):
       return {}
     height, width, _, channels = shapes['params/conv1/kernel'].shape
     stem = f'{height}x{width}'
-    return {'width': channels, 'stem': stem} if stem in STEMS else {}
+    if stem not in STEMS:
+      return {}
+    found = len({match[1] for path in shapes if (match := re.match(r'params/layer(\d+)/', path))})
+    return {'width': channels, 'stem': stem, 'stages': found if found < len(self.depths) else 0}
+
+  @nn.nowrap
+  def is_beyond(self, path: str) -> bool:
+    """See `Network`."""
+    match = re.match(r'layer(\d+)/', path)
+    return match is not None and len(self._depths) < int(match[1]) <= len(self.depths)
 
 
 STEMS = ('7x7', '3x3')

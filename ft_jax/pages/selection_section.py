@@ -60,7 +60,7 @@ def duplicate_pairs(copies: Overlap, opened: Mapping[str, ImageSet | None],
 def _summary(pool: ImageSet, chosen: Selection, most: int) -> str:
   """How the selection was made, in a few sentences."""
   how = f'{len(chosen.units):,d} of {len(chosen.scores):,d} {NOUNS[chosen.by]} of {pool.name}, '
-  how += 'taken from a list' if chosen.method == 'given' else f'chosen by {chosen.method}'
+  how += _HOW.get(chosen.method, f'chosen by {chosen.method}')
   settings = [f'{name} {value}' for name, value in chosen.parameters.items()
               if value is not None and name != 'max_iterations']
   settings += [chosen.solver_summary] if chosen.solver else []
@@ -71,6 +71,10 @@ def _summary(pool: ImageSet, chosen: Selection, most: int) -> str:
   if len(chosen.units) > most:
     how += f' The first {most} are shown; selection.json has all of them.'
   return how
+
+
+# By the method of a selection that chose nothing itself.
+_HOW = {'given': 'taken from a list', 'all': 'the whole pool'}
 
 
 def _examples(images: ImageSet, rows: np.ndarray, most: int) -> list[bytes]:

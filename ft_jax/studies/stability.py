@@ -52,7 +52,7 @@ def stage_of(model: Network, path: str) -> str:
   if head_of(path):
     return 'heads'
   stage = model.stage(path)
-  return model.stages[stage - 1] if stage else 'stem'
+  return model.stage_names[stage - 1] if stage else 'stem'
 
 
 def is_perturbed(model: Network, path: str) -> bool:

@@ -22,9 +22,11 @@ class Evaluation:
   Attributes:
     loss: mean cross-entropy.
     confusion: int `[K, K]`, examples by (true class, predicted class).
+    predictions: int32 `[n]`, the predicted class of each example, in the order of the split.
   """
   loss: float
   confusion: np.ndarray
+  predictions: np.ndarray
 
   @property
   def top1(self) -> float:
@@ -53,7 +55,8 @@ def make_predict(model: Network, head: str) -> PredictFn:
   def predict(variables: Any, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     logits = model.predict(variables, batch['input']).logits[head]
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch['label'])
-    results = {'prediction': jnp.argmax(logits, -1), 'loss': losses, 'label': batch['label'], 'mask': batch['mask']}
+    results = {'prediction': jnp.argmax(logits, -1), 'loss': losses,
+               **{name: batch[name] for name in ('label', 'row', 'mask')}}
     return jax.lax.all_gather(results, parallel.AXIS, tiled=True)
 
   return parallel.pmap(predict)
@@ -88,10 +91,13 @@ def evaluate(predict: PredictFn, variables: Any, batches: Iterable[Mapping[str, 
     batches: padded and masked, as `data.pipeline.EvalBatches` makes them.
     num_classes: K.
   """
-  total, count, confusion = 0.0, 0, np.zeros((num_classes, num_classes), np.int64)
+  total, confusion = 0.0, np.zeros((num_classes, num_classes), np.int64)
+  rows, predictions = [], []
   for result in parallel.read_late(predict(variables, parallel.shard(batch)) for batch in batches):
     mask = result['mask']
     np.add.at(confusion, (result['label'][mask], result['prediction'][mask]), 1)
     total += float(result['loss'][mask].astype(np.float64).sum())
-    count += int(mask.sum())
-  return Evaluation(total / count, confusion)
+    rows.append(result['row'][mask])
+    predictions.append(result['prediction'][mask])
+  order = np.argsort(np.concatenate(rows))
+  return Evaluation(total / len(order), confusion, np.concatenate(predictions)[order])

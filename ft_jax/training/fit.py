@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
+import json
 import types
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import optax
 
 from ft_jax import parallel, progress
+from ft_jax.data.image_set import ImageSet
 from ft_jax.data.pipeline import EvalBatches
 from ft_jax.environment import environment
 from ft_jax.methods import all_needs, Method, SetupContext
@@ -19,6 +21,7 @@ from ft_jax.progress import log
 from ft_jax.training import neighbours
 from ft_jax.training.checkpoint_files import Damaged
 from ft_jax.training.checkpoints import Checkpoints
+from ft_jax.training.cost import training_cost
 from ft_jax.training.divergence import Divergences, handle
 from ft_jax.training.evaluate import Evaluation, make_predict
 from ft_jax.training.initial_weights import drawn, weights_fingerprint
@@ -26,7 +29,7 @@ from ft_jax.training.loop import Diverged, evaluate_split, format_summary, Run, 
 from ft_jax.training.optimizer import Factors
 from ft_jax.training.settings import own_params, Training
 from ft_jax.training.step import create_state, make_train_step, StepFn, TrainState
-from ft_jax.workdir import Workdir
+from ft_jax.workdir import Workdir, write_text
 
 __all__ = ['fit', 'InitialNetwork', 'Stream', 'TrainingData']
 
@@ -77,12 +80,12 @@ def fit(training: Training, work: Workdir, data: TrainingData, network: InitialN
   if start:
     log.info('resuming from step %d of %d', start, plan.steps)
   devices = checkpoints.devices
+  needs = all_needs(methods, network.model)
   log_changed_devices(devices, start, network.model, training.batch_size)
   predict, bank = make_predict(network.model, data.head), None
   if not data.loss_weights:  # there is no head
     predict, bank = neighbours.make_features(network.model), neighbours.sample_bank(data.splits.train, data.seed)
-  run = Run(work, plan, data, all_needs(methods, network.model).all_views, predict, schedule, training.metric,
-            checkpoints, bank)
+  run = Run(work, plan, data, needs.all_views, predict, schedule, training.metric, checkpoints, bank)
   divergences = Divergences(work.diverged_json)
   if start < plan.steps or not checkpoints.evaluated(start):
     step = make_train_step(network.model, optimizer, data.loss_weights, methods=methods, seed=data.seed,
@@ -96,6 +99,7 @@ def fit(training: Training, work: Workdir, data: TrainingData, network: InitialN
           'seed': data.seed, 'metric': training.metric, **environment(),
           'batch_norm': _batch_norm(network.model), 'precision': {'training': network.model.precision},
           'devices_from_step': devices, 'skipped_batches': len(divergences.skipped),
+          'cost': parallel.agreed(lambda: training_cost(data, needs, plan.steps, work.metrics())),
           **_final_evaluations(run, parallel.replicate(state), best)}
 
 
@@ -233,15 +237,27 @@ def _batch_norm(model: Network) -> str:
 
 
 def _final_evaluations(run: Run, state: TrainState, best: int) -> dict[str, Any]:
-  """What results.json says of val and test (None where there is none) at the best checkpoint."""
+  """What results.json says of val and test (None where there is none) at the best checkpoint.
+
+  predictions.json gets the predictions on test, or on val where there is no test split.
+  """
   results: dict[str, Any] = {'val': None, 'test': None}
+  predictions: dict[str, Any] = {}
   for name, images in (('val', run.data.splits.val), ('test', run.data.splits.test)):
     if images is not None:
       evaluation = evaluate_split(run, state, images, name)
       summary = format_summary(evaluation.summary())
       log.info('%s (%s images, checkpoint of step %d): %s', name, f'{len(images):,d}', best, summary)
       results[name] = _split_results(evaluation, images.class_names)
+      predictions = predictions_table(name, images, evaluation)
+  write_text(run.work.predictions_json, json.dumps(predictions) + '\n')
   return results
+
+
+def predictions_table(split: str, images: ImageSet, evaluation: Evaluation) -> dict[str, Any]:
+  """What predictions.json says: of each image its id, and the numbers of its class and of the predicted class."""
+  return {'split': split, 'classes': list(images.class_names), 'ids': images.ids.tolist(),
+          'labels': images.labels.tolist(), 'predictions': evaluation.predictions.tolist()}
 
 
 def _split_results(evaluation: Evaluation, class_names: Sequence[str]) -> dict[str, Any]:

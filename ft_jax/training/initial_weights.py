@@ -85,7 +85,7 @@ def _check_timm(network: str, tag: str = '', *, config: ConfigDict) -> None:
     raise ValueError(f'model.weights is {config.weights!r}, which was trained on images with a mean of 0.5; the '
                      'networks here take out the '
                      'mean of ImageNet')
-  published = {'name': network, **build(network, {}).options}
+  published = {'name': network, **build(network, {}, stages=config.get('stages', 0)).options}
   if published != {name: config.get(name, OPTIONS.get(name)) for name in published}:
     flags = ' '.join(f'--config.model.{name}={value}' for name, value in published.items())
     raise ValueError(f'model.weights is {config.weights!r}; set {flags}')
@@ -111,7 +111,7 @@ def load_weights(name: str, network: Network, *, classes: int | None = None, cla
     _check_path(name)
   path, commit = hub.fetch(repo) if repo else (storage.located(name), None)
   own = _is_run(path)
-  variables, dropped, notes = _read_run(path) if own else read_file(_weights_file(path), network)
+  variables, dropped, notes = _read_run(path, network) if own else read_file(_weights_file(path), network)
   heads = variables['params'].pop('heads', {})
   kept = {}
   if classifier:
@@ -120,6 +120,7 @@ def load_weights(name: str, network: Network, *, classes: int | None = None, cla
       raise ValueError(f'methods.co_tuning and methods.lwf need the classifier of the pre-training, and {name} has '
                        f'none{instead}; give '
                        'weights with the classifier that they were trained with, or leave these methods out')
+    _check_reads(heads['source'], network, name, 'methods.co_tuning and methods.lwf need the classifier')
     kept['pretrained'] = heads['source']
   if classes is not None:
     if 'source' not in heads:
@@ -129,6 +130,7 @@ def load_weights(name: str, network: Network, *, classes: int | None = None, cla
       raise ValueError(f"model.source_head is 'pretrained', but the classifier of {name} has {found} classes and the "
                        "source data "
                        f'{classes}; use --config.model.source_head=fresh')
+    _check_reads(heads['source'], network, name, 'model.source_head is \'pretrained\'')
     if class_names is not None:
       _check_same_classes(name, _source_classes(path) if own else None, class_names)
     kept['source'] = heads['source']
@@ -136,6 +138,8 @@ def load_weights(name: str, network: Network, *, classes: int | None = None, cla
     raise ValueError(f"selection.features is 'projection', but {name} has no projection head (MoCo-v2's file has one, and so has "
                      'a run of configs/pretrain.py:moco or :byol); '
                      'use --config.selection.features=pooled')
+  if projection:
+    _check_reads(variables['projection']['0'], network, name, "selection.features is 'projection'")
   if kept:
     variables['params']['heads'] = kept
     heads = {head: value for head, value in heads.items() if head != 'source'}
@@ -156,15 +160,35 @@ def load_weights(name: str, network: Network, *, classes: int | None = None, cla
 def read_file(path: epath.PathLike, network: Network) -> LoadedWeights:
   """Weights in a file, or in an object on object storage; raises ValueError as of `models.weights.read`."""
   with storage.on_disk(path) as file:
-    return read(file, network)
+    return _without_later_stages(read(file, network), network)
 
 
-def _read_run(folder: epath.Path) -> LoadedWeights:
+def _without_later_stages(loaded: LoadedWeights, network: Network) -> LoadedWeights:
+  """Less the variables of stages that the network ends before."""
+  flat = flax.traverse_util.flatten_dict(loaded.variables, sep='/', keep_empty_nodes=True)
+  later = [path for path in flat if network.is_beyond(path.partition('/')[2])]
+  if not later:
+    return loaded
+  rest = {path: value for path, value in flat.items() if path not in later}
+  dropped = {**loaded.dropped, f'after stage {len(network.stage_names)}': [network.torch_name(path) for path in later]}
+  return LoadedWeights(flax.traverse_util.unflatten_dict(rest, sep='/'), dropped, loaded.notes)
+
+
+def _check_reads(head: Mapping[str, np.ndarray], network: Network, name: str, wish: str) -> None:
+  """Raises ValueError for a classifier or projection head that reads later stages than the network has."""
+  stages = network.options.get('stages')
+  if stages and (found := len(head['kernel'])) != network.features_dim:
+    raise ValueError(f'{wish}, but the head in {name} reads {found} features and the network has '
+                     f'{network.features_dim} (model.stages {stages})')
+
+
+def _read_run(folder: epath.Path, network: Network) -> LoadedWeights:
   """A workdir, or one of its checkpoints."""
   is_run = (folder / 'checkpoints').is_dir()  # whatever it and the folder above it are called
   step = int(folder.name) if not is_run and folder.parent.name == 'checkpoints' and folder.name.isdigit() else None
   workdir = folder if step is None else folder.parent.parent
-  return LoadedWeights(load_variables(workdir, step), {'of that training': ['optimizer']})
+  loaded = LoadedWeights(load_variables(workdir, step), {'of that training': ['optimizer']})
+  return _without_later_stages(loaded, network)
 
 
 def _check_same_classes(name: str, known: Sequence[str] | None, wanted: Sequence[str]) -> None:

@@ -59,8 +59,9 @@ def evaluate(features: PredictFn, variables: Any, bank: Iterable[Mapping[str, np
     losses.append(-np.log((k * shares + 1 / num_classes) / (k + 1)))
     start += len(true)
   confusion = np.zeros((num_classes, num_classes), np.int64)
-  np.add.at(confusion, (truth, np.concatenate(predictions)), 1)
-  return Evaluation(float(np.concatenate(losses).mean()), confusion)
+  predicted = np.concatenate(predictions).astype(np.int32)
+  np.add.at(confusion, (truth, predicted), 1)
+  return Evaluation(float(np.concatenate(losses).mean()), confusion, predicted)
 
 
 def _features(features: PredictFn, variables: Any,

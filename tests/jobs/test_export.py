@@ -64,7 +64,7 @@ def test_safetensors_is_the_best_checkpoint(exported, trained_run):
   with safe_open(folder / 'model.safetensors', 'np') as file:
     header = {key: json.loads(value) for key, value in file.metadata().items() if key != 'format'}
   assert header['classes'] == ['blossom', 'roof', 'sky', 'wall']
-  assert header['architecture'] == {'name': 'resnet18', 'width': 4, 'stem': '7x7'}
+  assert header['architecture'] == {'name': 'resnet18', 'width': 4, 'stem': '7x7', 'stages': 0}
   assert header['preprocessing']['image_size'] == 32 and header['preprocessing']['short_side'] == 36
   assert {path.name for path in folder.iterdir()} == {
       'README.txt', 'classes.txt', 'example.py', 'model.json', 'model.safetensors', 'model.stablehlo'}

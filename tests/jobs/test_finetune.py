@@ -246,3 +246,53 @@ def test_image_sets_in_memory(tmp_path):
     finetune.run(settings, tmp_path / 'run', target={'train': other}, source={'train': source})
   with pytest.raises(ValueError, match='config.target.name is empty'):
     finetune.run(settings, tmp_path / 'other', source={'train': source})
+
+
+def in_memory(classes, count, seed=0):
+  images = np.random.default_rng(seed).integers(0, 256, (count, 40, 40, 3), np.uint8)
+  return ImageSet.from_arrays(images, np.arange(count) % classes, [f'class {k}' for k in range(classes)])
+
+
+@pytest.fixture
+def fitted(monkeypatch):
+  """What the job hands to the training, which is left out."""
+  given = []
+  monkeypatch.setattr(finetune.fit, 'fit', lambda training, work, data, *_: given.append(data) or {'precision': {}})
+  return given
+
+
+@pytest.mark.parametrize('by', ['class', 'example'])
+def test_the_whole_pool(by, tmp_path, fitted, monkeypatch):
+  """Every image, whatever the size and the unit, and without an embedding; the report says so."""
+  monkeypatch.setattr(finetune, '_encoder', None)
+  monkeypatch.setattr(finetune.report, 'write', lambda work, section, _: given.append(section))
+  given, pool_set = [], in_memory(4, 24, seed=1)
+  settings = config('', '', **{'target.name': '', 'source.name': '', 'selection.method': 'all', 'selection.by': by,
+                               'selection.size': 0.3, 'target.test': '', 'model.width': 1})
+  results = finetune.run(settings, tmp_path / 'run', target={'train': in_memory(3, 30)}, source={'train': pool_set})
+  assert fitted[0].streams['source'].images.ids.tolist() == pool_set.ids.tolist()
+  assert (results['selection']['method'], results['selection']['units']) == ('all', 4)
+  assert '4 of 4 classes of arrays, the whole pool.' in given[0].how
+
+
+def test_labels_of_the_source_are_shuffled_after_the_selection(tmp_path, fitted, monkeypatch):
+  """The classes are chosen by true labels; training gets as many labels of each chosen class, on other images."""
+  monkeypatch.setattr(finetune, '_write_report', lambda work, _: work.results())
+  data = {'target': {'train': in_memory(3, 30)}, 'source': {'train': in_memory(4, 80, seed=1)}}
+  fields = {'target.name': '', 'source.name': '', 'target.test': '', 'model.width': 1, 'selection.method': 'random'}
+  for name, shuffled in (('plain', False), ('shuffled', True)):
+    made = config('', '', **fields, **{'source.shuffle_labels': shuffled})
+    results = finetune.run(made, tmp_path / name, **data)
+    assert results['selection']['shuffled_labels'] == shuffled
+  true, control = (given.streams['source'].images for given in fitted)
+  assert true.ids.tolist() == control.ids.tolist() and true.fingerprint != control.fingerprint
+  assert np.bincount(true.labels).tolist() == np.bincount(control.labels).tolist()
+  assert 0.25 < np.mean(true.labels != control.labels) < 0.75
+
+
+@pytest.mark.parametrize('fields', [{'selection.method': 'none'}, {'methods.fixmatch.weight': 1.0}])
+def test_labels_that_are_not_used_are_not_shuffled(photos, pool, fields):
+  with pytest.raises(ValueError, match='source.shuffle_labels is True, but no labels of source images are trained on'):
+    finetune.Settings.from_config(config(photos, pool, **fields, **{'source.shuffle_labels': True}))
+  with pytest.raises(ValueError, match='shuffle_labels is True, which is for the selected images of a fine-tuning'):
+    pretrain.run(config(photos, pool, **{'source.shuffle_labels': True}), 'nowhere')

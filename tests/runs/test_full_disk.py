@@ -147,7 +147,7 @@ def left(workdir: pathlib.Path) -> dict:
                                     for line in lines],
           'digest': steps
           and json.loads((workdir / 'checkpoints' / str(steps[-1]) / 'about' / 'metadata').read_text())['digest'],
-          'results': {k: v for k, v in results.items() if k != 'command'}}
+          'results': {k: v for k, v in results.items() if k not in ('command', 'cost')}}
 
 
 def said(function, *arguments) -> str:

@@ -165,6 +165,9 @@ def test_any_number_of_processes_comes_to_the_same(photos, pool, tmp_path):
     assert results_many[split]['images'] == results[split]['images'] == images
     assert [row['images'] for row in results_many[split]['per_class']] == [row['images']
                                                                            for row in results[split]['per_class']]
+  predicted, predicted_many = (json.loads((folder / 'predictions.json').read_text()) for folder in (one, many))
+  assert predicted_many == predicted and len(predicted['ids']) == len(set(predicted['ids'])) == 20
+  assert results_many['cost']['images'] == results['cost']['images'] == STEPS * 32
   assert results_many['best_step'] == results['best_step'] and results_many['devices'] == results['devices']
   np.testing.assert_allclose(results_many['test']['loss'], results['test']['loss'], rtol=1e-4)
   (begun, end), (begun_many, end_many) = states(one), states(many)

@@ -69,9 +69,15 @@ def test_workdir_holds_what_the_readme_says(finished):
   workdir, printed = finished
   assert {p.name for p in workdir.iterdir()} == {
       'config.json', 'duplicates.json', 'selection.json', 'embeddings', 'metrics.jsonl', 'tensorboard', 'checkpoints',
-      'results.json',
-      'report.html'}
-  results = json.loads((workdir / 'results.json').read_text())
+      'predictions.json', 'results.json', 'report.html'}
+  results, predicted = (json.loads((workdir / name).read_text()) for name in ('results.json', 'predictions.json'))
+  pairs, counts = np.unique((predicted['labels'], predicted['predictions']), axis=1, return_counts=True)
+  assert [*pairs.T.tolist()] == [pair[:2] for pair in results['test']['confusion']]
+  assert counts.tolist() == [pair[2] for pair in results['test']['confusion']]
+  assert predicted['split'] == 'test' and len(set(predicted['ids'])) == 252
+  assert predicted['classes'] == [row['name'] for row in results['test']['per_class']]
+  # 16 target images and 16 of the source in each of the 24 steps.
+  assert results['cost'].pop('seconds') > 0 and results['cost'] == {'steps': 24, 'images': 24 * 32}
   for split, images in (('val', 130), ('test', 252)):
     assert results[split]['images'] == images == sum(row['images'] for row in results[split]['per_class'])
     assert results[split]['top1'] == sum(row['right'] for row in results[split]['per_class']) / images
@@ -121,15 +127,16 @@ def test_a_finished_run_is_not_run_again(finished):
   assert 'Traceback' not in other.stderr
 
 
-def comparable(workdir: pathlib.Path) -> tuple[dict, list[dict], dict]:
-  """The last state with everything in it, metrics without the clock, results without the command."""
+def comparable(workdir: pathlib.Path) -> tuple[dict, list[dict], dict, dict]:
+  """The last state with everything in it, metrics without the clock, results without the command, predictions."""
   with ocp.CheckpointManager(workdir / 'checkpoints', item_names=('state', 'about')) as manager:
     assert manager.latest_step() == 24
     last = manager.restore(24, args=ocp.args.Composite(state=ocp.args.StandardRestore()))['state']
   lines = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
   results = json.loads((workdir / 'results.json').read_text())
   return (last, [{k: v for k, v in line.items() if k not in ('images_per_second', 'waiting_share')} for line in lines],
-          {k: v for k, v in results.items() if k != 'command'})
+          {k: v for k, v in results.items() if k not in ('command', 'cost')},
+          json.loads((workdir / 'predictions.json').read_text()))
 
 
 @pytest.mark.slow
@@ -158,10 +165,11 @@ def test_interrupted_equals_uninterrupted(finished, weights, tmp_path):
   again = main(workdir, *flags)
   assert again.returncode == 0 and re.search(r'resuming from step \d+ of 24', again.stderr), again.stderr
   assert f'It is set aside in {workdir / "damaged" / newest.name}' in again.stderr
-  (state, lines, results), (whole_state, whole_lines, whole_results) = comparable(workdir), comparable(whole)
+  state, lines, results, predictions = comparable(workdir)
+  whole_state, whole_lines, whole_results, whole_predictions = comparable(whole)
   assert {'params', 'batch_stats', 'opt_state', 'step'} <= set(state)
   jax.tree.map(np.testing.assert_array_equal, state, whole_state)
-  assert results == whole_results
+  assert results == whole_results and predictions == whole_predictions
   assert {p.name for p in (workdir / 'checkpoints').iterdir()} == {p.name for p in (whole / 'checkpoints').iterdir()}
   # A stop on request ends a window early, so the means of the training batches may be over other windows; nothing else
   # may differ.

@@ -276,5 +276,4 @@ def test_a_whole_run_is_killed_and_goes_on(bucket, tmp_path):
   assert b'</html>' in bucket.read('runs/one/report.html') and not bucket.refused
   assert {name.split('/')[2] for name in bucket.names('runs/one/')} == {
       'config.json', 'selection.json', 'embeddings', 'metrics.jsonl', 'tensorboard', 'checkpoints', 'duplicates.json',
-      'results.json',
-      'report.html'}
+      'predictions.json', 'results.json', 'report.html'}

@@ -36,6 +36,7 @@ def test_equals_one_pass_over_everything(photos):
     expected = np.zeros((4, 4), int)
     np.add.at(expected, (source.labels[:count], logits[:count].argmax(-1)), 1)
     np.testing.assert_array_equal(result.confusion, expected)
+    np.testing.assert_array_equal(result.predictions, logits[:count].argmax(-1))
     np.testing.assert_allclose([result.loss, result.top1], [np.mean(losses[:count]), np.mean(right[:count])], rtol=1e-5)
 
 
@@ -98,6 +99,6 @@ def test_a_batch_is_read_while_the_next_one_is_under_way(run, monkeypatch):
 
 
 def test_mean_per_class_weighs_classes_and_leaves_out_absent_ones():
-  evaluation = Evaluation(0.0, np.array([[8, 2, 0], [1, 1, 0], [0, 0, 0]]))
+  evaluation = Evaluation(0.0, np.array([[8, 2, 0], [1, 1, 0], [0, 0, 0]]), np.zeros(0, np.int32))
   assert evaluation.top1 == 9 / 12 and evaluation.mean_per_class == pytest.approx((0.8 + 0.5) / 2)
   assert np.isnan(evaluation.per_class[2])
