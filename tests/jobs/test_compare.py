@@ -4,7 +4,6 @@ import pytest
 
 from configs import default
 from ft_jax import methods
-from ft_jax.jobs import compare
 from ft_jax.jobs.compare_variants import Cell, cell_config, declared_variants
 
 
