@@ -1,9 +1,9 @@
 """The joint training step: forward pass, losses, update.
 
 A step gets one batch of each stream: `target` alone, `target` and `source`, or `source` alone (in pre-training, and
-before the target comes). Each labelled stream has the head of its own name; all streams go through the network in one
-forward pass, so BatchNorm sees their mixture (Liu et al., NeurIPS 2022). The loss is the weighted sum of the streams'
-cross-entropies, and what the methods add.
+before the target comes). Each labelled stream has the head of its own name (a pre-training without labels has none);
+all streams go through the network in one forward pass, so BatchNorm sees their mixture (Liu et al., NeurIPS 2022). The
+loss is the weighted sum of the streams' cross-entropies, and what the methods add.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -80,7 +80,8 @@ def make_step(model: Network, optimizer: optax.GradientTransformation, loss_weig
               ema_decay: float = 0.0, restart: int = 0) -> StepFn:
   """The step of one device: (state, {stream: batch}) -> (state, metrics).
 
-  The first labelled stream is the one that methods work on. In a step without it, the others have their losses with
+  The first labelled stream (the source where there is none) is the one that methods work on. In a step without it, the
+  others have their losses with
   weight one, methods do nothing, and parameters that no stream uses stay as they are. A method that uses source images
   without labels does nothing in a step without them.
 
@@ -88,7 +89,7 @@ def make_step(model: Network, optimizer: optax.GradientTransformation, loss_weig
     model: with a head for each labelled stream; what it freezes does not change, whatever the optimizer does.
     optimizer: of its parameters.
     loss_weights: the weight of each labelled stream's loss, by name: {'target': 1, 'source': lambda}; a number, or a
-      function of the step.
+      function of the step; {} where methods alone give the loss.
     methods: the methods that are switched on, by name.
     seed: of the random numbers of methods.
     microbatches: how many passes through the network a batch is divided into; see `forward`.
@@ -134,8 +135,8 @@ def make_step(model: Network, optimizer: optax.GradientTransformation, loss_weig
       context = None
       if active:
         views = {view.path: batch[view.stream][view.name] for view in needs.views}
-        context = StepContext(model, params, state.batch_stats, state.start, teacher, outputs, views, labels['target'],
-                              batch['target']['row'], number, key,
+        context = StepContext(model, params, state.batch_stats, state.start, teacher, outputs, images | views,
+                              labels.get(main, batch[main]['label']), batch[main]['row'], number, key,
                               functools.partial(forward_other, model, functools.partial(run, key=key)))
       loss, states, metrics = total_loss(active, weights, outputs, labels, context, state.methods)
       return loss, (batch_stats, states, {'loss': loss, **metrics})
