@@ -81,9 +81,8 @@ def make_step(model: Network, optimizer: optax.GradientTransformation, loss_weig
   """The step of one device: (state, {stream: batch}) -> (state, metrics).
 
   The first labelled stream (the source where there is none) is the one that methods work on. In a step without it, the
-  others have their losses with
-  weight one, methods do nothing, and parameters that no stream uses stay as they are. A method that uses source images
-  without labels does nothing in a step without them.
+  others have their losses with weight one, methods do nothing, and parameters that no stream uses stay as they are. A
+  method that uses source images without labels does nothing in a step without them.
 
   Args:
     model: with a head for each labelled stream; what it freezes does not change, whatever the optimizer does.
