@@ -8,6 +8,7 @@ from ft_jax import logistic, trained
 from ft_jax.data.image_set import ImageSet
 from ft_jax.jobs import finetune
 from ft_jax.training import refit
+from ft_jax.training.evaluate import Evaluation
 
 
 def test_the_head_is_the_logistic_regression_that_val_chooses():
@@ -66,9 +67,9 @@ def test_a_better_head_is_used_and_a_resumed_run_does_not_fit_it_again(target, t
 
 
 def test_a_head_that_is_no_better_is_not_used(target, tmp_path, monkeypatch):
-  worse = {'kernel': np.full((2, 3), [0, -100, -100], np.float32), 'bias': np.float32([0, 99, 0])}
+  worse = Evaluation(9.0, np.ones((3, 3), int) - np.eye(3, dtype=int), np.zeros(6, int))
   plain = finetune.run(config(refit_head=False), tmp_path / 'plain', target=target)
-  monkeypatch.setattr(refit, 'fit_head', lambda *_: (worse, 0.1))
+  monkeypatch.setattr(refit, 'evaluate_split', lambda *_: worse)
   results = finetune.run(config(), tmp_path / 'refit', target=target)
   assert not results['refit_head']['kept'] and plain['refit_head'] is None
   assert results['test'] == plain['test'] and results['val'] == plain['val']
