@@ -235,11 +235,15 @@ class Settings:
     return 'source' in self.model.heads
 
   @property
-  def images_per_step(self) -> int:
-    """Images that go through the network in a step to be trained on, further views of them included."""
-    sizes = {'target': self.training.batch_size, 'source': self.source_batch}
+  def images_per_step(self) -> float:
+    """Images that go through the network in a step to be trained on, further views of them included, on average over
+    the training.
+    """
+    with_target, with_source = 1 - self.joint.source_first, 1 - self.joint.target_last
+    sizes = {'target': self.training.batch_size * with_target, 'source': self.joint.batch * with_source}
     needs = methods.all_needs(self.methods, self.model)
-    return sum(sizes.values()) + sum(sizes[view.stream] for view in needs.forwarded_views)
+    views = sum(sizes[view.stream] for view in needs.forwarded_views)
+    return sum(sizes.values()) + views
 
   def check_sets(self, splits: Splits, pool: ImageSet | None) -> None:
     """Raises ValueError where the images are not what can be trained on with these settings; reads none of them."""
