@@ -43,7 +43,10 @@ _WITHOUT_EFFECT = ('data', 'data_dir', 'embeddings_dir')
 # made of: so the parts that were made before are found. tests/jobs/test_study.py says where one is missing here.
 ADDED: tuple[str, ...] = (
     'model.precision', 'source.duplicates', 'source.shuffle_labels', 'model.stages', 'source_weight_schedule',
-    'source_first', 'target_last', 'refit_head')
+    'source_first', 'target_last', 'refit_head', 'augment.jitter', 'augment.jitter_probability', 'augment.grey',
+    'augment.blur', 'augment.blur_sigma', 'augment.solarize', 'methods.moco.queue', 'methods.moco.temperature',
+    'methods.moco.momentum', 'methods.moco.projection', 'methods.byol.enabled', 'methods.byol.momentum',
+    'methods.byol.hidden', 'methods.byol.projection')
 
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
