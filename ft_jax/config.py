@@ -88,6 +88,12 @@ def get_config() -> ConfigDict:
   config.augment.randaugment = 0  # RandAugment operations per image, each applied with probability 1/2; 0: none
   config.augment.magnitude = 10  # their largest strength, 2 to 10; each strength is drawn from 1 to one below it
   config.augment.cutout = 0.0  # side of a grey square, as a fraction of the training crop's side; 0: none
+  config.augment.jitter = ()  # strengths of brightness, contrast, saturation, hue, such as (0.4, 0.4, 0.4, 0.1); (): none
+  config.augment.jitter_probability = 0.8  # fraction of the training crops that are jittered
+  config.augment.grey = 0.0  # fraction of the training crops that become grey
+  config.augment.blur = 0.0  # fraction of the training crops that are blurred by a Gaussian
+  config.augment.blur_sigma = (0.1, 2.0)  # its sigma, in pixels of a crop of 224 (in proportion for other sizes)
+  config.augment.solarize = 0.0  # fraction of the training crops whose values from 128 on are inverted
   config.augment.antialias = False  # resize training crops as Pillow and torchvision do (slower), not as OpenCV does
   config.augment.short_side = 0  # evaluation: short side before the center crop; 0 is image_size * 256 / 224
 
@@ -116,10 +122,18 @@ def get_config() -> ConfigDict:
   config.study.threshold = 0.8  # the main subspace: singular values that add up to this fraction of their sum
   config.study.centred = False  # subtract the mean before splitting features; False as published
 
-  config.compare = ConfigDict()  # job compare: the same fine-tuning with each method and each seed
-  # values of selection.method, each optionally with fine-tuning methods, which are off in the others: 'none+l2_sp'
-  config.compare.methods = ('none', 'random', 'uot')  # (settings of config.methods, or as published); baseline first
-  config.compare.seeds = (0, 1, 2)  # values of seed
+  config.compare = ConfigDict()  # job compare: the same fine-tuning in several variants, each with several seeds
+  # the baseline first: a value of selection.method, optionally with fine-tuning methods: 'uot+l2_sp' (these are off in
+  # the other variants); or a name and fields of job finetune: ('uot 20', {'selection.method': 'uot',
+  config.compare.variants = ('none', 'random', 'uot')  # 'selection.size': 20, 'source_weight': 0.3})
+  config.compare.seeds = (0, 1, 2)  # values of seed, the same for every variant
+  # fields and the values to choose from on val, for each variant: (('train.learning_rate', (0.003, 0.01, 0.03)), ...);
+  config.compare.tune = ()  # 'compare.tune' in the fields of a variant replaces it there
+  config.compare.trials = 0  # number of combinations of these values to try for each variant; 0: all
+  config.compare.tune_seeds = 1  # number of seeds to try each combination with; the first of compare.seeds
+  config.compare.equal_compute = True  # add plain fine-tuning with as many images through the network as joint training
+  config.compare.axis = ''  # a field that differs between variants, to draw accuracy against; '': no curve
+  config.compare.keep_checkpoints = False  # keep the checkpoints of finished runs, as jobs export and predict need them
   return config.lock()  # ml_collections refuses any other field
 
 
@@ -137,9 +151,9 @@ def train_config() -> ConfigDict:
   train.milestones = (0.6, 0.8)  # fractions of the training after which the learning rate is multiplied by decay
   train.decay = 0.1  # see milestones
   train.warmup = 0.0  # fraction of the training over which the learning rate rises from zero
-  train.optimizer = 'sgd'  # sgd, adam, adamw or amsgrad
-  train.momentum = 0.9  # for sgd: 0 to below 1
-  train.nesterov = True  # for sgd: Nesterov momentum
+  train.optimizer = 'sgd'  # sgd, adam, adamw, amsgrad or lars (for large batches)
+  train.momentum = 0.9  # for sgd and lars: 0 to below 1
+  train.nesterov = True  # for sgd and lars: Nesterov momentum
   train.clip_norm = 0.0  # largest global norm of the gradient; 0: no clipping
   train.weight_decay = 1e-4  # multiplied by the factor of the parameter's group
   train.weight_decay_groups = (('.*', 1.0),)  # (regular expression for the whole path, factor); first match wins

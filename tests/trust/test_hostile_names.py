@@ -213,7 +213,7 @@ def test_names_lead_to_no_other_folder(tmp_path, monkeypatch):
   lines = (tmp_path / 'out' / 'export' / 'classes.txt').read_text().split('\n')
   assert len(lines) == len(classes) + 1  # a line each, whatever breaks are in a name
   fields = compare_config.get_config()
-  fields.compare.methods, fields.target.name, fields.model.weights = ('none', '../../x'), 'digits:target', ''
+  fields.compare.variants, fields.target.name, fields.model.weights = ('none', '../../x'), 'digits:target', ''
   with pytest.raises(ValueError, match=r"config.selection.method is '../../x'; known"):
     compare.run(fields, tmp_path / 'out' / 'compare')
   assert not (tmp_path / 'out' / 'compare').exists()
