@@ -10,6 +10,10 @@ chance: right where the sum of normal deviates is positive. The truth is the dif
 
 import argparse
 import math
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
 import numpy as np
 from scipy import stats
