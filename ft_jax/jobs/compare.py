@@ -237,6 +237,9 @@ class Report:
     """
     grid, work = self._grid, self._work
     write_compare_json(grid, work)
+    if parallel.is_main():
+      log.info('%s', comparison.markdown(read_json(work.path / 'compare.json')))
+    log.info('report: %s', work.report_html)
     failed = grid.failed()
     left_out = {variant.name: choice.error for variant in grid.variants if (choice := grid.choice(variant))
                 and choice.error}
@@ -247,11 +250,7 @@ class Report:
                          'tries them again')
     if not parallel.agreed(work.results_json.exists):
       write_results(work, results_by_variant(grid))
-    results = parallel.agreed(lambda: read_json(work.results_json))
-    log.info('%s', comparison.markdown(results))
-    comparison.write(work)
-    log.info('report: %s', work.report_html)
-    return results
+    return parallel.agreed(lambda: read_json(work.results_json))
 
   def _summary(self, cell: Cell, outcome: Outcome) -> str:
     if outcome.results is None:
@@ -312,7 +311,7 @@ def at_edge(variant: Variant, tuned: Mapping[str, Any]) -> list[tuple[str, Any, 
 
 
 def write_compare_json(grid: Grid, work: Workdir) -> None:
-  """Writes what is known of a comparison and what it says; see docs/compare.md for the fields."""
+  """Writes what is known of a comparison and what it says, and its page; see docs/compare.md for the fields."""
   if not parallel.is_main():
     return
   known = compare_json(grid)
@@ -321,6 +320,7 @@ def write_compare_json(grid: Grid, work: Workdir) -> None:
   predictions = {folder: read_json(path) for folder, path in predicted.items() if path.exists()}
   write_text(work.path / 'compare.json',
              json.dumps(summarize(known, predictions), indent=1, allow_nan=False) + '\n')
+  comparison.write(work)
 
 
 def compare_json(grid: Grid) -> dict[str, Any]:

@@ -26,7 +26,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 # The options of `config.model` that only some families have, at the values of the published networks.
 OPTIONS: Mapping[str, Any] = {'width': 64, 'stem': '7x7', 'stages': 0}
 
-BATCH_NORMS = ('train', 'frozen')
+BATCH_NORMS = ('train', 'frozen', 'per_stream')
 
 # Names for patterns of what stays frozen.
 FROZEN = {'backbone': r'(?!heads/|methods/).*'}
@@ -94,7 +94,8 @@ class Network(nn.Module, kw_only=True):
     precision: of the products of float32 numbers, forwards and backwards; a key of `PRECISIONS`.
     frozen: a pattern of paths of parameters that training leaves as they are; '' is none.
     portable: XLA's own operations instead of what is fastest on this machine: for an export to others.
-    batch_norm: 'train', or 'frozen': the running statistics normalise in training too and do not change.
+    batch_norm: 'train'; 'frozen': the running statistics normalise in training too and do not change; or 'per_stream':
+      see `ft_jax.training.forward`, which has a pass for each stream then.
     axis_name: the pmapped axis over which BatchNorm averages; None keeps the statistics of each device apart.
     norm: the layer in the place of BatchNorm, with its arguments.
   """
