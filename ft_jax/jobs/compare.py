@@ -5,6 +5,7 @@ chooses among them on val first, all with the same number of trials. Where the b
 once more with as many images through the network as joint training has.
 """
 
+import collections
 from collections.abc import Mapping, Sequence
 import dataclasses
 import json
@@ -17,12 +18,14 @@ import jax
 from ml_collections import ConfigDict
 
 from ft_jax import compiled, parallel, workers
+from ft_jax.data import opened_once
 from ft_jax.jobs import finetune, pretrain
 from ft_jax.jobs.compare_cells import Grid, is_result, Outcome, POLL
 from ft_jax.jobs.compare_variants import (
   Cell,
   cell_config,
   check_names,
+  compared_with,
   declared_variants,
   equal_compute_variants,
   is_plain,
@@ -56,7 +59,7 @@ def run(config: ConfigDict, workdir: epath.PathLike, processes: int = 1) -> dict
   grid = Grid(config, variants, work.path, parallel.agreed(uuid.uuid4().hex), pretrained)
   report = Report(grid, work, processes)
   if not parallel.agreed(lambda: grid.complete):
-    with compiled.once():
+    with compiled.once(), opened_once():
       if parallel.is_main():
         work.results_json.unlink(missing_ok=True)
       _prepare(grid, work, settings)
@@ -82,10 +85,12 @@ def plan(config: ConfigDict) -> tuple[list[Variant], list[finetune.Settings]]:
   variants = declared_variants(config)
   settings = [_check_variant(config, variant) for variant in variants]
   if config.compare.equal_compute and is_plain(settings[0]):
-    images = [each.images_per_step for each in settings]
-    added = equal_compute_variants(config, variants[0], images)
-    variants[1:1] = added
-    settings[1:1] = [_check_variant(config, variant) for variant in added]
+    images = {variant.name: each.images_per_step for variant, each in zip(variants, settings)}
+    for name, others in compared_with(config, variants).items():
+      place = [variant.name for variant in variants].index(name)
+      added = equal_compute_variants(config, variants[place], images[name], [images[other.name] for other in others])
+      variants[place + 1:place + 1] = added
+      settings[place + 1:place + 1] = [_check_variant(config, variant) for variant in added]
     check_names(variants)
   _log_tuning(variants)
   return variants, settings
@@ -99,7 +104,8 @@ def _check_variant(config: ConfigDict, variant: Variant) -> finetune.Settings:
     new = {f'{field}={value}' for field, value in tuned.items()}
     if first is None or new - seen:  # each value once is enough: all combinations would take long
       try:
-        settings = finetune.Settings.from_config(cell_config(config, Cell(variant, config.compare.seeds[0], tuned, True)))
+        cell = Cell(variant, config.compare.seeds[0], tuned, trial=True)
+        settings = finetune.Settings.from_config(cell_config(config, cell))
       except ValueError as error:
         raise ValueError(f'config.compare.variants, {variant.name!r}: {error}') from error
       first = first or settings
@@ -141,8 +147,9 @@ def _prepare(grid: Grid, work: Workdir, settings: Sequence[finetune.Settings]) -
       key = json.dumps([shared, each.selection.embeds, each.selection.class_means, each.uses_source])
       try:
         if key not in opened:
-          shared_training = pretraining if each.pretraining is not None else None
-          opened[key] = finetune.prepare(dataclasses.replace(each, pretraining=shared_training), work, embeddings, grid.pretrained or '')
+          own = pretraining if each.pretraining is not None else None
+          opened[key] = finetune.prepare(dataclasses.replace(each, pretraining=own), work, embeddings,
+                                         grid.pretrained or '')
         each.check_sets(opened[key].splits, opened[key].pool)
       except ValueError as error:
         raise ValueError(f'config.compare.variants, {variant.name!r}: {error}') from error
@@ -184,7 +191,7 @@ def work_on(config: Mapping[str, Any], variants: Sequence[Variant], folder: epat
   """What each of several processes does: it runs cells until none is left."""
   grid = Grid(ConfigDict(config), variants, folder, start, pretrained)
   compiled.keep(grid.config.compile_cache)
-  with compiled.once():
+  with compiled.once(), opened_once():
     while not grid.complete:
       with grid.next_cell() as cell:
         if cell is None:
@@ -225,11 +232,11 @@ class Report:
     if new and time.monotonic() >= self._write_after:
       began = time.monotonic()
       write_compare_json(self._grid, self._work)
-      # The statistics of many runs may take longer than a short run.
+      # Statistics and pictures of many runs may take longer than a short run.
       self._write_after = time.monotonic() + 20 * (time.monotonic() - began)
 
   def finish(self) -> dict[str, Any]:
-    """Writes the results and the page; returns what results.json holds.
+    """Writes the results; returns what results.json holds.
 
     Raises:
       RuntimeError: a cell failed.
@@ -239,12 +246,11 @@ class Report:
     if parallel.is_main():
       log.info('%s', comparison.markdown(read_json(work.path / 'compare.json')))
     log.info('report: %s', work.report_html)
-    failed = grid.failed()
-    left_out = {variant.name: choice.error for variant in grid.variants if (choice := grid.choice(variant))
-                and choice.error}
-    if failed or left_out:
-      problems = [f'{cell.title}: {outcome.error} ({work.path / cell.folder / "log.txt"})' for cell, outcome in failed]
-      problems += [f'{name}: {error}' for name, error in left_out.items()]
+    problems = [f'{cell.title}: {outcome.error} ({work.path / cell.folder / "log.txt"})'
+                for cell, outcome in grid.failed()]
+    problems += [f'{variant.name}: {choice.error}' for variant in grid.variants
+                 if (choice := grid.choice(variant)) and choice.error]
+    if problems:
       raise RuntimeError(f'{len(problems)} of {grid.size} runs failed: {"; ".join(problems[:5])}. The same command '
                          'tries them again')
     if not parallel.agreed(work.results_json.exists):
@@ -269,15 +275,16 @@ class Report:
         continue
       log.info('%s: best on val is %s', variant.name, ', '.join(f'{k} {v}' for k, v in choice.tuned.items()))
       for field, value, side in at_edge(variant, choice.tuned):
-        log.warning('warning: %s: the best %s is %s, the %s that was tried; try %s ones too', variant.name, field, value,
-                    side, {'smallest': 'smaller', 'largest': 'larger'}[side])
+        further = {'smallest': 'smaller', 'largest': 'larger'}[side]
+        log.warning('warning: %s: the best %s is %s, the %s that was tried; try %s ones too', variant.name, field,
+                    value, side, further)
 
   def _time_left(self) -> str:
     """An estimate for what is left, from the mean time of finished cells of each variant; '' while there are none."""
-    grid, times = self._grid, {}
+    grid, times = self._grid, collections.defaultdict[str, list[float]](list)
     for cell in grid.known():
       if (outcome := grid.outcome(cell)) is not None and outcome.results is not None:
-        times.setdefault(cell.variant.name, []).append(outcome.seconds)
+        times[cell.variant.name].append(outcome.seconds)
     if not times:
       return ''
     overall = [seconds for of_variant in times.values() for seconds in of_variant]
@@ -363,8 +370,9 @@ def _cell_json(cell: Cell, outcome: Outcome, metric: str) -> dict[str, Any]:
 def results_by_variant(grid: Grid) -> dict[str, Any]:
   """What results.json holds: the accuracies of each variant by seed; the first variant is the baseline."""
   each = compare_json(grid)
+  values = lambda variant, key: [cell[key] for cell in variant['cells']]
   rows: list[dict[str, Any]] = [
-      {'method': variant['name'], **{key: [cell[key] for cell in variant['cells']] for key in ('top1', 'mean_per_class')}}
+      {'method': variant['name'], **{key: values(variant, key) for key in ('top1', 'mean_per_class')}}
       for variant in each['variants']]
   for row in rows:
     row['gain'] = [a - b for a, b in zip(row['top1'], rows[0]['top1'])]

@@ -13,6 +13,7 @@ from typing import Any, cast, ClassVar, NamedTuple
 
 import flax
 from flax import linen as nn
+from flax.core import FrozenDict
 import jax
 import jax.numpy as jnp
 
@@ -230,12 +231,18 @@ class Network(nn.Module, kw_only=True):
   @nn.nowrap
   def shapes(self) -> dict[str, Any]:
     """Shapes and types of `{'params', 'batch_stats'}`; nothing is computed."""
-    return network_variables(jax.eval_shape(self.init, jax.random.key(0), self.example()))
+    return jax.tree.map(lambda leaf: leaf, _shapes(self.clone(heads=FrozenDict(self.heads))))  # dicts of its own
 
   @nn.nowrap
   def parameter_count(self) -> int:
     """How many numbers its parameters have."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.shapes()['params']))
+
+
+@functools.lru_cache(maxsize=64)
+def _shapes(network: Network) -> dict[str, Any]:
+  """See `Network.shapes`; a comparison asks for those of one network many times. Its heads can be hashed."""
+  return network_variables(jax.eval_shape(network.init, jax.random.key(0), network.example()))
 
 
 @functools.lru_cache(maxsize=8)
