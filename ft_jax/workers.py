@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import multiprocessing
-import multiprocessing.process
+import multiprocessing.context
 import os
 import signal
 import sys
@@ -18,7 +18,7 @@ from selection import storage
 # Seconds that processes have to save their state and leave, longer than a training needs to stop.
 PATIENCE = stopping.PATIENCE + 20
 
-Process = multiprocessing.process.BaseProcess
+Process = multiprocessing.context.SpawnProcess
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ chooses among them on val first, all with the same number of trials. Where the b
 once more with as many images through the network as joint training has.
 """
 
+import collections
 from collections.abc import Mapping, Sequence
 import dataclasses
 import json
@@ -100,7 +101,8 @@ def _check_variant(config: ConfigDict, variant: Variant) -> finetune.Settings:
     new = {f'{field}={value}' for field, value in tuned.items()}
     if first is None or new - seen:  # each value once is enough: all combinations would take long
       try:
-        settings = finetune.Settings.from_config(cell_config(config, Cell(variant, config.compare.seeds[0], tuned, True)))
+        cell = Cell(variant, config.compare.seeds[0], tuned, trial=True)
+        settings = finetune.Settings.from_config(cell_config(config, cell))
       except ValueError as error:
         raise ValueError(f'config.compare.variants, {variant.name!r}: {error}') from error
       first = first or settings
@@ -142,8 +144,9 @@ def _prepare(grid: Grid, work: Workdir, settings: Sequence[finetune.Settings]) -
       key = json.dumps([shared, each.selection.embeds, each.selection.class_means, each.uses_source])
       try:
         if key not in opened:
-          shared_training = pretraining if each.pretraining is not None else None
-          opened[key] = finetune.prepare(dataclasses.replace(each, pretraining=shared_training), work, embeddings, grid.pretrained or '')
+          own = pretraining if each.pretraining is not None else None
+          opened[key] = finetune.prepare(dataclasses.replace(each, pretraining=own), work, embeddings,
+                                         grid.pretrained or '')
         each.check_sets(opened[key].splits, opened[key].pool)
       except ValueError as error:
         raise ValueError(f'config.compare.variants, {variant.name!r}: {error}') from error
@@ -226,11 +229,11 @@ class Report:
     if new and time.monotonic() >= self._write_after:
       began = time.monotonic()
       write_compare_json(self._grid, self._work)
-      # The statistics of many runs may take longer than a short run.
+      # Statistics and pictures of many runs may take longer than a short run.
       self._write_after = time.monotonic() + 20 * (time.monotonic() - began)
 
   def finish(self) -> dict[str, Any]:
-    """Writes the results and the page; returns what results.json holds.
+    """Writes the results; returns what results.json holds.
 
     Raises:
       RuntimeError: a cell failed.
@@ -240,12 +243,11 @@ class Report:
     if parallel.is_main():
       log.info('%s', comparison.markdown(read_json(work.path / 'compare.json')))
     log.info('report: %s', work.report_html)
-    failed = grid.failed()
-    left_out = {variant.name: choice.error for variant in grid.variants if (choice := grid.choice(variant))
-                and choice.error}
-    if failed or left_out:
-      problems = [f'{cell.title}: {outcome.error} ({work.path / cell.folder / "log.txt"})' for cell, outcome in failed]
-      problems += [f'{name}: {error}' for name, error in left_out.items()]
+    problems = [f'{cell.title}: {outcome.error} ({work.path / cell.folder / "log.txt"})'
+                for cell, outcome in grid.failed()]
+    problems += [f'{variant.name}: {choice.error}' for variant in grid.variants
+                 if (choice := grid.choice(variant)) and choice.error]
+    if problems:
       raise RuntimeError(f'{len(problems)} of {grid.size} runs failed: {"; ".join(problems[:5])}. The same command '
                          'tries them again')
     if not parallel.agreed(work.results_json.exists):
@@ -270,15 +272,16 @@ class Report:
         continue
       log.info('%s: best on val is %s', variant.name, ', '.join(f'{k} {v}' for k, v in choice.tuned.items()))
       for field, value, side in at_edge(variant, choice.tuned):
-        log.warning('warning: %s: the best %s is %s, the %s that was tried; try %s ones too', variant.name, field, value,
-                    side, {'smallest': 'smaller', 'largest': 'larger'}[side])
+        further = {'smallest': 'smaller', 'largest': 'larger'}[side]
+        log.warning('warning: %s: the best %s is %s, the %s that was tried; try %s ones too', variant.name, field,
+                    value, side, further)
 
   def _time_left(self) -> str:
     """An estimate for what is left, from the mean time of finished cells of each variant; '' while there are none."""
-    grid, times = self._grid, {}
+    grid, times = self._grid, collections.defaultdict[str, list[float]](list)
     for cell in grid.known():
       if (outcome := grid.outcome(cell)) is not None and outcome.results is not None:
-        times.setdefault(cell.variant.name, []).append(outcome.seconds)
+        times[cell.variant.name].append(outcome.seconds)
     if not times:
       return ''
     overall = [seconds for of_variant in times.values() for seconds in of_variant]
@@ -364,8 +367,9 @@ def _cell_json(cell: Cell, outcome: Outcome, metric: str) -> dict[str, Any]:
 def results_by_variant(grid: Grid) -> dict[str, Any]:
   """What results.json holds: the accuracies of each variant by seed; the first variant is the baseline."""
   each = compare_json(grid)
+  values = lambda variant, key: [cell[key] for cell in variant['cells']]
   rows: list[dict[str, Any]] = [
-      {'method': variant['name'], **{key: [cell[key] for cell in variant['cells']] for key in ('top1', 'mean_per_class')}}
+      {'method': variant['name'], **{key: values(variant, key) for key in ('top1', 'mean_per_class')}}
       for variant in each['variants']]
   for row in rows:
     row['gain'] = [a - b for a, b in zip(row['top1'], rows[0]['top1'])]

@@ -123,8 +123,9 @@ class Grid:
     if not variant.tuned:
       return Choice(variant.combinations[0])
     if variant.name not in self._choices:
-      outcomes = [(cell, self.outcome(cell)) for cell in self.trials(variant)]
-      if all(outcome is not None for _, outcome in outcomes):
+      trials = self.trials(variant)
+      outcomes = [(cell, outcome) for cell in trials if (outcome := self.outcome(cell)) is not None]
+      if len(outcomes) == len(trials):
         self._choices[variant.name] = _choose(variant, outcomes, self.config.target.metric)
     return self._choices.get(variant.name)
 
@@ -207,7 +208,7 @@ class Grid:
     if stored is None:
       return []
     wanted = as_now(json.loads(json.dumps(cell_config(self.config, cell).to_dict())))
-    return differences(*(_effective(config) for config in (stored, wanted)))
+    return differences(_effective(stored), _effective(wanted))
 
   def _take(self, locks: contextlib.ExitStack) -> str | None:
     """The folder of the next cell, which is locked until `locks` is closed."""

@@ -28,6 +28,8 @@ _OF_NETWORK = ('model.name', 'model.width', 'model.stem', 'image_size')
 PLAIN = 'plain'
 EQUAL_COMPUTE = 'equal compute'
 _TUNE = 'compare.tune'
+# Up to this factor, the images through the network count as equally many.
+_EQUAL = 1.05
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +116,8 @@ def equal_compute_variants(config: ConfigDict, baseline: Variant, images: Sequen
     images: per step, on average: of the baseline, and of each other variant.
   """
   own, *others = images
-  factors = sorted({other / own for other in others if other > own})
+  # Nearly equal ones are one.
+  factors = sorted({factor for other in others if (factor := round(other / own, 2)) > _EQUAL})
   variants = []
   for factor in factors:
     times = f' x{factor:g}' if len(factors) > 1 else ''
@@ -200,9 +203,11 @@ def _switches(added: Sequence[str], named: set[str], settings: Mapping[str, Mapp
 
 
 def _combinations(config: ConfigDict, variant: Variant, tune: Sequence[Any]) -> list[dict[str, Any]]:
-  """The combinations of values to try for a variant; as many as `config.compare.trials` says, evenly spread."""
+  """The combinations of values to try for a variant; as many as `config.compare.trials` says, the same in each start.
+  """
   fields = flat(config.to_dict()) | dict(variant.fields)
-  choices = {field: list(dict.fromkeys(values)) for field, values in tune if _matters(field, fields)}
+  choices = {field: [value for k, value in enumerate(values) if value not in values[:k]]
+             for field, values in tune if _matters(field, fields)}
   where = f'config.compare.tune for {variant.name!r}'
   for field, values in choices.items():
     for value in values:

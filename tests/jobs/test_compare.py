@@ -11,6 +11,7 @@ from configs import default
 from ft_jax import compiled, methods
 from ft_jax.jobs import compare, finetune
 from ft_jax.jobs.compare_variants import Cell, cell_config, declared_variants
+from ft_jax.pages import comparison
 from ft_jax.progress import log
 from ft_jax.training.loop import Diverged
 from ft_jax.workdir import Workdir, write_results, write_text
@@ -96,6 +97,7 @@ def fake(monkeypatch):
   training = FakeTraining()
   monkeypatch.setattr(finetune, 'fine_tune', training)
   monkeypatch.setattr(compare, '_prepare', lambda *_: None)
+  monkeypatch.setattr(comparison, 'write', lambda work: None)
   monkeypatch.setattr(compiled, 'clear_compiled', lambda: None)
   return training
 
@@ -274,3 +276,28 @@ def test_a_selection_file_belongs_to_a_variant(tmp_path):
   config.selection.file = str(tmp_path / 'ids')
   with pytest.raises(ValueError, match='config.selection.file is one selection for all variants; set it in the fields'):
     compare.plan(config)
+
+
+# --- the real thing ---
+
+
+@pytest.mark.slow
+def test_two_processes_find_what_one_finds(tmp_path, caplog):
+  """Trials, cells, and a second start; test is read once for each cell and for no trial."""
+  config = small(seeds=(0,), tune=(('train.learning_rate', (0.01, 0.1)),))
+  config.target.val, config.model.width, config.selection.size = 'val', 2, 3
+  config.augment.short_side = 16
+  with log_captured(caplog):
+    one = compare.run(config, tmp_path / 'one')
+    assert caplog.text.count('test (252 images') == 2
+    two = compare.run(config, tmp_path / 'two', processes=2)
+  assert one == two
+  assert '2 processes work on it' in caplog.text
+  for folder in ('one', 'two'):
+    trials = [json.loads(path.read_text()) for path in (tmp_path / folder / 'trials').glob('*/results.json')]
+    assert len(trials) == 4 and all(trial['test'] is None for trial in trials)
+    assert (tmp_path / folder / 'report.html').exists()
+    assert not list((tmp_path / folder / 'trials').glob('*/report.html'))
+  before = (tmp_path / 'two' / 'cells' / 'uot-seed-0' / 'results.json').stat().st_mtime_ns
+  compare.run(config, tmp_path / 'two', processes=2)
+  assert (tmp_path / 'two' / 'cells' / 'uot-seed-0' / 'results.json').stat().st_mtime_ns == before
