@@ -25,6 +25,7 @@ from ft_jax.jobs.compare_variants import (
   Cell,
   cell_config,
   check_names,
+  compared_with,
   declared_variants,
   equal_compute_variants,
   is_plain,
@@ -84,10 +85,12 @@ def plan(config: ConfigDict) -> tuple[list[Variant], list[finetune.Settings]]:
   variants = declared_variants(config)
   settings = [_check_variant(config, variant) for variant in variants]
   if config.compare.equal_compute and is_plain(settings[0]):
-    images = [each.images_per_step for each in settings]
-    added = equal_compute_variants(config, variants[0], images)
-    variants[1:1] = added
-    settings[1:1] = [_check_variant(config, variant) for variant in added]
+    images = {variant.name: each.images_per_step for variant, each in zip(variants, settings)}
+    for name, others in compared_with(config, variants).items():
+      place = [variant.name for variant in variants].index(name)
+      added = equal_compute_variants(config, variants[place], images[name], [images[other.name] for other in others])
+      variants[place + 1:place + 1] = added
+      settings[place + 1:place + 1] = [_check_variant(config, variant) for variant in added]
     check_names(variants)
   _log_tuning(variants)
   return variants, settings

@@ -7,6 +7,7 @@ import logging
 
 import pytest
 
+from configs import compare as ready
 from configs import default
 from ft_jax import compiled, methods
 from ft_jax.jobs import compare, finetune
@@ -248,6 +249,22 @@ def test_equal_compute_is_plain_with_as_many_images(fake, tmp_path):
   assert [variant.name for variant in compare.plan(only_plain)[0]] == ['plain', 'long']
 
 
+def test_equal_compute_along_an_axis():
+  """Each value of a field that means something to plain fine-tuning has its own; a field of the source has one."""
+  few, many = {'target.train_per_class': 2}, {'target.train_per_class': 5}
+  along = [('plain 2', few | NONE), ('uot 2', few | UOT), ('plain 5', many | NONE), ('uot 5', many | UOT)]
+  of_both = small(variants=tuple(along), equal_compute=True, axis='target.train_per_class')
+  added = [variant for variant in compare.plan(of_both)[0] if 'equal compute' in variant.name]
+  assert [(variant.name, variant.fields['target.train_per_class'], variant.fields['train.steps'])
+          for variant in added] == [('plain 2, equal compute', 2, 6), ('plain 5, equal compute', 5, 6)]
+  sizes = tuple((f'uot {size}', UOT | {'selection.size': size}) for size in (3, 5))
+  of_source = small(variants=('none', *sizes), equal_compute=True, axis='selection.size')
+  assert [variant.name for variant in compare.plan(of_source)[0]] == ['plain', 'plain, equal compute', 'uot 3', 'uot 5']
+
+
+NONE, UOT = {'selection.method': 'none'}, {'selection.method': 'uot'}
+
+
 @pytest.mark.parametrize('fields,said', [
     ({'variants': ()}, 'config.compare.variants and config.compare.seeds need at least one entry each'),
     ({'seeds': (1, 1)}, 'config.compare.seeds has 1 twice'),
@@ -301,3 +318,16 @@ def test_two_processes_find_what_one_finds(tmp_path, caplog):
   before = (tmp_path / 'two' / 'cells' / 'uot-seed-0' / 'results.json').stat().st_mtime_ns
   compare.run(config, tmp_path / 'two', processes=2)
   assert (tmp_path / 'two' / 'cells' / 'uot-seed-0' / 'results.json').stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize('question', list(ready.QUESTIONS))
+def test_the_ready_lists_can_be_asked(question):
+  """Every variant can work, and each has as many trials as the others."""
+  config = ready.get_config(question)
+  config.target.name, config.source.name = 'digits:target', 'digits:pool'
+  config.model.width, config.image_size = 4, 32
+  variants, _ = compare.plan(config)
+  assert len({len(variant.combinations) for variant in variants}) == 1
+  assert config.compare.axis in ('', *variants[-1].fields)
+  with pytest.raises(ValueError, match='configs/compare.py:other is not known; known: main, controls'):
+    ready.get_config('other')
