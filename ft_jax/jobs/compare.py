@@ -25,6 +25,7 @@ from ft_jax.jobs.compare_variants import (
   Cell,
   cell_config,
   check_names,
+  compared_with,
   declared_variants,
   equal_compute_variants,
   is_plain,
@@ -84,10 +85,12 @@ def plan(config: ConfigDict) -> tuple[list[Variant], list[finetune.Settings]]:
   variants = declared_variants(config)
   settings = [_check_variant(config, variant) for variant in variants]
   if config.compare.equal_compute and is_plain(settings[0]):
-    images = [each.images_per_step for each in settings]
-    added = equal_compute_variants(config, variants[0], images)
-    variants[1:1] = added
-    settings[1:1] = [_check_variant(config, variant) for variant in added]
+    images = {variant.name: each.images_per_step for variant, each in zip(variants, settings)}
+    for name, others in compared_with(config, variants).items():
+      place = [variant.name for variant in variants].index(name)
+      added = equal_compute_variants(config, variants[place], images[name], [images[other.name] for other in others])
+      variants[place + 1:place + 1] = added
+      settings[place + 1:place + 1] = [_check_variant(config, variant) for variant in added]
     check_names(variants)
   _log_tuning(variants)
   return variants, settings
@@ -112,6 +115,8 @@ def _check_variant(config: ConfigDict, variant: Variant) -> finetune.Settings:
 
 
 def _check_processes(processes: int) -> None:
+  if processes > 1:
+    workers.share_gpu_memory()
   if processes < 1:
     raise ValueError(f'--workers is {processes}; expected at least 1')
   if processes > 1 and jax.process_count() > 1:

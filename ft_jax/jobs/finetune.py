@@ -243,7 +243,7 @@ class Settings:
     sizes = {'target': self.training.batch_size * with_target, 'source': self.joint.batch * with_source}
     needs = methods.all_needs(self.methods, self.model)
     views = sum(sizes[view.stream] for view in needs.forwarded_views)
-    return sum(sizes.values()) + views
+    return round(sum(sizes.values()) + views, 6)  # 1/3 + 2/3 of a batch is a whole one
 
   def check_sets(self, splits: Splits, pool: ImageSet | None) -> None:
     """Raises ValueError where the images are not what can be trained on with these settings; reads none of them."""
