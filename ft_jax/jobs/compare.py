@@ -115,6 +115,8 @@ def _check_variant(config: ConfigDict, variant: Variant) -> finetune.Settings:
 
 
 def _check_processes(processes: int) -> None:
+  if processes > 1:
+    workers.share_gpu_memory()
   if processes < 1:
     raise ValueError(f'--workers is {processes}; expected at least 1')
   if processes > 1 and jax.process_count() > 1:

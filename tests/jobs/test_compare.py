@@ -152,6 +152,26 @@ def test_a_changed_grid_keeps_what_fits(fake, tmp_path, caplog):
   assert fake.folders == ['cells/plain-seed-0', 'cells/plain-seed-1']
 
 
+def test_runs_of_earlier_versions_are_taken_over(fake, tmp_path):
+  """They were in folders beside the comparison's own files, with its fields as they were called then."""
+  config = small(variants=('none', 'uot'), seeds=(0,))
+  compare.run(config, tmp_path)
+  assert len(fake.folders) == 2
+  for new, old in (('plain-seed-0', 'none-0'), ('uot-seed-0', 'uot-0')):
+    (tmp_path / 'cells' / new).rename(tmp_path / old)
+    (tmp_path / old / 'outcome.json').unlink()
+    fields = json.loads((tmp_path / old / 'config.json').read_text())
+    fields['compare'] = {'methods': [old[:-2]], 'seeds': [0]}
+    (tmp_path / old / 'config.json').write_text(json.dumps(fields))
+  changed = json.loads((tmp_path / 'uot-0' / 'config.json').read_text())
+  changed['train']['momentum'] = 0.3
+  (tmp_path / 'uot-0' / 'config.json').write_text(json.dumps(changed))
+  finished = (tmp_path / 'none-0' / 'results.json').read_text()
+  compare.run(config, tmp_path)
+  assert (tmp_path / 'cells' / 'plain-seed-0' / 'results.json').read_text() == finished
+  assert not (tmp_path / 'none-0').exists() and (tmp_path / 'uot-0').exists(), 'the second one does not fit'
+
+
 def test_a_failed_run_does_not_stop_the_others(fake, tmp_path):
   fake.fails['plain-seed-0'] = OSError('the disk is gone')
   with pytest.raises(RuntimeError, match='1 of 4 runs failed: plain, seed 0: the disk is gone .*plain-seed-0/log.txt'):
@@ -301,18 +321,19 @@ def test_a_selection_file_belongs_to_a_variant(tmp_path):
 @pytest.mark.slow
 def test_two_processes_find_what_one_finds(tmp_path, caplog):
   """Trials, cells, and a second start; test is read once for each cell and for no trial."""
-  config = small(seeds=(0,), tune=(('train.learning_rate', (0.01, 0.1)),))
+  config = small(variants=('uot',), seeds=(0,), tune=(('train.learning_rate', (0.01, 0.1)),))
   config.target.val, config.model.width, config.selection.size = 'val', 2, 3
   config.augment.short_side = 16
   with log_captured(caplog):
     one = compare.run(config, tmp_path / 'one')
-    assert caplog.text.count('test (252 images') == 2
+    tested = {record.created for record in caplog.records if 'test (252 images' in record.getMessage()}
+    assert len(tested) == 1
     two = compare.run(config, tmp_path / 'two', processes=2)
   assert one == two
   assert '2 processes work on it' in caplog.text
   for folder in ('one', 'two'):
     trials = [json.loads(path.read_text()) for path in (tmp_path / folder / 'trials').glob('*/results.json')]
-    assert len(trials) == 4 and all(trial['test'] is None for trial in trials)
+    assert len(trials) == 2 and all(trial['test'] is None for trial in trials)
     assert (tmp_path / folder / 'report.html').exists()
     assert not list((tmp_path / folder / 'trials').glob('*/report.html'))
   before = (tmp_path / 'two' / 'cells' / 'uot-seed-0' / 'results.json').stat().st_mtime_ns
