@@ -105,7 +105,7 @@ _FROM = {'baseline': f'plain at {HEADS["baseline"]}', 'equal_compute': f'plain a
 
 
 def curves(axis: str, drawn: Sequence[Curve], metric: str) -> Figure:
-  """Accuracy against the values of a field; a curve of one point without a value is a band from side to side."""
+  """Accuracy against the values of a field; a curve of one point without a value is a line from side to side."""
   values = sorted({point.value for curve in drawn for point in curve.points if point.value is not None}, key=_order)
   numeric = all(isinstance(value, (int, float)) for value in values)
   at = {value: float(value) if numeric else float(k) for k, value in enumerate(values)}
@@ -116,7 +116,6 @@ def curves(axis: str, drawn: Sequence[Curve], metric: str) -> Figure:
     color, style = COLORS[k % len(COLORS)], '-' if k < len(COLORS) else '--'
     if [point.value for point in curve.points] == [None]:
       [point] = curve.points
-      axes.axhspan(*(100 * bound for bound in point.interval), color=color, alpha=0.08, linewidth=0)
       axes.axhline(100 * point.mean, color=color, linewidth=1.2, linestyle=':', label=name)
       continue
     points = sorted((point for point in curve.points if point.value is not None), key=lambda point: at[point.value])
