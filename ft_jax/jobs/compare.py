@@ -17,7 +17,7 @@ from etils import epath
 import jax
 from ml_collections import ConfigDict
 
-from ft_jax import compiled, parallel, workers
+from ft_jax import compiled, parallel, stopping, workers
 from ft_jax.data import opened_once
 from ft_jax.jobs import finetune, pretrain
 from ft_jax.jobs.compare_cells import Grid, is_result, Outcome, POLL
@@ -35,6 +35,7 @@ from ft_jax.pages import comparison
 from ft_jax.progress import log
 from ft_jax.settings import check_fields, flat
 from ft_jax.studies.comparison import summarize
+from ft_jax.training.loop import Interrupted
 from ft_jax.workdir import read_json, Workdir, write_results, write_text
 
 FORMAT_VERSION = 1
@@ -137,24 +138,29 @@ def _log_tuning(variants: Sequence[Variant]) -> None:
 
 
 def _prepare(grid: Grid, work: Workdir, settings: Sequence[finetune.Settings]) -> None:
-  """Opens the images once for each kind of variant, and makes what fine-tunings share."""
-  opened: dict[str, finetune.Sets] = {}
-  pretraining = None
-  if grid.pretrained is not None:  # with the seed of the comparison, whatever the seeds of the fine-tunings are
-    pretraining = pretrain.Settings.from_config(finetune.pretrain_config(grid.config))
-  embeddings = grid.config.embeddings_dir or work.embeddings
+  """Opens and checks the images once for each kind of variant; then makes what fine-tunings share.
+
+  Raises:
+    ValueError: images that a variant cannot be trained on.
+  """
+  opened: dict[str, tuple[finetune.Settings, finetune.Sets]] = {}
   with grid.lock_for('prepare'):
     for variant, each in zip(grid.variants, settings):
       shared = {name: each.fields[name] for name in ('target', 'source', 'data', 'noise', 'model')}
       key = json.dumps([shared, each.selection.embeds, each.selection.class_means, each.uses_source])
       try:
         if key not in opened:
-          own = pretraining if each.pretraining is not None else None
-          opened[key] = finetune.prepare(dataclasses.replace(each, pretraining=own), work, embeddings,
-                                         grid.pretrained or '')
-        each.check_sets(opened[key].splits, opened[key].pool)
+          opened[key] = each, finetune.open_checked(each, work)
+        _, sets = opened[key]
+        each.check_sets(sets.splits, sets.pool)
       except ValueError as error:
         raise ValueError(f'config.compare.variants, {variant.name!r}: {error}') from error
+    pretraining = None
+    if grid.pretrained is not None:  # with the seed of the comparison, whatever the seeds of the fine-tunings are
+      pretraining = pretrain.Settings.from_config(finetune.pretrain_config(grid.config))
+    for each, sets in opened.values():
+      own = dataclasses.replace(each, pretraining=pretraining if each.pretraining is not None else None)
+      finetune.prepare(own, work, sets, grid.config.embeddings_dir or work.embeddings, grid.pretrained or '')
 
 
 def _work(grid: Grid, report: 'Report') -> None:
@@ -171,20 +177,23 @@ def _work(grid: Grid, report: 'Report') -> None:
 
 def _supervise(grid: Grid, report: 'Report', processes: int) -> None:
   """Lets several processes run the cells, and reports what they finish."""
+  logs = grid.folder / 'workers'
   arguments = (grid.config.to_dict(), grid.variants, grid.folder, grid.start, grid.pretrained)
-  with workers.started(processes, work_on, arguments, grid.folder / 'workers') as started:
-    log.info('%d processes work on it; their logs are %s', processes, grid.folder / 'workers')
+  with stopping.signals() as stop, workers.started(processes, work_on, arguments, logs) as started:
+    log.info('%d processes work on it; their logs are in %s', processes, logs)
     ended: set[str] = set()
-    while any(process.is_alive() for process in started):
+    while any(process.is_alive() for process in started) and not stop():
       time.sleep(POLL)
       report.update()
       for process in started:
-        if process.exitcode and process.name not in ended:
+        if process.exitcode and process.name not in ended and stop.signal is None:
           ended.add(process.name)
-          log.warning('warning: %s; see %s', workers.describe_end(process), grid.folder / 'workers')
+          log.warning('warning: %s; see %s', workers.describe_end(process), logs)
+  if stop.signal is not None:
+    raise Interrupted(stop.signal, 'stopped; the same command resumes from there')
   report.update()
   if not grid.complete:
-    raise RuntimeError(f'the processes ended before everything was done; see their logs in {grid.folder / "workers"}; '
+    raise RuntimeError(f'the processes ended before everything was done; see their logs in {logs}; '
                        'the same command resumes from what is finished')
 
 
