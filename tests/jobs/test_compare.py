@@ -315,32 +315,6 @@ def test_a_selection_file_belongs_to_a_variant(tmp_path):
     compare.plan(config)
 
 
-# --- the real thing ---
-
-
-@pytest.mark.slow
-def test_two_processes_find_what_one_finds(tmp_path, caplog):
-  """Trials, cells, and a second start; test is read once for each cell and for no trial."""
-  config = small(variants=('uot',), seeds=(0,), tune=(('train.learning_rate', (0.01, 0.1)),))
-  config.target.val, config.model.width, config.selection.size = 'val', 2, 3
-  config.augment.short_side = 16
-  with log_captured(caplog):
-    one = compare.run(config, tmp_path / 'one')
-    tested = {record.created for record in caplog.records if 'test (252 images' in record.getMessage()}
-    assert len(tested) == 1
-    two = compare.run(config, tmp_path / 'two', processes=2)
-  assert one == two
-  assert '2 processes work on it' in caplog.text
-  for folder in ('one', 'two'):
-    trials = [json.loads(path.read_text()) for path in (tmp_path / folder / 'trials').glob('*/results.json')]
-    assert len(trials) == 2 and all(trial['test'] is None for trial in trials)
-    assert (tmp_path / folder / 'report.html').exists()
-    assert not list((tmp_path / folder / 'trials').glob('*/report.html'))
-  before = (tmp_path / 'two' / 'cells' / 'uot-seed-0' / 'results.json').stat().st_mtime_ns
-  compare.run(config, tmp_path / 'two', processes=2)
-  assert (tmp_path / 'two' / 'cells' / 'uot-seed-0' / 'results.json').stat().st_mtime_ns == before
-
-
 @pytest.mark.parametrize('question', list(ready.QUESTIONS))
 def test_the_ready_lists_can_be_asked(question):
   """Every variant can work, and each has as many trials as the others."""
