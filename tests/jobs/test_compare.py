@@ -150,6 +150,9 @@ def test_a_changed_grid_keeps_what_fits(fake, tmp_path, caplog):
   old.train.momentum = 0.5
   compare.run(old, tmp_path)
   assert fake.folders == ['cells/plain-seed-0', 'cells/plain-seed-1']
+  old.compare.seeds = (0,)
+  assert compare.run(old, tmp_path)['seeds'] == json.loads((tmp_path / 'results.json').read_text())['seeds'] == [0]
+  assert fake.folders == []
 
 
 def test_runs_of_earlier_versions_are_taken_over(fake, tmp_path):
@@ -304,6 +307,13 @@ def test_what_cannot_work_is_refused_before_anything_is_run(fake, tmp_path, fiel
   with pytest.raises(ValueError, match=said):
     compare.run(small(**fields), tmp_path / 'run')
   assert fake.runs == [] and not (tmp_path / 'run').exists()
+
+
+def test_how_many_processes_can_work():
+  for processes, folder, said in ((0, 'runs', '--workers is 0; expected at least 1'),
+                                  (2, 'gs://bucket/runs', 'is on object storage, where no process can claim a run')):
+    with pytest.raises(ValueError, match=said):
+      compare.run(small(), folder, processes)
 
 
 def test_a_selection_file_belongs_to_a_variant(tmp_path):
