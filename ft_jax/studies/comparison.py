@@ -147,7 +147,8 @@ class _Images:
     finished = [variant for variant in variants if variant.cells]
     tables = [self._table(variant, list(variant.cells)) for variant in finished]
     found = paired.estimates(tables, self._classes(metric))
-    return {variant.name: {'mean': estimate.mean, 'interval': list(estimate.interval)}
+    return {variant.name: {'mean': estimate.mean, 'interval': [max(estimate.interval[0], 0.0),
+                                                               min(estimate.interval[1], 1.0)]}
             for variant, estimate in zip(finished, found)}
 
   def differences(self, pairs: Sequence[tuple[str, _Variant, _Variant]],
