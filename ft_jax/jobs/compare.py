@@ -17,7 +17,7 @@ from etils import epath
 import jax
 from ml_collections import ConfigDict
 
-from ft_jax import compiled, parallel, workers
+from ft_jax import compiled, parallel, stopping, workers
 from ft_jax.data import opened_once
 from ft_jax.jobs import finetune, pretrain
 from ft_jax.jobs.compare_cells import Grid, is_result, Outcome, POLL
@@ -35,9 +35,13 @@ from ft_jax.pages import comparison
 from ft_jax.progress import log
 from ft_jax.settings import check_fields, flat
 from ft_jax.studies.comparison import summarize
+from ft_jax.training.loop import Interrupted
 from ft_jax.workdir import read_json, Workdir, write_results, write_text
+from selection import storage
 
 FORMAT_VERSION = 1
+# Groups and fields that decide which images a fine-tuning has, and how they are embedded.
+_OF_IMAGES = ('target', 'source', 'data', 'noise', 'model', 'image_size', 'augment')
 
 
 def run(config: ConfigDict, workdir: epath.PathLike, processes: int = 1) -> dict[str, Any]:
@@ -52,7 +56,7 @@ def run(config: ConfigDict, workdir: epath.PathLike, processes: int = 1) -> dict
     ValueError: a setting that cannot be used, in any variant.
     RuntimeError: some of the fine-tunings failed; the others are finished.
   """
-  _check_processes(processes)
+  _check_processes(processes, workdir)
   variants, settings = plan(config)
   work = Workdir(workdir, config.to_dict(), shared=True)
   pretrained = work.path / 'pretrain' if config.model.weights == 'pretrain' else None
@@ -97,28 +101,23 @@ def plan(config: ConfigDict) -> tuple[list[Variant], list[finetune.Settings]]:
 
 
 def _check_variant(config: ConfigDict, variant: Variant) -> finetune.Settings:
-  """The settings of a variant with its first combination; raises ValueError where any value to be tried is refused."""
-  first: finetune.Settings | None = None
-  seen: set[str] = set()
-  for tuned in variant.combinations:
-    new = {f'{field}={value}' for field, value in tuned.items()}
-    if first is None or new - seen:  # each value once is enough: all combinations would take long
-      try:
-        cell = Cell(variant, config.compare.seeds[0], tuned, trial=True)
-        settings = finetune.Settings.from_config(cell_config(config, cell))
-      except ValueError as error:
-        raise ValueError(f'config.compare.variants, {variant.name!r}: {error}') from error
-      first = first or settings
-      seen |= new
-  assert first is not None, 'a variant has at least one combination'
-  return first
+  """The settings of a variant with its first combination; raises ValueError where any combination is refused."""
+  cells = [Cell(variant, config.compare.seeds[0], tuned, trial=True) for tuned in variant.combinations]
+  try:
+    return [finetune.Settings.from_config(cell_config(config, cell)) for cell in cells][0]
+  except ValueError as error:
+    raise ValueError(f'config.compare.variants, {variant.name!r}: {error}') from error
 
 
-def _check_processes(processes: int) -> None:
+def _check_processes(processes: int, workdir: epath.PathLike) -> None:
+  """Raises ValueError where so many processes cannot work side by side."""
   if processes > 1:
     workers.share_gpu_memory()
   if processes < 1:
     raise ValueError(f'--workers is {processes}; expected at least 1')
+  if processes > 1 and storage.is_url(workdir):
+    raise ValueError(f'--workers is {processes}, but {workdir} is on object storage, where no process can claim a run; '
+                     'use --workers=1, or a folder on a disk')
   if processes > 1 and jax.process_count() > 1:
     raise ValueError(f'--workers is {processes}, but this is one of {jax.process_count()} processes that train '
                      'together; use --workers=1, or start the command on each host with --num_processes=1')
@@ -137,24 +136,29 @@ def _log_tuning(variants: Sequence[Variant]) -> None:
 
 
 def _prepare(grid: Grid, work: Workdir, settings: Sequence[finetune.Settings]) -> None:
-  """Opens the images once for each kind of variant, and makes what fine-tunings share."""
-  opened: dict[str, finetune.Sets] = {}
-  pretraining = None
-  if grid.pretrained is not None:  # with the seed of the comparison, whatever the seeds of the fine-tunings are
-    pretraining = pretrain.Settings.from_config(finetune.pretrain_config(grid.config))
-  embeddings = grid.config.embeddings_dir or work.embeddings
+  """Opens and checks the images once for each kind of variant; then makes what fine-tunings share.
+
+  Raises:
+    ValueError: images that a variant cannot be trained on.
+  """
+  opened: dict[str, tuple[finetune.Settings, finetune.Sets]] = {}
   with grid.lock_for('prepare'):
     for variant, each in zip(grid.variants, settings):
-      shared = {name: each.fields[name] for name in ('target', 'source', 'data', 'noise', 'model')}
+      shared = {name: each.fields[name] for name in _OF_IMAGES}
       key = json.dumps([shared, each.selection.embeds, each.selection.class_means, each.uses_source])
       try:
         if key not in opened:
-          own = pretraining if each.pretraining is not None else None
-          opened[key] = finetune.prepare(dataclasses.replace(each, pretraining=own), work, embeddings,
-                                         grid.pretrained or '')
-        each.check_sets(opened[key].splits, opened[key].pool)
+          opened[key] = each, finetune.open_checked(each, work)
+        _, sets = opened[key]
+        each.check_sets(sets.splits, sets.pool)
       except ValueError as error:
         raise ValueError(f'config.compare.variants, {variant.name!r}: {error}') from error
+    pretraining = None
+    if grid.pretrained is not None:  # with the seed of the comparison, whatever the seeds of the fine-tunings are
+      pretraining = pretrain.Settings.from_config(finetune.pretrain_config(grid.config))
+    for each, sets in opened.values():
+      own = dataclasses.replace(each, pretraining=pretraining if each.pretraining is not None else None)
+      finetune.prepare(own, work, sets, grid.config.embeddings_dir or work.embeddings, grid.pretrained or '')
 
 
 def _work(grid: Grid, report: 'Report') -> None:
@@ -171,20 +175,23 @@ def _work(grid: Grid, report: 'Report') -> None:
 
 def _supervise(grid: Grid, report: 'Report', processes: int) -> None:
   """Lets several processes run the cells, and reports what they finish."""
+  logs = grid.folder / 'workers'
   arguments = (grid.config.to_dict(), grid.variants, grid.folder, grid.start, grid.pretrained)
-  with workers.started(processes, work_on, arguments, grid.folder / 'workers') as started:
-    log.info('%d processes work on it; their logs are %s', processes, grid.folder / 'workers')
+  with stopping.signals() as stop, workers.started(processes, work_on, arguments, logs) as started:
+    log.info('%d processes work on it; their logs are in %s', processes, logs)
     ended: set[str] = set()
-    while any(process.is_alive() for process in started):
+    while any(process.is_alive() for process in started) and not stop():
       time.sleep(POLL)
       report.update()
       for process in started:
-        if process.exitcode and process.name not in ended:
+        if process.exitcode and process.name not in ended and stop.signal is None:
           ended.add(process.name)
-          log.warning('warning: %s; see %s', workers.describe_end(process), grid.folder / 'workers')
+          log.warning('warning: %s; see %s', workers.describe_end(process), logs)
+  if stop.signal is not None:
+    raise Interrupted(stop.signal, 'stopped; the same command resumes from there')
   report.update()
   if not grid.complete:
-    raise RuntimeError(f'the processes ended before everything was done; see their logs in {grid.folder / "workers"}; '
+    raise RuntimeError(f'the processes ended before everything was done; see their logs in {logs}; '
                        'the same command resumes from what is finished')
 
 
@@ -255,9 +262,10 @@ class Report:
     if problems:
       raise RuntimeError(f'{len(problems)} of {grid.size} runs failed: {"; ".join(problems[:5])}. The same command '
                          'tries them again')
-    if not parallel.agreed(work.results_json.exists):
-      write_results(work, results_by_variant(grid))
-    return parallel.agreed(lambda: read_json(work.results_json))
+    results = parallel.agreed(lambda: results_by_variant(grid))
+    if parallel.agreed(work.results) != results:  # another grid may have been finished before
+      write_results(work, results)
+    return results
 
   def _summary(self, cell: Cell, outcome: Outcome) -> str:
     if outcome.results is None:

@@ -334,19 +334,22 @@ def fine_tune(settings: Settings, workdir: epath.PathLike, embeddings: epath.Pat
   return done
 
 
-def prepare(settings: Settings, work: Workdir, embeddings: epath.PathLike, pretrained: epath.PathLike) -> Sets:
-  """Opens and checks the images of a run, and makes what several runs share: pre-training and embeddings of the pool.
+def open_checked(settings: Settings, work: Workdir) -> Sets:
+  """Opens the images of a run and checks them; `work` is of the run, or of the job that it belongs to."""
+  return _open_sets(settings, work, None, None, check=True)
+
+
+def prepare(settings: Settings, work: Workdir, sets: Sets, embeddings: epath.PathLike,
+            pretrained: epath.PathLike) -> None:
+  """Makes what several runs share: the pre-training and the embeddings of the pool.
 
   Args:
     settings: of one of the runs.
     work: of the job that they belong to.
+    sets: the images of the run.
     embeddings: a folder for embeddings.
     pretrained: the workdir of the pre-training, where there is one.
-
-  Returns:
-    The images that were opened.
   """
-  sets = _open_sets(settings, work, None, None, check=True)
   if settings.pretraining is not None and not parallel.agreed((storage.located(pretrained) / 'results.json').exists):
     pretrain.pretrain(settings.pretraining.without(sets.copies.classes), pretrained, sets.copies.dropped)
   if sets.pool is not None and settings.selection.embeds:
@@ -354,7 +357,6 @@ def prepare(settings: Settings, work: Workdir, embeddings: epath.PathLike, pretr
     encoder = _encoder(settings, weights, storage.located(embeddings), work.unfinished)
     encoder.embed(sets.pool, 'source', settings.selection.class_means)
     embedding.remove_partial(work.unfinished)
-  return sets
 
 
 def _source_batch(ratio: float, training: Training) -> int:
@@ -586,7 +588,6 @@ def _about(settings: Settings, results: Mapping[str, Any], sets: Sets, weights: 
       # Of embeddings None where none were made.
       'precision': {**results['precision'], 'embeddings': embedding.PRECISION if embedded else None},
       'target': target, 'source': source, 'selection': selected, 'weights': weights.about if weights else None,
-      'stream_steps': {name: [stream.first + 1, stream.end or results['steps']] for name, stream in streams.items()},
       'noise': sets.noise.about, 'skipped': skipped_summary(sets.skipped), 'duplicates': sets.copies.summary()}
 
 
