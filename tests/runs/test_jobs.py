@@ -269,7 +269,7 @@ def test_two_processes_find_what_one_finds(photos, pool, tmp_path):
     assert 'val (' in (folder / 'cells' / 'uot-seed-3' / 'log.txt').read_text()
   assert found[1] == found[2]
   again = main(tmp_path / '2', *flags, '--workers=2', devices=1)
-  assert '3 of 3 runs are finished' in again.stderr and 'processes' not in again.stderr
+  assert '3 of 3 runs are finished' in again.stderr and 'processes work on it' not in again.stderr
 
 
 def fine_tune_by(photos, pool, workdir, by: str, *flags: str) -> tuple[dict, str]:
