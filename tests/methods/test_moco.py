@@ -121,7 +121,8 @@ def test_keys_are_shuffled_over_devices(shuffled):
       seen.append(images)
       return Outputs(images, {}, {}), {}
 
-    context = StepContext(model, {}, {}, {}, None, {}, {'source/key': images}, None, None, 0, jax.random.key(7), forward)
+    context = StepContext(model, {}, {}, {}, None, {}, {'source/key': images}, None, None, 0, jax.random.key(7),
+                          forward)
     return (*METHOD._keys(context, state['key']), *seen)
 
   mine, everything, seen = jax.vmap(keys, axis_name=AXIS)(views.reshape(2, 2, WIDTH))
@@ -186,7 +187,8 @@ def test_wrong_settings_are_refused(method, context, message):
 
 
 def test_one_device_is_told(monkeypatch, caplog):
-  """BatchNorm leaks where nothing is shuffled: on one device with one microbatch, unless it is synchronised or frozen."""
+  """BatchNorm leaks where nothing is shuffled: on one device with one microbatch, unless it is synchronised or
+  frozen."""
   monkeypatch.setattr(jax, 'device_count', lambda: 1)
   setup = lambda model, **kwargs: MoCo(queue=16).setup(method_case.context(model.clone(heads={}), **kwargs))
   setup(method_case.network(axis_name=AXIS))
