@@ -54,7 +54,8 @@ def get_config() -> ConfigDict:
   # timm:<name>[@revision], hf:<owner>/<name>[@revision], a .safetensors, .pth or .pth.tar file, the workdir of a run,
   config.model.weights = ''  # or 'pretrain', which runs config.pretrain first; '': random
   config.model.source_head = 'fresh'  # head of the source classes: fresh (as published), or pretrained (from weights)
-  config.model.batch_norm = 'train'  # train, or frozen: statistics, scales and biases keep their pre-trained values
+  # train: statistics of each step's images; frozen: statistics, scales and biases keep their pre-trained values;
+  config.model.batch_norm = 'train'  # per_stream: source and target images have statistics of their own
   config.model.sync_batch_norm = False  # BatchNorm statistics over all devices instead of each device's own
   config.model.dtype = 'float32'  # of activations: float32 or bfloat16; parameters are always float32
   # precision of float32 products in training and evaluation: default (TF32 on recent GPUs, bfloat16 on TPUs), high,
@@ -74,6 +75,10 @@ def get_config() -> ConfigDict:
   config.selection.rho_target = 10.0  # uot, least: penalty on deviations from the target marginal
   config.source_weight = 1.0  # lambda: weight of the loss on source images
   config.source_ratio = 1.0  # mu: source images per target image in a step
+  config.source_weight_schedule = 'constant'  # constant, or linear or cosine: lambda falls to zero over the joint steps
+  config.source_first = 0.0  # fraction of the steps, at the start, that train on the source alone
+  config.target_last = 0.0  # fraction of the steps, at the end, that train on the target alone
+  config.refit_head = False  # at the end, fit the target's head to features of train; keep it if it is better on val
   config.embeddings_dir = ''  # cache of embeddings; '' is <workdir>/embeddings
 
   config.data = ConfigDict()
@@ -123,10 +128,18 @@ def get_config() -> ConfigDict:
   config.study.threshold = 0.8  # the main subspace: singular values that add up to this fraction of their sum
   config.study.centred = False  # subtract the mean before splitting features; False as published
 
-  config.compare = ConfigDict()  # job compare: the same fine-tuning with each method and each seed
-  # values of selection.method, each optionally with fine-tuning methods, which are off in the others: 'none+l2_sp'
-  config.compare.methods = ('none', 'random', 'uot')  # (settings of config.methods, or as published); baseline first
-  config.compare.seeds = (0, 1, 2)  # values of seed
+  config.compare = ConfigDict()  # job compare: the same fine-tuning in several variants, each with several seeds
+  # the baseline first: a value of selection.method, optionally with fine-tuning methods: 'uot+l2_sp' (these are off in
+  # the other variants); or a name and fields of job finetune: ('uot 20', {'selection.method': 'uot',
+  config.compare.variants = ('none', 'random', 'uot')  # 'selection.size': 20, 'source_weight': 0.3})
+  config.compare.seeds = (0, 1, 2)  # values of seed, the same for every variant
+  # fields and the values to choose from on val, for each variant: (('train.learning_rate', (0.003, 0.01, 0.03)), ...);
+  config.compare.tune = ()  # 'compare.tune' in the fields of a variant replaces it there
+  config.compare.trials = 0  # number of combinations of these values to try for each variant; 0: all
+  config.compare.tune_seeds = 1  # number of seeds to try each combination with; the first of compare.seeds
+  config.compare.equal_compute = True  # add plain fine-tuning with as many images through the network as joint training
+  config.compare.axis = ''  # a field that differs between variants, to draw accuracy against; '': no curve
+  config.compare.keep_checkpoints = False  # keep the checkpoints of finished runs, as jobs export and predict need them
   return config.lock()  # ml_collections refuses any other field
 
 

@@ -1,5 +1,6 @@
 """Whole jobs on real images, in processes of their own: what a user runs, and what stays when it is interrupted."""
 
+import html
 import json
 import os
 import pathlib
@@ -21,7 +22,7 @@ from selection.ranking import NOUNS
 
 ROOT = pathlib.Path(__file__).parents[2]
 
-TINY = ['--config=configs/digits.py', '--config.model.width=4', '--config.image_size=16',
+TINY = ['--config=configs/digits.py:finetune', '--config.model.width=4', '--config.image_size=16',
         '--config.augment.short_side=16',
         '--config.selection.size=5']
 PRETRAIN = ['--config.job=pretrain', '--config.model.weights=', "--config.train.learning_rate_groups=(('.*',1.0),)",
@@ -230,18 +231,19 @@ def test_finetune_and_compare_on_folders(photos, pool, tmp_path):
   run = main(tmp_path / 'compare', '--config=configs/miniature.py', f'--config.source.name=folder:{pool}',
              f'--config.target.name=folder:{photos}', '--config.model.weights=', '--config.model.width=4',
              '--config.image_size=32',
-             '--config.augment.short_side=36', "--config.compare.methods=('none','uot')", '--config.compare.seeds=(3,)',
+             '--config.augment.short_side=36', "--config.compare.variants=('none','uot')", '--config.compare.seeds=(3,)',
              '--config.selection.size=2', '--config.train.steps=4', '--config.train.batch_size=8',
              '--config.source_ratio=0.5')
   assert run.returncode == 0, run.stderr
   results = json.loads((tmp_path / 'compare' / 'results.json').read_text())
-  assert [row['method'] for row in results['rows']] == ['none', 'uot'] and results['images'] == 20
+  assert [row['method'] for row in results['rows']] == ['plain', 'plain, equal compute', 'uot'] and results['images'] == 20
   for row in results['rows']:
-    runs = [tmp_path / 'compare' / f'{row["method"]}-{seed}' / 'results.json' for seed in (3,)]
+    slug = {'plain, equal compute': 'plain-equal-compute-x1.5'}.get(row['method'], row['method'])
+    runs = [tmp_path / 'compare' / 'cells' / f'{slug}-seed-{seed}' / 'results.json' for seed in (3,)]
     assert row['top1'] == [json.loads(path.read_text())['test']['top1'] for path in runs]
-  assert '| uot |' in run.stderr and (tmp_path / 'compare' / 'report.html').exists()
+  assert re.search(r'\| uot +\|', run.stderr) and (tmp_path / 'compare' / 'report.html').exists()
   assert len(list((tmp_path / 'compare' / 'embeddings').iterdir())) == 2  # in one place for all runs
-  chosen = json.loads((tmp_path / 'compare' / 'uot-3' / 'results.json').read_text())['selection']
+  chosen = json.loads((tmp_path / 'compare' / 'cells' / 'uot-seed-3' / 'results.json').read_text())['selection']
   assert len(chosen['classes']) == 2 and chosen['images'] == 20
 
 
@@ -313,15 +315,20 @@ def test_same_images_on_both_sides_are_refused(photos, tmp_path):
 @pytest.mark.skipif('FT_JAX_STRESS' not in os.environ,
                     reason='FT_JAX_STRESS is not set: the whole demo is a part of make stress')
 def test_the_demo(tmp_path):
-  """The README's first command, whole: optimal transport puts the ten digits above the sixteen patches, and the target
-  is learnt."""
+  """The README's first command, whole: optimal transport puts the ten digits above the sixteen patches, all runs share
+  one pre-training, and the last line but one is advice."""
   run = main(tmp_path / 'demo', '--config=configs/digits.py', devices=1, optimize=True)
   assert run.returncode == 0, run.stderr
-  selection = json.loads((tmp_path / 'demo' / 'selection.json').read_text())
-  assert sorted(selection['names'][i] for i in selection['units']) == [f'digit {i}' for i in range(10)]
-  assert selection['solver']['error'] < 1e-6
-  results = json.loads((tmp_path / 'demo' / 'results.json').read_text())
-  assert results['test']['top1'] > 0.7 and results['test']['images'] == 252
+  assert run.stderr.count('pre-training resnet18') == 1
+  result = json.loads((tmp_path / 'demo' / 'compare.json').read_text())
+  assert [variant['name'] for variant in result['variants']] == ['plain', 'plain, equal compute', 'random', 'uot']
+  assert all(len(variant['cells']) == 3 for variant in result['variants']) and result['images'] == 252
+  for cell in result['variants'][-1]['cells']:
+    selection = json.loads((tmp_path / 'demo' / cell['folder'] / 'selection.json').read_text())
+    assert sorted(selection['names'][i] for i in selection['units']) == [f'digit {i}' for i in range(10)]
+    assert selection['solver']['error'] < 1e-6
+    assert cell['top1'] > 0.5
+  assert result['advice'] in run.stderr and result['advice'] in html.unescape((tmp_path / 'demo' / 'report.html').read_text())
 
 
 def test_results_say_where_they_come_from(finished, weights):
