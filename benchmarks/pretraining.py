@@ -90,11 +90,11 @@ class Case:
   def read(self) -> float:
     """Seconds of one core for all views of an image."""
     rng = np.random.default_rng(0)
-    began = time.perf_counter()
+    began = time.thread_time()  # whatever else the machine does
     for k in range(200):
       for transform in self._transforms:
         transform.train(self._images[k % len(self._images)], rng)
-    return (time.perf_counter() - began) / 200
+    return (time.thread_time() - began) / 200
 
 
 def main() -> None:

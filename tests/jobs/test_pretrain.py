@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from configs import pretrain as recipes
+import ft_jax
+from ft_jax import trained
 from ft_jax.data.image_set import ImageSet
 from ft_jax.jobs import pretrain
 from ft_jax.methods import METHODS
@@ -45,7 +47,7 @@ class Killed(Exception):
   """Stands for kill -9."""
 
 
-@pytest.mark.parametrize('kind', ['moco', 'byol'])
+@pytest.mark.parametrize('kind', ['moco', pytest.param('byol', marks=pytest.mark.slow)])
 def test_a_run_learns_resumes_and_gives_its_projection(kind, shapes, tmp_path, monkeypatch, caplog):
   """Nearest neighbours know more classes after than by chance, the best checkpoint is the one where they know most; a
   run that is killed in the middle ends as the one that nobody disturbed, bit for bit."""
@@ -84,18 +86,26 @@ def test_a_run_learns_resumes_and_gives_its_projection(kind, shapes, tmp_path, m
   caplog.set_level('INFO', 'ft_jax')
   model = pretrain.Settings.from_config(fields, source_given=True).model
   weights = initial_weights.load_weights(str(tmp_path / 'whole'), model, projection=True)
-  assert project(weights.variables['projection'], np.ones((2, 64), np.float32)).shape == (2, 16 if kind == 'moco' else 8)
+  projected = project(weights.variables['projection'], np.ones((2, 64), np.float32))
+  assert projected.shape == (2, 16 if kind == 'moco' else 8)
   assert 'projection' not in initial_weights.load_weights(str(tmp_path / 'whole'), model).variables
   assert 'projection/0, projection/2 (projection head)' in caplog.text
   with pytest.raises(ValueError, match="model.source_head is 'pretrained', but .* has no classifier"):
     initial_weights.load_weights(str(tmp_path / 'whole'), model, classes=3)
+
+  opened = ft_jax.load(tmp_path / 'whole')
+  assert opened.features(shapes.subset(range(3))).shape == (3, 64) and 'pre-trained on' in repr(opened)
+  with pytest.raises(ValueError, match='is a pre-training without labels, which has no classifier: it cannot predict'):
+    opened.predict(shapes)
+  with pytest.raises(ValueError, match=rf'config.workdir: .* is a pre-training without labels \(methods.{kind}\)'):
+    trained.load(str(tmp_path / 'whole'))
 
 
 def test_one_class_is_enough(tmp_path, caplog):
   """Images in a folder without class folders: nothing can be measured, so the last checkpoint is the best."""
   caplog.set_level('INFO', 'ft_jax')
   images = ImageSet.from_arrays(np.random.default_rng(0).integers(0, 255, (120, 16, 16), np.uint8), name='noise')
-  fields = config('moco', **{'train.steps': 2, 'train.eval_every': 1, 'methods.moco.queue': 32})
+  fields = config('moco', **{'train.steps': 2, 'train.eval_every': 1, 'model.width': 8})  # compiled above
   results = pretrain.run(fields, tmp_path / 'run', source={'train': images})
   assert results['best_step'] == 2
   assert 'the source has one class, so nearest neighbours measure nothing: the last checkpoint is the' in caplog.text

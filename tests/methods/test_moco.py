@@ -1,6 +1,7 @@
 """MoCo: the loss, the queue and the key encoder against the formulas written out image by image in float64."""
 
 import jax
+import jax.numpy as jnp
 import method_case
 import numpy as np
 import pytest
@@ -147,13 +148,14 @@ def test_a_step_is_the_same_on_two_devices_where_batch_norm_is():
 
 
 def test_interrupted_equals_uninterrupted():
-  """Bit for bit, shuffled over microbatches."""
+  """Bit for bit, shuffled over microbatches, in bfloat16; parameters and state are float32 all the same."""
   active = {'moco': MoCo(queue=32, projection=8)}
-  run = lambda **kwargs: method_case.pretrain(active, model=tiny(), microbatches=2, **kwargs)
+  run = lambda **kwargs: method_case.pretrain(active, model=tiny(dtype=jnp.bfloat16), microbatches=2, **kwargs)
   whole, _ = run(steps=3)
   state, _ = run(steps=1)
   resumed, _ = run(steps=2, first=1, state=state)
   jax.tree.map(np.testing.assert_array_equal, resumed, whole)
+  assert {leaf.dtype for leaf in jax.tree.leaves((whole.params, whole.methods))} == {np.dtype('f4'), np.dtype('i4')}
 
 
 def test_frozen_layers_stay():
