@@ -291,6 +291,7 @@ NONE, UOT = {'selection.method': 'none'}, {'selection.method': 'uot'}
 @pytest.mark.parametrize('fields,said', [
     ({'variants': ()}, 'config.compare.variants and config.compare.seeds need at least one entry each'),
     ({'seeds': (1, 1)}, 'config.compare.seeds has 1 twice'),
+    ({'axis': 'selection.sise'}, "config.compare.axis: there is no field 'selection.sise' that a variant can set"),
     ({'variants': ('none', 'none')}, "config.compare.variants has 'plain' twice"),
     ({'variants': ('uot', ('a b', {}), ('a-b', {}))}, "'a b' and 'a-b' would share the folder a-b"),
     ({'variants': (('big', {'selection.sise': 3}),)},
