@@ -16,7 +16,7 @@ percent, one epoch of pre-training, 300 steps, means of seeds 0 to 2:
 
     digits a class    plain    plain, equal compute    uot
     1                 42       47                      62    (seeds 0 and 1)
-    2                 74       70 (seeds 1 and 2)      84    this setting
+    2                 74       70 (seeds 1 and 2)      84    this setting; in the run above 69, 74 and 79
     3                 82       87                      83    (random classes: 86)
 
 From another pre-training of the same length uot had 93 with three digits a class, and plain fine-tuning at equal
