@@ -116,7 +116,7 @@ def equal_compute_variants(config: ConfigDict, plain: Variant, own: float, other
     config: of the comparison.
     plain: the variant that is trained longer.
     own: its images per step.
-    others: those of the variants that it is compared with.
+    others: those of the variants that it is compared with, with each combination of values that they try.
   """
   # Nearly equal ones are one.
   factors = sorted({factor for other in others if (factor := round(other / own, 2)) > _EQUAL})

@@ -283,6 +283,9 @@ def test_equal_compute_along_an_axis():
   sizes = tuple((f'uot {size}', UOT | {'selection.size': size}) for size in (3, 5))
   of_source = small(variants=('none', *sizes), equal_compute=True, axis='selection.size')
   assert [variant.name for variant in compare.plan(of_source)[0]] == ['plain', 'plain, equal compute', 'uot 3', 'uot 5']
+  tuned = small(equal_compute=True, tune=(('source_ratio', (1.0, 3.0)),))
+  assert [variant.name for variant in compare.plan(tuned)[0]] == ['plain', 'plain, equal compute x2',
+                                                                  'plain, equal compute x4', 'uot']
 
 
 NONE, UOT = {'selection.method': 'none'}, {'selection.method': 'uot'}
