@@ -88,6 +88,12 @@ def get_config() -> ConfigDict:
   config.augment.randaugment = 0  # RandAugment operations per image, each applied with probability 1/2; 0: none
   config.augment.magnitude = 10  # their largest strength, 2 to 10; each strength is drawn from 1 to one below it
   config.augment.cutout = 0.0  # side of a grey square, as a fraction of the training crop's side; 0: none
+  config.augment.jitter = ()  # strengths of brightness, contrast, saturation, hue, such as (0.4, 0.4, 0.4, 0.1); (): none
+  config.augment.jitter_probability = 0.8  # fraction of the training crops that are jittered
+  config.augment.grey = 0.0  # fraction of the training crops that become grey
+  config.augment.blur = 0.0  # fraction of the training crops that are blurred by a Gaussian
+  config.augment.blur_sigma = (0.1, 2.0)  # its sigma, in pixels of a crop of 224 (in proportion for other sizes)
+  config.augment.solarize = 0.0  # fraction of the training crops whose values from 128 on are inverted
   config.augment.antialias = False  # resize training crops as Pillow and torchvision do (slower), not as OpenCV does
   config.augment.short_side = 0  # evaluation: short side before the center crop; 0 is image_size * 256 / 224
 
@@ -137,9 +143,9 @@ def train_config() -> ConfigDict:
   train.milestones = (0.6, 0.8)  # fractions of the training after which the learning rate is multiplied by decay
   train.decay = 0.1  # see milestones
   train.warmup = 0.0  # fraction of the training over which the learning rate rises from zero
-  train.optimizer = 'sgd'  # sgd, adam, adamw or amsgrad
-  train.momentum = 0.9  # for sgd: 0 to below 1
-  train.nesterov = True  # for sgd: Nesterov momentum
+  train.optimizer = 'sgd'  # sgd, adam, adamw, amsgrad or lars (for large batches)
+  train.momentum = 0.9  # for sgd and lars: 0 to below 1
+  train.nesterov = True  # for sgd and lars: Nesterov momentum
   train.clip_norm = 0.0  # largest global norm of the gradient; 0: no clipping
   train.weight_decay = 1e-4  # multiplied by the factor of the parameter's group
   train.weight_decay_groups = (('.*', 1.0),)  # (regular expression for the whole path, factor); first match wins

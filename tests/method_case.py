@@ -140,6 +140,42 @@ def run(active: Mapping[str, methods.Method], *, steps: int = 1, devices: int = 
   return jax.device_get(state), history
 
 
+def pretrain(active: Mapping[str, methods.Method], *, steps: int = 1, devices: int = 1, microbatches: int = 1,
+             model: resnet.ResNet | None = None, rate: float = 0.05, state: Any = None, first: int = 0,
+             total: int = 10) -> tuple[TrainState, list[dict[str, float]]]:
+  """The same for a pre-training without labels: the batch of step k is that of seed first + k.
+
+  Args:
+    active, steps, devices, microbatches, model, rate, state: see `run`.
+    first: the number of the first step.
+    total: steps that the methods are told of.
+  """
+  model = (model or network(batch_norm='frozen')).clone(heads={})
+  optimizer = optax.sgd(rate)
+  if state is None:
+    setup = context(model, {}, images(BATCH, SOURCES), pretrained=False, steps=total)
+    own = {name: method.params(setup) for name, method in active.items()}
+    fresh = variables(model, 2)
+    state = create_state({**fresh, 'params': fresh['params'] | {'methods': own}}, optimizer,
+                         methods={name: method.setup(setup) for name, method in active.items()})
+  step = compiled(model.clone(heads=()), (), rate, (), tuple(active.items()), microbatches, devices)
+  split = lambda x: x.reshape(devices, -1, *x.shape[1:])
+  history = []
+  for number in range(first, first + steps):
+    source = images(BATCH, SOURCES, number)
+    flipped = np.ascontiguousarray(source['input'][:, :, ::-1])
+    state, metrics = step(state, jax.tree.map(split, {'source': source | {'key': flipped, 'second': flipped}}))
+    jax.tree.map(lambda x: np.testing.assert_array_equal(x, np.broadcast_to(x[:1], x.shape)), state)
+    state, metrics = jax.tree.map(lambda x: x[0], (state, metrics))
+    history.append({key: float(value) for key, value in metrics.items()})
+  return jax.device_get(state), history
+
+
+def assert_same(one: TrainState, other: TrainState, rtol: float = 1e-4) -> None:
+  """Parameters and states of methods agree, but for rounding."""
+  jax.tree.map(functools.partial(_assert_close, rtol), (one.params, one.methods), (other.params, other.methods))
+
+
 @functools.cache
 def compiled(model: resnet.ResNet, heads: tuple[tuple[str, int], ...], rate: float,
              loss_weights: tuple[tuple[str, float], ...],

@@ -19,7 +19,7 @@ import jax
 from ml_collections import ConfigDict
 import numpy as np
 
-from ft_jax.data import crop
+from ft_jax.data import colors, crop
 from ft_jax.data.decode import decode
 from ft_jax.data.image_set import Example, ImageSet
 from ft_jax.data.randaugment import cutout, randaugment
@@ -51,6 +51,12 @@ class Transform:
     randaugment: number of random operations on a training crop; 0 for none.
     magnitude: of these operations, 2 to 10.
     cutout: side of a grey square on each training crop, as a fraction of the crop's side; 0 for none.
+    jitter: strengths of brightness, contrast, saturation and hue of `colors.jitter`; () for none.
+    jitter_probability: that a training crop is jittered.
+    grey: probability that a training crop becomes grey.
+    blur: probability that a training crop is blurred.
+    blur_sigma: bounds of the sigma of the blur; see `colors.random_blur`.
+    solarize: probability that a training crop is solarized.
   """
   size: int
   scale: tuple[float, float] = (0.08, 1.0)
@@ -61,6 +67,12 @@ class Transform:
   randaugment: int = 0
   magnitude: int = 10
   cutout: float = 0.0
+  jitter: tuple[float, ...] = ()
+  jitter_probability: float = 0.8
+  grey: float = 0.0
+  blur: float = 0.0
+  blur_sigma: tuple[float, float] = (0.1, 2.0)
+  solarize: float = 0.0
 
   def train(self, example: Example, rng: np.random.Generator, out: np.ndarray | None = None) -> np.ndarray:
     """A random crop with random augmentations; uint8 `[size, size, 3]`, written to `out` if that is given."""
@@ -69,9 +81,22 @@ class Transform:
     image = crop.random_resized_crop(image, self.size, self.scale, self.ratio, rng, self.antialias, out)
     if self.flip and rng.random() < 0.5:
       image = crop.mirror(image)
+    if self.jitter or self.grey or self.blur or self.solarize:
+      image[:] = self._recolored(image, rng)
     if self.randaugment:
       image = randaugment(image, self.randaugment, self.magnitude, rng)
     return cutout(image, self.cutout, rng) if self.cutout else image
+
+  def _recolored(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The crop after random changes of colour and sharpness, in the order of BYOL."""
+    for_jitter, for_grey, for_blur, for_solarize = rng.random(4).tolist()
+    if self.jitter and for_jitter < self.jitter_probability:
+      image = colors.jitter(image, self.jitter, rng)
+    if for_grey < self.grey:
+      image = colors.grey(image)
+    if for_blur < self.blur:
+      image = colors.random_blur(image, self.blur_sigma, rng)
+    return colors.solarize(image) if for_solarize < self.solarize else image
 
   def evaluate(self, example: Example) -> np.ndarray:
     """The middle of the image; uint8 `[size, size, 3]`."""
@@ -83,8 +108,14 @@ def make_transform(image_size: int, augment: ConfigDict) -> Transform:
   side = short_side(image_size, augment)
   if side < image_size:
     raise ValueError(f'augment.short_side is {side}, less than image_size {image_size}')
-  return Transform(image_size, tuple(augment.scale), tuple(augment.ratio), augment.flip, augment.antialias, side,
-                   augment.randaugment, augment.magnitude, augment.cutout)
+  jitter = tuple(augment.jitter)
+  if jitter and (len(jitter) != 4 or jitter[3] > 0.5):
+    raise ValueError(f'augment.jitter is {jitter}; expected the strengths of brightness, contrast, saturation and hue '
+                     '(at most 0.5), such as (0.4, 0.4, 0.4, 0.1), or () for none')
+  return Transform(
+      image_size, tuple(augment.scale), tuple(augment.ratio), augment.flip, augment.antialias, side,
+      augment.randaugment, augment.magnitude, augment.cutout, jitter, augment.jitter_probability, augment.grey,
+      augment.blur, tuple(augment.blur_sigma), augment.solarize)
 
 
 def short_side(image_size: int, augment: ConfigDict) -> int:

@@ -93,8 +93,8 @@ class Splits(NamedTuple):
   test: ImageSet | None
 
 
-def open_splits(settings: SplitSettings, data_dir: str, seed: int,
-                images: Given | None = None, group: str = 'target') -> Splits:
+def open_splits(settings: SplitSettings, data_dir: str, seed: int, images: Given | None = None, group: str = 'target',
+                labelled: bool = True) -> Splits:
   """Opens train, val (split off from train where it has no name) and test of an image set.
 
   Args:
@@ -104,6 +104,7 @@ def open_splits(settings: SplitSettings, data_dir: str, seed: int,
     images: image sets in place of what `settings` names: train, and val and test if there are any; test may also be
       'rest'.
     group: the group of the config that `settings` is from, for messages.
+    labelled: whether labels are needed, which a folder without class folders does not have.
 
   Raises:
     ValueError: a set, split or folder that does not exist or has no classes, or splits of different classes or with
@@ -113,7 +114,7 @@ def open_splits(settings: SplitSettings, data_dir: str, seed: int,
 
   def opened(split: str) -> ImageSet:
     found = open_set(named.name, split, data_dir, quiet=True) if images is None else images[split]
-    return _labelled(found).without(named.without)
+    return (_labelled(found) if labelled else found).without(named.without)
 
   def opened_as(field: str, split: str) -> ImageSet:
     try:

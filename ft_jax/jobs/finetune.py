@@ -130,6 +130,7 @@ class Settings:
     transform = make_transform(config.image_size, config.augment)
     initial_weights.check_weights(config.model)
     active = methods.active(config.methods.to_dict())
+    methods.check_job(active, 'finetune')
     training = Training.from_config(config.train, config.target.metric)
     source_batch = _source_batch(config.source_ratio, training) if chosen.used else 0
     model, trainable = _model(config, active, training, source_batch)

@@ -1,4 +1,5 @@
-"""Job pretrain: supervised pre-training on `config.source`; its workdir can be the `model.weights` of other runs."""
+"""Job pretrain: pre-training on `config.source`, with its labels or, by a method of `config.methods` such as MoCo,
+without; its workdir can be the `model.weights` of other runs."""
 
 from collections.abc import Mapping, Sequence
 import dataclasses
@@ -9,7 +10,7 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from ft_jax import methods, models, parallel
-from ft_jax.data.image_set import digest
+from ft_jax.data.image_set import digest, ImageSet
 from ft_jax.data.pipeline import make_transform, Transform
 from ft_jax.data.splits import (
   cache_in_memory,
@@ -24,17 +25,19 @@ from ft_jax.data.splits import (
   Splits,
   SplitSettings,
 )
+from ft_jax.methods import Method, SetupContext
 from ft_jax.models.network import Network
 from ft_jax.pages import report
 from ft_jax.progress import log
 from ft_jax.settings import check_fields
 from ft_jax.training import fit, initial_weights
 from ft_jax.training.initial_weights import Weights
-from ft_jax.training.settings import log_doubts, Trainable, Training
+from ft_jax.training.settings import log_doubts, own_params, Trainable, Training
 from ft_jax.workdir import read_json, Workdir, write_results
 
 # How many classes the source has is not known before it is opened; it changes nothing that is refused before.
 UNKNOWN = 2
+NO_LABELS = np.zeros(0, np.int32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +51,8 @@ class Settings:
     source: the splits to pre-train on.
     reading: of images.
     transform: what images go through.
-    model: with the head 'source', whose number of classes is not known yet.
+    methods: that pre-train without labels, by name; {} where labels are learnt.
+    model: with the head 'source', whose number of classes is not known yet; without a head where labels are not used.
     weights: where its variables come from; '' for random ones.
     source_head: 'fresh' or 'pretrained'.
     training: the length, the optimizer, ...
@@ -60,6 +64,7 @@ class Settings:
   source: SplitSettings
   reading: Reading
   transform: Transform
+  methods: Mapping[str, Method]
   model: Network
   weights: str
   source_head: str
@@ -77,9 +82,8 @@ class Settings:
                        "--config.model.weights= for a "
                        'fresh network')
     # The pre-training within a fine-tuning has neither field.
-    if on := methods.active(config.methods.to_dict() if 'methods' in config else {}):
-      raise ValueError(f'config.methods.{next(iter(on))} is switched on, which is for fine-tuning and not for job '
-                       'pretrain')
+    active = methods.active(config.methods.to_dict() if 'methods' in config else {})
+    methods.check_job(active, 'pretrain')
     if 'noise' in config and (config.noise.kind or config.noise.rate):
       raise ValueError(f'config.noise.kind is {config.noise.kind!r}, which is for the target of a fine-tuning and '
                        'not for job pretrain')
@@ -88,14 +92,27 @@ class Settings:
                        'not for job pretrain')
     initial_weights.check_weights(config.model)
     training = Training.from_config(config.train)
-    model = models.from_config(config.model, {'source': UNKNOWN}, config.image_size, config.train.freeze)
-    fresh = ('source',) if config.model.weights and config.model.source_head == 'fresh' else ()
-    trainable = Trainable.of(training, model, training.batch_size, fresh=fresh)
+    heads = {} if active else {'source': UNKNOWN}
+    model = models.from_config(config.model, heads, config.image_size, config.train.freeze)
+    if active:
+      _check_unlabelled(config, next(iter(active)))
+    context = _setup_context(model, training, config.seed, bool(config.model.weights), NO_LABELS)
+    methods.check(active, context)
+    fresh = tuple(heads) if config.model.weights and config.model.source_head == 'fresh' else ()
+    images = training.batch_size * (1 + len(methods.all_needs(active, model).forwarded_views))
+    trainable = Trainable.of(training, model, images, fresh=fresh, own=own_params(active, context))
     return cls(
         fields=config.to_dict(), seed=config.seed, data_dir=config.data_dir,
         source=SplitSettings.from_config(config.source), reading=Reading.from_config(config.data),
-        transform=make_transform(config.image_size, config.augment), model=model, weights=config.model.weights,
+        transform=make_transform(config.image_size, config.augment), methods=active, model=model,
+        weights=config.model.weights,
         source_head=config.model.source_head, training=training, trainable=trainable)
+
+  def check_images(self, train: ImageSet) -> None:
+    """Raises ValueError where there are too few images to train on; reads none of them."""
+    self.training.plan(len(train))
+    methods.check(self.methods,
+                  _setup_context(self.model, self.training, self.seed, bool(self.weights), train.labels))
 
   def without(self, classes: Sequence[str]) -> 'Settings':
     """The same without some classes of the source."""
@@ -130,16 +147,16 @@ def pretrain(settings: Settings, workdir: epath.PathLike, left_out: Sequence[str
     splits, skipped = _open_splits(settings, left_out, source)
     weights = _weights(settings, splits)
     classes = len(splits.train.class_names)
-    model = settings.model.clone(heads={'source': classes})
+    model = settings.model.clone(heads=dict.fromkeys(settings.model.heads, classes))
     start = weights.variables if weights else None
     variables = initial_weights.init_variables(model, settings.seed, start)
-    streams = {'source': fit.Stream(splits.train, settings.training.batch_size, 1.0)}
+    streams = {'source': fit.Stream(splits.train, settings.training.batch_size, None if settings.methods else 1.0)}
     data = fit.TrainingData(streams, splits, settings.transform, settings.seed, settings.reading.timeout)
     results = fit.fit(settings.training, work, data,
-                      fit.InitialNetwork(model, variables, start or {}, settings.trainable.factors))
+                      fit.InitialNetwork(model, variables, start or {}, settings.trainable.factors), settings.methods)
     about = {'name': settings.source.name or splits.train.name, 'classes': classes,
              'fingerprints': split_fingerprints(splits), 'left_out': _summary(left_out)}
-    write_results(work, {'job': 'pretrain', **results, 'source': about, 'skipped': skipped_summary(skipped),
+    write_results(work, {'job': 'pretrain', **results, 'methods': list(settings.methods), 'source': about, 'skipped': skipped_summary(skipped),
                          'weights': weights.about if weights else None})
   elif done['source'].get('left_out', _summary(())) != _summary(left_out):
     raise ValueError(f'{work.path} holds a pre-training that left out other copies of target images than this '
@@ -153,20 +170,47 @@ def pretrain(settings: Settings, workdir: epath.PathLike, left_out: Sequence[str
 def _open_splits(settings: Settings, left_out: Sequence[str],
                  source: Given | None) -> tuple[Splits, dict[str, list[str]]]:
   """What is trained on, and the ids of images that cannot be read, by split."""
-  splits = open_splits(settings.source, settings.data_dir, settings.seed, source, 'source')
+  splits = open_splits(settings.source, settings.data_dir, settings.seed, source, 'source', not settings.methods)
   if left_out:
     remaining = lambda images: images and images.subset(np.flatnonzero(~np.isin(images.ids, left_out)))
     splits = Splits(*map(remaining, splits))
   log.info('data: %s: %s train, %s val images of %d classes', splits.train.name, f'{len(splits.train):,d}',
            f'{len(splits.val):,d}', len(splits.train.class_names))
-  check_classes(splits)  # before every image is read
-  settings.training.plan(len(splits.train))
+  _check_splits(settings, splits)  # before every image is read
   splits, _, skipped = drop_unreadable(splits, 'source', settings.reading.on_error)
   check_same_images(splits)
   if skipped:
-    check_classes(splits)
+    _check_splits(settings, splits)
+  if settings.methods and len(splits.train.class_names) == 1:
+    log.info('the source has one class, so nearest neighbours measure nothing: the last checkpoint is the best')
   log_doubts(settings.training, settings.trainable.only_heads and not settings.weights)
   return cache_in_memory(splits, 'source', settings.reading.cache), skipped
+
+
+def _check_splits(settings: Settings, splits: Splits) -> None:
+  """Raises ValueError for splits that cannot be trained on."""
+  if not settings.methods:
+    check_classes(splits)
+  settings.check_images(splits.train)
+
+
+def _check_unlabelled(config: ConfigDict, method: str) -> None:
+  """Raises ValueError for fields that contradict a pre-training without labels, by `method`."""
+  if config.model.source_head == 'pretrained':
+    raise ValueError(f"config.model.source_head is 'pretrained', but methods.{method} uses no labels, so there is no "
+                     'classifier; use --config.model.source_head=fresh')
+  if config.train.ema_decay:
+    raise ValueError(f'train.ema_decay is {config.train.ema_decay}, which averages the network but not the projection '
+                     f'of methods.{method} (it has a moving average of its own: methods.{method}.momentum); use '
+                     '--config.train.ema_decay=0')
+
+
+def _setup_context(model: Network, training: Training, seed: int, pretrained: bool, labels: np.ndarray) -> SetupContext:
+  """What methods are checked against."""
+  return SetupContext(
+      model=model, classes=UNKNOWN, labels=labels, true_labels=labels, batch_size=training.batch_size, seed=seed,
+      pretrained=pretrained, has_source=True, start={}, batches=lambda split, rows=None: [],
+      microbatches=training.accumulate_steps)
 
 
 def _weights(settings: Settings, splits: Splits) -> Weights | None:

@@ -1,4 +1,5 @@
-"""Published fine-tuning methods, one file each. Any set of them can be switched on together; the table is at the foot.
+"""Published methods, one file each. Any set of those for fine-tuning can be switched on together; the table is at the
+foot.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -11,6 +12,7 @@ from flax import linen as nn
 from ft_jax.methods.base import LossTerm, Method, Needs, SetupContext, State, StepContext, View
 from ft_jax.methods.bi_tuning import BiTuning
 from ft_jax.methods.bss import BSS
+from ft_jax.methods.byol import BYOL
 from ft_jax.methods.co_tuning import CoTuning
 from ft_jax.methods.cutmix import CutMix
 from ft_jax.methods.delta import Delta
@@ -20,13 +22,14 @@ from ft_jax.methods.label_smoothing import LabelSmoothing
 from ft_jax.methods.layerwise import Layerwise
 from ft_jax.methods.lwf import LwF
 from ft_jax.methods.mixup import Mixup
+from ft_jax.methods.moco import MoCo
 from ft_jax.methods.self_label import SelfLabel
 from ft_jax.methods.stoch_norm import StochNorm
 from ft_jax.models.network import Network
 from ft_jax.settings import check_field, like
 
 __all__ = ['METHODS', 'LossTerm', 'Method', 'Needs', 'SetupContext', 'State', 'StepContext', 'View', 'active',
-           'all_needs', 'check', 'defaults', 'norm']
+           'all_needs', 'check', 'check_job', 'defaults', 'norm']
 
 T = TypeVar('T')
 
@@ -60,6 +63,19 @@ def active(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, Method]:
       if other in methods:
         raise ValueError(f'methods.{name} and methods.{other} cannot be combined: {reason}')
   return methods
+
+
+def check_job(methods: Mapping[str, Method], job: str) -> None:
+  """Raises ValueError for methods of the other kind: some pre-train on the source alone, the others fine-tune.
+
+  Args:
+    methods: that are switched on, by name.
+    job: pretrain or finetune.
+  """
+  for name, method in methods.items():
+    if method.pretrains != (job == 'pretrain'):
+      kind = 'pre-training without labels (--config.job=pretrain)' if method.pretrains else 'fine-tuning'
+      raise ValueError(f'config.methods.{name} is switched on, which is for {kind} and not for job {job}')
 
 
 def _made(method: type[Method], fields: Mapping[str, Any]) -> Method:
@@ -137,4 +153,6 @@ METHODS: dict[str, type[Method]] = {
     'label_smoothing': LabelSmoothing,
     'mixup': Mixup,
     'cutmix': CutMix,
+    'moco': MoCo,
+    'byol': BYOL,
 }

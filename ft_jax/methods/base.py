@@ -15,6 +15,7 @@ from typing import Any, cast, ClassVar, NamedTuple
 import flax
 from flax import linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ft_jax import parallel
@@ -30,13 +31,16 @@ class View:
   Attributes:
     stream: 'target' or 'source'.
     name: its name in the batch.
-    randaugment, magnitude, cutout: as in `config.augment`, for this view alone; None keeps the config's.
+    randaugment, magnitude, cutout, blur, solarize: as in `config.augment`, for this view alone; None keeps the
+      config's.
   """
   stream: str
   name: str
   randaugment: int | None = None
   magnitude: int | None = None
   cutout: float | None = None
+  blur: float | None = None
+  solarize: float | None = None
 
   @property
   def path(self) -> str:
@@ -46,7 +50,8 @@ class View:
   @property
   def recipe(self) -> dict[str, Any]:
     """The fields of the training transform that are different for this view."""
-    fields = {'randaugment': self.randaugment, 'magnitude': self.magnitude, 'cutout': self.cutout}
+    fields = {'randaugment': self.randaugment, 'magnitude': self.magnitude, 'cutout': self.cutout, 'blur': self.blur,
+              'solarize': self.solarize}
     return {name: value for name, value in fields.items() if value is not None}
 
 
@@ -85,7 +90,7 @@ class SetupContext:
 
   Attributes:
     model: the network that is trained.
-    classes: number of classes of the target.
+    classes: number of classes of the target (in pre-training: of the source).
     labels: int32 `[n]`, labels of the training examples as they are trained on, by row.
     true_labels: int32 `[n]`, the labels before noise was added; the same array where none was.
     batch_size: target images a step, over all devices.
@@ -96,6 +101,8 @@ class SetupContext:
       weights, and while methods are checked, before weights are loaded.
     batches: the evaluation batches of 'train' or 'val', padded and masked, as `data.pipeline.EvalBatches` makes them;
       the optional second argument is the rows that are wanted (int `[n]`).
+    steps: of the whole training; 0 while methods are checked, where it is not known.
+    microbatches: how many passes through the network a batch is divided into.
   """
   model: Network
   classes: int
@@ -107,6 +114,8 @@ class SetupContext:
   has_source: bool
   start: Mapping[str, Any]
   batches: Callable[..., Iterable[Mapping[str, np.ndarray]]]
+  steps: int = 0
+  microbatches: int = 1
 
   @property
   def teacher(self) -> Network:
@@ -155,9 +164,10 @@ class StepContext(NamedTuple):
     start: see `Needs.start`; {} where nothing needs it.
     teacher: see `Needs.teacher`, for the target images; None where nothing needs it.
     outputs: the network's, by stream ('target', 'source') and by the path of each forwarded view ('source/strong').
-    images: the further views by path, uint8 `[b, h, w, 3]`.
-    labels: of the target images: int32 `[b]`, or float32 `[b, K]` where images were mixed.
-    rows: int32 `[b]`, rows of the target images among the training examples.
+    images: those of the streams, and the further views by path, uint8 `[b, h, w, 3]`.
+    labels: of the target images (in pre-training: of the source images): int32 `[b]`, or float32 `[b, K]` where images
+      were mixed.
+    rows: int32 `[b]`, rows of these images among the training examples.
     step: int32, number of updates before this one.
     key: random key of this step, the same on every device; `relabel` and `loss` get one of the method's own.
     forward: (variables, images) -> (outputs, running statistics averaged over devices): a pass of another network in
@@ -193,6 +203,9 @@ class Method:
   published: ClassVar[Mapping[str, Any]] = {}
   # Methods that it cannot be combined with, and why.
   excludes: ClassVar[Mapping[str, str]] = {}
+  # Whether it pre-trains a network on source images without their labels (job pretrain), instead of taking part in a
+  # fine-tuning.
+  pretrains: ClassVar[bool] = False
   # Whether source images take part without their labels, and so without a head of their own.
   unlabelled_source: ClassVar[bool] = False
   # Whether it has the hook `mix`; the hook `soften`.
@@ -259,6 +272,15 @@ class Method:
     """The parameters after the update, projected to where they may be."""
     return params
 
+  def projection_head(self, params: Any, state: State) -> dict[str, Any] | None:
+    """The projection head that a pre-training leaves, as `models.weights.project` applies it; None for none.
+
+    Args:
+      params: its own parameters.
+      state: its state.
+    """
+    return None
+
 
 def teacher_of(model: Network, start: Mapping[str, Any]) -> Network:
   """The network of the variables `start`, with the head 'pretrained' where they have it."""
@@ -278,6 +300,24 @@ def teacher_variables(start: Mapping[str, Any]) -> dict[str, Any]:
 def of_network(params: Mapping[str, Any]) -> dict[str, Any]:
   """The parameters of the network, without those of methods."""
   return {key: value for key, value in params.items() if key != 'methods'}
+
+
+def without_heads(params: Mapping[str, Any]) -> dict[str, Any]:
+  """The parameters of the backbone: without those of heads and methods."""
+  return {key: value for key, value in params.items() if key not in ('heads', 'methods')}
+
+
+def moved_towards(old: Any, new: Any, momentum: float | jax.Array, first: jax.Array) -> Any:
+  """momentum * old + (1 - momentum) * new for each array of two trees; `new` itself in the first step.
+
+  In this form equal numbers stay equal to the last bit, as in frozen layers.
+  """
+  return jax.tree.map(lambda a, b: jnp.where(first, b, a + (1.0 - momentum) * (b - a)), old, new)
+
+
+def unit(x: jax.Array) -> jax.Array:
+  """Vectors `[..., d]`, each divided by its length."""
+  return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, -1, keepdims=True), 1e-24))
 
 
 def flat(tree: Any) -> dict[str, Any]:

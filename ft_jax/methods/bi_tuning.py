@@ -14,12 +14,14 @@ from ft_jax.methods.base import (
   check_above_zero,
   LossTerm,
   Method,
+  moved_towards,
   Needs,
-  of_network,
   SetupContext,
   State,
   StepContext,
+  unit,
   View,
+  without_heads,
 )
 from ft_jax.models.network import Network
 
@@ -73,7 +75,7 @@ class BiTuning(Method):
   def setup(self, context: SetupContext) -> State:
     rng = np.random.default_rng((context.seed, 2))
     shapes = context.model.shapes()
-    network = {'params': _without_heads(shapes['params']), 'batch_stats': shapes['batch_stats']}
+    network = {'params': without_heads(shapes['params']), 'batch_stats': shapes['batch_stats']}
     # The first step replaces it by a copy of the network.
     key = {**jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), network), 'projection': self.params(context)}
     draw = lambda width: _directions(rng.normal(size=(context.classes, self.queue, width)).astype(np.float32))
@@ -88,7 +90,7 @@ class BiTuning(Method):
     outputs, batch_stats = context.forward(variables, context.images[KEY.path])
     features, keys = context.outputs['target'].features, jax.lax.stop_gradient(outputs.features)
     of_class = jnp.concatenate([heads['target']['kernel'], heads['target']['bias'][None]]).T
-    w = _unit(of_class)[context.labels]
+    w = unit(of_class)[context.labels]
     h, z = _hidden(features), _projected(projection, features)
     new_h, new_z = _hidden(keys), _projected(key['projection'], keys)
     by_z = self._divergence(jnp.sum(z * new_z, -1), z, state['z'], context.labels)
@@ -103,10 +105,8 @@ class BiTuning(Method):
   def _key(self, context: StepContext, projection: Any, key: State) -> State:
     """The key encoder of this step; the network itself in the first one."""
     first = context.step == 0
-    now = {'params': _without_heads(of_network(context.params)), 'projection': projection}
-    # In this form equal numbers stay equal to the last bit, as in frozen layers.
-    average = lambda old, new: jnp.where(first, new, old + (1.0 - self.momentum) * (new - old))
-    averaged = jax.tree.map(average, {name: key[name] for name in now}, now)
+    now = {'params': without_heads(context.params), 'projection': projection}
+    averaged = moved_towards({name: key[name] for name in now}, now, self.momentum, first)
     batch_stats = jax.tree.map(functools.partial(jnp.where, first), context.batch_stats, key['batch_stats'])
     return {**averaged, 'batch_stats': batch_stats}
 
@@ -145,21 +145,13 @@ def places(labels: jax.Array, first: jax.Array, size: int) -> tuple[jax.Array, j
   return place, (first + counts) % size
 
 
-def _without_heads(params: Any) -> dict[str, Any]:
-  return {name: value for name, value in params.items() if name != 'heads'}
-
-
 def _directions(x: np.ndarray) -> np.ndarray:
   return x / np.linalg.norm(x, axis=-1, keepdims=True)
 
 
-def _unit(x: jax.Array) -> jax.Array:
-  return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, -1, keepdims=True), 1e-24))
-
-
 def _hidden(features: jax.Array) -> jax.Array:
-  return _unit(jnp.concatenate([features, jnp.ones_like(features[:, :1])], -1))
+  return unit(jnp.concatenate([features, jnp.ones_like(features[:, :1])], -1))
 
 
 def _projected(projection: Any, features: jax.Array) -> jax.Array:
-  return _unit(features @ projection['kernel'] + projection['bias'])
+  return unit(features @ projection['kernel'] + projection['bias'])

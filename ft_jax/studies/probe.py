@@ -6,21 +6,17 @@ these are the usual ones. Arrays in, predictions out; nothing here is random.
 """
 
 from collections.abc import Callable, Sequence
-import functools
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from ft_jax import logistic, parallel
+from ft_jax import logistic
+from ft_jax import neighbours as neighbours_of
 
 # Of the penalty of `linear`. Of a small ResNet-18, one to six epochs trained, and 4 to 30 images a class, 1e-3 to 1e-5
 # were best.
 STRENGTHS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7)
 NUMBERS = (1, 5, 20, 50, 200)
-TEMPERATURE = 0.07  # of the votes, Wu et al. (CVPR 2018)
-BLOCK = 1 << 22  # similarities in memory at once
 
 # Of labels, predictions (int [n]) and the number of classes; 1 is the most that there is.
 Score = Callable[[np.ndarray, np.ndarray, int], float]
@@ -154,7 +150,7 @@ def neighbours(train: Labelled, val: Labelled, test: np.ndarray, classes: int, *
     raise ValueError(f'numbers of neighbours are {list(numbers)}, with {len(train.labels)} training images; expected '
                      'numbers from 1, at '
                      f'least one of them not above that')
-  directions = _directions(train.features)
+  directions = neighbours_of.directions(train.features)
   predicted = _voted(directions, train.labels, val.features, grid, classes)
   reached = [score(val.labels, predictions, classes) for predictions in predicted]
   at = len(grid) - 1 - int(np.argmax(reached[::-1]))
@@ -163,39 +159,15 @@ def neighbours(train: Labelled, val: Labelled, test: np.ndarray, classes: int, *
   return Probed(grid[at], predicted[at], tested, reached[at] < 1 and grid[at] in edges)
 
 
-def _directions(features: np.ndarray) -> np.ndarray:
-  lengths = np.linalg.norm(features, axis=1, keepdims=True)
-  return features / np.where(lengths > 0, lengths, 1)
-
-
 def _voted(directions: np.ndarray, labels: np.ndarray, features: np.ndarray, numbers: Sequence[int],
            classes: int) -> list[np.ndarray]:
   """The predictions for each number of neighbours."""
-  step, training = max(1, BLOCK // len(labels)), jnp.asarray(directions)
   predicted: list[list[np.ndarray]] = [[] for _ in numbers]
-  blocks = (_directions(features[begin:begin + step]) for begin in range(0, len(features), step))
-  nearest = (_nearest(block, training, max(numbers)) for block in blocks)
-  for similarities, near in parallel.read_late(nearest, jax.device_get):
-    voters, weights = labels[near], np.exp(similarities.astype(np.float64) / TEMPERATURE)
+  for classes_of, weights in neighbours_of.voters(directions, labels, features, max(numbers)):
     for k, found in zip(numbers, predicted):
-      found.append(_elected(voters[:, :k], weights[:, :k], classes))
+      counted = neighbours_of.votes(classes_of[:, :k], weights[:, :k], classes)
+      found.append(neighbours_of.elected(classes_of[:, :k], counted))
   return [np.concatenate(found) for found in predicted]
-
-
-@functools.partial(jax.jit, static_argnames='most')
-def _nearest(directions: jax.Array, training: jax.Array, most: int) -> tuple[jax.Array, jax.Array]:
-  """Similarities and rows of the nearest training images, `[b, most]`, the nearest first; of equals, the first one."""
-  return jax.lax.top_k(jnp.dot(directions, training.T, precision=jax.lax.Precision.HIGHEST), most)
-
-
-def _elected(voters: np.ndarray, weights: np.ndarray, classes: int) -> np.ndarray:
-  """The class with most votes, `[b]`, from those of the neighbours, `[b, k]`, the nearest first."""
-  rows = np.arange(len(voters))[:, None]
-  votes = np.zeros((len(voters), classes))
-  np.add.at(votes, (rows, voters), weights)
-  own = votes[rows, voters]  # of each neighbour's class
-  # Equal sums in another order differ by rounding, that of the similarities divided by the temperature.
-  return voters[rows[:, 0], np.argmax(own >= own.max(1, keepdims=True) * (1 - 1e-5), 1)]
 
 
 def _checked(train: Labelled, val: Labelled, test: np.ndarray, classes: int) -> tuple[Labelled, Labelled, np.ndarray]:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from etils import epath
 import jax
 
+from ft_jax.methods import METHODS
 from ft_jax.training.checkpoints import Checkpoints
 from selection import storage
 
@@ -37,6 +38,8 @@ def history(workdir: epath.PathLike) -> list[CheckpointInfo]:
 def load_variables(workdir: epath.PathLike, step: int | None = None) -> dict[str, Any]:
   """`{'params', 'batch_stats'}` of a checkpoint of a run, as numpy arrays: the moving averages where it has them.
 
+  A pre-training without labels has its projection head, too, as 'projection'; see `models.weights.project`.
+
   Args:
     workdir: the run's.
     step: None is the best checkpoint, or the newest where none was evaluated.
@@ -47,7 +50,17 @@ def load_variables(workdir: epath.PathLike, step: int | None = None) -> dict[str
   state = _load_state(workdir, step)
   variables: Mapping[str, Any] = state.get('average') or state
   network = {name: value for name, value in variables['params'].items() if name != 'methods'}
-  return jax.device_get({'params': network, 'batch_stats': variables.get('batch_stats', {})})
+  loaded = jax.device_get({'params': network, 'batch_stats': variables.get('batch_stats', {})})
+  projection = _projection_head(state)
+  return loaded if projection is None else {**loaded, 'projection': projection}
+
+
+def _projection_head(state: Mapping[str, Any]) -> dict[str, Any] | None:
+  """The projection head of a state; None where its methods, if there are any, leave none."""
+  own = state['params'].get('methods', {})
+  heads = [METHODS[name]().projection_head(*jax.device_get((params, state['methods'].get(name, {}))))
+           for name, params in own.items() if name in METHODS]
+  return next((head for head in heads if head is not None), None)
 
 
 def load_start(workdir: epath.PathLike, step: int | None = None) -> dict[str, Any] | None:

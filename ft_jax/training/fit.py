@@ -18,6 +18,7 @@ from ft_jax.environment import environment
 from ft_jax.methods import all_needs, Method, SetupContext
 from ft_jax.models.network import Network
 from ft_jax.progress import log
+from ft_jax.training import neighbours
 from ft_jax.training.checkpoint_files import Damaged
 from ft_jax.training.checkpoints import Checkpoints
 from ft_jax.training.cost import training_cost
@@ -72,7 +73,8 @@ def fit(training: Training, work: Workdir, data: TrainingData, network: InitialN
   schedule = training.make_schedule(plan.steps)
   optimizer = training.make_optimizer(schedule, network.factors)
   checkpoints = _open_checkpoints(work, plan.keep, data, network)
-  starting = _Starting(checkpoints, optimizer, network, methods, setup_context(data, network), training.ema_decay > 0)
+  starting = _Starting(checkpoints, optimizer, network, methods,
+                       setup_context(data, network, plan.steps, training.accumulate_steps), training.ema_decay > 0)
   with _closed_on_error(checkpoints):
     state, start = starting.newest_state()
   if start:
@@ -80,8 +82,10 @@ def fit(training: Training, work: Workdir, data: TrainingData, network: InitialN
   devices = checkpoints.devices
   needs = all_needs(methods, network.model)
   log_changed_devices(devices, start, network.model, training.batch_size)
-  run = Run(work, plan, data, needs.all_views, make_predict(network.model, data.head),
-            schedule, training.metric, checkpoints)
+  predict, bank = make_predict(network.model, data.head), None
+  if not data.loss_weights:  # there is no head
+    predict, bank = neighbours.make_features(network.model), neighbours.sample_bank(data.splits.train, data.seed)
+  run = Run(work, plan, data, needs.all_views, predict, schedule, training.metric, checkpoints, bank)
   divergences = Divergences(work.diverged_json)
   if start < plan.steps or not checkpoints.evaluated(start):
     step = make_train_step(network.model, optimizer, data.loss_weights, methods=methods, seed=data.seed,
@@ -110,8 +114,8 @@ def _train(run: Run, step: StepFn, state: TrainState, start: int, divergences: D
       state, start = newest_state()
 
 
-def setup_context(data: TrainingData, network: InitialNetwork) -> SetupContext:
-  """What methods are set up with."""
+def setup_context(data: TrainingData, network: InitialNetwork, steps: int, microbatches: int) -> SetupContext:
+  """What methods are set up with, in a training of so many steps."""
   train, first = data.splits.train, data.first
 
   def batches(split: str, rows: Sequence[int] | None = None) -> Iterator[Any]:
@@ -125,7 +129,7 @@ def setup_context(data: TrainingData, network: InitialNetwork) -> SetupContext:
       model=network.model, classes=len(train.class_names), labels=train.labels,
       true_labels=train.labels if data.true_labels is None else data.true_labels, batch_size=first.batch_size,
       seed=data.seed, pretrained=bool(network.pretrained), has_source=len(data.streams) > 1, start=network.pretrained,
-      batches=batches)
+      batches=batches, steps=steps, microbatches=microbatches)
 
 
 @dataclasses.dataclass(frozen=True)

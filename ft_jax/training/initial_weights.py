@@ -101,7 +101,7 @@ def load_weights(name: str, network: Network, *, classes: int | None = None, cla
     classes: how many the classifier must have, which then is head 'source'; None drops every head.
     class_names: their names, in order; compared with those of the run that the weights come from.
     classifier: whether the classifier is wanted as head 'pretrained', whatever its classes.
-    projection: whether MoCo-v2's projection head is wanted too.
+    projection: whether the projection head of a pre-training without labels is wanted too.
 
   Raises:
     ValueError: no such weights, weights that cannot be read, or without what is asked for.
@@ -135,7 +135,8 @@ def load_weights(name: str, network: Network, *, classes: int | None = None, cla
       _check_same_classes(name, _source_classes(path) if own else None, class_names)
     kept['source'] = heads['source']
   if projection and 'projection' not in variables:
-    raise ValueError(f"selection.features is 'projection', but {name} has no projection head (MoCo-v2's file has one); "
+    raise ValueError(f"selection.features is 'projection', but {name} has no projection head (MoCo-v2's file has one, and so has "
+                     'a run of configs/pretrain.py:moco or :byol); '
                      'use --config.selection.features=pooled')
   if projection:
     _check_reads(variables['projection']['0'], network, name, "selection.features is 'projection'")
@@ -146,7 +147,7 @@ def load_weights(name: str, network: Network, *, classes: int | None = None, cla
     dropped['old classifier'] = [f'heads/{head}' for head in sorted(heads)] if own else \
         [network.torch_name(f'params/heads/source/{leaf}') for leaf in ('kernel', 'bias')]
   if not projection and variables.pop('projection', None):
-    dropped['projection head'] = ['fc.0', 'fc.2']
+    dropped['projection head'] = ['projection/0', 'projection/2'] if own else ['fc.0', 'fc.2']
   check_numbers(network, variables, name)
   says = '; '.join(f'{listed(names)} ({why})' for why, names in dropped.items())
   says = (f'; dropped: {says}' if says else '') + ''.join(f'; {note}' for note in notes)

@@ -24,6 +24,7 @@ from ft_jax.data.splits import Splits
 from ft_jax.methods import View
 from ft_jax.metrics import MetricsWriter
 from ft_jax.progress import log
+from ft_jax.training import neighbours
 from ft_jax.training.checkpoints import Checkpoints
 from ft_jax.training.evaluate import evaluate, Evaluation, PredictFn
 from ft_jax.training.settings import Plan
@@ -104,6 +105,8 @@ class Run:
     schedule: the learning rate of each step.
     metric: the val metric that chooses the best checkpoint.
     checkpoints: the run's.
+    bank: where the network has no head, the labelled images whose features vote in an evaluation; `predict` is then
+      that of `neighbours.make_features`.
   """
   work: Workdir
   plan: Plan
@@ -113,6 +116,7 @@ class Run:
   schedule: optax.Schedule
   metric: str
   checkpoints: Checkpoints
+  bank: ImageSet | None = None
 
 
 class Diverged(RuntimeError):
@@ -406,9 +410,18 @@ def val_metrics(run: Run, state: TrainState, stop: Callable[[], bool]) -> dict[s
 def evaluate_split(run: Run, state: TrainState, images: ImageSet, name: str,
                    stop: Callable[[], bool] = lambda: False) -> Evaluation:
   """Evaluates a replicated state on a split, which the progress bar calls `name`; `stop` is asked before each batch."""
+  classes = len(images.class_names)
+  batches = _eval_batches(run, images, name, stop)
+  if run.bank is None:
+    return evaluate(run.predict, state.eval_variables, batches, classes)
+  bank = _eval_batches(run, run.bank, f'neighbours for {name}', stop)
+  return neighbours.evaluate(run.predict, state.eval_variables, bank, batches, classes)
+
+
+def _eval_batches(run: Run, images: ImageSet, name: str, stop: Callable[[], bool]) -> Iterator[Any]:
+  """The batches of an evaluation; `_Stopped` is raised where `stop` says so."""
   batches = EvalBatches(images, run.data.transform, run.data.first.batch_size, run.data.timeout)
-  shown = progress.bar(batches, name, len(batches))
-  return evaluate(run.predict, state.eval_variables, _unless(stop, shown), len(images.class_names))
+  return _unless(stop, progress.bar(batches, name, len(batches)))
 
 
 class _Stopped(Exception):

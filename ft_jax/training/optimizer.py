@@ -82,8 +82,8 @@ def make_optimizer(kind: str, schedule: optax.Schedule, factors: Factors, *, mom
     kind: a name of `OPTIMIZERS`.
     schedule: the learning rate of each step.
     factors: of each parameter.
-    momentum: of sgd, 0 to below 1.
-    nesterov: of sgd: look ahead along the momentum.
+    momentum: of sgd and lars, 0 to below 1.
+    nesterov: of sgd and lars: look ahead along the momentum.
     weight_decay: times the parameter.
     clip_norm: the gradient is scaled down to this norm over all parameters; 0 leaves it.
   """
@@ -115,6 +115,15 @@ def scale_by_amsgrad(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> o
     return scaled, optax.ScaleByAmsgradState(count=count, mu=mu, nu=nu, nu_max=most)
 
   return optax.GradientTransformation(optax.scale_by_amsgrad(b1, b2, eps).init, update)
+
+
+def scale_by_trust_ratios(coefficient: float = 0.001) -> optax.GradientTransformation:
+  """LARS (You, Gitman and Ginsburg, 2017): each update is scaled to `coefficient` times the norm of its parameter.
+
+  As in BYOL, biases and the parameters of normalisation layers, which have one axis, keep their updates.
+  """
+  several_axes = lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+  return optax.masked(optax.scale_by_trust_ratio(trust_coefficient=coefficient), several_axes)
 
 
 def by_pattern(params: Any, groups: Groups, what: str) -> Any:
@@ -153,4 +162,5 @@ OPTIMIZERS: dict[str, Callable[[float, bool], optax.GradientTransformation]] = {
     'adam': lambda momentum, nesterov: optax.scale_by_adam(),
     'adamw': lambda momentum, nesterov: optax.scale_by_adam(),
     'amsgrad': lambda momentum, nesterov: scale_by_amsgrad(),
+    'lars': lambda momentum, nesterov: optax.chain(scale_by_trust_ratios(), optax.trace(momentum, nesterov)),
 }

@@ -1,9 +1,9 @@
 """The joint training step: forward pass, losses, update.
 
 A step gets one batch of each stream: `target` alone, `target` and `source`, or (pre-training) `source` alone. Each
-labelled stream has the head of its own name; all streams go through the network in one forward pass, so BatchNorm sees
-their mixture (Liu et al., NeurIPS 2022). The loss is the weighted sum of the streams' cross-entropies, and what the
-methods add.
+labelled stream has the head of its own name (a pre-training without labels has none); all streams go through the
+network in one forward pass, so BatchNorm sees their mixture (Liu et al., NeurIPS 2022). The loss is the weighted sum of
+the streams' cross-entropies, and what the methods add.
 """
 
 from collections.abc import Callable, Mapping
@@ -80,7 +80,8 @@ def make_step(model: Network, optimizer: optax.GradientTransformation, loss_weig
   Args:
     model: with a head for each labelled stream; what it freezes does not change, whatever the optimizer does.
     optimizer: of its parameters.
-    loss_weights: the weight of each labelled stream's loss, by name: {'target': 1, 'source': lambda}.
+    loss_weights: the weight of each labelled stream's loss, by name: {'target': 1, 'source': lambda}; {} where methods
+      alone give the loss.
     methods: the methods that are switched on, by name.
     seed: of the random numbers of methods.
     microbatches: how many passes through the network a batch is divided into; see `forward`.
@@ -102,6 +103,7 @@ def make_step(model: Network, optimizer: optax.GradientTransformation, loss_weig
   @precision.default_of(model.precision)
   def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     key = jax.random.fold_in(jax.random.key(seed), state.step)
+    main = 'target' if 'target' in batch else 'source'
     images = {stream: batch[stream]['input'] for stream in (*loss_weights, *sorted(batch.keys() - loss_weights.keys()))}
     labels = {stream: batch[stream]['label'] for stream in loss_weights}
     images, labels = mix_target(methods, key, images, labels, model)
@@ -118,8 +120,8 @@ def make_step(model: Network, optimizer: optax.GradientTransformation, loss_weig
       context = None
       if methods:
         views = {view.path: batch[view.stream][view.name] for view in needs.views}
-        context = StepContext(model, params, state.batch_stats, state.start, teacher, outputs, views, labels['target'],
-                              batch['target']['row'], state.step, key,
+        context = StepContext(model, params, state.batch_stats, state.start, teacher, outputs, images | views,
+                              labels.get(main, batch[main]['label']), batch[main]['row'], state.step, key,
                               functools.partial(forward_other, model, functools.partial(run, key=key)))
       loss, states, metrics = total_loss(methods, loss_weights, outputs, labels, context, state.methods)
       return loss, (batch_stats, states, {'loss': loss, **metrics})

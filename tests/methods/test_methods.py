@@ -20,7 +20,8 @@ from ft_jax.models.batch_norm import BatchNorm
 from ft_jax.training import step
 from ft_jax.training.checkpoints import Checkpoints
 
-PAIRS = list(itertools.combinations(METHODS, 2))
+FINE_TUNING = [name for name, method in METHODS.items() if not method.pretrains]
+PAIRS = list(itertools.combinations(FINE_TUNING, 2))
 
 
 def published(*names: str, **fields: Any) -> dict[str, methods.Method]:
@@ -57,7 +58,7 @@ def test_every_pair_trains_or_says_why_not(names):
 def groups() -> list[list[str]]:
   """The methods in a few sets whose members can be combined."""
   found: list[list[str]] = []
-  for name in METHODS:
+  for name in FINE_TUNING:
     for group in found:
       try:
         published(*group, name)
@@ -108,6 +109,20 @@ def test_every_method_is_documented(name):
   source = inspect.getsource(method)
   for field in dataclasses.fields(method):
     assert re.search(rf'^  {field.name}: .*  # .{{5,}}$', source, re.M), field.name
+
+
+def test_a_method_of_the_other_job_is_refused():
+  """One that pre-trains would have no loss to add in a fine-tuning, and the others no labels in a pre-training."""
+  for names, job in ((('l2_sp', 'bss'), 'finetune'), (('moco',), 'pretrain'), ((), 'pretrain')):
+    methods.check_job(published(*names), job)
+  with pytest.raises(ValueError, match=r'config.methods.moco is switched on, which is for pre-training without labels '
+                                       r'\(--config.job=pretrain\) and not for job finetune'):
+    methods.check_job(published('moco', 'l2_sp'), 'finetune')
+  with pytest.raises(ValueError, match='config.methods.l2_sp is switched on, which is for fine-tuning and not for job '
+                                       'pretrain'):
+    methods.check_job(published('l2_sp'), 'pretrain')
+  with pytest.raises(ValueError, match='methods.moco and methods.byol cannot be combined: each is a whole pre-training'):
+    published('moco', 'byol')
 
 
 def test_wrong_settings_are_named():

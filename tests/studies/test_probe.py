@@ -8,6 +8,7 @@ import pytest
 from sklearn import linear_model, metrics, neighbors
 
 from ft_jax import logistic
+from ft_jax import neighbours
 from ft_jax.studies import probe
 from ft_jax.studies.probe import Labelled
 
@@ -145,7 +146,7 @@ def test_neighbours_vote_as_published(monkeypatch):
   whole = probe.neighbours(train, val, test.features, K, numbers=(15, 1, 4, len(train.labels), 10_000))
   assert whole.chosen == best and not whole.at_edge
   np.testing.assert_array_equal(whole.test, votes(train, test.features, best).argmax(1))
-  monkeypatch.setattr(probe, 'BLOCK', 7 * len(train.labels))  # 60 and 80 images by sevens
+  monkeypatch.setattr(neighbours, 'BLOCK', 7 * len(train.labels))  # 60 and 80 images by sevens
   assert same(probe.neighbours(train, val, test.features, K, numbers=(1, 4, 15, len(train.labels))), whole)
 
 
@@ -163,10 +164,9 @@ def test_neighbours_edges():
   # more than 1; more than 3; nothing; fewer than 4
   assert edges == {(1,): True, (1, 3): True, (1, 4): False, (4,): True}
   # 0.2 + 0.1 is more than 0.3 by rounding alone.
-  assert probe._elected(np.array([[1, 0, 0], [1, 0, 0]]), np.array([[0.3, 0.2, 0.1], [0.3, 0.2, 0.11]]),
-                        3).tolist() == [1, 0]
-  zeros = probe.neighbours(square, wrong, np.zeros((1, 2)), 3, numbers=[1])
-  assert zeros.test.tolist() == [2]  # similar to all alike
+  voters = np.array([[1, 0, 0], [1, 0, 0]])
+  counted = neighbours.votes(voters, np.array([[0.3, 0.2, 0.1], [0.3, 0.2, 0.11]]), 3)
+  assert neighbours.elected(voters, counted).tolist() == [1, 0]
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
