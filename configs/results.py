@@ -59,7 +59,11 @@ def _pretraining(kind: str) -> ConfigDict:
   config.train.batch_size = 128
   config.train.epochs = 20.0
   config.train.keep_epochs = ()
-  if kind in ('moco', 'byol'):
+  config.train.optimizer = 'sgd'
+  if kind in ('moco', 'byol'):  # short for a training without labels: momenta are lower and rates higher than published
+    config.train.learning_rate = 0.06
+    config.train.weight_decay = 5e-4
+    config.methods.update(SHORT[kind])
     return config
   config.augment.scale = (0.3, 1.0)
   config.train.learning_rate = 0.1
@@ -129,6 +133,11 @@ def _study() -> ConfigDict:
   config.train.eval_every = 50
   return config
 
+
+SHORT: Mapping[str, Mapping[str, Any]] = {
+    'moco': {'moco': {'queue': 4096, 'momentum': 0.99}},
+    'byol': {'byol': {'hidden': 512, 'projection': 128, 'momentum': 0.99}},
+}
 
 PRETRAININGS = ('supervised', 'moco', 'byol', 'long')
 
