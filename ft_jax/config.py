@@ -122,10 +122,18 @@ def get_config() -> ConfigDict:
   config.study.threshold = 0.8  # the main subspace: singular values that add up to this fraction of their sum
   config.study.centred = False  # subtract the mean before splitting features; False as published
 
-  config.compare = ConfigDict()  # job compare: the same fine-tuning with each method and each seed
-  # values of selection.method, each optionally with fine-tuning methods, which are off in the others: 'none+l2_sp'
-  config.compare.methods = ('none', 'random', 'uot')  # (settings of config.methods, or as published); baseline first
-  config.compare.seeds = (0, 1, 2)  # values of seed
+  config.compare = ConfigDict()  # job compare: the same fine-tuning in several variants, each with several seeds
+  # the baseline first: a value of selection.method, optionally with fine-tuning methods: 'uot+l2_sp' (these are off in
+  # the other variants); or a name and fields of job finetune: ('uot 20', {'selection.method': 'uot',
+  config.compare.variants = ('none', 'random', 'uot')  # 'selection.size': 20, 'source_weight': 0.3})
+  config.compare.seeds = (0, 1, 2)  # values of seed, the same for every variant
+  # fields and the values to choose from on val, for each variant: (('train.learning_rate', (0.003, 0.01, 0.03)), ...);
+  config.compare.tune = ()  # 'compare.tune' in the fields of a variant replaces it there
+  config.compare.trials = 0  # number of combinations of these values to try for each variant; 0: all
+  config.compare.tune_seeds = 1  # number of seeds to try each combination with; the first of compare.seeds
+  config.compare.equal_compute = True  # add plain fine-tuning with as many images through the network as joint training
+  config.compare.axis = ''  # a field that differs between variants, to draw accuracy against; '': no curve
+  config.compare.keep_checkpoints = False  # keep the checkpoints of finished runs, as jobs export and predict need them
   return config.lock()  # ml_collections refuses any other field
 
 

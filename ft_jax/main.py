@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Callable
+import functools
 import signal
 from typing import Any
 
@@ -25,6 +26,9 @@ _PROCESSES = flags.DEFINE_integer(
     'num_processes', None, 'on several hosts: number of processes; 1 starts this one alone, even under SLURM or on a '
     'Cloud TPU pod')
 _PROCESS = flags.DEFINE_integer('process_id', None, 'on several hosts: number of this process, from 0')
+_WORKERS = flags.DEFINE_integer(
+    'workers', 1, 'job compare: number of processes on this host that share the runs and the CPU cores. Several hosts '
+    'that share the --workdir share the runs too, each with its own command')
 flags.mark_flag_as_required('config')
 
 
@@ -48,23 +52,24 @@ def main(argv: list[str]) -> None:
     progress.show_log(cluster.start(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value))
     config = _CONFIG.value
     compiled.keep(config.compile_cache)
-    run = job(config)
+    run = job(config, _WORKERS.value)
     file_name = config_flags.get_config_filename(flags.FLAGS['config'])
     run(config, _WORKDIR.value or default_workdir(file_name, config.workdir))
 
 
-def job(config: ConfigDict) -> Callable[[ConfigDict, str], Any]:
+def job(config: ConfigDict, processes: int = 1) -> Callable[[ConfigDict, str], Any]:
   """The function that runs the job of a config.
 
   Raises:
-    ValueError: an unknown job, or one that does not use `config.workdir` although that is set.
+    ValueError: an unknown job, one that does not use `config.workdir` although that is set, or another one than
+      compare with several `processes`.
   """
   from ft_jax.jobs import compare, export, finetune, predict, pretrain, stability, study
 
   jobs: dict[str, Callable[[ConfigDict, str], Any]] = {
       'finetune': finetune.run,
       'pretrain': pretrain.run,
-      'compare': compare.run,
+      'compare': functools.partial(compare.run, processes=processes),
       'export': export.run,
       'predict': predict.run,
       'stability': stability.run,
@@ -75,4 +80,7 @@ def job(config: ConfigDict) -> Callable[[ConfigDict, str], Any]:
   if config.workdir and config.job not in ('export', 'predict', 'stability'):
     raise ValueError('config.workdir is the finished run that export, predict and stability use, but this is job '
                      f'{config.job}; set its own folder by --workdir')
+  if processes != 1 and config.job != 'compare':
+    raise ValueError(f'--workers is {processes}, but only job compare has several runs to share, and this is job '
+                     f'{config.job}')
   return jobs[config.job]

@@ -3,15 +3,18 @@
 from collections.abc import Callable, Iterable, Iterator
 import contextlib
 import importlib.util
+import io
 import logging
 import sys
 import threading
 from typing import TypeVar
 import warnings
 
+from etils import epath
 import tqdm
 
 from ft_jax.names import visible
+from selection import storage
 
 T = TypeVar('T')
 
@@ -132,6 +135,31 @@ def log_shown(edit: Callable[[str], str] = _NO_EDIT) -> Iterator[None]:
       _shown -= 1
       if not _shown:
         _before.close()
+
+
+@contextlib.contextmanager
+def logged_to(path: epath.Path) -> Iterator[None]:
+  """Within it, the project's log lines are also appended to a file; an object is written at the end."""
+  stream = io.StringIO()
+  handler = logging.StreamHandler(stream) if storage.is_url(path) else logging.FileHandler(path, encoding='utf-8')
+  handler.setFormatter(_Visible('%(asctime)s %(message)s'))
+  for logger in _LOGGERS:
+    logger.addHandler(handler)
+  try:
+    yield
+  finally:
+    for logger in _LOGGERS:
+      logger.removeHandler(handler)
+    handler.close()
+    if storage.is_url(path):
+      path.write_text(stream.getvalue())
+
+
+class _Visible(logging.Formatter):
+  """Escapes control characters, which names of files may have."""
+
+  def format(self, record: logging.LogRecord) -> str:
+    return visible(super().format(record))
 
 
 def _change_logging(edit: Callable[[str], str]) -> None:

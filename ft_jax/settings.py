@@ -166,6 +166,26 @@ _SIDE = 65_535  # the largest that a JPEG has
 _SPLIT = word('the name of a split, such as train or train[:90%]')
 _LEFT_OUT = '; 0 leaves that out'
 
+
+def _is_variant(value: Any) -> bool:
+  """Whether a value is an entry of `config.compare.variants`; its fields are checked one by one by job compare."""
+  name = word('a name')
+  if not isinstance(value, (tuple, list)):
+    return name.fits(value)
+  return _has_two(value) and name.fits(value[0]) and isinstance(value[1], Mapping) and all(map(name.fits, value[1]))
+
+
+def _is_choice(value: Any) -> bool:
+  """Whether a value is a field and at least one value for it."""
+  return (_has_two(value) and word('a field').fits(value[0]) and isinstance(value[1], (tuple, list))
+          and len(value[1]) > 0)
+
+
+# Of `config.compare.tune`; values are checked by the field that they are for.
+TUNE = Kind("pairs such as (('train.learning_rate', (0.01, 0.03)),), each a field and the values to try",
+            lambda value: isinstance(value, (tuple, list)) and all(map(_is_choice, value)))
+
+
 # The fields of `configs.default.train_config`.
 TRAIN: Mapping[str, Kind] = {
     'batch_size': whole(1),
@@ -277,8 +297,15 @@ FIELDS: Mapping[str, Kind] = {
     'study.fine_tune': switch(),
     'study.threshold': number(above=0, below=1),
     'study.centred': switch(),
-    'compare.methods': several(word('a selection method, with fine-tuning methods behind'), "('none', 'uot+l2_sp')"),
+    'compare.variants': Kind("variants such as 'uot', 'none+l2_sp' or ('uot 20', {'selection.size': 20})",
+                             lambda value: isinstance(value, (tuple, list)) and all(map(_is_variant, value))),
     'compare.seeds': several(_SEED, '(0, 1, 2)'),
+    'compare.tune': TUNE,
+    'compare.trials': whole(meaning='; 0 is all combinations'),
+    'compare.tune_seeds': whole(1),
+    'compare.equal_compute': switch(),
+    'compare.axis': text(),
+    'compare.keep_checkpoints': switch(),
 }
 
 # Fields that were renamed, by path: {the name in older versions: the name now}. Workdirs of older versions resume under
@@ -286,6 +313,7 @@ FIELDS: Mapping[str, Kind] = {
 _RENAMED_IN_TRAINING = {'average': 'ema_decay', 'clip': 'clip_norm', 'accumulate': 'accumulate_steps'}
 RENAMED: dict[str, str] = {f'{group}.{old}': f'{group}.{new}' for group in ('train', 'pretrain')
                            for old, new in _RENAMED_IN_TRAINING.items()}
+RENAMED['compare.methods'] = 'compare.variants'
 
 # Fields that were removed, by path, each with the value that had no effect: a run that had it resumes, one that had
 # another is refused.

@@ -62,9 +62,11 @@ def load(workdir: str, field: str = 'config.workdir') -> Trained:
     raise ValueError(f'{field}: {workdir} holds no run (no config.json of one); give the workdir of a finished '
                      'fine-tuning')
   if str(stored['job']) not in HEADS:
-    inside = sorted(p.name for p in path.iterdir() if read_config(p)) if stored['job'] == 'compare' else []
+    # Earlier versions had the runs of a comparison beside its own files.
+    inside = [run for folder in (path / 'cells', path) if folder.is_dir() for run in sorted(folder.iterdir())
+              if stored['job'] == 'compare' and read_config(run)]
     raise ValueError(f'{field}: {workdir} is of job {stored["job"]}; give that of a fine-tuning'
-                     + (f', such as {path / inside[0]} ({len(inside)} are inside)' if inside else ''))
+                     + (f', such as {inside[0]} ({len(inside)} are inside)' if inside else ''))
   if not (path / 'results.json').exists():
     raise ValueError(f'{field}: the run in {workdir} is not finished (no results.json); run its command again to '
                      'resume it')

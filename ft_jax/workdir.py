@@ -31,12 +31,18 @@ class Workdir:
   checkpoints/<step>/, predictions.json, results.json, report.html.
   """
 
-  def __init__(self, path: epath.PathLike, config: Mapping[str, Any]):
+  def __init__(self, path: epath.PathLike, config: Mapping[str, Any], shared: bool = False):
     """Makes the folder, or opens the run in it.
 
     A run that has no checkpoint yet has nothing to lose: it takes the new config, and selects again. Fields of the
       config
     that the version which wrote the run did not have are at their defaults; see `as_now`.
+
+    Args:
+      path: of the folder.
+      config: of the run.
+      shared: whether several processes may work in the folder at once, on runs that are in folders of their own. It
+        takes a new config of the same job.
 
     Raises:
       ValueError: it belongs to a run with another config (names the fields that differ), or of a newer version, or to
@@ -48,13 +54,14 @@ class Workdir:
     check_name(storage.absolute(self.path))
     if storage.is_url(self.path):
       storage.make_folder(self.path)
-    parallel.agreed(lambda: self._open(json.loads(json.dumps(config))))
+    parallel.agreed(lambda: self._open(json.loads(json.dumps(config)), shared))
     parallel.check_shared(self.path, '--workdir')
 
-  def _open(self, wanted: dict[str, Any]) -> None:
+  def _open(self, wanted: dict[str, Any], shared: bool) -> None:
     """See `__init__`; on process 0."""
     if not storage.is_url(self.path):
       storage.make_folder(self.path)
+    if not shared and not storage.is_url(self.path):
       self._owned = own(self.path)  # before anything is read that another process may be about to write
       _tidy(self.path)
     try:
@@ -69,7 +76,9 @@ class Workdir:
       if before == wanted:
         return
       _check_version(self.path, before, wanted)
-      differing = _differences(run_fields(as_now(before)), run_fields(as_now(wanted)))
+      differing = differences(run_fields(as_now(before)), run_fields(as_now(wanted)))
+      if shared and before['job'] == wanted['job']:
+        differing = []
       if differing and (self.results_json.exists() or self.has_checkpoint()):
         raise ValueError(f'workdir {self.path} belongs to a run with another config ({"; ".join(differing[:5])}); '
                          'give another --workdir')
@@ -325,9 +334,9 @@ def cannot_write(path: epath.Path, error: BaseException) -> storage.Unwritable:
   return storage.Unwritable(path, error, 'the same command resumes', before)
 
 
-def _differences(before: Any, now: Any, name: str = 'config') -> list[str]:
-  """The fields that differ, as `config.seed is 0 there and 1 here`."""
+def differences(before: Any, now: Any, name: str = 'config') -> list[str]:
+  """The fields in which two configs differ, as `config.seed is 0 there and 1 here`."""
   if isinstance(before, dict) and isinstance(now, dict):
     return [line for key in sorted({*before, *now})
-            for line in _differences(before.get(key, 'not known'), now.get(key, 'not known'), f'{name}.{key}')]
+            for line in differences(before.get(key, 'not known'), now.get(key, 'not known'), f'{name}.{key}')]
   return [] if before == now else [f'{name} is {before!r} there and {now!r} here']

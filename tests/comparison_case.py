@@ -1,9 +1,16 @@
 """A comparison as job compare writes it, with made-up predictions, for tests of its statistics and its page."""
 
 from collections.abc import Mapping
+import json
+import pathlib
 from typing import Any
 
 import numpy as np
+
+from configs import default
+from ft_jax.studies.comparison import summarize
+from ft_jax.workdir import Workdir
+import selection
 
 PLAIN, UOT, RANDOM = ({'selection.method': method} for method in ('none', 'uot', 'random'))
 
@@ -48,3 +55,30 @@ def drawn(rate: float, seeds: int, images: int, number: int = 0) -> dict[int, np
   hard = np.random.default_rng(99).random(images)
   noise = np.random.default_rng(number).normal(0, 0.05, (seeds, images))
   return dict(enumerate(hard + noise < rate))
+
+
+def write(folder: pathlib.Path, comparison: Mapping[str, Any], found: Mapping[str, Any]) -> Workdir:
+  """The workdir of a comparison, with what its page reads of the fine-tunings."""
+  config = default.get_config()
+  config.job, config.target.name = 'compare', comparison['target']
+  work = Workdir(folder, config.to_dict())
+  (work.path / 'compare.json').write_text(json.dumps(summarize(comparison, found)))
+  for k, (name, table) in enumerate(found.items()):
+    cell = work.path / name
+    cell.mkdir(parents=True)
+    labels, right = np.array(table['labels']), np.equal(table['labels'], table['predictions'])
+    per_class = [{'name': class_name, 'images': int((labels == label).sum()),
+                  'right': int(right[labels == label].sum())} for label, class_name in enumerate(table['classes'])]
+    (cell / 'predictions.json').write_text(json.dumps(table))
+    (cell / 'results.json').write_text(json.dumps({'test': {'per_class': per_class}, 'val': {}}))
+    lines = [{'step': 10 * (i + 1), 'train/top1_target': 1 - 0.9 / (1 + i + k / 9), 'val/top1': 0.5 - 0.3 / (1 + i)}
+             for i in range(10)]
+    (cell / 'metrics.jsonl').write_text(''.join(f'{json.dumps(line)}\n' for line in lines))
+    if '-none-' not in name and 'plain' not in name:
+      n = len(table['classes'])
+      chosen = selection.Selection(
+          method='uot', by='class', size=float(n), seed=0, parameters={}, units=np.arange(n), scores=np.full(n, 1 / n),
+          measure='share', ascending=False, names=[f'source {label}' for label in range(n)],
+          target_names=table['classes'], plan=(np.eye(n) + 0.3) / (n + 0.3 * n * n), target_mass=np.full(n, 1 / n))
+      chosen.save(cell / 'selection.json')
+  return work

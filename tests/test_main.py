@@ -67,7 +67,7 @@ ROOT = pathlib.Path(__file__).parents[1]
     (['--config=configs/digits.py', "--config.train.learning_rate_groups=(('head.*',1.0),)"],
      "covers no parameter 'bn1/bias'"),
     (['--config=configs/digits.py', '--config.model.weights=no.pth'], 'there is no file or folder no.pth'),
-    (['--config=configs/miniature.py', '--config.model.weights=', "--config.compare.methods=('none','best')"],
+    (['--config=configs/miniature.py', '--config.model.weights=', "--config.compare.variants=('none','best')"],
      "config.selection.method is 'best'"),
     (['--config=configs/digits.py', '--config.train.steps=many'],
      'error: flag --config.train.steps=many: expected a whole number'),

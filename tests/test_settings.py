@@ -90,8 +90,7 @@ def door(path: str, config: ConfigDict, folder: pathlib.Path) -> None:
     checkpoints = (history.SavedCheckpoint('epoch 1', 1.0, 1, None, ''),)
     study.check(config, history.History('', config.model, None, 0, checkpoints))
   elif group == 'compare':
-    for method in config.compare.methods:
-      finetune.Settings.from_config(compare.config_of_run(config, method, 0))
+    compare.plan(config)
   else:
     finetune.Settings.from_config(config)
   if group in ('target', 'source', 'data_dir'):
@@ -128,7 +127,7 @@ def test_what_is_fine_by_itself_is_so_for_its_job(path, photos, tmp_path, shapes
   values = (*OF_TYPES[kind], *(OF_TYPES[int] if kind is float else ()), *(PAIRS if kind is tuple else NUMBERS))
   for value in values:
     config = changed(path, value, **{'target.name': f'folder:{photos}', 'source.name': f'folder:{photos}',
-                                     'compare.methods': ('none',),
+                                     'compare.variants': ('none',),
                                      **on})
     if refused(path, config) is None:
       try:

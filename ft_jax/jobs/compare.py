@@ -1,97 +1,371 @@
-"""Job compare: the same fine-tuning with each selection, fine-tuning method and seed, and their mean differences."""
+"""Job compare: the same fine-tuning in several variants and with several seeds, and what the differences are worth.
 
-from collections.abc import Collection, Mapping, Sequence
+Each variant and seed is the job finetune in a folder of its own. Where `config.compare.tune` names values, each variant
+chooses among them on val first, all with the same number of trials. Where the baseline is plain fine-tuning, it runs
+once more with as many images through the network as joint training has.
+"""
+
+from collections.abc import Mapping, Sequence
 import dataclasses
-import itertools
+import json
+import time
 from typing import Any
+import uuid
 
 from etils import epath
+import jax
 from ml_collections import ConfigDict
 
-from ft_jax import compiled
-from ft_jax.jobs import finetune
-from ft_jax.methods import METHODS
+from ft_jax import compiled, parallel, workers
+from ft_jax.jobs import finetune, pretrain
+from ft_jax.jobs.compare_cells import Grid, is_result, Outcome, POLL
+from ft_jax.jobs.compare_variants import (
+  Cell,
+  cell_config,
+  check_names,
+  declared_variants,
+  equal_compute_variants,
+  is_plain,
+  Variant,
+)
 from ft_jax.pages import comparison
 from ft_jax.progress import log
-from ft_jax.settings import check_fields
-from ft_jax.workdir import Workdir, write_results
+from ft_jax.settings import check_fields, flat
+from ft_jax.studies.comparison import summarize
+from ft_jax.workdir import read_json, Workdir, write_results, write_text
+
+FORMAT_VERSION = 1
 
 
-def run(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
-  """Runs every fine-tuning that is not finished, each in a workdir inside; returns what results.json holds."""
-  check(config)
-  methods, seeds = config.compare.methods, config.compare.seeds
-  first = {method: finetune.Settings.from_config(config_of_run(config, method, seeds[0])) for method in methods}
-  work = Workdir(workdir, config.to_dict())
-  runs: dict[str, list[dict[str, Any]]] = {method: [] for method in methods}
-  with compiled.once():
-    for count, (seed, method) in enumerate(itertools.product(seeds, methods)):
-      log.info('[%d/%d] %s, seed %d', count + 1, len(methods) * len(seeds), method, seed)
-      settings = first[method]
-      if seed != seeds[0]:
-        settings = finetune.Settings.from_config(config_of_run(config, method, seed))
-      # The images are embedded once for all of them.
-      runs[method].append(finetune.fine_tune(settings, work.path / f'{method}-{seed}', work.embeddings))
-      compiled.clear_compiled()
-  results = summarize(runs, list(seeds))
-  write_results(work, results)
-  log.info('%s', comparison.markdown(results))
-  comparison.write(work)
-  log.info('report: %s', work.report_html)
-  return results
+def run(config: ConfigDict, workdir: epath.PathLike, processes: int = 1) -> dict[str, Any]:
+  """Runs every fine-tuning that is not finished, each in a workdir inside; returns what results.json holds.
+
+  Args:
+    config: of the job.
+    workdir: where everything is written; several hosts may share it, and each takes what is left to do.
+    processes: that work side by side on this host.
+
+  Raises:
+    ValueError: a setting that cannot be used, in any variant.
+    RuntimeError: some of the fine-tunings failed; the others are finished.
+  """
+  _check_processes(processes)
+  variants, settings = plan(config)
+  work = Workdir(workdir, config.to_dict(), shared=True)
+  pretrained = work.path / 'pretrain' if config.model.weights == 'pretrain' else None
+  grid = Grid(config, variants, work.path, parallel.agreed(uuid.uuid4().hex), pretrained)
+  report = Report(grid, work, processes)
+  if not parallel.agreed(lambda: grid.complete):
+    with compiled.once():
+      if parallel.is_main():
+        work.results_json.unlink(missing_ok=True)
+      _prepare(grid, work, settings)
+      if processes > 1:
+        _supervise(grid, report, processes)
+      else:
+        _work(grid, report)
+  return report.finish()
 
 
-def check(config: ConfigDict) -> None:
-  """Raises ValueError for settings of the comparison itself that cannot be right."""
+def plan(config: ConfigDict) -> tuple[list[Variant], list[finetune.Settings]]:
+  """The variants of a comparison, and the settings of the first fine-tuning of each.
+
+  Raises:
+    ValueError: one that cannot work.
+  """
   check_fields(config)
-  methods, seeds = list(config.compare.methods), list(config.compare.seeds)
-  if not methods or not seeds:
-    raise ValueError('config.compare.methods and config.compare.seeds need at least one entry each')
-  if twice := [method for method in methods if methods.count(method) > 1]:
-    raise ValueError(f'config.compare.methods has {twice[0]!r} twice; once is enough')
   if config.selection.file:
-    raise ValueError('config.selection.file is one selection, and this job makes one for each method; use '
-                     '--config.job=finetune')
-  if config.model.weights == 'pretrain':
-    raise ValueError("config.model.weights is 'pretrain', which every fine-tuning would repeat; pre-train once with "
-                     '--config=configs/pretrain.py and give its workdir')
+    raise ValueError('config.selection.file is one selection for all variants; set it in the fields of a variant, as '
+                     "('birds', {'selection.file': 'birds.json'}) in config.compare.variants")
+  if twice := [seed for k, seed in enumerate(config.compare.seeds) if seed in config.compare.seeds[:k]]:
+    raise ValueError(f'config.compare.seeds has {twice[0]} twice; once is enough')
+  variants = declared_variants(config)
+  settings = [_check_variant(config, variant) for variant in variants]
+  if config.compare.equal_compute and is_plain(settings[0]):
+    images = [each.images_per_step for each in settings]
+    added = equal_compute_variants(config, variants[0], images)
+    variants[1:1] = added
+    settings[1:1] = [_check_variant(config, variant) for variant in added]
+    check_names(variants)
+  _log_tuning(variants)
+  return variants, settings
 
 
-def config_of_run(config: ConfigDict, method: str, seed: int) -> ConfigDict:
-  """The config of one fine-tuning; `method` is an entry of `config.compare.methods`."""
-  own = ConfigDict(config.to_dict())
-  own.job, own.seed = 'finetune', seed
-  own.selection.method, *added = method.split('+')
-  named = {name for entry in config.compare.methods for name in entry.split('+')[1:]}
-  own.methods.update(_switches(added, named, own.methods.to_dict()))
-  # It does not depend on the other runs, so that it is kept when methods or seeds are added.
-  own.compare.methods, own.compare.seeds = (method,), (seed,)
-  return own
+def _check_variant(config: ConfigDict, variant: Variant) -> finetune.Settings:
+  """The settings of a variant with its first combination; raises ValueError where any value to be tried is refused."""
+  first: finetune.Settings | None = None
+  seen: set[str] = set()
+  for tuned in variant.combinations:
+    new = {f'{field}={value}' for field, value in tuned.items()}
+    if first is None or new - seen:  # each value once is enough: all combinations would take long
+      try:
+        settings = finetune.Settings.from_config(cell_config(config, Cell(variant, config.compare.seeds[0], tuned, True)))
+      except ValueError as error:
+        raise ValueError(f'config.compare.variants, {variant.name!r}: {error}') from error
+      first = first or settings
+      seen |= new
+  assert first is not None, 'a variant has at least one combination'
+  return first
 
 
-def summarize(runs: Mapping[str, Sequence[Mapping[str, Any]]], seeds: Sequence[int]) -> dict[str, Any]:
-  """What results.json holds, from the results of the fine-tunings by method; the first one is the baseline."""
-  baseline = next(iter(runs))
-  split = 'test' if runs[baseline][0]['test'] else 'val'
+def _check_processes(processes: int) -> None:
+  if processes < 1:
+    raise ValueError(f'--workers is {processes}; expected at least 1')
+  if processes > 1 and jax.process_count() > 1:
+    raise ValueError(f'--workers is {processes}, but this is one of {jax.process_count()} processes that train '
+                     'together; use --workers=1, or start the command on each host with --num_processes=1')
+  if processes > 1 and jax.default_backend() == 'tpu':
+    raise ValueError(f'--workers is {processes}, but one process uses the whole TPU; use --workers=1')
+
+
+def _log_tuning(variants: Sequence[Variant]) -> None:
+  """Logs where variants have fewer trials than others, as a field means nothing to them."""
+  trials = {variant.name: len(variant.combinations) for variant in variants}
+  most = max(trials.values())
+  if fewer := {name: count for name, count in trials.items() if count < most}:
+    log.info('tuning: %d combinations for each variant, but %s, as the other fields mean nothing there; give such '
+             "variants more values of their own ('compare.tune' in their fields) for the same budget", most,
+             ', '.join(f'{count} for {name}' for name, count in fewer.items()))
+
+
+def _prepare(grid: Grid, work: Workdir, settings: Sequence[finetune.Settings]) -> None:
+  """Opens the images once for each kind of variant, and makes what fine-tunings share."""
+  opened: dict[str, finetune.Sets] = {}
+  pretraining = None
+  if grid.pretrained is not None:  # with the seed of the comparison, whatever the seeds of the fine-tunings are
+    pretraining = pretrain.Settings.from_config(finetune.pretrain_config(grid.config))
+  embeddings = grid.config.embeddings_dir or work.embeddings
+  with grid.lock_for('prepare'):
+    for variant, each in zip(grid.variants, settings):
+      shared = {name: each.fields[name] for name in ('target', 'source', 'data', 'noise', 'model')}
+      key = json.dumps([shared, each.selection.embeds, each.selection.class_means, each.uses_source])
+      try:
+        if key not in opened:
+          shared_training = pretraining if each.pretraining is not None else None
+          opened[key] = finetune.prepare(dataclasses.replace(each, pretraining=shared_training), work, embeddings, grid.pretrained or '')
+        each.check_sets(opened[key].splits, opened[key].pool)
+      except ValueError as error:
+        raise ValueError(f'config.compare.variants, {variant.name!r}: {error}') from error
+
+
+def _work(grid: Grid, report: 'Report') -> None:
+  """Runs cells in this process until none is left; several processes of one training run each cell together."""
+  while not parallel.agreed(lambda: grid.complete):
+    with grid.next_cell() as cell:
+      if cell is None:
+        time.sleep(POLL)
+      else:
+        report.begin(cell)
+        grid.run(cell)
+    report.update()
+
+
+def _supervise(grid: Grid, report: 'Report', processes: int) -> None:
+  """Lets several processes run the cells, and reports what they finish."""
+  arguments = (grid.config.to_dict(), grid.variants, grid.folder, grid.start, grid.pretrained)
+  with workers.started(processes, work_on, arguments, grid.folder / 'workers') as started:
+    log.info('%d processes work on it; their logs are %s', processes, grid.folder / 'workers')
+    ended: set[str] = set()
+    while any(process.is_alive() for process in started):
+      time.sleep(POLL)
+      report.update()
+      for process in started:
+        if process.exitcode and process.name not in ended:
+          ended.add(process.name)
+          log.warning('warning: %s; see %s', workers.describe_end(process), grid.folder / 'workers')
+  report.update()
+  if not grid.complete:
+    raise RuntimeError(f'the processes ended before everything was done; see their logs in {grid.folder / "workers"}; '
+                       'the same command resumes from what is finished')
+
+
+def work_on(config: Mapping[str, Any], variants: Sequence[Variant], folder: epath.Path, start: str,
+            pretrained: epath.Path | None) -> None:
+  """What each of several processes does: it runs cells until none is left."""
+  grid = Grid(ConfigDict(config), variants, folder, start, pretrained)
+  compiled.keep(grid.config.compile_cache)
+  with compiled.once():
+    while not grid.complete:
+      with grid.next_cell() as cell:
+        if cell is None:
+          time.sleep(POLL)
+        else:
+          log.info('%s', cell.title)
+          grid.run(cell)
+
+
+class Report:
+  """Says how far a comparison is, and writes compare.json after each cell."""
+
+  def __init__(self, grid: Grid, work: Workdir, processes: int):
+    self._grid, self._work, self._processes = grid, work, processes
+    self._write_after = 0.0
+    # What was finished before is not logged again.
+    self._logged = {cell.folder for cell in grid.known() if grid.outcome(cell)}
+    self._chosen = {variant.name for variant in grid.variants if variant.tuned and grid.choice(variant)}
+    if self._logged:
+      log.info('%d of %d runs are finished', len(self._logged), grid.size)
+
+  def begin(self, cell: Cell) -> None:
+    """Logs which cell is run now."""
+    log.info('[%d/%d] %s%s', len(self._logged) + 1, self._grid.size, cell.title, self._time_left())
+
+  def update(self) -> None:
+    """Logs cells that have ended, and writes compare.json where there are some."""
+    ended = [(cell, outcome) for cell in self._grid.known() if (outcome := self._grid.outcome(cell)) is not None]
+    new = [(cell, outcome) for cell, outcome in ended if cell.folder not in self._logged]
+    for cell, outcome in new:
+      self._logged.add(cell.folder)
+      what = f'[{len(self._logged)}/{self._grid.size}] {cell.title}: {self._summary(cell, outcome)}'
+      if is_result(cell, outcome):
+        log.info('%s%s', what, self._time_left())
+      else:
+        log.error('%s; see %s', what, self._work.path / cell.folder / 'log.txt')
+    self._log_choices()
+    if new and time.monotonic() >= self._write_after:
+      began = time.monotonic()
+      write_compare_json(self._grid, self._work)
+      # The statistics of many runs may take longer than a short run.
+      self._write_after = time.monotonic() + 20 * (time.monotonic() - began)
+
+  def finish(self) -> dict[str, Any]:
+    """Writes the results and the page; returns what results.json holds.
+
+    Raises:
+      RuntimeError: a cell failed.
+    """
+    grid, work = self._grid, self._work
+    write_compare_json(grid, work)
+    if parallel.is_main():
+      log.info('%s', comparison.markdown(read_json(work.path / 'compare.json')))
+    log.info('report: %s', work.report_html)
+    failed = grid.failed()
+    left_out = {variant.name: choice.error for variant in grid.variants if (choice := grid.choice(variant))
+                and choice.error}
+    if failed or left_out:
+      problems = [f'{cell.title}: {outcome.error} ({work.path / cell.folder / "log.txt"})' for cell, outcome in failed]
+      problems += [f'{name}: {error}' for name, error in left_out.items()]
+      raise RuntimeError(f'{len(problems)} of {grid.size} runs failed: {"; ".join(problems[:5])}. The same command '
+                         'tries them again')
+    if not parallel.agreed(work.results_json.exists):
+      write_results(work, results_by_variant(grid))
+    return parallel.agreed(lambda: read_json(work.results_json))
+
+  def _summary(self, cell: Cell, outcome: Outcome) -> str:
+    if outcome.results is None:
+      return outcome.error
+    split = 'test' if outcome.results['test'] else 'val'
+    return f'{split} top-1 {outcome.results[split]["top1"]:.1%} in {outcome.seconds:.0f} s'
+
+  def _log_choices(self) -> None:
+    """Logs what was chosen on val, once, and where the best value is the smallest or largest that was tried."""
+    for variant in self._grid.variants:
+      choice = self._grid.choice(variant)
+      if not variant.tuned or choice is None or variant.name in self._chosen:
+        continue
+      self._chosen.add(variant.name)
+      if choice.tuned is None:
+        log.error('%s: %s', variant.name, choice.error)
+        continue
+      log.info('%s: best on val is %s', variant.name, ', '.join(f'{k} {v}' for k, v in choice.tuned.items()))
+      for field, value, side in at_edge(variant, choice.tuned):
+        log.warning('warning: %s: the best %s is %s, the %s that was tried; try %s ones too', variant.name, field, value,
+                    side, {'smallest': 'smaller', 'largest': 'larger'}[side])
+
+  def _time_left(self) -> str:
+    """An estimate for what is left, from the mean time of finished cells of each variant; '' while there are none."""
+    grid, times = self._grid, {}
+    for cell in grid.known():
+      if (outcome := grid.outcome(cell)) is not None and outcome.results is not None:
+        times.setdefault(cell.variant.name, []).append(outcome.seconds)
+    if not times:
+      return ''
+    overall = [seconds for of_variant in times.values() for seconds in of_variant]
+    seconds = 0.0
+    for variant in grid.variants:
+      done = sum(grid.outcome(cell) is not None for cell in grid.trials(variant) + grid.cells(variant))
+      left = len(grid.trials(variant)) + len(grid.config.compare.seeds) - done
+      known = times.get(variant.name, overall)
+      seconds += left * sum(known) / len(known)
+    return f', about {format_seconds(seconds / self._processes)} left' if seconds else ''
+
+
+def format_seconds(seconds: float) -> str:
+  """A time for people: 50 s, 12 min, 3.5 h."""
+  if seconds < 90:
+    return f'{seconds:.0f} s'
+  return f'{seconds / 60:.0f} min' if seconds < 5400 else f'{seconds / 3600:.1f} h'
+
+
+def at_edge(variant: Variant, tuned: Mapping[str, Any]) -> list[tuple[str, Any, str]]:
+  """The fields whose chosen value is the smallest or the largest of several numbers that were tried, and which it is.
+  """
+  found = []
+  for field, value in tuned.items():
+    values = [combination[field] for combination in variant.combinations]
+    numeric = all(isinstance(each, (int, float)) and not isinstance(each, bool) for each in values)
+    if numeric and len(set(values)) > 1 and value in (min(values), max(values)):
+      found.append((field, value, 'smallest' if value == min(values) else 'largest'))
+  return found
+
+
+def write_compare_json(grid: Grid, work: Workdir) -> None:
+  """Writes what is known of a comparison and what it says, and its page; see docs/compare.md for the fields."""
+  if not parallel.is_main():
+    return
+  known = compare_json(grid)
+  predicted = {cell['folder']: work.path / cell['folder'] / 'predictions.json'
+               for variant in known['variants'] for cell in variant['cells'] if not cell['error']}
+  predictions = {folder: read_json(path) for folder, path in predicted.items() if path.exists()}
+  write_text(work.path / 'compare.json',
+             json.dumps(summarize(known, predictions), indent=1, allow_nan=False) + '\n')
+  comparison.write(work)
+
+
+def compare_json(grid: Grid) -> dict[str, Any]:
+  """What compare.json holds, from the cells that have ended so far."""
+  ended = [outcome.results for variant in grid.variants for cell in grid.cells(variant)
+           if (outcome := grid.outcome(cell)) is not None and outcome.results]
+  split = 'test' if not ended or ended[0]['test'] else 'val'
+  return {
+      'format': FORMAT_VERSION, 'job': 'compare', 'target': grid.config.target.name, 'split': split,
+      'metric': grid.config.target.metric, 'images': ended[0][split]['images'] if ended else 0,
+      'seeds': list(grid.config.compare.seeds), 'baseline': grid.variants[0].name, 'axis': grid.config.compare.axis,
+      'variants': [_variant_json(grid, variant) for variant in grid.variants]}
+
+
+def _variant_json(grid: Grid, variant: Variant) -> dict[str, Any]:
+  choice = grid.choice(variant)
+  trials = [(cell, outcome) for cell in grid.trials(variant) if (outcome := grid.outcome(cell)) is not None]
+  cells = [(cell, outcome) for cell in grid.cells(variant) if (outcome := grid.outcome(cell)) is not None]
+  metric = grid.config.target.metric
+  # Those that say what a variant is are there even where the config sets them for all.
+  shown = {name: value for name, value in flat(grid.config.to_dict()).items()
+           if name in ('selection.method', grid.config.compare.axis)}
+  return {
+      'name': variant.name, 'fields': shown | dict(variant.fields), 'tuned': choice and choice.tuned,
+      'error': choice.error or None if choice else None,
+      'trials': [{'fields': dict(cell.tuned), 'seed': cell.seed, 'folder': cell.folder, 'error': outcome.error or None,
+                  'val': outcome.results['val'][metric] if outcome.results else None} for cell, outcome in trials],
+      'cells': [_cell_json(cell, outcome, metric) for cell, outcome in cells]}
+
+
+def _cell_json(cell: Cell, outcome: Outcome, metric: str) -> dict[str, Any]:
+  about = {'seed': cell.seed, 'folder': cell.folder, 'error': outcome.error or None}
+  if outcome.results is None:
+    return about | {'log': f'{cell.folder}/log.txt'}
+  measured = outcome.results['test'] or outcome.results['val']
+  return about | {'val': outcome.results['val'][metric], 'top1': measured['top1'],
+                  'mean_per_class': measured['mean_per_class'], 'cost': outcome.results.get('cost'),
+                  'wall_seconds': outcome.seconds}
+
+
+def results_by_variant(grid: Grid) -> dict[str, Any]:
+  """What results.json holds: the accuracies of each variant by seed; the first variant is the baseline."""
+  each = compare_json(grid)
   rows: list[dict[str, Any]] = [
-      {'method': method, **{key: [run[split][key] for run in of_method] for key in ('top1', 'mean_per_class')}}
-      for method, of_method in runs.items()]
+      {'method': variant['name'], **{key: [cell[key] for cell in variant['cells']] for key in ('top1', 'mean_per_class')}}
+      for variant in each['variants']]
   for row in rows:
     row['gain'] = [a - b for a, b in zip(row['top1'], rows[0]['top1'])]
-  images = runs[baseline][0][split]['images']
-  return {'job': 'compare', 'split': split, 'seeds': list(seeds), 'images': images, 'rows': rows}
-
-
-def _switches(added: Sequence[str], named: Collection[str],
-              settings: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
-  """Fields of the fine-tuning methods that any entry names: off except for those `added` in this one.
-
-  These have the fields of `settings` where they switch it on, else the published ones. Other methods are as in the
-  config.
-  """
-  if unknown := sorted(name for name in named if name not in METHODS):
-    raise ValueError(f'config.compare.methods names the fine-tuning method {unknown[0]!r}; known: '
-                     f'{", ".join(METHODS)} (and it is written after a selection: none+l2_sp)')
-  on = {name: settings[name] if METHODS[name](**settings[name]).active else METHODS[name].published for name in added}
-  switches = {name: dataclasses.fields(METHODS[name])[0] for name in named}
-  return {name: on[name] if name in added else {switch.name: switch.default} for name, switch in switches.items()}
+  return {'job': 'compare', 'split': each['split'], 'seeds': each['seeds'], 'images': each['images'], 'rows': rows}

@@ -139,7 +139,7 @@ class Settings:
                        f'(config.selection.method {chosen.method!r}); leave it False')
     pretraining = None
     if config.model.weights == 'pretrain':
-      pretraining = pretrain.Settings.from_config(_pretrain_config(config), source_given)
+      pretraining = pretrain.Settings.from_config(pretrain_config(config), source_given)
     return cls(
         fields=config.to_dict(), seed=config.seed, data_dir=config.data_dir, target=target,
         balanced=config.target.balanced,
@@ -159,6 +159,13 @@ class Settings:
   def labelled_source(self) -> bool:
     """Whether selected images take part in the step with their labels, and so with a head of their own."""
     return 'source' in self.model.heads
+
+  @property
+  def images_per_step(self) -> int:
+    """Images that go through the network in a step to be trained on, further views of them included."""
+    sizes = {'target': self.training.batch_size, 'source': self.source_batch}
+    needs = methods.all_needs(self.methods, self.model)
+    return sum(sizes.values()) + sum(sizes[view.stream] for view in needs.forwarded_views)
 
   def check_sets(self, splits: Splits, pool: ImageSet | None) -> None:
     """Raises ValueError where the images are not what can be trained on with these settings; reads none of them."""
@@ -212,17 +219,25 @@ def run(config: ConfigDict, workdir: epath.PathLike, embeddings: epath.PathLike 
 
 
 def fine_tune(settings: Settings, workdir: epath.PathLike, embeddings: epath.PathLike = '', target: Given | None = None,
-              source: Given | None = None) -> dict[str, Any]:
-  """See `run`."""
+              source: Given | None = None, pretrained: epath.PathLike = '', trial: bool = False) -> dict[str, Any]:
+  """See `run`.
+
+  Args:
+    settings, workdir, embeddings, target, source: see `run`.
+    pretrained: the workdir of a finished pre-training as `settings.pretraining` has it; '' pre-trains in this run.
+    trial: whether the run is there to choose settings by val: nothing is evaluated on test, and there is no report.
+  """
   work = Workdir(workdir, settings.fields)
   done = parallel.agreed(work.results)
-  if done and parallel.agreed(work.report_html.exists):
+  if done and (trial or parallel.agreed(work.report_html.exists)):
     log.info('%s is finished: %s', work.path, work.report_html)
     return done
   log.info('fine-tuning %s -> %s', settings.fields['model']['name'], work.path)
   sets = _open_sets(settings, work, target, source, check=not done)
+  if trial:
+    sets = sets._replace(splits=sets.splits._replace(test=None))
   if not done:
-    weights = _weights(settings, work, sets, source)
+    weights = _weights(settings, work, sets, source, pretrained)
     # Embeddings of target and source, and the selection.
     folder = storage.located(settings.embeddings_dir or embeddings or work.embeddings)
     chosen = _select(settings, work, sets, weights, folder)
@@ -234,9 +249,34 @@ def fine_tune(settings: Settings, workdir: epath.PathLike, embeddings: epath.Pat
                             sets.noise.true_labels)
     results = fit.fit(settings.training, work, data, network, settings.methods)
     write_results(work, {'job': 'finetune', **results, **_about(settings, results, sets, weights, chosen, streams)})
+  if trial:
+    return parallel.agreed(lambda: read_json(work.results_json))
   done = parallel.agreed(lambda: _write_report(work, sets))
   log.info('report: %s', work.report_html)
   return done
+
+
+def prepare(settings: Settings, work: Workdir, embeddings: epath.PathLike, pretrained: epath.PathLike) -> Sets:
+  """Opens and checks the images of a run, and makes what several runs share: pre-training and embeddings of the pool.
+
+  Args:
+    settings: of one of the runs.
+    work: of the job that they belong to.
+    embeddings: a folder for embeddings.
+    pretrained: the workdir of the pre-training, where there is one.
+
+  Returns:
+    The images that were opened.
+  """
+  sets = _open_sets(settings, work, None, None, check=True)
+  if settings.pretraining is not None and not parallel.agreed((storage.located(pretrained) / 'results.json').exists):
+    pretrain.pretrain(settings.pretraining.without(sets.copies.classes), pretrained, sets.copies.dropped)
+  if sets.pool is not None and settings.selection.embeds:
+    weights = _weights(settings, work, sets, None, pretrained)
+    encoder = _encoder(settings, weights, storage.located(embeddings), work.unfinished)
+    encoder.embed(sets.pool, 'source', settings.selection.class_means)
+    embedding.remove_partial(work.unfinished)
+  return sets
 
 
 def _source_batch(ratio: float, training: Training) -> int:
@@ -280,7 +320,7 @@ def _unlabelled(active: Mapping[str, Method]) -> str:
   return next((name for name, method in active.items() if method.unlabelled_source), '')
 
 
-def _pretrain_config(config: ConfigDict) -> ConfigDict:
+def pretrain_config(config: ConfigDict) -> ConfigDict:
   """The config of a run's own pre-training: only the fields that it depends on, so that it stays when others change."""
   fields = config.to_dict()
   needed = ('seed', 'data_dir', 'image_size', 'source', 'model', 'augment', 'data')
@@ -356,7 +396,8 @@ def _log_sets(splits: Splits, pool: ImageSet | None) -> None:
     log.warning('warning: target and source have the same classes; is %s the pre-training data?', pool.name)
 
 
-def _weights(settings: Settings, work: Workdir, sets: Sets, source: Given | None) -> Weights | None:
+def _weights(settings: Settings, work: Workdir, sets: Sets, source: Given | None,
+             pretrained: epath.PathLike = '') -> Weights | None:
   """The pre-trained variables, with the source head where it comes from them; pre-trains where the config says so."""
   if not settings.weights:
     log.warning('warning: config.model.weights is empty, so the network starts from random weights')
@@ -370,8 +411,9 @@ def _weights(settings: Settings, work: Workdir, sets: Sets, source: Given | None
     return initial_weights.load_weights(settings.weights, settings.model, classes=classes, class_names=class_names,
                                         classifier=classifier, projection=settings.selection.projects)
   # A run of its own, with its own checkpoints and report.
-  folder = work.path / 'pretrain'
-  pretrain.pretrain(settings.pretraining.without(sets.copies.classes), folder, sets.copies.dropped, source)
+  folder = storage.located(pretrained or work.path / 'pretrain')
+  if not pretrained:
+    pretrain.pretrain(settings.pretraining.without(sets.copies.classes), folder, sets.copies.dropped, source)
   return initial_weights.load_weights(str(folder), settings.model, classes=classes, classifier=classifier)
 
 

@@ -64,6 +64,17 @@ def test_benchmark_of_studies():
   assert 'below 2,000 MB: met' in run.stdout and 'logme' in run.stdout
 
 
+@pytest.mark.slow
+def test_benchmark_of_coverage():
+  """With few comparisons; intervals over seeds and images contain the truth more often than those over seeds alone."""
+  run = subprocess.run([sys.executable, '-W', 'error', 'benchmarks/coverage.py', '--small'], cwd=ROOT,
+                       capture_output=True, text=True, check=False)
+  assert run.returncode == 0, run.stderr
+  rows = [[float(cell.split()[0]) for cell in line.split('|')[4:6]] for line in run.stdout.splitlines()
+          if line.startswith(('| 185', '| 1,692'))]
+  assert len(rows) == 18 and np.mean([ours for ours, _ in rows]) >= 94 > np.mean([seeds for _, seeds in rows])
+
+
 def test_what_a_step_sends_is_read_right():
   """Bytes of a compiled function that sums and gathers known arrays over four devices."""
   def function(x):

@@ -230,18 +230,19 @@ def test_finetune_and_compare_on_folders(photos, pool, tmp_path):
   run = main(tmp_path / 'compare', '--config=configs/miniature.py', f'--config.source.name=folder:{pool}',
              f'--config.target.name=folder:{photos}', '--config.model.weights=', '--config.model.width=4',
              '--config.image_size=32',
-             '--config.augment.short_side=36', "--config.compare.methods=('none','uot')", '--config.compare.seeds=(3,)',
+             '--config.augment.short_side=36', "--config.compare.variants=('none','uot')", '--config.compare.seeds=(3,)',
              '--config.selection.size=2', '--config.train.steps=4', '--config.train.batch_size=8',
              '--config.source_ratio=0.5')
   assert run.returncode == 0, run.stderr
   results = json.loads((tmp_path / 'compare' / 'results.json').read_text())
-  assert [row['method'] for row in results['rows']] == ['none', 'uot'] and results['images'] == 20
+  assert [row['method'] for row in results['rows']] == ['plain', 'plain, equal compute', 'uot'] and results['images'] == 20
   for row in results['rows']:
-    runs = [tmp_path / 'compare' / f'{row["method"]}-{seed}' / 'results.json' for seed in (3,)]
+    slug = {'plain, equal compute': 'plain-equal-compute-x1.5'}.get(row['method'], row['method'])
+    runs = [tmp_path / 'compare' / 'cells' / f'{slug}-seed-{seed}' / 'results.json' for seed in (3,)]
     assert row['top1'] == [json.loads(path.read_text())['test']['top1'] for path in runs]
-  assert '| uot |' in run.stderr and (tmp_path / 'compare' / 'report.html').exists()
+  assert re.search(r'\| uot +\|', run.stderr) and (tmp_path / 'compare' / 'report.html').exists()
   assert len(list((tmp_path / 'compare' / 'embeddings').iterdir())) == 2  # in one place for all runs
-  chosen = json.loads((tmp_path / 'compare' / 'uot-3' / 'results.json').read_text())['selection']
+  chosen = json.loads((tmp_path / 'compare' / 'cells' / 'uot-seed-3' / 'results.json').read_text())['selection']
   assert len(chosen['classes']) == 2 and chosen['images'] == 20
 
 

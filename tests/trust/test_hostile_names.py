@@ -9,6 +9,7 @@ import pathlib
 import re
 import types
 
+import comparison_case as case
 from conftest import quick_main
 from etils import epath
 from hostile import EXAMPLES, FUZZ, HOSTILE
@@ -28,7 +29,7 @@ from ft_jax.data.image_set import ImageSet
 from ft_jax.data.pipeline import Transform
 from ft_jax.jobs import compare, export, predict
 from ft_jax.pages import comparison, report, study_csv
-from ft_jax.workdir import Workdir, write_results
+from ft_jax.studies.comparison import summarize
 import selection
 from selection import plots
 
@@ -93,7 +94,7 @@ class Page(html.parser.HTMLParser):
       self.elements.append((tag, *(name for name, _ in attributes)))
     leads = ('href', 'src', 'xlink:href')
     self.code += [(tag, name) for name, value in attributes if name.startswith('on') or name in leads and not
-                  re.match(r'#|data:image/|(none|uot)-0/report.html$', value or '')]
+                  re.match(r'#|data:image/|cells/[0-9a-f]+-\d/report.html$|log.txt$', value or '')]
 
   def handle_endtag(self, tag):
     self._inside -= tag == 'svg'
@@ -169,13 +170,22 @@ def test_known_tricks_in_a_report(tmp_path):
 
 
 def test_names_in_a_comparison(tmp_path):
-  work = Workdir(tmp_path / 'run', {'target': {'name': HOSTILE[6]}, HOSTILE[5]: HOSTILE[6]})
-  rows = [{'method': name, 'top1': [0.5], 'mean_per_class': [0.5], 'gain': [0.0]} for name in ('none', 'uot')]
-  write_results(work, {'split': 'test', 'seeds': [0], 'images': 4, 'rows': rows})
+  variants = {'plain': (case.PLAIN, case.drawn(0.4, 2, 20, 1)), HOSTILE[5]: (case.UOT, case.drawn(0.6, 2, 20, 2)),
+              HOSTILE[6]: ({**case.UOT, HOSTILE[4]: HOSTILE[3]}, case.drawn(0.5, 2, 20, 3))}
+  table, found = case.make(variants, target=HOSTILE[6])
+  for variant in table['variants']:
+    for cell in variant['cells']:  # a folder's name is made safe by the job
+      folder = f'cells/{variant["name"].encode().hex()}-{cell["seed"]}'
+      found[folder] = found.pop(cell['folder'])
+      found[folder]['classes'][0] = HOSTILE[6]
+      cell['folder'] = folder
+  table['variants'][1]['cells'][1] |= {'error': HOSTILE[6], 'top1': None, 'log': 'log.txt'}
+  work = case.write(tmp_path / 'run', table, found)
   comparison.write(work)
   shown = Page(work.report_html.read_text())
   assert not shown.code and not {'script', 'img'} & {element[0] for element in shown.elements}
-  assert HOSTILE[6] in shown.text
+  assert HOSTILE[6] in shown.text and HOSTILE[5] in shown.text
+  assert '\x1b' not in comparison.markdown(summarize(table, found))
 
 
 def test_names_lead_to_no_other_folder(tmp_path, monkeypatch):
@@ -213,7 +223,7 @@ def test_names_lead_to_no_other_folder(tmp_path, monkeypatch):
   lines = (tmp_path / 'out' / 'export' / 'classes.txt').read_text().split('\n')
   assert len(lines) == len(classes) + 1  # a line each, whatever breaks are in a name
   fields = compare_config.get_config()
-  fields.compare.methods, fields.target.name, fields.model.weights = ('none', '../../x'), 'digits:target', ''
+  fields.compare.variants, fields.target.name, fields.model.weights = ('none', '../../x'), 'digits:target', ''
   with pytest.raises(ValueError, match=r"config.selection.method is '../../x'; known"):
     compare.run(fields, tmp_path / 'out' / 'compare')
   assert not (tmp_path / 'out' / 'compare').exists()
