@@ -54,7 +54,8 @@ def get_config() -> ConfigDict:
   # timm:<name>[@revision], hf:<owner>/<name>[@revision], a .safetensors, .pth or .pth.tar file, the workdir of a run,
   config.model.weights = ''  # or 'pretrain', which runs config.pretrain first; '': random
   config.model.source_head = 'fresh'  # head of the source classes: fresh (as published), or pretrained (from weights)
-  config.model.batch_norm = 'train'  # train, or frozen: statistics, scales and biases keep their pre-trained values
+  # train: statistics of each step's images; frozen: statistics, scales and biases keep their pre-trained values;
+  config.model.batch_norm = 'train'  # per_stream: source and target images have statistics of their own
   config.model.sync_batch_norm = False  # BatchNorm statistics over all devices instead of each device's own
   config.model.dtype = 'float32'  # of activations: float32 or bfloat16; parameters are always float32
   # precision of float32 products in training and evaluation: default (TF32 on recent GPUs, bfloat16 on TPUs), high,
@@ -74,6 +75,10 @@ def get_config() -> ConfigDict:
   config.selection.rho_target = 10.0  # uot, least: penalty on deviations from the target marginal
   config.source_weight = 1.0  # lambda: weight of the loss on source images
   config.source_ratio = 1.0  # mu: source images per target image in a step
+  config.source_weight_schedule = 'constant'  # constant, or linear or cosine: lambda falls to zero over the joint steps
+  config.source_first = 0.0  # fraction of the steps, at the start, that train on the source alone
+  config.target_last = 0.0  # fraction of the steps, at the end, that train on the target alone
+  config.refit_head = False  # at the end, fit the target's head to features of train; keep it if it is better on val
   config.embeddings_dir = ''  # cache of embeddings; '' is <workdir>/embeddings
 
   config.data = ConfigDict()

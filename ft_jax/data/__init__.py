@@ -4,12 +4,28 @@ A back-end is one file that makes an ImageSet, and one row of BACKENDS. It is im
 so that importing this package needs neither TFDS nor grain.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+import contextlib
+import contextvars
 import os
 
 from ft_jax.data.image_set import Example, ImageSet
 
-__all__ = ['BACKENDS', 'Example', 'ImageSet', 'open_set']
+__all__ = ['BACKENDS', 'Example', 'ImageSet', 'open_set', 'opened_once']
+
+# The sets that were opened, by name, split and data_dir; None outside of `opened_once`.
+_OPENED: contextvars.ContextVar[dict[tuple[str, str, str], ImageSet] | None] = contextvars.ContextVar(
+    'opened', default=None)
+
+
+@contextlib.contextmanager
+def opened_once() -> Iterator[None]:
+  """Within it, `open_set` opens each split once: to list a large folder takes as long as a short training."""
+  token = _OPENED.set({})
+  try:
+    yield
+  finally:
+    _OPENED.reset(token)
 
 
 def open_set(name: str, split: str, data_dir: str = '', quiet: bool = False) -> ImageSet:
@@ -30,8 +46,13 @@ def open_set(name: str, split: str, data_dir: str = '', quiet: bool = False) -> 
   backend, _, rest = name.partition(':')
   if backend not in BACKENDS or not rest:
     hint = f'; did you mean {f"folder:{name}"!r}?' if os.path.isdir(os.path.expanduser(name)) else ''
-    raise ValueError(f'data set {name!r}: expected {", ".join(f"{known}:..." for known in BACKENDS)}{hint}')
-  opened = BACKENDS[backend](rest, split, data_dir)
+    raise ValueError(f'data set {name!r}: expected {", ".join(f"{kind}:..." for kind in BACKENDS)}{hint}')
+  known = _OPENED.get()
+  opened = known.get((name, split, data_dir)) if known is not None else None
+  if opened is None:
+    opened = BACKENDS[backend](rest, split, data_dir)
+  if known is not None:
+    known[name, split, data_dir] = opened
   if not quiet and opened.unused is not None:
     from ft_jax.data.unused_files import log_unused
     log_unused(name, [opened.unused])

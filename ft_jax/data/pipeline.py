@@ -127,8 +127,9 @@ def short_side(image_size: int, augment: ConfigDict) -> int:
 
 
 def train_batches(images: ImageSet, transform: Transform, batch_size: int, *, stream: str, seed: int, start: int,
-                  views: Mapping[str, Transform] | None = None, balanced: bool = False, skip: Sequence[int] = (),
-                  timeout: float = TIMEOUT, cancelled: Callable[[], bool] = lambda: False) -> Iterator[Batch]:
+                  first: int = 0, views: Mapping[str, Transform] | None = None, balanced: bool = False,
+                  skip: Sequence[int] = (), timeout: float = TIMEOUT,
+                  cancelled: Callable[[], bool] = lambda: False) -> Iterator[Batch]:
   """Endless training batches, beginning with that of step `start`.
 
   The order is one permutation of the set after another, each shuffled differently, cut into batches: every example
@@ -140,7 +141,8 @@ def train_batches(images: ImageSet, transform: Transform, batch_size: int, *, st
     batch_size: of all hosts together.
     stream: a name that makes the orders of two streams of one run differ.
     seed: of the run.
-    start: the first step that is wanted.
+    start: the first step that is wanted, from `first` on.
+    first: the step of the run that gets the first batch of the order.
     views: further views of each image, by their name in the batch, each with its own random numbers.
     balanced: draw every class equally often: all classes take turns, and the examples of each come in one permutation
       after another.
@@ -159,7 +161,7 @@ def train_batches(images: ImageSet, transform: Transform, batch_size: int, *, st
 
   def make(step: int) -> Batch:
     # The random numbers of an example depend on its position in the global order, not on the host that reads it.
-    positions = _share(place_of(step, skip) * batch_size, batch_size, host, hosts)
+    positions = _share((place_of(step, skip) - first) * batch_size, batch_size, host, hosts)
     bits = np.random.Philox(key=key)
     rng, state = np.random.Generator(bits), bits.state
 

@@ -17,6 +17,7 @@ import jax
 from ml_collections import ConfigDict
 
 from ft_jax import compiled, parallel, workers
+from ft_jax.data import opened_once
 from ft_jax.jobs import finetune, pretrain
 from ft_jax.jobs.compare_cells import Grid, is_result, Outcome, POLL
 from ft_jax.jobs.compare_variants import (
@@ -56,7 +57,7 @@ def run(config: ConfigDict, workdir: epath.PathLike, processes: int = 1) -> dict
   grid = Grid(config, variants, work.path, parallel.agreed(uuid.uuid4().hex), pretrained)
   report = Report(grid, work, processes)
   if not parallel.agreed(lambda: grid.complete):
-    with compiled.once():
+    with compiled.once(), opened_once():
       if parallel.is_main():
         work.results_json.unlink(missing_ok=True)
       _prepare(grid, work, settings)
@@ -184,7 +185,7 @@ def work_on(config: Mapping[str, Any], variants: Sequence[Variant], folder: epat
   """What each of several processes does: it runs cells until none is left."""
   grid = Grid(ConfigDict(config), variants, folder, start, pretrained)
   compiled.keep(grid.config.compile_cache)
-  with compiled.once():
+  with compiled.once(), opened_once():
     while not grid.complete:
       with grid.next_cell() as cell:
         if cell is None:

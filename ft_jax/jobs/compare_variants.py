@@ -105,13 +105,13 @@ def check_names(variants: Sequence[Variant]) -> None:
                        f'{variant.slug}; rename one of them')
 
 
-def equal_compute_variants(config: ConfigDict, baseline: Variant, images: Sequence[int]) -> list[Variant]:
+def equal_compute_variants(config: ConfigDict, baseline: Variant, images: Sequence[float]) -> list[Variant]:
   """The baseline with as many images through the network as the other variants have, one for each distinct factor.
 
   Args:
     config: of the comparison.
     baseline: plain fine-tuning.
-    images: per step: of the baseline, and of each other variant.
+    images: per step, on average: of the baseline, and of each other variant.
   """
   own, *others = images
   factors = sorted({other / own for other in others if other > own})

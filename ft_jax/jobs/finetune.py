@@ -38,6 +38,7 @@ from ft_jax.selecting import SelectionSettings
 from ft_jax.settings import check_fields
 from ft_jax.training import fit, initial_weights
 from ft_jax.training.initial_weights import Weights
+from ft_jax.training.optimizer import make_weight_schedule, WEIGHT_SCHEDULES
 from ft_jax.training.settings import log_doubts, own_params, Trainable, Training
 from ft_jax.workdir import read_json, Workdir, write_results
 import selection
@@ -47,6 +48,76 @@ from selection.result import NOUNS
 # How many classes a head has is not known before the data are opened; it changes nothing that is refused before.
 UNKNOWN = 2
 NO_LABELS = np.zeros(0, np.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class JointSettings:
+  """When and how source images take part in the training.
+
+  Attributes:
+    weight: lambda, of their loss.
+    schedule: of the weight over the joint steps; one of `WEIGHT_SCHEDULES`.
+    batch: how many there are in a step; 0 where there are none at all.
+    source_first: fraction of the steps, at the start, that train on them alone.
+    target_last: fraction of the steps, at the end, that train on the target alone.
+  """
+  weight: float
+  schedule: str
+  batch: int
+  source_first: float
+  target_last: float
+
+  @property
+  def phases(self) -> bool:
+    """Whether some steps have images of one of the two sets alone."""
+    return self.source_first > 0 or self.target_last > 0
+
+  @property
+  def sequential(self) -> bool:
+    """Whether no step has images of both."""
+    return self.source_first + self.target_last > 1 - 1e-6
+
+  def check(self, methods: Mapping[str, Method]) -> None:
+    """Raises ValueError for fields that cannot be right, alone or together, or with these methods."""
+    if self.schedule not in WEIGHT_SCHEDULES:
+      raise ValueError(f'config.source_weight_schedule is {self.schedule!r}; known: {", ".join(WEIGHT_SCHEDULES)}')
+    if self.source_first + self.target_last > 1 + 1e-6:
+      raise ValueError(f'config.source_first {self.source_first:g} and config.target_last {self.target_last:g} are '
+                       'more than the whole training; their sum can be 1 at most')
+    for name, value in (('source_first', self.source_first), ('target_last', self.target_last)):
+      if value and not self.batch:
+        raise ValueError(f"config.{name} is {value:g}, but config.selection.method is 'none', so there are no source "
+                         'images; leave it 0')
+    falls = self.schedule != 'constant'
+    if falls and not self.batch:
+      raise ValueError(f"config.source_weight_schedule is {self.schedule!r}, but config.selection.method is 'none', so "
+                       'there are no source images; use constant')
+    if falls and self.sequential:
+      raise ValueError(f'config.source_weight_schedule is {self.schedule!r}, but no step has both source and target '
+                       'images (config.source_first + config.target_last is 1); use constant')
+    unlabelled = _unlabelled(methods)
+    if unlabelled and (falls or self.source_first):
+      what = 'config.source_first trains on source labels' if self.source_first else \
+          'config.source_weight_schedule changes the weight of source labels'
+      raise ValueError(f'{what}, which methods.{unlabelled} does not use; leave one of them out')
+
+  def steps(self, steps: int) -> tuple[int, int]:
+    """Of a training of so many steps the first one with target images, and the first one without source images.
+
+    Raises:
+      ValueError: a phase that is asked for has no step.
+    """
+    first = round(self.source_first * steps)
+    end = first if self.sequential else max(first, steps - round(self.target_last * steps))
+    for name, value, length in (('source_first', self.source_first, first),
+                                ('target_last', self.target_last, steps - end)):
+      if value and not 0 < length < steps:
+        raise ValueError(f'config.{name} {value:g} of {steps} steps is {length} steps; expected at least one, and '
+                         'fewer than all; train longer, or leave it 0')
+    if self.phases and not self.sequential and end == first:
+      raise ValueError(f'config.source_first {self.source_first:g} and config.target_last {self.target_last:g} leave '
+                       f'none of {steps} steps to both; train longer, or make their sum 1')
+    return first, end
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,9 +143,9 @@ class Settings:
     training: the length, the optimizer, ...
     trainable: what training does to each parameter of the model.
     selection: which pre-training data are trained on too.
-    source_weight: lambda, of the loss on source images.
-    source_batch: source images in a step; 0 where there are none.
+    joint: when and how source images take part in the training.
     embeddings_dir: where embeddings are cached; '' is the workdir.
+    refit_head: whether the head of the target is fitted once more at the end.
     pretraining: that comes first, where there is one.
   """
   fields: Mapping[str, Any]
@@ -95,9 +166,9 @@ class Settings:
   training: Training
   trainable: Trainable
   selection: SelectionSettings
-  source_weight: float
-  source_batch: int
+  joint: JointSettings
   embeddings_dir: str
+  refit_head: bool
   pretraining: pretrain.Settings | None
 
   @classmethod
@@ -133,7 +204,10 @@ class Settings:
     methods.check_job(active, 'finetune')
     training = Training.from_config(config.train, config.target.metric)
     source_batch = _source_batch(config.source_ratio, training) if chosen.used else 0
-    model, trainable = _model(config, active, training, source_batch)
+    joint = JointSettings(config.source_weight, config.source_weight_schedule, source_batch, config.source_first,
+                          config.target_last)
+    joint.check(active)
+    model, trainable = _model(config, active, training, joint)
     if config.source.shuffle_labels and 'source' not in model.heads:
       raise ValueError('config.source.shuffle_labels is True, but no labels of source images are trained on '
                        f'(config.selection.method {chosen.method!r}); leave it False')
@@ -147,7 +221,7 @@ class Settings:
         duplicates=config.source.duplicates, noise=noisy,
         reading=reading, transform=transform, methods=active, model=model, weights=config.model.weights,
         source_head=config.model.source_head, training=training, trainable=trainable, selection=chosen,
-        source_weight=config.source_weight, source_batch=source_batch, embeddings_dir=config.embeddings_dir,
+        joint=joint, embeddings_dir=config.embeddings_dir, refit_head=config.refit_head,
         pretraining=pretraining)
 
   @property
@@ -161,16 +235,20 @@ class Settings:
     return 'source' in self.model.heads
 
   @property
-  def images_per_step(self) -> int:
-    """Images that go through the network in a step to be trained on, further views of them included."""
-    sizes = {'target': self.training.batch_size, 'source': self.source_batch}
+  def images_per_step(self) -> float:
+    """Images that go through the network in a step to be trained on, further views of them included, on average over
+    the training.
+    """
+    with_target, with_source = 1 - self.joint.source_first, 1 - self.joint.target_last
+    sizes = {'target': self.training.batch_size * with_target, 'source': self.joint.batch * with_source}
     needs = methods.all_needs(self.methods, self.model)
-    return sum(sizes.values()) + sum(sizes[view.stream] for view in needs.forwarded_views)
+    views = sum(sizes[view.stream] for view in needs.forwarded_views)
+    return sum(sizes.values()) + views
 
   def check_sets(self, splits: Splits, pool: ImageSet | None) -> None:
     """Raises ValueError where the images are not what can be trained on with these settings; reads none of them."""
     check_classes(splits, 'target.without')
-    self.training.plan(len(splits.train))
+    self.joint.steps(self.training.plan(len(splits.train)).steps)
     if pool is None or not self.selection.used:
       return
     if len(pool.class_names) < 2 and self.labelled_source:
@@ -247,7 +325,7 @@ def fine_tune(settings: Settings, workdir: epath.PathLike, embeddings: epath.Pat
     network = _network(settings, sets, weights)
     data = fit.TrainingData(streams, sets.splits, settings.transform, settings.seed, settings.reading.timeout,
                             sets.noise.true_labels)
-    results = fit.fit(settings.training, work, data, network, settings.methods)
+    results = fit.fit(settings.training, work, data, network, settings.methods, settings.refit_head)
     write_results(work, {'job': 'finetune', **results, **_about(settings, results, sets, weights, chosen, streams)})
   if trial:
     return parallel.agreed(lambda: read_json(work.results_json))
@@ -289,7 +367,7 @@ def _source_batch(ratio: float, training: Training) -> int:
 
 
 def _model(config: ConfigDict, active: Mapping[str, Method], training: Training,
-           source_batch: int) -> tuple[Network, Trainable]:
+           joint: JointSettings) -> tuple[Network, Trainable]:
   """The network with all of its heads, and what training does to it; raises ValueError where methods do not fit."""
   network = models.from_config(config.model, {}, config.image_size, config.train.freeze)
   needs = methods.all_needs(active, network)
@@ -299,17 +377,22 @@ def _model(config: ConfigDict, active: Mapping[str, Method], training: Training,
                      "labels "
                      'and there is no head for their classes; use --config.model.source_head=fresh')
   heads = ['target']
-  heads += ['source'] if source_batch and not unlabelled else []
+  heads += ['source'] if joint.batch and not unlabelled else []
   fresh = heads if config.model.source_head == 'fresh' else ['target']
   heads += ['pretrained'] if needs.trained_classifier else []
   model = network.clone(heads=dict.fromkeys(heads, UNKNOWN))
   context = methods.SetupContext(
       model=model, classes=UNKNOWN, labels=NO_LABELS, true_labels=NO_LABELS, batch_size=training.batch_size,
-      seed=config.seed, pretrained=bool(config.model.weights), has_source=source_batch > 0, start={},
+      seed=config.seed, pretrained=bool(config.model.weights), has_source=joint.batch > 0, start={},
       batches=lambda split, rows=None: [])
   methods.check(active, context)
-  sizes = {'target': training.batch_size, 'source': source_batch}
-  images = sum(sizes.values()) + sum(sizes[view.stream] for view in needs.forwarded_views)
+  sizes = {'target': training.batch_size, 'source': joint.batch}
+  sizes = {stream: size * (1 + sum(view.stream == stream for view in needs.forwarded_views))
+           for stream, size in sizes.items()}
+  apart = model.batch_norm == 'per_stream' and joint.batch > 0
+  alone = [sizes['source']] if joint.source_first or apart else []
+  alone += [sizes['target']] if joint.target_last or apart else []
+  images = min(alone, default=sum(sizes.values()))  # the fewest that go through the network together
   trainable = Trainable.of(training, model, images, fresh=fresh if config.model.weights else (),
                            own=own_params(active, context))
   return model, trainable
@@ -376,7 +459,7 @@ def _log_doubts(settings: Settings) -> None:
   log_doubts(settings.training, heads_alone and not settings.weights)
   if not settings.labelled_source:
     return
-  if not settings.source_weight:
+  if not settings.joint.weight and not settings.joint.source_first:
     log.warning('warning: config.source_weight is 0: source images are read, and only BatchNorm learns of them; '
                 'config.selection.method=none leaves them out')
   elif heads_alone:
@@ -462,8 +545,13 @@ def _streams(settings: Settings, sets: Sets, chosen: selection.Selection | None)
                 '(config.selection.size)', pool.class_names[present[0]])
   if settings.shuffle_labels:
     images = label_noise.shuffled(images, settings.seed)
-  weight = settings.source_weight if settings.labelled_source else None
-  return {**streams, 'source': fit.Stream(images, settings.source_batch, weight)}
+  steps = settings.training.plan(len(sets.splits.train)).steps
+  first, end = settings.joint.steps(steps)
+  weight = None
+  if settings.labelled_source:
+    weight = make_weight_schedule(settings.joint.schedule, settings.joint.weight, first, end)
+  return {'target': dataclasses.replace(streams['target'], first=first),
+          'source': fit.Stream(images, settings.joint.batch, weight, end=end if end < steps else None)}
 
 
 def _network(settings: Settings, sets: Sets, weights: Weights | None) -> fit.InitialNetwork:
@@ -498,6 +586,7 @@ def _about(settings: Settings, results: Mapping[str, Any], sets: Sets, weights: 
       # Of embeddings None where none were made.
       'precision': {**results['precision'], 'embeddings': embedding.PRECISION if embedded else None},
       'target': target, 'source': source, 'selection': selected, 'weights': weights.about if weights else None,
+      'stream_steps': {name: [stream.first + 1, stream.end or results['steps']] for name, stream in streams.items()},
       'noise': sets.noise.about, 'skipped': skipped_summary(sets.skipped), 'duplicates': sets.copies.summary()}
 
 

@@ -41,7 +41,12 @@ _ELSEWHERE = ('checkpoints', 'compare', 'predict', 'pretrain', 'stability', 'stu
 _WITHOUT_EFFECT = ('data', 'data_dir', 'embeddings_dir')
 # Fields, by path, that came after the first version of the parts. At their defaults they are left out of what a part is
 # made of: so the parts that were made before are found. tests/jobs/test_study.py says where one is missing here.
-ADDED: tuple[str, ...] = ('model.precision', 'source.duplicates', 'source.shuffle_labels', 'model.stages')
+ADDED: tuple[str, ...] = (
+    'model.precision', 'source.duplicates', 'source.shuffle_labels', 'model.stages', 'source_weight_schedule',
+    'source_first', 'target_last', 'refit_head', 'augment.jitter', 'augment.jitter_probability', 'augment.grey',
+    'augment.blur', 'augment.blur_sigma', 'augment.solarize', 'methods.moco.queue', 'methods.moco.temperature',
+    'methods.moco.momentum', 'methods.moco.projection', 'methods.byol.enabled', 'methods.byol.momentum',
+    'methods.byol.hidden', 'methods.byol.projection')
 
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:

@@ -46,7 +46,7 @@ def build(name: str, heads: Mapping[str, int], *, size: int = 224, dtype: Any = 
       axis_name=axis_name,
       **{option: value for option, value in options.items() if option in known})
   if not network.has_batch_norm and (batch_norm != 'train' or axis_name):
-    field = "model.batch_norm is 'frozen'" if batch_norm != 'train' else 'model.sync_batch_norm is True'
+    field = f'model.batch_norm is {batch_norm!r}' if batch_norm != 'train' else 'model.sync_batch_norm is True'
     raise ValueError(f'{field}, but {name} has no BatchNorm; leave it at its default')
   return network
 

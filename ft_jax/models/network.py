@@ -13,6 +13,7 @@ from typing import Any, cast, ClassVar, NamedTuple
 
 import flax
 from flax import linen as nn
+from flax.core import FrozenDict
 import jax
 import jax.numpy as jnp
 
@@ -25,7 +26,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 # The options of `config.model` that only some families have, at the values of the published networks.
 OPTIONS: Mapping[str, Any] = {'width': 64, 'stem': '7x7', 'stages': 0}
 
-BATCH_NORMS = ('train', 'frozen')
+BATCH_NORMS = ('train', 'frozen', 'per_stream')
 
 # Names for patterns of what stays frozen.
 FROZEN = {'backbone': r'(?!heads/|methods/).*'}
@@ -93,7 +94,8 @@ class Network(nn.Module, kw_only=True):
     precision: of the products of float32 numbers, forwards and backwards; a key of `PRECISIONS`.
     frozen: a pattern of paths of parameters that training leaves as they are; '' is none.
     portable: XLA's own operations instead of what is fastest on this machine: for an export to others.
-    batch_norm: 'train', or 'frozen': the running statistics normalise in training too and do not change.
+    batch_norm: 'train'; 'frozen': the running statistics normalise in training too and do not change; or 'per_stream':
+      see `ft_jax.training.forward`, which has a pass for each stream then.
     axis_name: the pmapped axis over which BatchNorm averages; None keeps the statistics of each device apart.
     norm: the layer in the place of BatchNorm, with its arguments.
   """
@@ -229,12 +231,18 @@ class Network(nn.Module, kw_only=True):
   @nn.nowrap
   def shapes(self) -> dict[str, Any]:
     """Shapes and types of `{'params', 'batch_stats'}`; nothing is computed."""
-    return network_variables(jax.eval_shape(self.init, jax.random.key(0), self.example()))
+    return jax.tree.map(lambda leaf: leaf, _shapes(self.clone(heads=FrozenDict(self.heads))))  # dicts of its own
 
   @nn.nowrap
   def parameter_count(self) -> int:
     """How many numbers its parameters have."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.shapes()['params']))
+
+
+@functools.lru_cache(maxsize=64)
+def _shapes(network: Network) -> dict[str, Any]:
+  """See `Network.shapes`; a comparison asks for those of one network many times. Its heads can be hashed."""
+  return network_variables(jax.eval_shape(network.init, jax.random.key(0), network.example()))
 
 
 @functools.lru_cache(maxsize=8)

@@ -7,6 +7,8 @@ from typing import Any
 LEVEL = 0.05
 # A difference that is smaller is not worth having, as a fraction of the test images.
 WORTH = 0.01
+# Fields, and the value with which a variant is a control.
+_CONTROLS = (('selection.method', 'least'), ('source.shuffle_labels', True), ('source.duplicates', 'keep'))
 
 
 def advise(comparison: Mapping[str, Any]) -> str:
@@ -31,14 +33,22 @@ def advise(comparison: Mapping[str, Any]) -> str:
 
 
 def best_on_val(variants: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
-  """The variant with source images whose mean on val is the highest; None where none has finished a seed."""
+  """The variant with source images, controls aside, whose mean on val is the highest; None where none has finished a
+  seed.
+  """
   joint = [variant for variant in variants if is_joint(variant) and variant['summary']['val'] is not None]
-  return max(joint, key=lambda variant: variant['summary']['val'], default=None)
+  advised = [variant for variant in joint if not is_control(variant)]
+  return max(advised, key=lambda variant: variant['summary']['val'], default=None)
 
 
 def is_joint(variant: Mapping[str, Any]) -> bool:
   """Whether a variant trains on images of the source too."""
   return bool(variant['fields'].get('selection.method') != 'none')
+
+
+def is_control(variant: Mapping[str, Any]) -> bool:
+  """Whether a variant is there to explain the results of others, and is not meant to be used."""
+  return any(variant['fields'].get(field) == value for field, value in _CONTROLS)
 
 
 def points(fraction: float) -> str:

@@ -225,7 +225,7 @@ def _equal_compute(variant: _Variant, others: Sequence[_Variant], baseline: _Var
 
 def _random(variant: _Variant, others: Sequence[_Variant]) -> _Variant | None:
   """The variant that differs by choosing its units at random."""
-  if not variant.joint or variant.is_random:
+  if not variant.joint or variant.is_random or variant.fields.get('selection.method') == 'all':
     return None
   matching = [other for other in others if other.is_random and other.beside_choice == variant.beside_choice]
   return matching[0] if matching else None

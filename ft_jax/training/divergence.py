@@ -35,7 +35,7 @@ class Divergences:
 def handle(diverged: Diverged, run: Run, divergences: Divergences, most: int) -> None:
   """Leaves the batch out where at most `most` may be left out; else raises the error with advice for the user."""
   place = place_of(diverged.step - 1, divergences.skipped)
-  ids = _ids_at(run, place)
+  ids = _ids_at(run, diverged.step - 1, place)
   skips = len(divergences.skipped) < most
   divergences.add(place, {'step': diverged.step, 'what': diverged.what, 'skipped': skips, 'examples': ids})
   run.checkpoints.wait()
@@ -55,11 +55,11 @@ def handle(diverged: Diverged, run: Run, divergences: Divergences, most: int) ->
   raise Diverged(diverged.step, diverged.what, f'{message}; {_advice(most)}')
 
 
-def _ids_at(run: Run, place: int) -> dict[str, list[str]]:
-  """The ids of the images of the batch at a place in the order, by stream."""
-  return {name: stream.images.ids[rows_at(stream.images, place, stream.batch_size, stream=name, seed=run.data.seed,
-                                          balanced=stream.balanced)].tolist()
-          for name, stream in run.data.streams.items()}
+def _ids_at(run: Run, step: int, place: int) -> dict[str, list[str]]:
+  """The ids of the images of a step (counted from 0), whose batch is at a place in the order, by stream."""
+  return {name: stream.images.ids[rows_at(stream.images, place - stream.first, stream.batch_size, stream=name,
+                                          seed=run.data.seed, balanced=stream.balanced)].tolist()
+          for name, stream in run.data.streams.items() if stream.is_in(step)}
 
 
 def _advice(most: int) -> str:

@@ -27,6 +27,7 @@ from ft_jax.training.evaluate import Evaluation, make_predict
 from ft_jax.training.initial_weights import drawn, weights_fingerprint
 from ft_jax.training.loop import Diverged, evaluate_split, format_summary, Run, Stream, train, TrainingData
 from ft_jax.training.optimizer import Factors
+from ft_jax.training.refit import refit_head
 from ft_jax.training.settings import own_params, Training
 from ft_jax.training.step import create_state, make_train_step, StepFn, TrainState
 from ft_jax.workdir import Workdir, write_text
@@ -51,7 +52,7 @@ class InitialNetwork:
 
 
 def fit(training: Training, work: Workdir, data: TrainingData, network: InitialNetwork,
-        methods: Mapping[str, Method] = types.MappingProxyType({})) -> dict[str, Any]:
+        methods: Mapping[str, Method] = types.MappingProxyType({}), refit: bool = False) -> dict[str, Any]:
   """Trains, keeps the newest and the best checkpoint, evaluates the best one, and returns the results.
 
   A run that is in the folder already resumes from its newest checkpoint.
@@ -62,6 +63,7 @@ def fit(training: Training, work: Workdir, data: TrainingData, network: InitialN
     data: the images.
     network: what is trained.
     methods: the methods that are switched on, by name.
+    refit: whether the head is fitted once more at the end; see `refit_head`.
 
   Raises:
     ValueError: a setting that does not fit the data, or a checkpoint of other data.
@@ -70,7 +72,8 @@ def fit(training: Training, work: Workdir, data: TrainingData, network: InitialN
     Diverged: loss, gradient or parameters are not finite any more.
   """
   plan = training.plan(len(data.first.images))
-  schedule = training.make_schedule(plan.steps)
+  restart = data.first.first
+  schedule = training.make_schedule(plan.steps, restart)
   optimizer = training.make_optimizer(schedule, network.factors)
   checkpoints = _open_checkpoints(work, plan.keep, data, network)
   starting = _Starting(checkpoints, optimizer, network, methods,
@@ -78,7 +81,7 @@ def fit(training: Training, work: Workdir, data: TrainingData, network: InitialN
   with _closed_on_error(checkpoints):
     state, start = starting.newest_state()
   if start:
-    log.info('resuming from step %d of %d', start, plan.steps)
+    log.info('resuming from step %d of %d', min(start, plan.steps), plan.steps)
   devices = checkpoints.devices
   needs = all_needs(methods, network.model)
   log_changed_devices(devices, start, network.model, training.batch_size)
@@ -89,16 +92,19 @@ def fit(training: Training, work: Workdir, data: TrainingData, network: InitialN
   divergences = Divergences(work.diverged_json)
   if start < plan.steps or not checkpoints.evaluated(start):
     step = make_train_step(network.model, optimizer, data.loss_weights, methods=methods, seed=data.seed,
-                           microbatches=training.accumulate_steps, ema_decay=training.ema_decay)
+                           microbatches=training.accumulate_steps, ema_decay=training.ema_decay, restart=restart)
     state = _train(run, step, state, start, divergences, training.skip_diverged, starting.newest_state)
   checkpoints.tidy()
   state, best = restore_whole(checkpoints, lambda: checkpoints.best_step,
                               lambda step: checkpoints.restore(step, state))
+  refitted = None
+  if refit:
+    state, best, refitted = refit_head(run, network.model, state, best)
   checkpoints.close()
   return {'best_step': best, 'steps': plan.steps, 'steps_per_epoch': len(data.first.images) / data.first.batch_size,
           'seed': data.seed, 'metric': training.metric, **environment(),
           'batch_norm': _batch_norm(network.model), 'precision': {'training': network.model.precision},
-          'devices_from_step': devices, 'skipped_batches': len(divergences.skipped),
+          'refit_head': refitted, 'devices_from_step': devices, 'skipped_batches': len(divergences.skipped),
           'cost': parallel.agreed(lambda: training_cost(data, needs, plan.steps, work.metrics())),
           **_final_evaluations(run, parallel.replicate(state), best)}
 
@@ -233,7 +239,9 @@ def _batch_norm(model: Network) -> str:
     return 'none in this network'
   if model.batch_norm == 'frozen':
     return 'frozen: statistics, scales and biases of the weights'
-  return 'statistics of the whole batch' if model.axis_name else f'statistics of each of {jax.device_count()} devices'
+  streams = ', each stream apart' if model.batch_norm == 'per_stream' else ''
+  devices = 'the whole batch' if model.axis_name else f'each of {jax.device_count()} devices'
+  return f'statistics of {devices}{streams}'
 
 
 def _final_evaluations(run: Run, state: TrainState, best: int) -> dict[str, Any]:

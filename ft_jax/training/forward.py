@@ -1,5 +1,5 @@
-"""The forward pass of a training step: several streams of images through the network at once, in
-microbatches where memory is short.
+"""The forward pass of a training step: several streams of images through the network, in microbatches where memory is
+short.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,6 +18,10 @@ def forward(model: Network, variables: Mapping[str, Any], images: Mapping[str, j
             microbatches: int = 1) -> tuple[dict[str, Outputs], Any]:
   """All streams in one pass, so BatchNorm sees their mixture (Liu et al., NeurIPS 2022).
 
+  Where the network's `batch_norm` is 'per_stream', each stream has a pass of its own, with its views, and so its own
+  statistics; the running ones are those of the first stream alone (the main statistics of AdvProp, Xie et al., CVPR
+  2020; scales and biases are shared).
+
   Args:
     model: the network.
     variables: its `{'params', 'batch_stats'}`.
@@ -35,6 +39,14 @@ def forward(model: Network, variables: Mapping[str, Any], images: Mapping[str, j
   """
   if len({image.dtype for image in images.values()}) > 1:  # mixed streams are float, the others still bytes
     images = {stream: model.input.normalize(image) for stream, image in images.items()}
+  passes = [{*images}]
+  if train and model.batch_norm == 'per_stream':
+    streams = dict.fromkeys(name.partition('/')[0] for name in images)
+    passes = [{name for name in images if name.partition('/')[0] == stream} for stream in streams]
+
+  def run_all(batch_stats: Any, images: Mapping[str, jax.Array]) -> tuple[Any, dict[str, Outputs]]:
+    each = [run(batch_stats, {name: image for name, image in images.items() if name in names}) for names in passes]
+    return each[0][0], {name: output for _, outputs in each for name, output in outputs.items()}
 
   def run(batch_stats: Any, images: Mapping[str, jax.Array]) -> tuple[Any, dict[str, Outputs]]:
     mixture = jnp.concatenate(list(images.values()))
@@ -53,13 +65,13 @@ def forward(model: Network, variables: Mapping[str, Any], images: Mapping[str, j
     return updates.get('batch_stats', batch_stats), by_stream
 
   if microbatches == 1:
-    batch_stats, outputs = run(variables['batch_stats'], images)
-    return outputs, batch_stats
+    batch_stats, outputs = run_all(variables['batch_stats'], images)
+    return {stream: outputs[stream] for stream in images}, batch_stats
   # A scan gives its dicts back with sorted keys.
   split = jax.tree.map(lambda x: x.reshape(microbatches, -1, *x.shape[1:]), dict(images))
   # On the CPU, XLA's convolutions take eight times as long inside a loop. Unrolled, this saves no memory there.
   unroll = jax.default_backend() == 'cpu'
-  batch_stats, outputs = jax.lax.scan(jax.checkpoint(run), variables['batch_stats'], split, unroll=unroll)
+  batch_stats, outputs = jax.lax.scan(jax.checkpoint(run_all), variables['batch_stats'], split, unroll=unroll)
   outputs = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), outputs)
   return {stream: outputs[stream] for stream in images}, batch_stats
 

@@ -3,9 +3,11 @@
 `train` is the whole loop; the classes and functions below it are its parts, in the order in which it uses them.
 """
 
+import collections
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
+import itertools
 import math
 import signal
 import time
@@ -28,7 +30,7 @@ from ft_jax.training import neighbours
 from ft_jax.training.checkpoints import Checkpoints
 from ft_jax.training.evaluate import evaluate, Evaluation, PredictFn
 from ft_jax.training.settings import Plan
-from ft_jax.training.step import Batch, Metrics, StepFn, TrainState
+from ft_jax.training.step import Batch, Metrics, StepFn, TrainState, Weight
 from ft_jax.workdir import Workdir
 
 # A device that waits for images is worth a log line from this fraction of the time on, and after so many steps.
@@ -37,18 +39,30 @@ WAITING, WAITING_STEPS = 0.2, 20
 
 @dataclasses.dataclass(frozen=True)
 class Stream:
-  """Images of one kind in every step.
+  """Images of one kind in the steps from `first` (counted from 0) to before `end`.
 
   Attributes:
     images: the set that they are drawn from.
     batch_size: images a step, over all devices.
-    weight: of their loss; None where their labels are not used.
+    weight: of their loss, or the weight of each step; None where their labels are not used.
     balanced: whether every class comes equally often.
+    first: the first step that has them.
+    end: the first step that does not have them any more; None where all others have them.
   """
   images: ImageSet
   batch_size: int
-  weight: float | None
+  weight: Weight | None
   balanced: bool = False
+  first: int = 0
+  end: int | None = None
+
+  def is_in(self, step: int) -> bool:
+    """Whether a step (counted from 0) has these images."""
+    return self.first <= step and (self.end is None or step < self.end)
+
+  def steps(self, first: int, end: int) -> int:
+    """How many of the steps from `first` to before `end` have these images."""
+    return max(0, min(end, end if self.end is None else self.end) - max(first, self.first))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,14 +96,22 @@ class TrainingData:
     return self.streams[self.head]
 
   @property
-  def loss_weights(self) -> dict[str, float]:
+  def loss_weights(self) -> dict[str, Weight]:
     """The weight of the loss of each labelled stream."""
     return {name: stream.weight for name, stream in self.streams.items() if stream.weight is not None}
 
-  @property
-  def images_per_step(self) -> int:
-    """Images of all streams in a step."""
-    return sum(stream.batch_size for stream in self.streams.values())
+  def images_in(self, first: int, end: int) -> int:
+    """Images of all streams in the steps from `first` (counted from 0) to before `end`."""
+    return sum(stream.batch_size * stream.steps(first, end) for stream in self.streams.values())
+
+  def summary(self) -> str:
+    """What a step is of, for the log."""
+    parts = []
+    for name, stream in self.streams.items():
+      steps = f' from step {stream.first + 1} on' if stream.first else ''
+      steps += f' up to step {stream.end}' if stream.end is not None else ''
+      parts.append(f'{stream.batch_size} {name} images{steps}')
+    return ' + '.join(parts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +167,8 @@ def train(run: Run, step: StepFn, state: TrainState, start: int, skip: Sequence[
   """Runs the steps from `start` on; evaluates, writes metrics and saves, in this order, where the plan says so.
 
   It ends early where a signal asks for it or where images stop coming; the state is saved then, without an evaluation,
-  and a resumed run begins with the evaluation that is missing.
+  and a resumed run begins with the evaluation that is missing. Before the first stream has come, the state is saved
+  without an evaluation.
 
   Args:
     run: see there.
@@ -164,13 +187,12 @@ def train(run: Run, step: StepFn, state: TrainState, start: int, skip: Sequence[
     Diverged: loss, gradient, parameters or the loss on val are not finite any more.
   """
   plan, checkpoints = run.plan, run.checkpoints
-  streams = ' + '.join(f'{stream.batch_size} {name} images' for name, stream in run.data.streams.items())
-  log.info('training %d steps of %s', plan.steps, streams)
+  log.info('training %d steps of %s', plan.steps, run.data.summary())
   with stopping.signals() as stop, progress.counter('training', plan.steps, initial=start) as bar:
     bar.set_postfix_str('compiling the step')
     with _saving(checkpoints, stop), contextlib.closing(MetricsWriter(run.work, start)) as writer:
       batches = TrainBatches(run, start, skip, cancelled=lambda: stop.asked)
-      window = MetricsWindow(run.data.images_per_step, bar, clock)
+      window = MetricsWindow(lambda step: run.data.images_in(step - 1, step), bar, clock)
       metrics_log = MetricsLog(run, writer, start)
       state, done, complete, stops = parallel.replicate(state), start, False, False
       evaluates = plan.due(start) and not checkpoints.evaluated(start)
@@ -178,7 +200,7 @@ def train(run: Run, step: StepFn, state: TrainState, start: int, skip: Sequence[
         # The end of a window of metrics; an evaluation and a stop end one too.
         if evaluates or stops or done % plan.log_every == 0:
           metrics, val = window.means(), None
-          if evaluates and not stops:
+          if evaluates and not stops and done > run.data.first.first:  # its head has been trained
             val = evaluate_val(run, done, state, stop, batches)
             stops = val is None
           if metrics or val:
@@ -233,10 +255,10 @@ class TrainBatches:
     self.stalled = ''
     data = run.data
     each = {name: train_batches(
-        stream.images, data.transform, stream.batch_size, stream=name, seed=data.seed, start=start,
-        balanced=stream.balanced, views=_transforms(data.transform, run.views, name), skip=skip, timeout=data.timeout,
-        cancelled=cancelled) for name, stream in data.streams.items()}
-    self._batches = jax_utils.prefetch_to_device(self._until_stalled(each), 2)
+        stream.images, data.transform, stream.batch_size, stream=name, seed=data.seed, start=max(start, stream.first),
+        first=stream.first, balanced=stream.balanced, views=_transforms(data.transform, run.views, name), skip=skip,
+        timeout=data.timeout, cancelled=cancelled) for name, stream in data.streams.items()}
+    self._batches = jax_utils.prefetch_to_device(self._until_stalled(data, start, each), 2)
 
   def __iter__(self) -> Iterator[Batch]:
     return self._batches
@@ -244,10 +266,18 @@ class TrainBatches:
   def __next__(self) -> Batch:
     return next(self._batches)
 
-  def _until_stalled(self, each: Mapping[str, Iterator[Mapping[str, np.ndarray]]]) -> Iterator[Any]:
+  def _until_stalled(self, data: TrainingData, start: int,
+                     each: Mapping[str, Iterator[Mapping[str, np.ndarray]]]) -> Iterator[Any]:
     try:
-      for batches in zip(*each.values()):
-        yield {name: parallel.shard(batch) for name, batch in zip(each, batches)}
+      for step in itertools.count(start):
+        batches = {}
+        for name, stream in data.streams.items():
+          if stream.is_in(step):
+            batch = next(each[name], None)
+            if batch is None:
+              return
+            batches[name] = parallel.shard(batch)
+        yield batches
     except Stalled as error:
       self.stall(error)
 
@@ -270,16 +300,18 @@ class MetricsWindow:
   a window also say how fast it was, and whether the device waited for images: `images_per_second`, and `waiting_share`,
   the fraction of the time until a batch was there, counted where the device had finished all steps before. It had
   finished at some moment of that wait, so this is an upper bound. Neither counts evaluations, checkpoints, or the first
-  step, which is compiled: a window of that step alone has neither.
+  step with its streams, which is compiled: a window of that step alone has neither.
   """
 
-  def __init__(self, images: int, bar: tqdm.tqdm, clock: Callable[[], float]):
-    """`images` are those of a step; the progress bar gets the loss of each step that is read; `clock` gives seconds."""
-    self._images, self._bar, self._clock = images, bar, clock
+  def __init__(self, images: Callable[[int], int], bar: tqdm.tqdm, clock: Callable[[], float]):
+    """`images` gives those of a step; the progress bar gets the loss of each step that is read; `clock` gives seconds.
+    """
+    self._images_in, self._bar, self._clock = images, bar, clock
     self._metrics: list[dict[str, float]] = []
+    self._names: set[str] = set()
     self._unread: tuple[int, Metrics] | None = None
     self._began: float | None = None  # None until the first step is done
-    self._steps, self._waited = 0, 0.0
+    self._images, self._waited = 0, 0.0
 
   def wait_for(self, batches: Iterator[Batch]) -> Batch | None:
     """The next batch, or None where there is none; counts the time for which the device waits."""
@@ -303,11 +335,13 @@ class MetricsWindow:
     """
     self.read()
     self._unread = step, metrics
-    if self._began is None:
+    if self._began is None or self._names != metrics.keys():
+      self._names = {*metrics}
       self.read()
       self._began = self._clock()
+      self._images, self._waited = 0, 0.0
     else:
-      self._steps += 1
+      self._images += self._images_in(step)
 
   def read(self) -> None:
     """Reads the metrics of the last step, where that was not done; raises as of `add`."""
@@ -327,17 +361,19 @@ class MetricsWindow:
   def means(self) -> dict[str, float]:
     """The means over the window as `train/<metric>`, and its speed; {} without a step. Raises as of `add`."""
     self.read()
-    means = {}
-    for name in self._metrics[0] if self._metrics else ():
-      means[f'train/{name}'] = sum(metrics[name] for metrics in self._metrics) / len(self._metrics)
-    if self._began is not None and self._steps and (elapsed := self._clock() - self._began) > 0:
-      means |= {'images_per_second': self._steps * self._images / elapsed, 'waiting_share': self._waited / elapsed}
+    values = collections.defaultdict(list)
+    for metrics in self._metrics:
+      for name, value in metrics.items():
+        values[name].append(value)
+    means = {f'train/{name}': sum(found) / len(found) for name, found in values.items()}
+    if self._began is not None and self._images and (elapsed := self._clock() - self._began) > 0:
+      means |= {'images_per_second': self._images / elapsed, 'waiting_share': self._waited / elapsed}
     return means
 
   def restart(self) -> None:
     """Begins a new window."""
     self._metrics.clear()
-    self._steps, self._waited = 0, 0.0
+    self._images, self._waited = 0, 0.0
     if self._began is not None:
       self._began = self._clock()
 

@@ -97,6 +97,32 @@ def make_optimizer(kind: str, schedule: optax.Schedule, factors: Factors, *, mom
       optax.scale_by_learning_rate(schedule))
 
 
+def restarted(optimizer: optax.GradientTransformation, params: Any, state: Any, begins: jax.Array) -> Any:
+  """An optimizer's state where `begins` is False, else that before the first step; schedules count on in both."""
+  is_count = lambda node: isinstance(node, optax.ScaleByScheduleState)
+  choose = lambda new, old: old if is_count(new) else jnp.where(begins, new, old)
+  return jax.tree.map(choose, optimizer.init(params), state, is_leaf=is_count)
+
+
+def make_weight_schedule(kind: str, weight: float, first: int, end: int) -> float | optax.Schedule:
+  """The weight of a loss in the steps from `first` to before `end`.
+
+  Args:
+    kind: a name of `WEIGHT_SCHEDULES`: 'constant'; or 'linear' or 'cosine', with which it falls from `weight` in the
+      first of these steps to zero, which it would reach at `end`.
+    weight: the largest one.
+    first: the first step; a step before it has `weight`.
+    end: the step after the last one.
+  """
+  if kind == 'constant':
+    return weight
+  steps = max(1, end - first)
+  falling = optax.linear_schedule(weight, 0.0, steps)
+  if kind == 'cosine':
+    falling = optax.cosine_decay_schedule(weight, steps)
+  return lambda step: falling(jnp.maximum(step - first, 0))
+
+
 def scale_by_amsgrad(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> optax.GradientTransformation:
   """AMSGrad as torch has it (Reddi, Kale and Kumar, ICLR 2018): the maximum is of the second moments before their bias
   correction.
@@ -155,6 +181,8 @@ def by_pattern(params: Any, groups: Groups, what: str) -> Any:
 
 
 SCHEDULES = ('milestones', 'cosine', 'constant')
+
+WEIGHT_SCHEDULES = ('constant', 'linear', 'cosine')
 
 # Gradients to updates, from (momentum, nesterov).
 OPTIMIZERS: dict[str, Callable[[float, bool], optax.GradientTransformation]] = {

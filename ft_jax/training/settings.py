@@ -131,8 +131,12 @@ class Training:
     groups = self.learning_rate_groups or (*((head_pattern(head), 10.0) for head in sorted(fresh)), ('.*', 1.0))
     return parameter_factors(params, groups, self.weight_decay_groups, model.depth, self.layer_decay)
 
-  def make_schedule(self, steps: int) -> optax.Schedule:
-    """The learning rate of each of so many steps."""
+  def make_schedule(self, steps: int, restart: int = 0) -> optax.Schedule:
+    """The learning rate of each of so many steps; with `restart`, the whole schedule before that step, and once more
+    from there on.
+    """
+    if restart:
+      return optax.join_schedules([self.make_schedule(restart), self.make_schedule(steps - restart)], [restart])
     return make_schedule(self.schedule, self.learning_rate, steps, milestones=self.milestones,
                                    decay=self.decay, warmup=self.warmup)
 

@@ -1,14 +1,15 @@
 """The joint training step: forward pass, losses, update.
 
-A step gets one batch of each stream: `target` alone, `target` and `source`, or (pre-training) `source` alone. Each
-labelled stream has the head of its own name (a pre-training without labels has none); all streams go through the
-network in one forward pass, so BatchNorm sees their mixture (Liu et al., NeurIPS 2022). The loss is the weighted sum of
-the streams' cross-entropies, and what the methods add.
+A step gets one batch of each stream: `target` alone, `target` and `source`, or `source` alone (in pre-training, and
+before the target comes). Each labelled stream has the head of its own name (a pre-training without labels has none);
+all streams go through the network in one forward pass, so BatchNorm sees their mixture (Liu et al., NeurIPS 2022). The
+loss is the weighted sum of the streams' cross-entropies, and what the methods add.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 import functools
-from typing import Any
+import operator
+from typing import Any, TypeAlias
 import zlib
 
 import flax
@@ -20,12 +21,14 @@ from ft_jax import parallel
 from ft_jax.methods import all_needs, Method, norm, State, StepContext
 from ft_jax.methods.base import of_network, teacher_of, teacher_variables
 from ft_jax.models import precision
-from ft_jax.models.network import frozen_mask, Network, Outputs
+from ft_jax.models.network import frozen_mask, head_of, is_backbone, Network, Outputs
 from ft_jax.training.forward import forward
+from ft_jax.training.optimizer import restarted
 
 Metrics = dict[str, jax.Array]
 Batch = Mapping[str, Mapping[str, jax.Array]]  # by stream
 StepFn = Callable[['TrainState', Batch], tuple['TrainState', Metrics]]
+Weight: TypeAlias = float | optax.Schedule  # of a loss: in every step, or by the step
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -63,7 +66,7 @@ def create_state(variables: Mapping[str, Any], optimizer: optax.GradientTransfor
                     average=_network_variables(params, batch_stats) if averaged else {})
 
 
-def make_train_step(model: Network, optimizer: optax.GradientTransformation, loss_weights: Mapping[str, float],
+def make_train_step(model: Network, optimizer: optax.GradientTransformation, loss_weights: Mapping[str, Weight],
                     **kwargs: Any) -> StepFn:
   """The step on all devices (pmapped), of a replicated state, which is donated, and sharded batches.
 
@@ -72,29 +75,35 @@ def make_train_step(model: Network, optimizer: optax.GradientTransformation, los
   return parallel.pmap(make_step(model, optimizer, loss_weights, **kwargs), donate=True)
 
 
-def make_step(model: Network, optimizer: optax.GradientTransformation, loss_weights: Mapping[str, float], *,
+def make_step(model: Network, optimizer: optax.GradientTransformation, loss_weights: Mapping[str, Weight], *,
               methods: Mapping[str, Method] | None = None, seed: int = 0, microbatches: int = 1,
-              ema_decay: float = 0.0) -> StepFn:
+              ema_decay: float = 0.0, restart: int = 0) -> StepFn:
   """The step of one device: (state, {stream: batch}) -> (state, metrics).
+
+  The first labelled stream (the source where there is none) is the one that methods work on. In a step without it, the
+  others have their losses with weight one, methods do nothing, and parameters that no stream uses stay as they are. A
+  method that uses source images without labels does nothing in a step without them.
 
   Args:
     model: with a head for each labelled stream; what it freezes does not change, whatever the optimizer does.
     optimizer: of its parameters.
-    loss_weights: the weight of each labelled stream's loss, by name: {'target': 1, 'source': lambda}; {} where methods
-      alone give the loss.
+    loss_weights: the weight of each labelled stream's loss, by name: {'target': 1, 'source': lambda}; a number, or a
+      function of the step; {} where methods alone give the loss.
     methods: the methods that are switched on, by name.
     seed: of the random numbers of methods.
     microbatches: how many passes through the network a batch is divided into; see `forward`.
     ema_decay: the fraction of the moving averages that a step keeps, where the state has averages; less in the first
       steps.
+    restart: the step (counted from 0) with which the first stream begins, where others come before it: optimizer and
+      averages start anew there, and methods count steps and draw random numbers from there.
 
   Returns:
     A function to be mapped over devices with the axis name `parallel.AXIS`. Metrics (the same everywhere): `loss`;
     `gradient_norm`, over all parameters; for each labelled stream `loss_<stream>` and `top1_<stream>` on the training
-    batch; for each method `loss_<method>` and `<method>/<metric>`.
+    batch; `weight_<stream>` of a weight that changes; for each method `loss_<method>` and `<method>/<metric>`.
   """
   methods = methods or {}
-  needs = all_needs(methods, model)
+  main = next(iter(loss_weights), 'source')
   if (layer := norm(methods)) is not None:
     model = model.clone(norm=layer)
   run = functools.partial(forward, model, microbatches=microbatches)
@@ -102,38 +111,83 @@ def make_step(model: Network, optimizer: optax.GradientTransformation, loss_weig
   # For the products in methods: the network's own layers have the precision as an argument.
   @precision.default_of(model.precision)
   def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-    key = jax.random.fold_in(jax.random.key(seed), state.step)
-    main = 'target' if 'target' in batch else 'source'
-    images = {stream: batch[stream]['input'] for stream in (*loss_weights, *sorted(batch.keys() - loss_weights.keys()))}
-    labels = {stream: batch[stream]['label'] for stream in loss_weights}
-    images, labels = mix_target(methods, key, images, labels, model)
+    active = active_methods(methods, main, batch)
+    needs = all_needs(active, model)
+    weights = step_weights(loss_weights, main, batch, state.step)
+    number = state.step - restart if restart and main in batch else state.step
+    if restart:
+      state = restarted_state(state, optimizer, state.step == restart)
+    key = jax.random.fold_in(jax.random.key(seed), number)
+    images = {stream: batch[stream]['input'] for stream in (*weights, *sorted(batch.keys() - weights.keys()))}
+    labels = {stream: batch[stream]['label'] for stream in weights}
+    images, labels = mix_target(active, key, images, labels, model)
     teacher = None
     if needs.teacher:
       teacher = forward(teacher_of(model, state.start), teacher_variables(state.start), {'target': images['target']},
                         train=False, layers=needs.layers, microbatches=microbatches)[0]['target']
     images |= {view.path: batch[view.stream][view.name] for view in needs.forwarded_views}
-    fixed = frozen_mask(model, state.params)
+    fixed = fixed_mask(model, state.params, loss_weights, main, batch)
 
     def loss_fn(params: Any) -> tuple[jax.Array, tuple[Any, dict[str, State], Metrics]]:
       params = stop_fixed_gradients(fixed, params)
       outputs, batch_stats = run(_network_variables(params, state.batch_stats), images, key=key, layers=needs.layers)
       context = None
-      if methods:
+      if active:
         views = {view.path: batch[view.stream][view.name] for view in needs.views}
         context = StepContext(model, params, state.batch_stats, state.start, teacher, outputs, images | views,
-                              labels.get(main, batch[main]['label']), batch[main]['row'], state.step, key,
+                              labels.get(main, batch[main]['label']), batch[main]['row'], number, key,
                               functools.partial(forward_other, model, functools.partial(run, key=key)))
-      loss, states, metrics = total_loss(methods, loss_weights, outputs, labels, context, state.methods)
+      loss, states, metrics = total_loss(active, weights, outputs, labels, context, state.methods)
       return loss, (batch_stats, states, {'loss': loss, **metrics})
 
     gradients, (batch_stats, states, metrics) = jax.grad(loss_fn, has_aux=True)(state.params)
     # Running statistics are averaged too, so that the state is the same on every device.
     gradients, batch_stats, metrics = jax.lax.pmean((gradients, batch_stats, metrics), parallel.AXIS)
     metrics['gradient_norm'] = optax.tree.norm(gradients)
-    state = update(state, gradients, batch_stats, model, optimizer, methods).replace(methods=states)
-    return update_averages(state, ema_decay), metrics
+    metrics |= {f'weight_{stream}': weights[stream] for stream in weights if callable(loss_weights[stream])}
+    state = update(state, gradients, batch_stats, model, optimizer, active, fixed).replace(methods=states)
+    return update_averages(state, ema_decay, number), metrics
 
   return step
+
+
+def active_methods(methods: Mapping[str, Method], main: str, streams: Collection[str]) -> dict[str, Method]:
+  """The methods that take part in a step with these streams; `main` is the one that they work on."""
+  if main not in streams:
+    return {}
+  return {name: method for name, method in methods.items() if 'source' in streams or not method.unlabelled_source}
+
+
+def step_weights(loss_weights: Mapping[str, Weight], main: str, streams: Collection[str],
+                 step: jax.Array) -> dict[str, float | jax.Array]:
+  """The weights of the losses of the labelled streams that a step has."""
+  weights: dict[str, float | jax.Array] = {}
+  for stream, weight in loss_weights.items():
+    if stream in streams:
+      weights[stream] = weight(step) if callable(weight) else weight
+  return weights if main in streams else dict.fromkeys(weights, 1.0)
+
+
+def restarted_state(state: TrainState, optimizer: optax.GradientTransformation, begins: jax.Array) -> TrainState:
+  """The state with a new optimizer state, and averages that begin with its variables, where `begins` is True."""
+  now = _network_variables(state.params, state.batch_stats)
+  average = jax.tree.map(lambda new, old: jnp.where(begins, new, old), now, state.average) if state.average else {}
+  return state.replace(opt_state=restarted(optimizer, state.params, state.opt_state, begins), average=average)
+
+
+def fixed_mask(model: Network, params: Any, labelled: Collection[str], main: str, streams: Collection[str]) -> Any:
+  """Which parameters a step leaves as they are: those that are frozen, heads of labelled streams that it does not have,
+  and, without the stream `main`, other heads and the parameters of methods. A tree of bools.
+  """
+
+  def is_idle(keys: tuple[Any, ...], _: Any) -> bool:
+    path = '/'.join(keys)
+    if main in streams:
+      return head_of(path) in labelled and head_of(path) not in streams
+    return not is_backbone(path) and head_of(path) not in streams
+
+  idle = flax.traverse_util.path_aware_map(is_idle, params)
+  return jax.tree.map(operator.or_, frozen_mask(model, params), idle)
 
 
 def mix_target(methods: Mapping[str, Method], key: jax.Array, images: dict[str, jax.Array],
@@ -152,8 +206,8 @@ def mix_target(methods: Mapping[str, Method], key: jax.Array, images: dict[str, 
   return images | {'target': mixed}, labels | {'target': soft}
 
 
-def total_loss(methods: Mapping[str, Method], loss_weights: Mapping[str, float], outputs: Mapping[str, Outputs],
-               labels: Mapping[str, jax.Array], context: StepContext | None,
+def total_loss(methods: Mapping[str, Method], loss_weights: Mapping[str, float | jax.Array],
+               outputs: Mapping[str, Outputs], labels: Mapping[str, jax.Array], context: StepContext | None,
                states: Mapping[str, State]) -> tuple[jax.Array, dict[str, State], Metrics]:
   """The loss, the states of the methods after the step, and the metrics.
 
@@ -229,22 +283,29 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, methods: Mapping[str, Me
 
 
 def update(state: TrainState, gradients: Any, batch_stats: Any, model: Network, optimizer: optax.GradientTransformation,
-           methods: Mapping[str, Method]) -> TrainState:
-  """The state after the optimizer's update and the methods' projections; frozen parameters and statistics stay."""
+           methods: Mapping[str, Method], fixed: Any) -> TrainState:
+  """The state after the optimizer's update and the methods' projections; the parameters that `fixed` has True for, and
+  frozen statistics, stay.
+  """
   updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
   for method in methods.values():
     params = method.project(model, params, batch_stats, state.start)
-  params = keep_fixed(frozen_mask(model, state.params), state.params, params)
+  params = keep_fixed(fixed, state.params, params)
   batch_stats = keep_fixed(frozen_mask(model, state.batch_stats), state.batch_stats, batch_stats)
   return state.replace(step=state.step + 1, params=params, batch_stats=batch_stats, opt_state=opt_state)
 
 
-def update_averages(state: TrainState, ema_decay: float) -> TrainState:
-  """The state of a finished step with its moving averages, where it has any, moved towards the new variables."""
+def update_averages(state: TrainState, ema_decay: float, before: jax.Array) -> TrainState:
+  """The state of a finished step with its moving averages, where it has any, moved towards the new variables.
+
+  Args:
+    state: after the step.
+    ema_decay: see `make_step`.
+    before: number of steps before this one, since the averages began.
+  """
   if not state.average:
     return state
-  before = state.step - 1
   # In the first steps the averages are hardly worth keeping.
   rate = 1.0 - jnp.minimum(ema_decay, (1.0 + before) / (10.0 + before))
   return state.replace(average=jax.tree.map(lambda old, new: old + rate * (new - old), state.average,

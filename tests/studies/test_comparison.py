@@ -74,9 +74,11 @@ def test_which_variants_are_compared():
       'plain, equal compute x4': ({**case.PLAIN, 'train.steps': 40}, rows), 'l2_sp': ({**case.PLAIN, 'x': 1}, rows),
       'uot 5': ({**sized('uot', 5), 'selection.epsilon': 0.1}, rows), 'uot 20': (sized('uot', 20), rows),
       'random 20': (sized('random', 20), rows), 'random 5': (sized('random', 5), rows),
-      'uot 5, mu 3': ({**sized('uot', 5), 'source_ratio': 3.0}, rows), 'odd': (sized('uot', 7), rows)},
+      'uot 5, mu 3': ({**sized('uot', 5), 'source_ratio': 3.0}, rows), 'odd': (sized('uot', 7), rows),
+      'all': (sized('all', 20), rows)},
                            {'plain, equal compute x2': 2000, 'plain, equal compute x4': 4010, 'uot 5': 2000,
-                            'uot 20': 2000, 'random 5': 2000, 'random 20': 2000, 'uot 5, mu 3': 4000, 'odd': 3000})
+                            'uot 20': 2000, 'random 5': 2000, 'random 20': 2000, 'uot 5, mu 3': 4000, 'odd': 3000,
+                            'all': 2000})
   whole = summarize(table, found)
   others = {variant['name']: {kind: found['to'] for kind, found in variant['summary']['differences'].items()}
             for variant in whole['variants']}
@@ -87,7 +89,8 @@ def test_which_variants_are_compared():
       'uot 20': {'baseline': 'plain', 'equal_compute': 'plain, equal compute x2', 'random': 'random 20'},
       'random 20': {'baseline': 'plain', 'equal_compute': 'plain, equal compute x2'},
       'random 5': {'baseline': 'plain', 'equal_compute': 'plain, equal compute x2'},
-      'uot 5, mu 3': {'baseline': 'plain', 'equal_compute': 'plain, equal compute x4'}, 'odd': {'baseline': 'plain'}}
+      'uot 5, mu 3': {'baseline': 'plain', 'equal_compute': 'plain, equal compute x4'}, 'odd': {'baseline': 'plain'},
+      'all': {'baseline': 'plain', 'equal_compute': 'plain, equal compute x2'}}
 
 
 def test_along_an_axis_the_baseline_has_the_same_value():
@@ -149,9 +152,12 @@ def test_advice(variants, beginning, inside):
 
 
 def test_the_variant_of_the_advice_is_chosen_on_val():
-  """Not the one that the test images like best."""
+  """Not the one that the test images like best, and no control."""
   table, found = case.make({'plain': (case.PLAIN, PLAIN), 'uot': (case.UOT, NOTHING),
-                            'nearest': ({'selection.method': 'nearest'}, MUCH)}, val={'uot': 0.51, 'nearest': 0.5})
+                            'nearest': ({'selection.method': 'nearest'}, MUCH),
+                            'shuffled': ({**case.UOT, 'source.shuffle_labels': True}, MUCH),
+                            'leaked': ({**case.UOT, 'source.duplicates': 'keep'}, MUCH)},
+                           val={'uot': 0.51, 'nearest': 0.5, 'shuffled': 0.6, 'leaked': 0.9})
   assert 'uot has' in summarize(table, found)['advice']
 
 

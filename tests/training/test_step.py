@@ -12,6 +12,7 @@ from torch_weights import RESNET
 
 from ft_jax import parallel
 from ft_jax.models import build, export
+from ft_jax.training.forward import forward
 from ft_jax.training.optimizer import make_optimizer, parameter_factors
 from ft_jax.training.step import create_state, make_step, make_train_step
 
@@ -208,3 +209,40 @@ def test_parts_are_the_whole_batch_but_for_batch_norm():
     stats = forward(stats, images)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), divided.batch_stats, stats)
   assert any((a != b).any() for a, b in zip(jax.tree.leaves(whole.batch_stats), jax.tree.leaves(stats)))
+
+
+@pytest.mark.parametrize('microbatches', [1, 2])
+def test_statistics_of_each_stream(microbatches):
+  """Each stream is normalised as if it were alone, with its views; the running statistics are the target's."""
+  model = method_case.network({'target': 3}, stages=1, batch_norm='per_stream')
+  variables, batch = method_case.variables(model), method_case.batch(8)
+  images = {'target': batch['target']['input'], 'source': batch['source']['input'],
+            'source/strong': batch['source']['strong']}
+  compiled = lambda function: jax.jit(function, compiler_options=method_case.QUICK)
+  outputs, stats = compiled(lambda: forward(model, variables, images, microbatches=microbatches))()
+  alone = compiled(lambda stats, images: model.apply({**variables, 'batch_stats': stats}, images, train=True,
+                                                     mutable=['batch_stats']))
+  target, source, expected = [], [], variables['batch_stats']
+  for rows in np.split(np.arange(8), microbatches):
+    found, updates = alone(expected, images['target'][rows])
+    both, _ = alone(expected, np.concatenate([images['source'][rows], images['source/strong'][rows]]))
+    expected = updates['batch_stats']
+    target.append(found.features)
+    source.append(both.features[:len(rows)])
+  for name, features in (('target', target), ('source', source)):
+    np.testing.assert_allclose(outputs[name].features, np.concatenate(features), rtol=1e-4, atol=1e-5)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), stats, expected)
+
+
+def test_statistics_of_each_stream_on_several_devices():
+  """Two steps on four devices that share statistics are those on one; a plain fine-tuning is as with the mixture."""
+  states = []
+  for norm, devices, streams in (('per_stream', 1, 2), ('per_stream', 4, 2), ('per_stream', 1, 1), ('train', 1, 1)):
+    model = method_case.network(stages=1, batch_norm=norm, axis_name=parallel.AXIS)
+    heads = {'target': 1.0, 'source': 0.5}
+    batches = lambda _, streams=streams: dict(list(method_case.batch().items())[:streams])
+    states.append(method_case.run({}, model=model, steps=2, devices=devices, loss_weights=heads, batches=batches,
+                                  start=method_case.start_of(model))[0])
+  for one, other in (states[:2], states[2:]):
+    for a, b in zip(jax.tree.leaves((one.params, one.batch_stats)), jax.tree.leaves((other.params, other.batch_stats))):
+      np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * np.abs(b).max() + 1e-6)
