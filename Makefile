@@ -1,4 +1,4 @@
-# make demo   a whole run on real images: pre-train, select, fine-tune, report (no download of data or weights)
+# make demo   is it worth it? pre-train, select, fine-tune with and without, report (real images; no download)
 # make test   the tests, with one whole job, in a few minutes; with another Python: make test PYTHON=python3.13
 # make test-all  also the slow tests: runs that are killed, disks that are full, several hosts, notebooks, the record of results
 # make stress real runs killed at least 100 times at random moments; nothing may be lost or differ (long: KILLS=10 for a glance)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import multiprocessing
-import multiprocessing.process
+import multiprocessing.context
 import os
 import signal
 import sys
@@ -18,7 +18,7 @@ from selection import storage
 # Seconds that processes have to save their state and leave, longer than a training needs to stop.
 PATIENCE = stopping.PATIENCE + 20
 
-Process = multiprocessing.process.BaseProcess
+Process = multiprocessing.context.SpawnProcess
 
 
 @contextlib.contextmanager
@@ -34,8 +34,6 @@ def started(count: int, work: Callable[..., None], args: Sequence[Any], folder: 
     args: of the function.
     folder: for what they log and print: worker-1.log, ...
   """
-  # jax would give each of them three quarters of a GPU's memory.
-  os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
   storage.make_folder(folder)
   context = multiprocessing.get_context('spawn')
   processes: list[Process] = []
@@ -56,6 +54,11 @@ def started(count: int, work: Callable[..., None], args: Sequence[Any], folder: 
       if process.is_alive():
         process.kill()
       process.join()
+
+
+def share_gpu_memory() -> None:
+  """Lets jax take memory of a GPU when it needs it, here and in processes that are started; before its first use."""
+  os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')  # by default each takes three quarters
 
 
 def core_shares(count: int) -> list[set[int]]:

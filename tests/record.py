@@ -18,7 +18,7 @@ import numpy as np
 
 ROOT = pathlib.Path(__file__).parents[1]
 FILE = ROOT / 'tests' / 'fixtures' / 'record.json'
-SMALL = ('--config=configs/digits.py', '--config.model.width=4', '--config.image_size=16',
+SMALL = ('--config=configs/digits.py:finetune', '--config.model.width=4', '--config.image_size=16',
          '--config.augment.short_side=16',
          '--config.train.steps=20', '--config.train.batch_size=16', '--config.train.eval_every=10',
          '--config.train.log_every=1',

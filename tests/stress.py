@@ -27,7 +27,7 @@ from typing import NamedTuple
 import killed
 from killed import Done, Moment
 
-TINY = ('--config=configs/digits.py', '--config.model.width=4', '--config.image_size=16',
+TINY = ('--config=configs/digits.py:finetune', '--config.model.width=4', '--config.image_size=16',
         '--config.augment.short_side=16',
         '--config.selection.size=5', '--config.pretrain.epochs=0', '--config.train.log_every=2',
         '--config.train.batch_size=16')

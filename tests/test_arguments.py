@@ -40,7 +40,7 @@ def test_the_config_that_they_change_has_a_name():
     (None, 'config is None; expected the name of a config, such as pets, or the path of a file'),
     ('pet', "config 'pet': there is no file pet; did you mean 'pets'?; known configs: "),
     ('pets:x', "config 'pets:x': unknown recipe 'x'; expected :supervised or :mocov2"),
-    ('digits:x', "config 'digits:x': this config takes no argument after a colon")])
+    ('export:x', "config 'export:x': this config takes no argument after a colon")])
 def test_configs_that_do_not_exist(name, message):
   with pytest.raises(ValueError, match=f'^{re.escape(message)}'):
     arguments.make_config(name, 'finetune', {})

@@ -36,7 +36,7 @@ def test_load_gives_the_config():
   assert config_files.load('default').to_dict() == config.get_config().to_dict()
   assert config_files.load('pets:mocov2').model.name == 'resnet50'
   with pytest.raises(ValueError, match="^this config takes no argument after a colon"):
-    config_files.load('digits:x')
+    config_files.load('export:x')
 
 
 def test_a_package_of_that_name_is_left_alone(monkeypatch):

@@ -83,7 +83,7 @@ def test_commands_can_be_run(page, monkeypatch):
   monkeypatch.chdir(ROOT)
   for given in main_commands(page):
     known = flags.FlagValues()
-    for name in ('workdir', 'traceback', 'coordinator', 'num_processes', 'process_id'):
+    for name in ('workdir', 'traceback', 'coordinator', 'num_processes', 'process_id', 'workers'):
       known[name] = flags.FLAGS[name]
     argv = ['main.py', *(re.sub(r'(?<=^--config=).*', lambda name: config_files.find(name[0]), flag) for flag in given)]
     config_flags.DEFINE_config_file('config', flag_values=known, sys_argv=argv)

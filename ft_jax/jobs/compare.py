@@ -5,6 +5,7 @@ chooses among them on val first, all with the same number of trials. Where the b
 once more with as many images through the network as joint training has.
 """
 
+import collections
 from collections.abc import Mapping, Sequence
 import dataclasses
 import json
@@ -16,7 +17,7 @@ from etils import epath
 import jax
 from ml_collections import ConfigDict
 
-from ft_jax import compiled, parallel, workers
+from ft_jax import compiled, parallel, stopping, workers
 from ft_jax.data import opened_once
 from ft_jax.jobs import finetune, pretrain
 from ft_jax.jobs.compare_cells import Grid, is_result, Outcome, POLL
@@ -24,6 +25,7 @@ from ft_jax.jobs.compare_variants import (
   Cell,
   cell_config,
   check_names,
+  compared_with,
   declared_variants,
   equal_compute_variants,
   is_plain,
@@ -33,6 +35,7 @@ from ft_jax.pages import comparison
 from ft_jax.progress import log
 from ft_jax.settings import check_fields, flat
 from ft_jax.studies.comparison import summarize
+from ft_jax.training.loop import Interrupted
 from ft_jax.workdir import read_json, Workdir, write_results, write_text
 
 FORMAT_VERSION = 1
@@ -83,10 +86,12 @@ def plan(config: ConfigDict) -> tuple[list[Variant], list[finetune.Settings]]:
   variants = declared_variants(config)
   settings = [_check_variant(config, variant) for variant in variants]
   if config.compare.equal_compute and is_plain(settings[0]):
-    images = [each.images_per_step for each in settings]
-    added = equal_compute_variants(config, variants[0], images)
-    variants[1:1] = added
-    settings[1:1] = [_check_variant(config, variant) for variant in added]
+    images = {variant.name: each.images_per_step for variant, each in zip(variants, settings)}
+    for name, others in compared_with(config, variants).items():
+      place = [variant.name for variant in variants].index(name)
+      added = equal_compute_variants(config, variants[place], images[name], [images[other.name] for other in others])
+      variants[place + 1:place + 1] = added
+      settings[place + 1:place + 1] = [_check_variant(config, variant) for variant in added]
     check_names(variants)
   _log_tuning(variants)
   return variants, settings
@@ -100,7 +105,8 @@ def _check_variant(config: ConfigDict, variant: Variant) -> finetune.Settings:
     new = {f'{field}={value}' for field, value in tuned.items()}
     if first is None or new - seen:  # each value once is enough: all combinations would take long
       try:
-        settings = finetune.Settings.from_config(cell_config(config, Cell(variant, config.compare.seeds[0], tuned, True)))
+        cell = Cell(variant, config.compare.seeds[0], tuned, trial=True)
+        settings = finetune.Settings.from_config(cell_config(config, cell))
       except ValueError as error:
         raise ValueError(f'config.compare.variants, {variant.name!r}: {error}') from error
       first = first or settings
@@ -110,6 +116,8 @@ def _check_variant(config: ConfigDict, variant: Variant) -> finetune.Settings:
 
 
 def _check_processes(processes: int) -> None:
+  if processes > 1:
+    workers.share_gpu_memory()
   if processes < 1:
     raise ValueError(f'--workers is {processes}; expected at least 1')
   if processes > 1 and jax.process_count() > 1:
@@ -130,23 +138,29 @@ def _log_tuning(variants: Sequence[Variant]) -> None:
 
 
 def _prepare(grid: Grid, work: Workdir, settings: Sequence[finetune.Settings]) -> None:
-  """Opens the images once for each kind of variant, and makes what fine-tunings share."""
-  opened: dict[str, finetune.Sets] = {}
-  pretraining = None
-  if grid.pretrained is not None:  # with the seed of the comparison, whatever the seeds of the fine-tunings are
-    pretraining = pretrain.Settings.from_config(finetune.pretrain_config(grid.config))
-  embeddings = grid.config.embeddings_dir or work.embeddings
+  """Opens and checks the images once for each kind of variant; then makes what fine-tunings share.
+
+  Raises:
+    ValueError: images that a variant cannot be trained on.
+  """
+  opened: dict[str, tuple[finetune.Settings, finetune.Sets]] = {}
   with grid.lock_for('prepare'):
     for variant, each in zip(grid.variants, settings):
       shared = {name: each.fields[name] for name in ('target', 'source', 'data', 'noise', 'model')}
       key = json.dumps([shared, each.selection.embeds, each.selection.class_means, each.uses_source])
       try:
         if key not in opened:
-          shared_training = pretraining if each.pretraining is not None else None
-          opened[key] = finetune.prepare(dataclasses.replace(each, pretraining=shared_training), work, embeddings, grid.pretrained or '')
-        each.check_sets(opened[key].splits, opened[key].pool)
+          opened[key] = each, finetune.open_checked(each, work)
+        _, sets = opened[key]
+        each.check_sets(sets.splits, sets.pool)
       except ValueError as error:
         raise ValueError(f'config.compare.variants, {variant.name!r}: {error}') from error
+    pretraining = None
+    if grid.pretrained is not None:  # with the seed of the comparison, whatever the seeds of the fine-tunings are
+      pretraining = pretrain.Settings.from_config(finetune.pretrain_config(grid.config))
+    for each, sets in opened.values():
+      own = dataclasses.replace(each, pretraining=pretraining if each.pretraining is not None else None)
+      finetune.prepare(own, work, sets, grid.config.embeddings_dir or work.embeddings, grid.pretrained or '')
 
 
 def _work(grid: Grid, report: 'Report') -> None:
@@ -163,20 +177,23 @@ def _work(grid: Grid, report: 'Report') -> None:
 
 def _supervise(grid: Grid, report: 'Report', processes: int) -> None:
   """Lets several processes run the cells, and reports what they finish."""
+  logs = grid.folder / 'workers'
   arguments = (grid.config.to_dict(), grid.variants, grid.folder, grid.start, grid.pretrained)
-  with workers.started(processes, work_on, arguments, grid.folder / 'workers') as started:
-    log.info('%d processes work on it; their logs are %s', processes, grid.folder / 'workers')
+  with stopping.signals() as stop, workers.started(processes, work_on, arguments, logs) as started:
+    log.info('%d processes work on it; their logs are in %s', processes, logs)
     ended: set[str] = set()
-    while any(process.is_alive() for process in started):
+    while any(process.is_alive() for process in started) and not stop():
       time.sleep(POLL)
       report.update()
       for process in started:
-        if process.exitcode and process.name not in ended:
+        if process.exitcode and process.name not in ended and stop.signal is None:
           ended.add(process.name)
-          log.warning('warning: %s; see %s', workers.describe_end(process), grid.folder / 'workers')
+          log.warning('warning: %s; see %s', workers.describe_end(process), logs)
+  if stop.signal is not None:
+    raise Interrupted(stop.signal, 'stopped; the same command resumes from there')
   report.update()
   if not grid.complete:
-    raise RuntimeError(f'the processes ended before everything was done; see their logs in {grid.folder / "workers"}; '
+    raise RuntimeError(f'the processes ended before everything was done; see their logs in {logs}; '
                        'the same command resumes from what is finished')
 
 
@@ -226,11 +243,11 @@ class Report:
     if new and time.monotonic() >= self._write_after:
       began = time.monotonic()
       write_compare_json(self._grid, self._work)
-      # The statistics of many runs may take longer than a short run.
+      # Statistics and pictures of many runs may take longer than a short run.
       self._write_after = time.monotonic() + 20 * (time.monotonic() - began)
 
   def finish(self) -> dict[str, Any]:
-    """Writes the results and the page; returns what results.json holds.
+    """Writes the results; returns what results.json holds.
 
     Raises:
       RuntimeError: a cell failed.
@@ -240,12 +257,11 @@ class Report:
     if parallel.is_main():
       log.info('%s', comparison.markdown(read_json(work.path / 'compare.json')))
     log.info('report: %s', work.report_html)
-    failed = grid.failed()
-    left_out = {variant.name: choice.error for variant in grid.variants if (choice := grid.choice(variant))
-                and choice.error}
-    if failed or left_out:
-      problems = [f'{cell.title}: {outcome.error} ({work.path / cell.folder / "log.txt"})' for cell, outcome in failed]
-      problems += [f'{name}: {error}' for name, error in left_out.items()]
+    problems = [f'{cell.title}: {outcome.error} ({work.path / cell.folder / "log.txt"})'
+                for cell, outcome in grid.failed()]
+    problems += [f'{variant.name}: {choice.error}' for variant in grid.variants
+                 if (choice := grid.choice(variant)) and choice.error]
+    if problems:
       raise RuntimeError(f'{len(problems)} of {grid.size} runs failed: {"; ".join(problems[:5])}. The same command '
                          'tries them again')
     if not parallel.agreed(work.results_json.exists):
@@ -270,15 +286,16 @@ class Report:
         continue
       log.info('%s: best on val is %s', variant.name, ', '.join(f'{k} {v}' for k, v in choice.tuned.items()))
       for field, value, side in at_edge(variant, choice.tuned):
-        log.warning('warning: %s: the best %s is %s, the %s that was tried; try %s ones too', variant.name, field, value,
-                    side, {'smallest': 'smaller', 'largest': 'larger'}[side])
+        further = {'smallest': 'smaller', 'largest': 'larger'}[side]
+        log.warning('warning: %s: the best %s is %s, the %s that was tried; try %s ones too', variant.name, field,
+                    value, side, further)
 
   def _time_left(self) -> str:
     """An estimate for what is left, from the mean time of finished cells of each variant; '' while there are none."""
-    grid, times = self._grid, {}
+    grid, times = self._grid, collections.defaultdict[str, list[float]](list)
     for cell in grid.known():
       if (outcome := grid.outcome(cell)) is not None and outcome.results is not None:
-        times.setdefault(cell.variant.name, []).append(outcome.seconds)
+        times[cell.variant.name].append(outcome.seconds)
     if not times:
       return ''
     overall = [seconds for of_variant in times.values() for seconds in of_variant]
@@ -364,8 +381,9 @@ def _cell_json(cell: Cell, outcome: Outcome, metric: str) -> dict[str, Any]:
 def results_by_variant(grid: Grid) -> dict[str, Any]:
   """What results.json holds: the accuracies of each variant by seed; the first variant is the baseline."""
   each = compare_json(grid)
+  values = lambda variant, key: [cell[key] for cell in variant['cells']]
   rows: list[dict[str, Any]] = [
-      {'method': variant['name'], **{key: [cell[key] for cell in variant['cells']] for key in ('top1', 'mean_per_class')}}
+      {'method': variant['name'], **{key: values(variant, key) for key in ('top1', 'mean_per_class')}}
       for variant in each['variants']]
   for row in rows:
     row['gain'] = [a - b for a, b in zip(row['top1'], rows[0]['top1'])]

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import re
 import time
 import traceback
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ from ml_collections import ConfigDict
 
 from ft_jax import compiled, parallel, progress
 from ft_jax.jobs import finetune
-from ft_jax.jobs.compare_variants import Cell, cell_config, Variant
+from ft_jax.jobs.compare_variants import Cell, cell_config, PLAIN, Variant
 from ft_jax.progress import log
 from ft_jax.settings import MAY_CHANGE
 from ft_jax.training.loop import Diverged
@@ -123,8 +124,9 @@ class Grid:
     if not variant.tuned:
       return Choice(variant.combinations[0])
     if variant.name not in self._choices:
-      outcomes = [(cell, self.outcome(cell)) for cell in self.trials(variant)]
-      if all(outcome is not None for _, outcome in outcomes):
+      trials = self.trials(variant)
+      outcomes = [(cell, outcome) for cell in trials if (outcome := self.outcome(cell)) is not None]
+      if len(outcomes) == len(trials):
         self._choices[variant.name] = _choose(variant, outcomes, self.config.target.metric)
     return self._choices.get(variant.name)
 
@@ -166,7 +168,7 @@ class Grid:
 
   def run(self, cell: Cell) -> None:
     """Runs a cell, or resumes it; an error is its outcome."""
-    parallel.agreed(lambda: self._set_aside(cell))
+    parallel.agreed(lambda: self._make_room(cell))
     settings = finetune.Settings.from_config(cell_config(self.config, cell))
     work = Workdir(self.folder / cell.folder, settings.fields)
     began, error, diverged = time.perf_counter(), '', False
@@ -201,13 +203,13 @@ class Grid:
       return None
     return Outcome(None, told['error'], told['diverged'], seconds)
 
-  def _changed(self, cell: Cell) -> list[str]:
-    """Fields in which the run in the folder of a cell differs from the cell; [] where there is no run."""
-    stored = read_config(self.folder / cell.folder)
+  def _changed(self, cell: Cell, folder: str = '') -> list[str]:
+    """Fields in which the run in a folder, by default that of the cell, differs from it; [] where there is no run."""
+    stored = read_config(self.folder / (folder or cell.folder))
     if stored is None:
       return []
     wanted = as_now(json.loads(json.dumps(cell_config(self.config, cell).to_dict())))
-    return differences(*(_effective(config) for config in (stored, wanted)))
+    return differences(_effective(stored), _effective(wanted))
 
   def _take(self, locks: contextlib.ExitStack) -> str | None:
     """The folder of the next cell, which is locked until `locks` is closed."""
@@ -234,16 +236,25 @@ class Grid:
       return None
     return lock.release
 
-  def _set_aside(self, cell: Cell) -> None:
-    """Moves a run with other settings away, and says so."""
+  def _make_room(self, cell: Cell) -> None:
+    """Moves a run with other settings away, and says so; takes over a run of an earlier version."""
     changed, folder = self._changed(cell), self.folder / cell.folder
-    if not changed:
+    if changed:
+      old = storage.make_folder(self.folder / 'replaced')
+      number = next(n for n in range(1, 10**6) if not (old / f'{folder.name}-{n}').exists())
+      log.info('%s is done again, as its settings have changed (%s); the old run is now %s', cell.title,
+               '; '.join(changed[:3]), old / f'{folder.name}-{number}')
+      folder.rename(old / f'{folder.name}-{number}')
+    former = re.sub(f'^{PLAIN}', 'none', f'{cell.variant.name}-{cell.seed}')
+    if folder.exists() or cell.trial or not re.fullmatch(r'[\w+]+-\d+', former):
       return
-    old = storage.make_folder(self.folder / 'replaced')
-    number = next(n for n in range(1, 10**6) if not (old / f'{folder.name}-{n}').exists())
-    log.info('%s is done again, as its settings have changed (%s); the old run is now %s', cell.title,
-             '; '.join(changed[:3]), old / f'{folder.name}-{number}')
-    folder.rename(old / f'{folder.name}-{number}')
+    if not read_config(self.folder / former) or self._changed(cell, former):
+      return
+    storage.make_folder(folder.parent)
+    (self.folder / former).rename(folder)
+    own = json.dumps(cell_config(self.config, cell).to_dict(), indent=2)
+    write_text(folder / 'config.json', own + '\n')
+    log.info('%s: an earlier version began this run, in %s', cell.title, self.folder / former)
 
 
 def _effective(config: Mapping[str, Any]) -> dict[str, Any]:

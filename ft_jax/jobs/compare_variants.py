@@ -28,6 +28,8 @@ _OF_NETWORK = ('model.name', 'model.width', 'model.stem', 'image_size')
 PLAIN = 'plain'
 EQUAL_COMPUTE = 'equal compute'
 _TUNE = 'compare.tune'
+# Up to this factor, the images through the network count as equally many.
+_EQUAL = 1.05
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,24 +107,38 @@ def check_names(variants: Sequence[Variant]) -> None:
                        f'{variant.slug}; rename one of them')
 
 
-def equal_compute_variants(config: ConfigDict, baseline: Variant, images: Sequence[float]) -> list[Variant]:
-  """The baseline with as many images through the network as the other variants have, one for each distinct factor.
+def equal_compute_variants(config: ConfigDict, plain: Variant, own: float, others: Sequence[float]) -> list[Variant]:
+  """Plain fine-tuning with as many images through the network as others have, once for each distinct factor.
 
   Args:
     config: of the comparison.
-    baseline: plain fine-tuning.
-    images: per step, on average: of the baseline, and of each other variant.
+    plain: the variant that is trained longer.
+    own: its images per step.
+    others: those of the variants that it is compared with.
   """
-  own, *others = images
-  factors = sorted({other / own for other in others if other > own})
+  # Nearly equal ones are one.
+  factors = sorted({factor for other in others if (factor := round(other / own, 2)) > _EQUAL})
   variants = []
   for factor in factors:
     times = f' x{factor:g}' if len(factors) > 1 else ''
-    fields = {**baseline.fields, **_longer(config, baseline, factor)}
+    fields = {**plain.fields, **_longer(config, plain, factor)}
     # The folder does not depend on how many factors there are.
-    variants.append(dataclasses.replace(baseline, name=f'{baseline.name}, {EQUAL_COMPUTE}{times}', fields=fields,
-                                        slug=f'{baseline.slug}-equal-compute-x{factor:g}'))
+    variants.append(dataclasses.replace(plain, name=f'{plain.name}, {EQUAL_COMPUTE}{times}', fields=fields,
+                                        slug=f'{plain.slug}-equal-compute-x{factor:g}'))
   return variants
+
+
+def compared_with(config: ConfigDict, variants: Sequence[Variant]) -> dict[str, list[Variant]]:
+  """The plain variants that differ from the first one in `config.compare.axis` alone, by name, and what each is
+  compared with: all variants, or those of its value where the axis means something to plain fine-tuning too.
+  """
+  axis, fields = config.compare.axis, flat(config.to_dict())
+  value = lambda variant: variant.fields.get(axis, fields.get(axis))
+  off_axis = lambda variant: {name: value for name, value in variant.fields.items() if name != axis}
+  of_source = axis.partition('.')[0] in _OF_SOURCE
+  plain = [variant for variant in variants if off_axis(variant) == off_axis(variants[0])]
+  return {one.name: [other for other in variants if not axis or of_source or value(other) == value(one)]
+          for one in plain}
 
 
 def cell_config(config: ConfigDict, cell: Cell) -> ConfigDict:
@@ -200,9 +216,11 @@ def _switches(added: Sequence[str], named: set[str], settings: Mapping[str, Mapp
 
 
 def _combinations(config: ConfigDict, variant: Variant, tune: Sequence[Any]) -> list[dict[str, Any]]:
-  """The combinations of values to try for a variant; as many as `config.compare.trials` says, evenly spread."""
+  """The combinations of values to try for a variant; as many as `config.compare.trials` says, the same in each start.
+  """
   fields = flat(config.to_dict()) | dict(variant.fields)
-  choices = {field: list(dict.fromkeys(values)) for field, values in tune if _matters(field, fields)}
+  choices = {field: [value for k, value in enumerate(values) if value not in values[:k]]
+             for field, values in tune if _matters(field, fields)}
   where = f'config.compare.tune for {variant.name!r}'
   for field, values in choices.items():
     for value in values:
@@ -227,9 +245,9 @@ def _matters(field: str, fields: Mapping[str, Any]) -> bool:
   return True
 
 
-def _longer(config: ConfigDict, baseline: Variant, factor: float) -> dict[str, Any]:
-  """The length of the baseline's training times a factor."""
-  fields = flat(config.to_dict()) | dict(baseline.fields)
+def _longer(config: ConfigDict, plain: Variant, factor: float) -> dict[str, Any]:
+  """The length of a training times a factor."""
+  fields = flat(config.to_dict()) | dict(plain.fields)
   if fields['train.steps']:
     return {'train.steps': round(factor * fields['train.steps'])}
   return {'train.epochs': factor * fields['train.epochs']}

@@ -243,7 +243,7 @@ class Settings:
     sizes = {'target': self.training.batch_size * with_target, 'source': self.joint.batch * with_source}
     needs = methods.all_needs(self.methods, self.model)
     views = sum(sizes[view.stream] for view in needs.forwarded_views)
-    return sum(sizes.values()) + views
+    return round(sum(sizes.values()) + views, 6)  # 1/3 + 2/3 of a batch is a whole one
 
   def check_sets(self, splits: Splits, pool: ImageSet | None) -> None:
     """Raises ValueError where the images are not what can be trained on with these settings; reads none of them."""
@@ -334,19 +334,22 @@ def fine_tune(settings: Settings, workdir: epath.PathLike, embeddings: epath.Pat
   return done
 
 
-def prepare(settings: Settings, work: Workdir, embeddings: epath.PathLike, pretrained: epath.PathLike) -> Sets:
-  """Opens and checks the images of a run, and makes what several runs share: pre-training and embeddings of the pool.
+def open_checked(settings: Settings, work: Workdir) -> Sets:
+  """Opens the images of a run and checks them; `work` is of the run, or of the job that it belongs to."""
+  return _open_sets(settings, work, None, None, check=True)
+
+
+def prepare(settings: Settings, work: Workdir, sets: Sets, embeddings: epath.PathLike,
+            pretrained: epath.PathLike) -> None:
+  """Makes what several runs share: the pre-training and the embeddings of the pool.
 
   Args:
     settings: of one of the runs.
     work: of the job that they belong to.
+    sets: the images of the run.
     embeddings: a folder for embeddings.
     pretrained: the workdir of the pre-training, where there is one.
-
-  Returns:
-    The images that were opened.
   """
-  sets = _open_sets(settings, work, None, None, check=True)
   if settings.pretraining is not None and not parallel.agreed((storage.located(pretrained) / 'results.json').exists):
     pretrain.pretrain(settings.pretraining.without(sets.copies.classes), pretrained, sets.copies.dropped)
   if sets.pool is not None and settings.selection.embeds:
@@ -354,7 +357,6 @@ def prepare(settings: Settings, work: Workdir, embeddings: epath.PathLike, pretr
     encoder = _encoder(settings, weights, storage.located(embeddings), work.unfinished)
     encoder.embed(sets.pool, 'source', settings.selection.class_means)
     embedding.remove_partial(work.unfinished)
-  return sets
 
 
 def _source_batch(ratio: float, training: Training) -> int:

@@ -6,7 +6,7 @@ targets, recipes and tables are not public in code; the protocol is ours and is 
 and in `ft_jax.studies`.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 import functools
 import itertools
 import json
@@ -118,8 +118,17 @@ def _fields(config: Mapping[str, Any], without: Sequence[str] = ()) -> str:
   """The fields of a fine-tuning that its result depends on, as text, less some groups."""
   text, known, fields = functools.partial(json.dumps, sort_keys=True, default=str), defaults(), flat(config)
   unused = [path for path in ADDED if path in fields and text(fields[path]) == text(known[path])]
-  kept = _first_names(run_fields(config, may_change=(*MAY_CHANGE, *unused)))
+  used = run_fields(config, may_change=(*MAY_CHANGE, *unused))
+  # A group of new fields alone, such as that of a new method, is empty now.
+  kept = _first_names(_without_empty(used, {path.rpartition('.')[0] for path in unused}))
   return text({name: value for name, value in kept.items() if name not in without})
+
+
+def _without_empty(config: Mapping[str, Any], groups: Collection[str], prefix: str = '') -> dict[str, Any]:
+  """The config without those of the groups, by path, that have no field left."""
+  inner = lambda value, path: _without_empty(value, groups, f'{path}.') if isinstance(value, Mapping) else value
+  return {name: inner(value, f'{prefix}{name}') for name, value in config.items()
+          if value != {} or f'{prefix}{name}' not in groups}
 
 
 def _first_names(config: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:

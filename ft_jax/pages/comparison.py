@@ -112,7 +112,9 @@ def _costs(comparison: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _count(value: float | None) -> str:
-  return '' if value is None else f'{value:,.0f}'
+  if value is None:
+    return ''
+  return f'{value:,.0f}' if value >= 100 else f'{value:.3g}'
 
 
 def _times(images: float | None, base: float | None) -> str:

@@ -54,6 +54,10 @@ def forest(comparison: Mapping[str, Any]) -> Figure:
         axes.axhspan(row - 0.5, row + 0.5, color='#f8fafc', zorder=0)
     _draw_seeds(left, row, variant, comparison['metric'])
     _draw_differences(right, row, variant['summary']['differences'], kinds_of(comparison))
+  accuracies = [variant['summary'][comparison['metric']] for variant in variants]
+  left.set_xlim(*_limits([accuracy for accuracy in accuracies if accuracy is not None]))
+  right.set_xlim(*_limits([difference for variant in variants
+                           for difference in variant['summary']['differences'].values()], 0.0))
   names = fonts.labels((variant['name'] for variant in variants), _NAME)
   left.set_yticks(range(len(variants)), names, fontsize=9, fontfamily=fonts.families(names))
   left.set_ylim(len(variants) - 0.5, -0.5)
@@ -105,7 +109,7 @@ _FROM = {'baseline': f'plain at {HEADS["baseline"]}', 'equal_compute': f'plain a
 
 
 def curves(axis: str, drawn: Sequence[Curve], metric: str) -> Figure:
-  """Accuracy against the values of a field; a curve of one point without a value is a band from side to side."""
+  """Accuracy against the values of a field; a curve of one point without a value is a line from side to side."""
   values = sorted({point.value for curve in drawn for point in curve.points if point.value is not None}, key=_order)
   numeric = all(isinstance(value, (int, float)) for value in values)
   at = {value: float(value) if numeric else float(k) for k, value in enumerate(values)}
@@ -116,7 +120,6 @@ def curves(axis: str, drawn: Sequence[Curve], metric: str) -> Figure:
     color, style = COLORS[k % len(COLORS)], '-' if k < len(COLORS) else '--'
     if [point.value for point in curve.points] == [None]:
       [point] = curve.points
-      axes.axhspan(*(100 * bound for bound in point.interval), color=color, alpha=0.08, linewidth=0)
       axes.axhline(100 * point.mean, color=color, linewidth=1.2, linestyle=':', label=name)
       continue
     points = sorted((point for point in curve.points if point.value is not None), key=lambda point: at[point.value])
@@ -127,7 +130,8 @@ def curves(axis: str, drawn: Sequence[Curve], metric: str) -> Figure:
   if numeric and values and values[0] > 0 and values[-1] >= 8 * values[0]:
     axes.set_xscale('log')
     axes.minorticks_off()
-  labels = fonts.labels(map(str, values), 20)
+  axes.set_ylim(*_limits([point._asdict() for curve in drawn for point in curve.points]))
+  labels = fonts.labels((f'{value:g}' if isinstance(value, float) else str(value) for value in values), 20)
   axes.set_xticks([at[value] for value in values], labels, fontfamily=fonts.families(labels))
   axes.set(xlabel=f'config.{axis}', ylabel=f'{METRICS[metric]}, %')
   axes.spines[['top', 'right']].set_visible(False)
@@ -158,6 +162,25 @@ def training(histories: Sequence[History]) -> Figure:
   figure.legend(handles, labels, loc='outside right upper', frameon=False,
                 prop={'family': fonts.families(names), 'size': 8})
   return figure
+
+
+def _limits(shown: Sequence[Mapping[str, Any]], *included: float) -> tuple[float, float]:
+  """The ends of an axis in per cent for means with intervals; intervals that are much wider than most reach over it.
+
+  Of two seeds, as a comparison that is not finished may have, an interval is so wide that nothing else could be seen.
+
+  Args:
+    shown: `mean` and `interval` of each.
+    *included: further values that must lie on it.
+  """
+  if not shown:
+    return 0.0, 1.0
+  means = np.array([each['mean'] for each in shown])
+  widths = np.array([(each['interval'][1] - each['interval'][0]) / 2 for each in shown])
+  widths = np.minimum(widths, 3 * np.median(widths))
+  low, high = min(*(means - widths), *included, means[0]), max(*(means + widths), *included, means[0])
+  room = 0.05 * (high - low) or 0.01
+  return 100 * (low - room), 100 * (high + room)
 
 
 def _order(value: Any) -> tuple[int, float, str]:

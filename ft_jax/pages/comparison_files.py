@@ -13,7 +13,7 @@ from ft_jax.workdir import read_json, read_metrics
 from selection import Selection
 
 # Points of a line of a picture.
-_POINTS = 150
+_POINTS = 30
 # Beginnings of fields that mean nothing to plain fine-tuning.
 _OF_SOURCE = ('selection.', 'source')
 

@@ -44,7 +44,7 @@ def accuracy_text(summary: Mapping[str, Any], metric: str) -> str:
   if accuracy is None:
     return ''
   low, high = (100 * bound for bound in accuracy['interval'])
-  return f'{100 * accuracy["mean"]:.1f} [{max(low, 0.0):.1f}, {min(high, 100.0):.1f}]'
+  return f'{100 * accuracy["mean"]:.1f} [{low:.1f}, {high:.1f}]'
 
 
 def difference_text(difference: Mapping[str, Any] | None) -> str:

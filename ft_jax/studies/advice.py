@@ -68,8 +68,8 @@ def _on_gain(variant: Mapping[str, Any], differences: Mapping[str, Any]) -> str:
   if variant['fields'].get('selection.method') == 'random':
     return (f'Use source images, of classes chosen at random: {told}. No other choice was better on val, so the gain '
             'comes from any source images and not from the selection.')
-  if random is None:
-    return f'Use it: {told}. Whether other source images would do as well is not known: add a random selection.'
+  if random is None or random['p'] is None:
+    return f'Use it: {told}. Whether other source images would do as well is not known: compare it with random choice.'
   if _shown(random) and random['mean'] > 0:
     return f'Use it: {told}.'
   return (f'Use it, but the choice of source images is not what helps: {told}. The gain comes from any source images '

@@ -147,7 +147,8 @@ class _Images:
     finished = [variant for variant in variants if variant.cells]
     tables = [self._table(variant, list(variant.cells)) for variant in finished]
     found = paired.estimates(tables, self._classes(metric))
-    return {variant.name: {'mean': estimate.mean, 'interval': list(estimate.interval)}
+    return {variant.name: {'mean': estimate.mean, 'interval': [max(estimate.interval[0], 0.0),
+                                                               min(estimate.interval[1], 1.0)]}
             for variant, estimate in zip(finished, found)}
 
   def differences(self, pairs: Sequence[tuple[str, _Variant, _Variant]],
@@ -155,12 +156,17 @@ class _Images:
     """For each (kind, variant, other) the difference by kind and name of the variant, see `summarize`; without those
     that share no seed.
     """
-    seeds = [[seed for seed in one.cells if seed in other.cells] for _, one, other in pairs]
+    seeds = [self._common_seeds(one, other) for _, one, other in pairs]
     shared = [(pair, common) for pair, common in zip(pairs, seeds) if common]
     tables = [self._table(one, common) - self._table(other, common) for (_, one, other), common in shared]
     found = paired.estimates(tables, self._classes(metric))
     return {(kind, one.name): {'to': other.name, **self._difference(estimate, common)}
             for ((kind, one, other), common), estimate in zip(shared, found)}
+
+  def _common_seeds(self, one: _Variant, other: _Variant) -> list[int]:
+    """The seeds that both variants have, with at least one image in common."""
+    return [seed for seed in one.cells if seed in other.cells and not np.isnan(
+        self._correct[one.name, seed] - self._correct[other.name, seed]).all()]
 
   def _difference(self, estimate: Estimate, seeds: Sequence[int]) -> dict[str, Any]:
     several = len(seeds) > 1

@@ -71,9 +71,15 @@ def estimates(tables: Sequence[np.ndarray], classes: np.ndarray | None = None, r
   """
   if not tables:
     return []
-  parts = [_Parts.of(np.asarray(table, np.float64), classes) for table in tables]
+  images = tables[0].shape[1]
+  blocks = np.zeros(images, int)
+  if classes is None:
+    classes = blocks
+  else:
+    blocks = _blocks(classes, np.mean([(~np.isnan(table)).mean(0) for table in tables], 0))
+  parts = [_Parts.of(np.asarray(table, np.float64), classes, blocks) for table in tables]
   rng = np.random.default_rng(seed)
-  of_images = _image_deviations(np.stack([part.image_effects for part in parts], 1), parts[0].blocks, resamples, rng)
+  of_images = _image_deviations(np.stack([part.image_effects for part in parts], 1), blocks, resamples, rng)
   numbers = {len(part.scores) for part in parts}
   # The draws for a table do not depend on how many seeds other tables have.
   spread, uniform = rng.random(resamples), rng.random((max(numbers), resamples)).T
@@ -101,11 +107,10 @@ def seeds_needed(estimate: Estimate, half_width: float = 0.01, most: int = 1000)
   if not math.isfinite(estimate.seed_variance):
     return None
   z = float(stats.norm.ppf(_UPPER))
-  for seeds in range(2, most + 1):
-    t = float(stats.t.ppf(_UPPER, seeds - 1))
-    if t**2 * estimate.seed_variance / seeds + z**2 * estimate.image_variance <= half_width**2:
-      return seeds
-  return None
+  seeds = np.arange(2, most + 1)
+  t = stats.t.ppf(_UPPER, seeds - 1)
+  enough = t**2 * estimate.seed_variance / seeds + z**2 * estimate.image_variance <= half_width**2
+  return int(seeds[enough.argmax()]) if enough.any() else None
 
 
 def images_needed(estimate: Estimate, images: int, half_width: float = 0.01) -> int:
@@ -124,34 +129,33 @@ class _Parts:
     image_variance: see `Estimate`.
     image_effects: `[N]`, what each image adds to the mean over seeds, above its block; scaled so that the sum over
       resampled images has the variance `image_variance`.
-    blocks: int `[N]`, within which images are resampled.
   """
   scores: np.ndarray
   noise_variance: float
   image_variance: float
   image_effects: np.ndarray
-  blocks: np.ndarray
 
   @classmethod
-  def of(cls, table: np.ndarray, classes: np.ndarray | None) -> '_Parts':
+  def of(cls, table: np.ndarray, classes: np.ndarray, blocks: np.ndarray) -> '_Parts':
+    """Of a table; `blocks` are int `[N]`, within which images are resampled; others as of `estimates`."""
     present = ~np.isnan(table)
     if not len(table) or not present.any(1).all():
       raise ValueError(f'a table of {table.shape[0]} seeds by {table.shape[1]} images has a seed without images, or '
                        'none; expected at least one image of each seed')
     filled = np.where(present, table, 0.0)
-    blocks = np.zeros(table.shape[1], int) if classes is None else _blocks(classes)
-    weights = _weights(present, np.zeros(table.shape[1], int) if classes is None else classes)
+    weights = _weights(present, classes)
     # What each image adds to a seed's score, above the other images of its block.
     added = weights * (filled - _block_means(filled, present, blocks))
     sizes = np.bincount(blocks, present.mean(0))
-    small = np.where(sizes > 1, sizes / np.maximum(sizes - 1, 1e-9), 0.0)[blocks]
+    # For deviations from the mean of the same images; of one image alone nothing is known.
+    small = np.where(sizes > 1, sizes / np.maximum(sizes - 1, 0.5), 0.0)[blocks]
     seeds, scores, effects = len(table), (weights * filled).sum(1), added.mean(0)
     noise_variance, image_variance = 0.0, float(small @ effects**2)
     if seeds > 1:
       noise_variance = float(small @ added.var(0, ddof=1))
       shared = (added.sum(0) ** 2 - (added**2).sum(0)) / (seeds * (seeds - 1))
       image_variance = max(float(small @ shared), 0.0)
-    return cls(scores, noise_variance, image_variance, _with_norm(effects, math.sqrt(image_variance)), blocks)
+    return cls(scores, noise_variance, image_variance, _with_norm(effects, math.sqrt(image_variance)))
 
 
 def _with_norm(values: np.ndarray, norm: float) -> np.ndarray:
@@ -166,9 +170,14 @@ def _weights(present: np.ndarray, classes: np.ndarray) -> np.ndarray:
   return present / np.maximum(counts, 1)[:, classes] / (counts > 0).sum(1, keepdims=True)
 
 
-def _blocks(classes: np.ndarray) -> np.ndarray:
-  """The classes, where those of a single image are one block: alone, nothing is known of their variance."""
-  single = np.bincount(classes)[classes] == 1
+def _blocks(classes: np.ndarray, present: np.ndarray) -> np.ndarray:
+  """The classes, where those with less than two images are one block: alone, nothing is known of their variance.
+
+  Args:
+    classes: int `[N]`.
+    present: `[N]`, the fraction of seeds that have the image.
+  """
+  single = np.bincount(classes, present)[classes] < 2
   return np.unique(np.where(single, -1, classes), return_inverse=True)[1]
 
 

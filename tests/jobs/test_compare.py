@@ -7,10 +7,12 @@ import logging
 
 import pytest
 
+from configs import compare as ready
 from configs import default
 from ft_jax import compiled, methods
 from ft_jax.jobs import compare, finetune
 from ft_jax.jobs.compare_variants import Cell, cell_config, declared_variants
+from ft_jax.pages import comparison
 from ft_jax.progress import log
 from ft_jax.training.loop import Diverged
 from ft_jax.workdir import Workdir, write_results, write_text
@@ -96,6 +98,7 @@ def fake(monkeypatch):
   training = FakeTraining()
   monkeypatch.setattr(finetune, 'fine_tune', training)
   monkeypatch.setattr(compare, '_prepare', lambda *_: None)
+  monkeypatch.setattr(comparison, 'write', lambda work: None)
   monkeypatch.setattr(compiled, 'clear_compiled', lambda: None)
   return training
 
@@ -147,6 +150,26 @@ def test_a_changed_grid_keeps_what_fits(fake, tmp_path, caplog):
   old.train.momentum = 0.5
   compare.run(old, tmp_path)
   assert fake.folders == ['cells/plain-seed-0', 'cells/plain-seed-1']
+
+
+def test_runs_of_earlier_versions_are_taken_over(fake, tmp_path):
+  """They were in folders beside the comparison's own files, with its fields as they were called then."""
+  config = small(variants=('none', 'uot'), seeds=(0,))
+  compare.run(config, tmp_path)
+  assert len(fake.folders) == 2
+  for new, old in (('plain-seed-0', 'none-0'), ('uot-seed-0', 'uot-0')):
+    (tmp_path / 'cells' / new).rename(tmp_path / old)
+    (tmp_path / old / 'outcome.json').unlink()
+    fields = json.loads((tmp_path / old / 'config.json').read_text())
+    fields['compare'] = {'methods': [old[:-2]], 'seeds': [0]}
+    (tmp_path / old / 'config.json').write_text(json.dumps(fields))
+  changed = json.loads((tmp_path / 'uot-0' / 'config.json').read_text())
+  changed['train']['momentum'] = 0.3
+  (tmp_path / 'uot-0' / 'config.json').write_text(json.dumps(changed))
+  finished = (tmp_path / 'none-0' / 'results.json').read_text()
+  compare.run(config, tmp_path)
+  assert (tmp_path / 'cells' / 'plain-seed-0' / 'results.json').read_text() == finished
+  assert not (tmp_path / 'none-0').exists() and (tmp_path / 'uot-0').exists(), 'the second one does not fit'
 
 
 def test_a_failed_run_does_not_stop_the_others(fake, tmp_path):
@@ -246,6 +269,22 @@ def test_equal_compute_is_plain_with_as_many_images(fake, tmp_path):
   assert [variant.name for variant in compare.plan(only_plain)[0]] == ['plain', 'long']
 
 
+def test_equal_compute_along_an_axis():
+  """Each value of a field that means something to plain fine-tuning has its own; a field of the source has one."""
+  few, many = {'target.train_per_class': 2}, {'target.train_per_class': 5}
+  along = [('plain 2', few | NONE), ('uot 2', few | UOT), ('plain 5', many | NONE), ('uot 5', many | UOT)]
+  of_both = small(variants=tuple(along), equal_compute=True, axis='target.train_per_class')
+  added = [variant for variant in compare.plan(of_both)[0] if 'equal compute' in variant.name]
+  assert [(variant.name, variant.fields['target.train_per_class'], variant.fields['train.steps'])
+          for variant in added] == [('plain 2, equal compute', 2, 6), ('plain 5, equal compute', 5, 6)]
+  sizes = tuple((f'uot {size}', UOT | {'selection.size': size}) for size in (3, 5))
+  of_source = small(variants=('none', *sizes), equal_compute=True, axis='selection.size')
+  assert [variant.name for variant in compare.plan(of_source)[0]] == ['plain', 'plain, equal compute', 'uot 3', 'uot 5']
+
+
+NONE, UOT = {'selection.method': 'none'}, {'selection.method': 'uot'}
+
+
 @pytest.mark.parametrize('fields,said', [
     ({'variants': ()}, 'config.compare.variants and config.compare.seeds need at least one entry each'),
     ({'seeds': (1, 1)}, 'config.compare.seeds has 1 twice'),
@@ -274,3 +313,42 @@ def test_a_selection_file_belongs_to_a_variant(tmp_path):
   config.selection.file = str(tmp_path / 'ids')
   with pytest.raises(ValueError, match='config.selection.file is one selection for all variants; set it in the fields'):
     compare.plan(config)
+
+
+# --- the real thing ---
+
+
+@pytest.mark.slow
+def test_two_processes_find_what_one_finds(tmp_path, caplog):
+  """Trials, cells, and a second start; test is read once for each cell and for no trial."""
+  config = small(variants=('uot',), seeds=(0,), tune=(('train.learning_rate', (0.01, 0.1)),))
+  config.target.val, config.model.width, config.selection.size = 'val', 2, 3
+  config.augment.short_side = 16
+  with log_captured(caplog):
+    one = compare.run(config, tmp_path / 'one')
+    tested = {record.created for record in caplog.records if 'test (252 images' in record.getMessage()}
+    assert len(tested) == 1
+    two = compare.run(config, tmp_path / 'two', processes=2)
+  assert one == two
+  assert '2 processes work on it' in caplog.text
+  for folder in ('one', 'two'):
+    trials = [json.loads(path.read_text()) for path in (tmp_path / folder / 'trials').glob('*/results.json')]
+    assert len(trials) == 2 and all(trial['test'] is None for trial in trials)
+    assert (tmp_path / folder / 'report.html').exists()
+    assert not list((tmp_path / folder / 'trials').glob('*/report.html'))
+  before = (tmp_path / 'two' / 'cells' / 'uot-seed-0' / 'results.json').stat().st_mtime_ns
+  compare.run(config, tmp_path / 'two', processes=2)
+  assert (tmp_path / 'two' / 'cells' / 'uot-seed-0' / 'results.json').stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize('question', list(ready.QUESTIONS))
+def test_the_ready_lists_can_be_asked(question):
+  """Every variant can work, and each has as many trials as the others."""
+  config = ready.get_config(question)
+  config.target.name, config.source.name = 'digits:target', 'digits:pool'
+  config.model.width, config.image_size = 4, 32
+  variants, _ = compare.plan(config)
+  assert len({len(variant.combinations) for variant in variants}) == 1
+  assert config.compare.axis in ('', *variants[-1].fields)
+  with pytest.raises(ValueError, match='configs/compare.py:other is not known; known: main, controls'):
+    ready.get_config('other')

@@ -103,6 +103,9 @@ def test_curves_along_an_axis(twelve):
   assert curves == {'plain': [None], 'plain, equal compute': [None], 'uot': [5, 10, 20, 40], 'random': [5, 10, 20, 40]}
   axes = comparison_figures.curves('selection.size', axis_curves(whole, {}), 'top1').axes[0]
   assert axes.get_xscale() == 'log' and [text.get_text() for text in axes.get_xticklabels()] == ['5', '10', '20', '40']
+  wide = comparison_figures.Curve('two seeds', [comparison_figures.Point(5, 0.5, (0.0, 1.0))])
+  low, high = comparison_figures.curves('selection.size', [*axis_curves(whole, {}), wide], 'top1').axes[0].get_ylim()
+  assert 20 < low < high < 80, 'an interval that is much wider than all others reaches over the picture'
   named = [comparison_figures.Curve('uot', [comparison_figures.Point(value, 0.5, (0.4, 0.6)) for value in ('a', 'b')])]
   assert comparison_figures.curves('train.schedule', named, 'top1').axes[0].get_xscale() == 'linear'
 

@@ -1,5 +1,6 @@
 """Whole jobs on real images, in processes of their own: what a user runs, and what stays when it is interrupted."""
 
+import html
 import json
 import os
 import pathlib
@@ -21,7 +22,7 @@ from selection.ranking import NOUNS
 
 ROOT = pathlib.Path(__file__).parents[2]
 
-TINY = ['--config=configs/digits.py', '--config.model.width=4', '--config.image_size=16',
+TINY = ['--config=configs/digits.py:finetune', '--config.model.width=4', '--config.image_size=16',
         '--config.augment.short_side=16',
         '--config.selection.size=5']
 PRETRAIN = ['--config.job=pretrain', '--config.model.weights=', "--config.train.learning_rate_groups=(('.*',1.0),)",
@@ -314,15 +315,20 @@ def test_same_images_on_both_sides_are_refused(photos, tmp_path):
 @pytest.mark.skipif('FT_JAX_STRESS' not in os.environ,
                     reason='FT_JAX_STRESS is not set: the whole demo is a part of make stress')
 def test_the_demo(tmp_path):
-  """The README's first command, whole: optimal transport puts the ten digits above the sixteen patches, and the target
-  is learnt."""
+  """The README's first command, whole: optimal transport puts the ten digits above the sixteen patches, all runs share
+  one pre-training, and the last line but one is advice."""
   run = main(tmp_path / 'demo', '--config=configs/digits.py', devices=1, optimize=True)
   assert run.returncode == 0, run.stderr
-  selection = json.loads((tmp_path / 'demo' / 'selection.json').read_text())
-  assert sorted(selection['names'][i] for i in selection['units']) == [f'digit {i}' for i in range(10)]
-  assert selection['solver']['error'] < 1e-6
-  results = json.loads((tmp_path / 'demo' / 'results.json').read_text())
-  assert results['test']['top1'] > 0.7 and results['test']['images'] == 252
+  assert run.stderr.count('pre-training resnet18') == 1
+  result = json.loads((tmp_path / 'demo' / 'compare.json').read_text())
+  assert [variant['name'] for variant in result['variants']] == ['plain', 'plain, equal compute', 'random', 'uot']
+  assert all(len(variant['cells']) == 3 for variant in result['variants']) and result['images'] == 252
+  for cell in result['variants'][-1]['cells']:
+    selection = json.loads((tmp_path / 'demo' / cell['folder'] / 'selection.json').read_text())
+    assert sorted(selection['names'][i] for i in selection['units']) == [f'digit {i}' for i in range(10)]
+    assert selection['solver']['error'] < 1e-6
+    assert cell['top1'] > 0.5
+  assert result['advice'] in run.stderr and result['advice'] in html.unescape((tmp_path / 'demo' / 'report.html').read_text())
 
 
 def test_results_say_where_they_come_from(finished, weights):

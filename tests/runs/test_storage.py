@@ -36,7 +36,7 @@ from ft_jax.workdir import saved_steps, Workdir, write_results
 from selection import Embeddings, Selection, storage
 from selection.journal import Journal
 
-FLAGS = ['--config=configs/digits.py', '--config.model.width=4', '--config.image_size=16',
+FLAGS = ['--config=configs/digits.py:finetune', '--config.model.width=4', '--config.image_size=16',
          '--config.augment.short_side=16',
          '--config.model.weights=', "--config.train.learning_rate_groups=(('.*',1.0),)", '--config.selection.size=5',
          '--config.selection.method=random', '--config.train.steps=12', '--config.train.eval_every=4',

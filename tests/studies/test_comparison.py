@@ -65,6 +65,16 @@ def test_seeds_that_both_have_are_paired():
   assert least['top1'] is None and least['val'] is None and not least['differences'] and least['failed'] == 1
 
 
+def test_seeds_with_other_images_in_each_variant():
+  """Nothing can be paired, so there is no difference; accuracies are there all the same."""
+  table, found = case.make({'plain': (case.PLAIN, PLAIN), 'uot': (case.UOT, PLAIN)})
+  for seed in range(4):
+    predicted = found[f'cells/uot-seed-{seed}']
+    predicted['ids'] = [f'val/{name}' for name in predicted['ids']]
+  uot = summarize(table, found)['variants'][1]['summary']
+  assert uot['seeds'] == 5 and uot['differences']['baseline']['seeds'] == 1
+
+
 def test_which_variants_are_compared():
   """Equal compute by the images through the network; random choice of as many units, trained alike."""
   rows = {0: PLAIN[0], 1: PLAIN[1]}

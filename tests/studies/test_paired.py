@@ -96,6 +96,15 @@ def test_seeds_with_other_images():
     paired.estimates([np.full((2, 3), np.nan)])
 
 
+def test_classes_with_one_image_a_seed():
+  """Of a val split that depends on the seed: no number is divided by nearly nothing."""
+  table, classes = np.full((3, 12), np.nan), np.arange(12) % 4
+  for seed in range(3):
+    table[seed, 4 * seed:4 * seed + 4] = [1, 0, seed % 2, 1]
+  [estimate] = paired.estimates([table], classes)
+  assert estimate.scores == (0.5, 0.75, 0.5) and estimate.half_width < 1
+
+
 def test_the_same_input_gives_the_same_numbers():
   """Also beside other tables: no interval changes because a variant is added."""
   found = [*tables(np.random.default_rng(0), 2, 5, 80), *tables(np.random.default_rng(1), 1, 9, 80)]

@@ -11,6 +11,7 @@ from torch_record import error, Record
 from torch_weights import RESNET
 
 from ft_jax import parallel
+from ft_jax.methods import METHODS
 from ft_jax.models import build, export
 from ft_jax.training.forward import forward
 from ft_jax.training.optimizer import make_optimizer, parameter_factors
@@ -246,3 +247,12 @@ def test_statistics_of_each_stream_on_several_devices():
   for one, other in (states[:2], states[2:]):
     for a, b in zip(jax.tree.leaves((one.params, one.batch_stats)), jax.tree.leaves((other.params, other.batch_stats))):
       np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * np.abs(b).max() + 1e-6)
+
+
+def test_statistics_of_each_stream_with_views_of_methods():
+  """Source images and their strong view go together; the pass of momentum keys is one of its own."""
+  active = {'bi_tuning': METHODS['bi_tuning'](weight=1.0), 'fixmatch': METHODS['fixmatch'](weight=1.0)}
+  model = method_case.network(stages=1, batch_norm='per_stream')
+  state, history = method_case.run(active, model=model, devices=2)
+  assert all(np.isfinite(value) for value in history[0].values()) and history[0]['loss_fixmatch'] > 0
+  assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
