@@ -12,7 +12,7 @@ import tempfile
 import PIL.Image
 
 ROOT = pathlib.Path(__file__).parents[1]
-WIDTH, HEIGHT = 900, 1095
+WIDTH, HEIGHT = 960, 960
 BROWSERS = ('chromium', 'chromium-browser', 'google-chrome', 'chrome')
 
 

@@ -37,8 +37,11 @@ from ft_jax.settings import check_fields, flat
 from ft_jax.studies.comparison import summarize
 from ft_jax.training.loop import Interrupted
 from ft_jax.workdir import read_json, Workdir, write_results, write_text
+from selection import storage
 
 FORMAT_VERSION = 1
+# Groups and fields that decide which images a fine-tuning has, and how they are embedded.
+_OF_IMAGES = ('target', 'source', 'data', 'noise', 'model', 'image_size', 'augment')
 
 
 def run(config: ConfigDict, workdir: epath.PathLike, processes: int = 1) -> dict[str, Any]:
@@ -53,7 +56,7 @@ def run(config: ConfigDict, workdir: epath.PathLike, processes: int = 1) -> dict
     ValueError: a setting that cannot be used, in any variant.
     RuntimeError: some of the fine-tunings failed; the others are finished.
   """
-  _check_processes(processes)
+  _check_processes(processes, workdir)
   variants, settings = plan(config)
   work = Workdir(workdir, config.to_dict(), shared=True)
   pretrained = work.path / 'pretrain' if config.model.weights == 'pretrain' else None
@@ -98,28 +101,23 @@ def plan(config: ConfigDict) -> tuple[list[Variant], list[finetune.Settings]]:
 
 
 def _check_variant(config: ConfigDict, variant: Variant) -> finetune.Settings:
-  """The settings of a variant with its first combination; raises ValueError where any value to be tried is refused."""
-  first: finetune.Settings | None = None
-  seen: set[str] = set()
-  for tuned in variant.combinations:
-    new = {f'{field}={value}' for field, value in tuned.items()}
-    if first is None or new - seen:  # each value once is enough: all combinations would take long
-      try:
-        cell = Cell(variant, config.compare.seeds[0], tuned, trial=True)
-        settings = finetune.Settings.from_config(cell_config(config, cell))
-      except ValueError as error:
-        raise ValueError(f'config.compare.variants, {variant.name!r}: {error}') from error
-      first = first or settings
-      seen |= new
-  assert first is not None, 'a variant has at least one combination'
-  return first
+  """The settings of a variant with its first combination; raises ValueError where any combination is refused."""
+  cells = [Cell(variant, config.compare.seeds[0], tuned, trial=True) for tuned in variant.combinations]
+  try:
+    return [finetune.Settings.from_config(cell_config(config, cell)) for cell in cells][0]
+  except ValueError as error:
+    raise ValueError(f'config.compare.variants, {variant.name!r}: {error}') from error
 
 
-def _check_processes(processes: int) -> None:
+def _check_processes(processes: int, workdir: epath.PathLike) -> None:
+  """Raises ValueError where so many processes cannot work side by side."""
   if processes > 1:
     workers.share_gpu_memory()
   if processes < 1:
     raise ValueError(f'--workers is {processes}; expected at least 1')
+  if processes > 1 and storage.is_url(workdir):
+    raise ValueError(f'--workers is {processes}, but {workdir} is on object storage, where no process can claim a run; '
+                     'use --workers=1, or a folder on a disk')
   if processes > 1 and jax.process_count() > 1:
     raise ValueError(f'--workers is {processes}, but this is one of {jax.process_count()} processes that train '
                      'together; use --workers=1, or start the command on each host with --num_processes=1')
@@ -146,7 +144,7 @@ def _prepare(grid: Grid, work: Workdir, settings: Sequence[finetune.Settings]) -
   opened: dict[str, tuple[finetune.Settings, finetune.Sets]] = {}
   with grid.lock_for('prepare'):
     for variant, each in zip(grid.variants, settings):
-      shared = {name: each.fields[name] for name in ('target', 'source', 'data', 'noise', 'model')}
+      shared = {name: each.fields[name] for name in _OF_IMAGES}
       key = json.dumps([shared, each.selection.embeds, each.selection.class_means, each.uses_source])
       try:
         if key not in opened:
@@ -264,9 +262,10 @@ class Report:
     if problems:
       raise RuntimeError(f'{len(problems)} of {grid.size} runs failed: {"; ".join(problems[:5])}. The same command '
                          'tries them again')
-    if not parallel.agreed(work.results_json.exists):
-      write_results(work, results_by_variant(grid))
-    return parallel.agreed(lambda: read_json(work.results_json))
+    results = parallel.agreed(lambda: results_by_variant(grid))
+    if parallel.agreed(work.results) != results:  # another grid may have been finished before
+      write_results(work, results)
+    return results
 
   def _summary(self, cell: Cell, outcome: Outcome) -> str:
     if outcome.results is None:

@@ -588,7 +588,6 @@ def _about(settings: Settings, results: Mapping[str, Any], sets: Sets, weights: 
       # Of embeddings None where none were made.
       'precision': {**results['precision'], 'embeddings': embedding.PRECISION if embedded else None},
       'target': target, 'source': source, 'selection': selected, 'weights': weights.about if weights else None,
-      'stream_steps': {name: [stream.first + 1, stream.end or results['steps']] for name, stream in streams.items()},
       'noise': sets.noise.about, 'skipped': skipped_summary(sets.skipped), 'duplicates': sets.copies.summary()}
 
 

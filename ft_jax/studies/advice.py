@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ft_jax.studies.paired import MOST_SEEDS
+
 # A p-value after correction below this is taken for a difference.
 LEVEL = 0.05
 # A difference that is smaller is not worth having, as a fraction of the test images.
@@ -98,6 +100,8 @@ def needed_text(difference: Mapping[str, Any]) -> str:
   """How many seeds it takes to see one point."""
   if difference['seeds_needed'] is not None:
     return f'about {_rounded(difference["seeds_needed"])} seeds would be needed for one point'
+  if difference['images_needed'] is None:
+    return f'more than {MOST_SEEDS:,d} seeds would be needed for one point'
   images = _rounded(difference['images_needed'])
   return f'more seeds cannot show one point: that takes about {images} test images'
 
@@ -114,9 +118,13 @@ def _shown(difference: Mapping[str, Any]) -> bool:
 
 def _phrase(name: str, differences: Mapping[str, Any]) -> str:
   """All differences of a variant in words."""
-  against = {'equal_compute': 'over plain fine-tuning at equal compute', 'random': 'over random choice'}
-  against['baseline'] = 'over plain fine-tuning at equal target images'
-  told = [f'{points(differences[kind]["mean"])} points {against[kind]} ({interval_text(differences[kind])})'
-          for kind in ('equal_compute', 'baseline', 'random') if kind in differences]
+  others = {'equal_compute': 'plain fine-tuning at equal compute',
+            'baseline': 'plain fine-tuning at equal target images', 'random': 'random choice'}
+  told = []
+  for kind, other in others.items():
+    if kind in differences:
+      difference = differences[kind]
+      than = 'over' if difference['mean'] >= 0 else 'against'
+      told.append(f'{points(difference["mean"])} points {than} {other} ({interval_text(difference)})')
   missing = '' if 'equal_compute' in differences else '; plain fine-tuning at equal compute was not run'
   return f'{name} has {", ".join(told)}{missing}'

@@ -45,8 +45,8 @@ def summarize(comparison: Mapping[str, Any], predictions: Mapping[str, Mapping[s
     the other variant), `seeds` (those that both have), `mean`, `interval`, `over` ('seeds and images', or 'images'
     where there is one seed), `p` and `p_holm` (after Holm's correction over all variants with that comparison; None for
     one seed), `by_seed` (pairs of a seed and its difference), `seeds_needed` for an interval of one point to each side
-    on these test images (None where no number would do, or one seed is all there is), and `images_needed` (the test
-    images that it takes then; else None).
+    on these test images (None where up to 1,000 would not do, or one seed is all there is), and `images_needed` (where
+    no number of seeds would do on so few test images, how many it takes; else None).
 
   Raises:
     ValueError: predictions of two cells that disagree on the classes of the test images.
@@ -171,12 +171,13 @@ class _Images:
   def _difference(self, estimate: Estimate, seeds: Sequence[int]) -> dict[str, Any]:
     several = len(seeds) > 1
     needed = paired.seeds_needed(estimate)
-    too_few = several and needed is None
+    least = paired.images_needed(estimate, len(self._labels))
+    too_few = several and needed is None and least > len(self._labels)
     return {
         'seeds': len(seeds), 'mean': estimate.mean, 'interval': list(estimate.interval),
         'over': 'seeds and images' if several else 'images', 'p': estimate.p if several else None,
         'by_seed': [[seed, score] for seed, score in zip(seeds, estimate.scores)], 'seeds_needed': needed,
-        'images_needed': paired.images_needed(estimate, len(self._labels)) if too_few else None}
+        'images_needed': least if too_few else None}
 
   def _row(self, found: Mapping[str, Any]) -> np.ndarray:
     """Right (1) or wrong (0) for each image; NaN for those that the run did not have."""

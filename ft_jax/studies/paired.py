@@ -25,6 +25,8 @@ from scipy import stats
 RESAMPLES = 9_999
 CONFIDENCE = 0.95
 _UPPER = (1 + CONFIDENCE) / 2
+# More seeds than this are not worth thinking about.
+MOST_SEEDS = 1000
 # Numbers of a resampling matrix that are in memory at a time.
 _BLOCK = 1 << 23
 
@@ -102,12 +104,14 @@ def holm(p_values: Sequence[float]) -> list[float]:
   return adjusted
 
 
-def seeds_needed(estimate: Estimate, half_width: float = 0.01, most: int = 1000) -> int | None:
-  """The number of seeds with which the interval would be so narrow on the same test images; None if none would do."""
+def seeds_needed(estimate: Estimate, half_width: float = 0.01) -> int | None:
+  """The number of seeds with which the interval would be so narrow on the same test images; None if up to MOST_SEEDS
+  would not do.
+  """
   if not math.isfinite(estimate.seed_variance):
     return None
   z = float(stats.norm.ppf(_UPPER))
-  seeds = np.arange(2, most + 1)
+  seeds = np.arange(2, MOST_SEEDS + 1)
   t = stats.t.ppf(_UPPER, seeds - 1)
   enough = t**2 * estimate.seed_variance / seeds + z**2 * estimate.image_variance <= half_width**2
   return int(seeds[enough.argmax()]) if enough.any() else None

@@ -104,6 +104,7 @@ def fit(training: Training, work: Workdir, data: TrainingData, network: InitialN
   return {'best_step': best, 'steps': plan.steps, 'steps_per_epoch': len(data.first.images) / data.first.batch_size,
           'seed': data.seed, 'metric': training.metric, **environment(),
           'batch_norm': _batch_norm(network.model), 'precision': {'training': network.model.precision},
+          'stream_steps': {name: [stream.first + 1, stream.end or plan.steps] for name, stream in data.streams.items()},
           'refit_head': refitted, 'devices_from_step': devices, 'skipped_batches': len(divergences.skipped),
           'cost': parallel.agreed(lambda: training_cost(data, needs, plan.steps, work.metrics())),
           **_final_evaluations(run, parallel.replicate(state), best)}

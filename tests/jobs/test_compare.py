@@ -150,6 +150,9 @@ def test_a_changed_grid_keeps_what_fits(fake, tmp_path, caplog):
   old.train.momentum = 0.5
   compare.run(old, tmp_path)
   assert fake.folders == ['cells/plain-seed-0', 'cells/plain-seed-1']
+  old.compare.seeds = (0,)
+  assert compare.run(old, tmp_path)['seeds'] == json.loads((tmp_path / 'results.json').read_text())['seeds'] == [0]
+  assert fake.folders == []
 
 
 def test_runs_of_earlier_versions_are_taken_over(fake, tmp_path):
@@ -306,6 +309,13 @@ def test_what_cannot_work_is_refused_before_anything_is_run(fake, tmp_path, fiel
   assert fake.runs == [] and not (tmp_path / 'run').exists()
 
 
+def test_how_many_processes_can_work():
+  for processes, folder, said in ((0, 'runs', '--workers is 0; expected at least 1'),
+                                  (2, 'gs://bucket/runs', 'is on object storage, where no process can claim a run')):
+    with pytest.raises(ValueError, match=said):
+      compare.run(small(), folder, processes)
+
+
 def test_a_selection_file_belongs_to_a_variant(tmp_path):
   (tmp_path / 'ids').write_text('a\n')
   config = small(variants=('none', ('birds', {'selection.method': 'uot', 'selection.file': str(tmp_path / 'ids')})))
@@ -313,32 +323,6 @@ def test_a_selection_file_belongs_to_a_variant(tmp_path):
   config.selection.file = str(tmp_path / 'ids')
   with pytest.raises(ValueError, match='config.selection.file is one selection for all variants; set it in the fields'):
     compare.plan(config)
-
-
-# --- the real thing ---
-
-
-@pytest.mark.slow
-def test_two_processes_find_what_one_finds(tmp_path, caplog):
-  """Trials, cells, and a second start; test is read once for each cell and for no trial."""
-  config = small(variants=('uot',), seeds=(0,), tune=(('train.learning_rate', (0.01, 0.1)),))
-  config.target.val, config.model.width, config.selection.size = 'val', 2, 3
-  config.augment.short_side = 16
-  with log_captured(caplog):
-    one = compare.run(config, tmp_path / 'one')
-    tested = {record.created for record in caplog.records if 'test (252 images' in record.getMessage()}
-    assert len(tested) == 1
-    two = compare.run(config, tmp_path / 'two', processes=2)
-  assert one == two
-  assert '2 processes work on it' in caplog.text
-  for folder in ('one', 'two'):
-    trials = [json.loads(path.read_text()) for path in (tmp_path / folder / 'trials').glob('*/results.json')]
-    assert len(trials) == 2 and all(trial['test'] is None for trial in trials)
-    assert (tmp_path / folder / 'report.html').exists()
-    assert not list((tmp_path / folder / 'trials').glob('*/report.html'))
-  before = (tmp_path / 'two' / 'cells' / 'uot-seed-0' / 'results.json').stat().st_mtime_ns
-  compare.run(config, tmp_path / 'two', processes=2)
-  assert (tmp_path / 'two' / 'cells' / 'uot-seed-0' / 'results.json').stat().st_mtime_ns == before
 
 
 @pytest.mark.parametrize('question', list(ready.QUESTIONS))

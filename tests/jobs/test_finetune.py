@@ -149,6 +149,12 @@ def test_a_selection_without_an_image_is_refused(photos, pool, tmp_path):
 @pytest.mark.parametrize('fields,words', [
     ({'selection.file': 'nowhere.json'}, 'there is no file nowhere.json; expected a selection.json, or ids as text'),
     ({'selection.file': __file__, 'selection.method': 'none'}, "selection.method is 'none', which uses no selection"),
+    ({'source_first': 0.5, 'selection.method': 'none'}, "source_first is 0.5, but config.selection.method is 'none'"),
+    ({'source_first': 1.0}, 'source_first is 1.0; expected a number from 0 to below 1'),
+    ({'source_weight_schedule': 'step'}, "source_weight_schedule is 'step'; known: constant, linear, cosine"),
+    ({'model.stages': 9}, 'model.stages is 9; expected 1 to 4, or 0 for all'),
+    ({'model.batch_norm': 'per_stream', 'train.batch_size': 4, 'source_ratio': 2.0},
+     'BatchNorm layer4/0/bn1 would see one value per channel'),
     ({'target.train_per_class': -1}, 'target.train_per_class is -1; expected'),
     ({'target.test': 'rest'}, "target.test is 'rest', .*target.train_per_class is 0")])
 def test_what_is_checked_first(photos, pool, fields, words):

@@ -38,7 +38,7 @@ def test_noise_and_trace_are_those_of_the_hessian():
     examples = method_case.images(6, 3)
     images, labels = examples['input'][:, :8, :8] / 64.0 - 2.0, examples['label']  # float64, taken as normalised
     padded = {'input': np.concatenate([images, images[:2]]), 'label': np.append(labels, [0, 0]).astype(np.int32),
-              'mask': np.arange(8) < 6}
+              'row': np.arange(8), 'mask': np.arange(8) < 6}
     batches = [{key: value[i:i + 4] for key, value in padded.items()} for i in (0, 4)]
     made = list(stability.curvatures(model, 'target', parallel.replicate(variables), batches, seed=3,
                                      numbers=range(24)))

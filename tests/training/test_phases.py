@@ -1,6 +1,7 @@
 """Steps with one of the two streams alone: which they are, what they change; a run resumes at their borders."""
 
 import dataclasses
+import types
 
 import flax
 import jax
@@ -16,7 +17,7 @@ from ft_jax.jobs import finetune
 from ft_jax.jobs.finetune import JointSettings
 from ft_jax.methods import METHODS
 from ft_jax.parallel import AXIS
-from ft_jax.training import finished_runs, loop
+from ft_jax.training import divergence, finished_runs, loop
 from ft_jax.training.cost import training_cost
 from ft_jax.training.loop import Stream, TrainingData
 from ft_jax.training.optimizer import make_optimizer, make_weight_schedule, parameter_factors
@@ -86,6 +87,18 @@ def test_a_stream_that_comes_later_begins_with_its_first_batch():
   rows = lambda **where: [next(batches)['row'].tolist() for batches in [train_batches(
       images, Transform(8), 4, stream='target', seed=0, **where)] for _ in range(3)]
   assert rows(start=5, first=5) == rows(start=0) and rows(start=7, first=5)[:1] == rows(start=2)[:1]
+
+
+def test_a_batch_that_diverged_is_named_and_left_out_of_a_later_stream():
+  """Of the streams that the step has, each at its own place in the order."""
+  images = ImageSet.from_arrays(np.random.default_rng(0).integers(0, 256, (20, 12, 12, 3), np.uint8), np.arange(20) % 2)
+  data = TrainingData({'target': Stream(images, 4, 1.0, first=3), 'source': Stream(images, 4, 1.0, end=6)}, None,
+                      Transform(8), 0)
+  rows = lambda skip: [next(batches)['row'].tolist() for batches in [train_batches(
+      images, Transform(8), 4, stream='target', seed=0, start=6, first=3, skip=skip)] for _ in range(2)]
+  whole, without = rows(()), rows((6,))
+  named = divergence._ids_at(types.SimpleNamespace(data=data), 6, 6)
+  assert named == {'target': images.ids[whole[0]].tolist()} and without[0] == whole[1]
 
 
 @pytest.mark.parametrize('mu', [3, 9])
