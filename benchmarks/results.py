@@ -4,12 +4,12 @@
     python benchmarks/results.py --only main                      # one of them
     python benchmarks/results.py --run --data_dir=DATA --hours=2  # resumes where it was stopped; see configs/results.py
 
-Each experiment is job compare of configs/results.py in a folder of --folder; its compare.json is copied to docs/results/
-when all of its cells are finished. With --workers=N cells run in N processes, one core each on two cores.
+Each experiment is job compare of configs/results.py in a folder of --folder; its compare.json is copied to
+docs/results/ when all of its cells are finished. With --workers=N cells run in N processes, one core each on two cores.
 """
 
 import argparse
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 import json
 import pathlib
 import subprocess
@@ -17,11 +17,11 @@ import sys
 import time
 from typing import Any
 
-ROOT = pathlib.Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
 from configs import results
 
+ROOT = pathlib.Path(__file__).parents[1]
 RAW = ROOT / 'docs' / 'results'
 
 TARGETS = ('caltech101-5', 'cub50-10', 'pets-5', 'caltech101-15', 'cub50-30', 'caltech101-30')
@@ -63,8 +63,8 @@ def run_missing(arguments: argparse.Namespace) -> None:
     if arguments.hours and time.monotonic() - began > 3600 * arguments.hours:
       break
     workdir = pathlib.Path(arguments.folder) / name
-    command = [sys.executable, str(ROOT / 'main.py'), f'--config={ROOT}/configs/results.py:{name}', f'--workdir={workdir}',
-               f'--config.data_dir={arguments.data_dir}', *weights_flag(name, arguments)]
+    command = [sys.executable, str(ROOT / 'main.py'), f'--config={ROOT}/configs/results.py:{name}',
+               f'--workdir={workdir}', f'--config.data_dir={arguments.data_dir}', *weights_flag(name, arguments)]
     if name not in results.PRETRAININGS:
       command.append(f'--workers={arguments.workers}')
     print(f'== {name}', flush=True)
@@ -106,8 +106,8 @@ def tables(names: Iterable[str]) -> str:
 def main_table(found: Mapping[str, Mapping[str, Any]]) -> str:
   """One line for each start and target: accuracies, and the three differences that the question is about."""
   lines = ['### Main table', '',
-           '| start | target | plain | plain, equal compute | random | uot | uot - plain | uot - plain at equal compute '
-           '| uot - random |', '|---|---|---|---|---|---|---|---|---|']
+           '| start | target | plain | plain, equal compute | random | uot | uot - plain '
+           '| uot - plain at equal compute | uot - random |', '|---|---|---|---|---|---|---|---|---|']
   for name, comparison in found.items():
     _, start, target = name.split('/')
     by_name = {variant['name']: variant['summary'] for variant in comparison['variants']}

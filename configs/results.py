@@ -35,8 +35,8 @@ SELF_LABEL = {'methods.self_label.enabled': True}
 LAYERWISE = {'methods.layerwise.distance': 'frobenius', 'methods.layerwise.growth': 1.0, 'compare.tune': (
     ('methods.layerwise.radius', (0.3, 1.0, 3.0)), ('methods.layerwise.head_radius', (3.0, 10.0)))}
 # Steps of 32 target images, enough for plain fine-tuning to classify nearly all of its training images correctly.
-STEPS = {'pets-5': 300, 'caltech101-5': 400, 'caltech101-15': 800, 'caltech101-30': 1200, 'cub50-10': 400,
-         'cub50-30': 800}
+STEPS = {'pets-5': 250, 'caltech101-5': 300, 'caltech101-15': 600, 'caltech101-30': 1000, 'cub50-10': 300,
+         'cub50-30': 600}
 
 
 def get_config(what: str = 'supervised') -> ConfigDict:
@@ -115,6 +115,12 @@ def _experiment(experiment: str, start: str, target: str) -> ConfigDict:
     config.update_from_flattened_dict({field: value})
   for field, value in EXPERIMENTS[experiment].items():
     config.update_from_flattened_dict({field: value})
+  if experiment == 'controls':
+    other = f'{FOLDER}/main/{start}/cub50-10/cells/uot-seed-0/selection.json'
+    config.compare.variants += (
+        # As many target images as in the other variants, and as many images altogether as in joint training.
+        _with(UOT, 'uot first, then plain', source_first=0.5, target_last=0.5, train__steps=2 * STEPS[target]),
+        _with(UOT, 'what uot selects for cub50', selection__file=other))
   return config
 
 
@@ -150,9 +156,9 @@ STARTS: Mapping[str, Mapping[str, Any]] = {
     'imagenet': {'model.weights': 'resnet18_in1k_stages123.safetensors', 'model.width': 64, 'model.stages': 3},
 }
 
-# Each variant tries six settings on val: what plain fine-tuning has in the place of lambda is weight decay.
-JOINT_TRIALS = (('train.learning_rate', (0.01, 0.03, 0.1)), ('source_weight', (0.3, 1.0)))
-PLAIN_TRIALS = (('train.learning_rate', (0.01, 0.03, 0.1)), ('train.weight_decay', (1e-4, 1e-3)))
+# Each variant tries four settings on val, with two seeds each: plain fine-tuning weight decay instead of lambda.
+JOINT_TRIALS = (('train.learning_rate', (0.01, 0.03)), ('source_weight', (0.3, 1.0)))
+PLAIN_TRIALS = (('train.learning_rate', (0.01, 0.03)), ('train.weight_decay', (1e-4, 1e-3)))
 TUNED = {'compare.tune': JOINT_TRIALS, 'compare.tune_seeds': 2}
 TUNED_PLAIN: Variant = ('plain', {'selection.method': 'none', 'compare.tune': PLAIN_TRIALS})
 
@@ -173,11 +179,12 @@ EXPERIMENTS: Mapping[str, Mapping[str, Any]] = {
         ('least', {'selection.method': 'least'}),
         ('all', {'selection.method': 'all'}),
         _with(UOT, 'uot, source labels shuffled', source__shuffle_labels=True),
-        _with(UOT, 'uot first, then plain', source_first=0.5, target_last=0.5, train__steps=800),
         _with(UOT, 'uot, target alone at the end', target_last=0.25),
         _with(UOT, 'uot, lambda falls to 0', source_weight_schedule='cosine'),
         _with(UOT, 'uot, BatchNorm by stream', model__batch_norm='per_stream'),
-        _with(UOT, 'uot, head fitted again', refit_head=True)), 'compare.seeds': (0, 1, 2)},
+        _with(PLAIN, 'plain, head fitted again', refit_head=True),
+        _with(UOT, 'uot, head fitted again', refit_head=True),
+        _with(UOT, 'uot, copies of target images kept', source__duplicates='keep')), 'compare.seeds': (0, 1, 2)},
     'size': {'compare.variants': (PLAIN, *_curve('selection.size', (5, 10, 20, 50, 100), RANDOM, UOT)),
              'compare.axis': 'selection.size', 'compare.seeds': (0, 1, 2)},
     'lambda': {'compare.variants': (PLAIN, *_curve('source_weight', (0.1, 0.3, 1.0, 3.0), RANDOM, UOT)),
