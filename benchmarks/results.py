@@ -1,4 +1,4 @@
-"""The measurements of docs/results.md: runs those that are missing, and prints their tables.
+"""The measurements of configs/results.py: runs those that are missing, and prints their tables.
 
     python benchmarks/results.py                                  # the tables, from docs/results/*.json; nothing is run
     python benchmarks/results.py --only main                      # one of them

@@ -1,4 +1,4 @@
-"""The measurements of docs/results.md, for 2 CPU cores: 48-pixel images, a quarter-width ResNet-18.
+"""The measurements that benchmarks/results.py prints, for 2 CPU cores: 48-pixel images, a quarter-width ResNet-18.
 
 All of them, resumable, with the results copied to docs/results/ (many hours):
 
