@@ -28,6 +28,7 @@ from ft_jax.models import build, NETWORKS
 from ft_jax.training.step import create_state, make_train_step
 
 TARGETS, SOURCES = 100, 1000
+FINE_TUNING = [name for name, method in METHODS.items() if not method.pretrains]
 
 
 class Step:
@@ -50,8 +51,9 @@ class Step:
       whole = data['target']
       return [whole if rows is None else {key: value[np.resize(rows, len(value))] for key, value in whole.items()}]
 
-    begin = SetupContext(model, start, TARGETS, data['target']['label'], data['target']['label'], args.batch, 0,
-                         batches)
+    labels = data['target']['label']
+    begin = SetupContext(model=model, classes=TARGETS, labels=labels, true_labels=labels, batch_size=args.batch, seed=0,
+                         pretrained=True, has_source='source' in data, start=start, batches=batches)
     began = time.perf_counter()
     states = {name: method.setup(begin) for name, method in active.items()}
     self.setup_seconds = time.perf_counter() - began
@@ -95,7 +97,7 @@ def main() -> None:
   parser.add_argument('--batch', type=int, default=32)
   parser.add_argument('--steps', type=int, default=15)
   parser.add_argument('--source', action='store_true', help='joint fine-tuning: as many source images a step')
-  parser.add_argument('--only', nargs='*', default=list(METHODS), choices=METHODS)
+  parser.add_argument('--only', nargs='*', default=FINE_TUNING, choices=FINE_TUNING)
   args = parser.parse_args()
   model = build(args.name, {})
   teachers = [name for name in args.only if METHODS[name](**METHODS[name].published).needs(model).teacher]

@@ -1,6 +1,6 @@
-"""Makes docs/contact_sheet.png: 60 test digits of the demo, as files in folders, with the demo network's predictions.
+"""Makes docs/contact_sheet.png: 60 test digits of the demo, as files in folders, with a network's predictions.
 
-    make demo && python docs/make_contact_sheet.py
+    python main.py --config=configs/digits.py:finetune && python docs/make_contact_sheet.py
 """
 
 import pathlib
@@ -29,7 +29,7 @@ def main() -> None:
       PIL.Image.fromarray(example.image).save(path)
     (folder / 'runs').symlink_to(ROOT / 'runs')  # the sheet names both folders as they are given
     subprocess.run([sys.executable, str(ROOT / 'main.py'), f'--config={ROOT / "configs" / "predict.py"}',
-                    '--config.workdir=runs/digits', '--config.predict.images=digits', '--workdir=out'],
+                    '--config.workdir=runs/digits-finetune', '--config.predict.images=digits', '--workdir=out'],
                    check=True, cwd=folder)
     sheet = PIL.Image.open(folder / 'out' / 'contact_sheet.png').convert('RGB')
     upper = sheet.crop((0, 0, sheet.width, round(0.54 * sheet.height)))

@@ -64,7 +64,8 @@ def finetune(target: Images | None = None, source: Images | None = None, *, work
 
 def pretrain(source: Images | None = None, *, workdir: Path, weights: Path | None = None, config: str = 'pretrain',
              **settings: Any) -> Run:
-  """Trains a network on the source, with its labels; the workdir is then a `weights` of `finetune`.
+  """Trains a network on the source, with its labels or (`config='pretrain:moco'`, `'pretrain:byol'`) without; the
+  workdir is then a `weights` of `finetune`.
 
   Args:
     source: see `finetune`.

@@ -141,7 +141,9 @@ def log_shown(edit: Callable[[str], str] = _NO_EDIT) -> Iterator[None]:
 def logged_to(path: epath.Path) -> Iterator[None]:
   """Within it, the project's log lines are also appended to a file; an object is written at the end."""
   stream = io.StringIO()
-  handler = logging.StreamHandler(stream) if storage.is_url(path) else logging.FileHandler(path, encoding='utf-8')
+  handler: logging.Handler = logging.StreamHandler(stream)
+  if not storage.is_url(path):
+    handler = logging.FileHandler(path, encoding='utf-8', errors='backslashreplace')
   handler.setFormatter(_Visible('%(asctime)s %(message)s'))
   for logger in _LOGGERS:
     logger.addHandler(handler)

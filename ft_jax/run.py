@@ -77,7 +77,7 @@ class Run:
 
   def __init__(self, workdir: str | os.PathLike[str]) -> None:
     """Opens the run in a workdir; see `ft_jax.load`."""
-    self._network = trained.load(arguments.as_path('workdir', workdir), 'workdir')
+    self._network = trained.load(arguments.as_path('workdir', workdir), 'workdir', classifier=False)
     self.workdir: epath.Path = self._network.path
     self.config: ConfigDict = self._network.config
     self.results: dict[str, Any] = self._network.results
@@ -125,6 +125,9 @@ class Run:
     Raises:
       ValueError: an image that cannot be read, or an array of another shape or type.
     """
+    if not self._network.head:
+      raise ValueError(f'{self.workdir} is a pre-training without labels, which has no classifier: it cannot predict '
+                       '(features gives what it sees); fine-tune it first')
     ids, outputs = self._outputs(images)
     probabilities = outputs['probabilities']
     return Predictions([self.class_names[k] for k in probabilities.argmax(1).tolist()], probabilities, ids)
@@ -166,7 +169,7 @@ class Run:
     devices = jax.device_count()
     size = min(network.config.train.batch_size, 1 << (len(images) - 1).bit_length())
     batches = EvalBatches(images, network.transform, -(-size // devices) * devices)
-    names = ('features', 'probabilities')
+    names = ('features', 'probabilities') if network.head else ('features',)
     found: dict[str, list[np.ndarray]] = {name: [] for name in ('row', *names)}
     forward, variables = self._forward
     shown = progress.bar(batches, 'predicting', len(batches))
@@ -183,15 +186,16 @@ class Run:
 
     def forward(variables: Any, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
       outputs: Any = model.apply(variables, batch['input'], train=False)
-      result = {'features': outputs.features.astype(np.float32), 'probabilities': jax.nn.softmax(outputs.logits[head]),
-                'row': batch['row'], 'mask': batch['mask']}
+      result = {'features': outputs.features.astype(np.float32), 'row': batch['row'], 'mask': batch['mask']}
+      if head:
+        result['probabilities'] = jax.nn.softmax(outputs.logits[head])
       return jax.lax.all_gather(result, parallel.AXIS, tiled=True)
 
     return parallel.pmap(forward), parallel.replicate(self._network.variables)
 
   def __repr__(self) -> str:
     results, config = self.results, self.config
-    data = config[self._network.head]
+    data = config[trained.HEADS[config.job]]
     verb = {'finetune': 'fine-tuned', 'pretrain': 'pre-trained'}[config.job]
     parts = [f'{config.model.name}, {verb} on {data.name} ({len(self.class_names)} classes), in {self.workdir}']
     if self.selection is not None:

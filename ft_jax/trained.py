@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from ft_jax import models
 from ft_jax.data.pipeline import short_side, Transform
-from ft_jax.models.network import Network, OPTIONS
+from ft_jax.models.network import Network, network_variables, OPTIONS
 from ft_jax.training.finished_runs import load_variables
 from ft_jax.workdir import read_config
 from selection import storage
@@ -22,9 +22,9 @@ class Trained(NamedTuple):
     path: the run's workdir.
     config: the run's; one of an older version may lack fields.
     results: what its results.json holds.
-    head: 'target', or 'source' of a pre-training.
+    head: 'target', or 'source' of a pre-training; '' of one without labels.
     class_names: of the logits of the head, in order.
-    model: the network with that head alone.
+    model: the network with that head alone, or without one.
     variables: `{'params', 'batch_stats'}` of the network, numpy arrays.
     transform: how images were prepared for the evaluation.
   """
@@ -44,15 +44,17 @@ class Trained(NamedTuple):
             f'{self.results["best_step"]} ({split} top-1 {self.results[split]["top1"]:.1%})')
 
 
-def load(workdir: str, field: str = 'config.workdir') -> Trained:
+def load(workdir: str, field: str = 'config.workdir', classifier: bool = True) -> Trained:
   """Loads the best checkpoint of the run in a workdir.
 
   Args:
     workdir: of a fine-tuning or a pre-training.
     field: the field of the config that names it, for messages.
+    classifier: whether it must have one, which a pre-training without labels does not.
 
   Raises:
-    ValueError: no run, one that is not finished, or one of a job that trains no network of its own.
+    ValueError: no run, one that is not finished, one of a job that trains no network of its own, or one without the
+      classifier that is needed.
   """
   if not workdir:
     raise ValueError(f'{field} is empty; give the workdir of a finished run, such as --{field}=runs/pets')
@@ -76,16 +78,21 @@ def load(workdir: str, field: str = 'config.workdir') -> Trained:
   except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:  # another program's, or edited
     raise ValueError(f'{field}: config.json and results.json of {workdir} are not those of a finished run '
                      f'({type(error).__name__}: {error})') from error
+  if classifier and not run.head:
+    method = run.results['methods'][0]
+    raise ValueError(f'{field}: {workdir} is a pre-training without labels (methods.{method}), which has no '
+                     'classifier; use it as the weights of a fine-tuning (config.model.weights)')
   return run._replace(variables=_with_head(load_variables(path), run.head))
 
 
 def _read(path: epath.Path, config: ConfigDict, results: dict[str, Any]) -> Trained:
   """The run without its variables."""
-  head = HEADS[config.job]
+  head = '' if results.get('methods') else HEADS[config.job]
   class_names = tuple(str(row['name']) for row in results['val']['per_class'])
+  heads = {head: len(class_names)} if head else {}
   options = {name: config.model.get(name, default) for name, default in OPTIONS.items()}
   model = models.build(
-      config.model.name, {head: len(class_names)}, size=config.image_size, dtype=models.DTYPES[config.model.dtype],
+      config.model.name, heads, size=config.image_size, dtype=models.DTYPES[config.model.dtype],
       precision=config.model.get('precision', 'default'), **options)
   transform = Transform(config.image_size, short_side=short_side(config.image_size, config.augment))
   return Trained(path, config, results, head, class_names, model, {}, transform)
@@ -105,9 +112,12 @@ def output_folder(workdir: epath.PathLike) -> epath.Path:
 
 
 def _with_head(variables: Mapping[str, Any], head: str) -> dict[str, Any]:
-  """The variables without the other heads."""
-  heads = variables['params']['heads']
-  return {**variables, 'params': {**variables['params'], 'heads': {head: heads[head]}}}
+  """The variables of the network without the other heads; '' leaves none."""
+  params = {**variables['params']}
+  heads = params.pop('heads', {})
+  if head:
+    params['heads'] = {head: heads[head]}
+  return network_variables({**variables, 'params': params})
 
 
 # The head that each job trains for.

@@ -63,9 +63,11 @@ def share_gpu_memory() -> None:
 
 def core_shares(count: int) -> list[set[int]]:
   """The CPU cores of each of so many processes; where there are fewer cores than processes, some share one."""
-  cores = sorted(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else []
-  return [set(cores[k * len(cores) // count:(k + 1) * len(cores) // count] or cores[k % len(cores):][:1])
-          if cores else set() for k in range(count)]
+  if not hasattr(os, 'sched_getaffinity'):  # as on macOS
+    return [set() for _ in range(count)]
+  cores = sorted(os.sched_getaffinity(0))
+  share = lambda k: cores[k * len(cores) // count:(k + 1) * len(cores) // count] or [cores[k % len(cores)]]
+  return [set(share(k)) for k in range(count)]
 
 
 def describe_end(process: Process) -> str:

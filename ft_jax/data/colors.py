@@ -1,7 +1,7 @@
 """Random changes of colour and sharpness of a training crop, as in self-supervised pre-training.
 
-The definitions are torchvision's (ColorJitter, RandomGrayscale, GaussianBlur, RandomSolarize); results are rounded, where
-Pillow truncates. OpenCV computes them without holding up other threads.
+The definitions are torchvision's (ColorJitter, RandomGrayscale, GaussianBlur, RandomSolarize); results are rounded,
+where Pillow truncates. OpenCV computes them without holding up other threads.
 """
 
 from collections.abc import Sequence
@@ -63,8 +63,8 @@ def saturation(image: np.ndarray, factor: float) -> np.ndarray:
 
 def shift_hue(image: np.ndarray, turns: float) -> np.ndarray:
   """The image `[h, w, 3]` with its hue, as an angle, shifted by so many turns."""
-  hsv = cv2.cvtColor(cv2.multiply(image, (1 / 255,) * 4, dtype=cv2.CV_32F), cv2.COLOR_RGB2HSV)
-  hsv = cv2.add(hsv, (360 * (turns % 1), 0, 0, 0))
+  hsv = cv2.cvtColor(image * np.float32(1 / 255), cv2.COLOR_RGB2HSV)
+  hsv[..., 0] = hsv[..., 0] + np.float32(360 * (turns % 1))
   return cv2.convertScaleAbs(cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB), alpha=255)
 
 

@@ -87,24 +87,25 @@ def plan(config: ConfigDict) -> tuple[list[Variant], list[finetune.Settings]]:
   if twice := [seed for k, seed in enumerate(config.compare.seeds) if seed in config.compare.seeds[:k]]:
     raise ValueError(f'config.compare.seeds has {twice[0]} twice; once is enough')
   variants = declared_variants(config)
-  settings = [_check_variant(config, variant) for variant in variants]
-  if config.compare.equal_compute and is_plain(settings[0]):
-    images = {variant.name: each.images_per_step for variant, each in zip(variants, settings)}
+  settings = {variant.name: _check_variant(config, variant) for variant in variants}
+  if config.compare.equal_compute and is_plain(settings[variants[0].name][0]):
+    images = {name: [each.images_per_step for each in combinations] for name, combinations in settings.items()}
     for name, others in compared_with(config, variants).items():
       place = [variant.name for variant in variants].index(name)
-      added = equal_compute_variants(config, variants[place], images[name], [images[other.name] for other in others])
+      added = equal_compute_variants(config, variants[place], images[name][0],
+                                     [number for other in others for number in images[other.name]])
       variants[place + 1:place + 1] = added
-      settings[place + 1:place + 1] = [_check_variant(config, variant) for variant in added]
+      settings |= {variant.name: _check_variant(config, variant) for variant in added}
     check_names(variants)
   _log_tuning(variants)
-  return variants, settings
+  return variants, [settings[variant.name][0] for variant in variants]
 
 
-def _check_variant(config: ConfigDict, variant: Variant) -> finetune.Settings:
-  """The settings of a variant with its first combination; raises ValueError where any combination is refused."""
+def _check_variant(config: ConfigDict, variant: Variant) -> list[finetune.Settings]:
+  """The settings of a variant with each of its combinations; raises ValueError where one is refused."""
   cells = [Cell(variant, config.compare.seeds[0], tuned, trial=True) for tuned in variant.combinations]
   try:
-    return [finetune.Settings.from_config(cell_config(config, cell)) for cell in cells][0]
+    return [finetune.Settings.from_config(cell_config(config, cell)) for cell in cells]
   except ValueError as error:
     raise ValueError(f'config.compare.variants, {variant.name!r}: {error}') from error
 

@@ -172,7 +172,7 @@ class Grid:
     settings = finetune.Settings.from_config(cell_config(self.config, cell))
     work = Workdir(self.folder / cell.folder, settings.fields)
     began, error, diverged = time.perf_counter(), '', False
-    with progress.logged_to(work.path / 'log.txt'):
+    with progress.logged_to(work.path / 'log.txt') if parallel.is_main() else contextlib.nullcontext():
       try:
         finetune.fine_tune(settings, work.path, self.config.embeddings_dir or self.folder / 'embeddings',
                            pretrained=self.pretrained or '', trial=cell.trial)

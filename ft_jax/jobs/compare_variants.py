@@ -87,6 +87,8 @@ def declared_variants(config: ConfigDict) -> list[Variant]:
   """The variants of `config.compare.variants`; raises ValueError for one that cannot be right by itself."""
   if not config.compare.variants or not config.compare.seeds:
     raise ValueError('config.compare.variants and config.compare.seeds need at least one entry each')
+  if config.compare.axis:
+    _check_known('config.compare.axis', config.compare.axis)
   entries = [_parsed(entry) for entry in config.compare.variants]
   named = {method for entry in entries for method in entry.methods}
   variants = [_variant(config, entry, named) for entry in entries]
@@ -114,7 +116,7 @@ def equal_compute_variants(config: ConfigDict, plain: Variant, own: float, other
     config: of the comparison.
     plain: the variant that is trained longer.
     own: its images per step.
-    others: those of the variants that it is compared with.
+    others: those of the variants that it is compared with, with each combination of values that they try.
   """
   # Nearly equal ones are one.
   factors = sorted({factor for other in others if (factor := round(other / own, 2)) > _EQUAL})
@@ -184,15 +186,19 @@ def _variant(config: ConfigDict, entry: _Entry, named: set[str]) -> Variant:
 
 def _check_fields(where: str, fields: Mapping[str, Any]) -> None:
   """Raises ValueError for fields that a variant cannot set, or values that they cannot have."""
-  known = [path for path in defaults() if path.partition('.')[0] not in (*_ELSEWHERE, *_SHARED)]
   for path, value in fields.items():
-    if path not in known:
-      group = [name for name in known if name.startswith(f'{path.rpartition(".")[0]}.')]
-      top = sorted({name.partition('.')[0] for name in known})
-      raise ValueError(f'{where}: there is no field {path!r} that a variant can set; known: '
-                       f'{", ".join(group or top)}')
+    _check_known(where, path)
     if path in FIELDS:
       check_field(f'{where}: {path}', value, FIELDS[path])
+
+
+def _check_known(where: str, path: str) -> None:
+  """Raises ValueError for a field that a variant cannot set."""
+  known = [name for name in defaults() if name.partition('.')[0] not in (*_ELSEWHERE, *_SHARED)]
+  if path not in known:
+    group = [name for name in known if name.startswith(f'{path.rpartition(".")[0]}.')]
+    top = sorted({name.partition('.')[0] for name in known})
+    raise ValueError(f'{where}: there is no field {path!r} that a variant can set; known: {", ".join(group or top)}')
 
 
 def _switches(added: Sequence[str], named: set[str], settings: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

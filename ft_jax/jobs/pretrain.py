@@ -156,8 +156,8 @@ def pretrain(settings: Settings, workdir: epath.PathLike, left_out: Sequence[str
                       fit.InitialNetwork(model, variables, start or {}, settings.trainable.factors), settings.methods)
     about = {'name': settings.source.name or splits.train.name, 'classes': classes,
              'fingerprints': split_fingerprints(splits), 'left_out': _summary(left_out)}
-    write_results(work, {'job': 'pretrain', **results, 'methods': list(settings.methods), 'source': about, 'skipped': skipped_summary(skipped),
-                         'weights': weights.about if weights else None})
+    write_results(work, {'job': 'pretrain', **results, 'methods': list(settings.methods), 'source': about,
+                         'skipped': skipped_summary(skipped), 'weights': weights.about if weights else None})
   elif done['source'].get('left_out', _summary(())) != _summary(left_out):
     raise ValueError(f'{work.path} holds a pre-training that left out other copies of target images than this '
                      'run does; move that folder away to pre-train again, or set config.source.duplicates to what it '
@@ -183,6 +183,8 @@ def _open_splits(settings: Settings, left_out: Sequence[str],
     _check_splits(settings, splits)
   if settings.methods and len(splits.train.class_names) == 1:
     log.info('the source has one class, so nearest neighbours measure nothing: the last checkpoint is the best')
+  elif settings.methods:
+    log.info('val measures the features: top-1 and loss are those of nearest neighbours among labelled training images')
   log_doubts(settings.training, settings.trainable.only_heads and not settings.weights)
   return cache_in_memory(splits, 'source', settings.reading.cache), skipped
 

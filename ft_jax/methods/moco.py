@@ -31,7 +31,7 @@ KEY = View('source', 'key')
 
 @dataclasses.dataclass(frozen=True)
 class MoCo(Method):
-  """mean_b(-log softmax([q_b . k_b, q_b . Q] / T)_0): q and k are two views of an image, Q holds the K keys before them.
+  """mean_b(-log softmax([q_b . k_b, q_b . Q] / T)_0): q and k are two views of an image, Q the K keys before them.
 
   q = MLP(features) of the network, k the same of the key encoder, a moving average of both (updated before it is used),
   each divided by its length; the MLP is linear, ReLU, linear (Chen, Fan, Girshick and He, 2020, arXiv 2003.04297). The

@@ -135,9 +135,8 @@ def load_weights(name: str, network: Network, *, classes: int | None = None, cla
       _check_same_classes(name, _source_classes(path) if own else None, class_names)
     kept['source'] = heads['source']
   if projection and 'projection' not in variables:
-    raise ValueError(f"selection.features is 'projection', but {name} has no projection head (MoCo-v2's file has one, and so has "
-                     'a run of configs/pretrain.py:moco or :byol); '
-                     'use --config.selection.features=pooled')
+    raise ValueError(f"selection.features is 'projection', but {name} has no projection head (MoCo-v2's file has one, "
+                     'and a run of configs/pretrain.py:moco or :byol); use --config.selection.features=pooled')
   if projection:
     _check_reads(variables['projection']['0'], network, name, "selection.features is 'projection'")
   if kept:

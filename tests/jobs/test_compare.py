@@ -283,6 +283,9 @@ def test_equal_compute_along_an_axis():
   sizes = tuple((f'uot {size}', UOT | {'selection.size': size}) for size in (3, 5))
   of_source = small(variants=('none', *sizes), equal_compute=True, axis='selection.size')
   assert [variant.name for variant in compare.plan(of_source)[0]] == ['plain', 'plain, equal compute', 'uot 3', 'uot 5']
+  tuned = small(equal_compute=True, tune=(('source_ratio', (1.0, 3.0)),))
+  assert [variant.name for variant in compare.plan(tuned)[0]] == ['plain', 'plain, equal compute x2',
+                                                                  'plain, equal compute x4', 'uot']
 
 
 NONE, UOT = {'selection.method': 'none'}, {'selection.method': 'uot'}
@@ -291,6 +294,7 @@ NONE, UOT = {'selection.method': 'none'}, {'selection.method': 'uot'}
 @pytest.mark.parametrize('fields,said', [
     ({'variants': ()}, 'config.compare.variants and config.compare.seeds need at least one entry each'),
     ({'seeds': (1, 1)}, 'config.compare.seeds has 1 twice'),
+    ({'axis': 'selection.sise'}, "config.compare.axis: there is no field 'selection.sise' that a variant can set"),
     ({'variants': ('none', 'none')}, "config.compare.variants has 'plain' twice"),
     ({'variants': ('uot', ('a b', {}), ('a-b', {}))}, "'a b' and 'a-b' would share the folder a-b"),
     ({'variants': (('big', {'selection.sise': 3}),)},

@@ -130,7 +130,7 @@ def test_interrupted_equals_uninterrupted():
 @pytest.mark.parametrize('method, model, context, message', [
     (BYOL(True), {'batch_norm': 'frozen'}, {}, "model.batch_norm is 'frozen', with which methods.byol may collapse: .* "
                                                'only BatchNorm over the images of a batch keeps all features'),
-    (BYOL(True), {}, {'batch_size': 4}, 'train.batch_size is 4, 1 image for each device; .* at least 2 for each device'),
+    (BYOL(True), {}, {'batch_size': 4}, 'train.batch_size is 4, 1 image for each device; .* at least 2 for each'),
     (BYOL(True), {'axis_name': AXIS}, {'batch_size': 1}, 'train.batch_size is 1'),
     (BYOL(True, momentum=-0.1), {}, {}, 'methods.byol.momentum is -0.1; expected a number from 0 to 1'),
     (BYOL(True, hidden=0), {}, {}, 'methods.byol.hidden is 0; expected a whole number from 1'),

@@ -121,7 +121,7 @@ def test_a_method_of_the_other_job_is_refused():
   with pytest.raises(ValueError, match='config.methods.l2_sp is switched on, which is for fine-tuning and not for job '
                                        'pretrain'):
     methods.check_job(published('l2_sp'), 'pretrain')
-  with pytest.raises(ValueError, match='methods.moco and methods.byol cannot be combined: each is a whole pre-training'):
+  with pytest.raises(ValueError, match='methods.moco and methods.byol cannot be combined: each is a whole'):
     published('moco', 'byol')
 
 

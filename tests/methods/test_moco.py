@@ -1,6 +1,7 @@
 """MoCo: the loss, the queue and the key encoder against the formulas written out image by image in float64."""
 
 import jax
+import jax.numpy as jnp
 import method_case
 import numpy as np
 import pytest
@@ -121,7 +122,8 @@ def test_keys_are_shuffled_over_devices(shuffled):
       seen.append(images)
       return Outputs(images, {}, {}), {}
 
-    context = StepContext(model, {}, {}, {}, None, {}, {'source/key': images}, None, None, 0, jax.random.key(7), forward)
+    context = StepContext(model, {}, {}, {}, None, {}, {'source/key': images}, None, None, 0, jax.random.key(7),
+                          forward)
     return (*METHOD._keys(context, state['key']), *seen)
 
   mine, everything, seen = jax.vmap(keys, axis_name=AXIS)(views.reshape(2, 2, WIDTH))
@@ -146,13 +148,14 @@ def test_a_step_is_the_same_on_two_devices_where_batch_norm_is():
 
 
 def test_interrupted_equals_uninterrupted():
-  """Bit for bit, shuffled over microbatches."""
+  """Bit for bit, shuffled over microbatches, in bfloat16; parameters and state are float32 all the same."""
   active = {'moco': MoCo(queue=32, projection=8)}
-  run = lambda **kwargs: method_case.pretrain(active, model=tiny(), microbatches=2, **kwargs)
+  run = lambda **kwargs: method_case.pretrain(active, model=tiny(dtype=jnp.bfloat16), microbatches=2, **kwargs)
   whole, _ = run(steps=3)
   state, _ = run(steps=1)
   resumed, _ = run(steps=2, first=1, state=state)
   jax.tree.map(np.testing.assert_array_equal, resumed, whole)
+  assert {leaf.dtype for leaf in jax.tree.leaves((whole.params, whole.methods))} == {np.dtype('f4'), np.dtype('i4')}
 
 
 def test_frozen_layers_stay():
@@ -186,7 +189,8 @@ def test_wrong_settings_are_refused(method, context, message):
 
 
 def test_one_device_is_told(monkeypatch, caplog):
-  """BatchNorm leaks where nothing is shuffled: on one device with one microbatch, unless it is synchronised or frozen."""
+  """BatchNorm leaks where nothing is shuffled: on one device with one microbatch, unless it is synchronised or
+  frozen."""
   monkeypatch.setattr(jax, 'device_count', lambda: 1)
   setup = lambda model, **kwargs: MoCo(queue=16).setup(method_case.context(model.clone(heads={}), **kwargs))
   setup(method_case.network(axis_name=AXIS))

@@ -133,7 +133,7 @@ def mount(place: str, *options: str) -> None:
 def config():
   from configs import digits
 
-  fields = digits.get_config()
+  fields = digits.get_config('finetune')
   fields.update_from_flattened_dict(FIELDS)
   return fields
 

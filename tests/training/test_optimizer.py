@@ -44,6 +44,26 @@ def test_equals_torchs_formula(nesterov):
   np.testing.assert_allclose(params['heads']['target']['bias'], w['bias'], rtol=1e-5)
 
 
+def test_lars_scales_kernels_by_their_norm():
+  """g += decay * w; g *= 0.001 |w| / |g| where the parameter has several axes; then momentum, in float64."""
+  factors = optimizer.parameter_factors(PARAMS, weight_decay_groups=(('.*/bias', 0.0), ('.*', 1.0)))
+  tx = optimizer.make_optimizer('lars', optax.constant_schedule(0.1), factors, nesterov=False, weight_decay=0.01)
+  params = jax.tree.map(jnp.asarray, PARAMS)
+  state = tx.init(params)
+  kernel, bias, buffers = np.full((2, 2), 0.5), np.full(3, -1.0), [0.0, 0.0]
+  rng = np.random.default_rng(0)
+  for _ in range(3):
+    g, h = rng.normal(size=(2, 2)), rng.normal(size=3)
+    grads = jax.tree.map(jnp.float32, {'conv1': {'kernel': g}, 'heads': {'target': {'bias': h}}})
+    updates, state = tx.update(grads, state, params)
+    params = optax.apply_updates(params, updates)
+    g = g + 0.01 * kernel
+    buffers = [0.9 * buffers[0] + g * 0.001 * np.linalg.norm(kernel) / np.linalg.norm(g), 0.9 * buffers[1] + h]
+    kernel, bias = kernel - 0.1 * buffers[0], bias - 0.1 * buffers[1]
+  np.testing.assert_allclose(params['conv1']['kernel'], kernel, rtol=1e-6)
+  np.testing.assert_allclose(params['heads']['target']['bias'], bias, rtol=1e-5)
+
+
 @pytest.mark.parametrize('groups,words', [
     ((('heads/.*', 1.0),), "covers no parameter 'conv1/kernel'"),
     ((('.*', 1.0), ('heads/.*', 2.0)), "'heads/.*' matches no parameter before"),
