@@ -89,12 +89,14 @@ class Case:
 
   def read(self) -> float:
     """Seconds of one core for all views of an image."""
-    rng = np.random.default_rng(0)
-    began = time.thread_time()  # whatever else the machine does
-    for k in range(200):
-      for transform in self._transforms:
-        transform.train(self._images[k % len(self._images)], rng)
-    return (time.thread_time() - began) / 200
+    rng, seconds = np.random.default_rng(0), []
+    for _ in range(5):
+      began = time.thread_time()  # whatever else the machine does
+      for k in range(200):
+        for transform in self._transforms:
+          transform.train(self._images[k % len(self._images)], rng)
+      seconds.append((time.thread_time() - began) / 200)
+    return min(seconds)
 
 
 def main() -> None:

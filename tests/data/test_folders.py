@@ -13,7 +13,7 @@ import pytest
 
 from configs import default
 from ft_jax import noise, settings
-from ft_jax.data import decode, folder_listing, open_set
+from ft_jax.data import decode, folder_listing, open_set, opened_once
 from ft_jax.data.image_set import ImageSet
 from ft_jax.data.splits import drop_unreadable, open_splits, Splits, SplitSettings
 
@@ -64,6 +64,16 @@ def test_folder(photos):
   assert (example.label, example.id.startswith('train/roof/')) == (1, True)
   assert example.image == (photos / example.id).read_bytes()
   assert train.fingerprint == open_set(f'folder:{photos}', 'train').fingerprint != test.fingerprint
+
+
+def test_a_split_is_opened_once_where_that_is_asked_for(photos):
+  """Another split, or one of another folder, is another set; afterwards a folder is listed again."""
+  with opened_once():
+    first = open_set(f'folder:{photos}', 'train')
+    assert open_set(f'folder:{photos}', 'train') is first
+    assert open_set(f'folder:{photos}', 'test') is not first
+    assert open_set(f'folder:{photos.name}', 'train', str(photos.parent)) is not first
+  assert open_set(f'folder:{photos}', 'train') is not first
 
 
 def test_slices_of_a_folder_are_taken_by_class(pool):

@@ -100,3 +100,12 @@ def _first_of_each_class(names):
 
 def _unit(x):
   return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+
+def test_shapes_are_found_once_for_each_network():
+  """And whoever changes them has changed a copy."""
+  network = build('resnet18', {'target': 3}, size=32, width=1)
+  first = network.shapes()
+  first['params']['heads'].pop('target')
+  assert network.shapes()['params']['heads']['target']['kernel'].shape[1] == 3
+  assert network.clone(heads={'target': 5}).shapes()['params']['heads']['target']['kernel'].shape[1] == 5
