@@ -20,8 +20,8 @@ from typing import Any
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 # What a file operation belongs to, by parts of the path below the workdir; the first one that fits.
 KINDS = (('checkpoints', 'checkpoint'), ('damaged', 'checkpoint'), ('results.json', 'results'),
-         ('predictions.json', 'results'),
-         ('report.html', 'report'), ('selection.json', 'selection'), ('embeddings', 'embeddings'), ('unfinished', 'embeddings'),
+         ('predictions.json', 'results'), ('report.html', 'report'), ('selection.json', 'selection'),
+         ('embeddings', 'embeddings'), ('unfinished', 'embeddings'),
          ('metrics.jsonl', 'metrics'), ('config.json', 'config'), ('study.', 'results'), ('parts', 'results'),
          ('', 'other'))
 # Fields of metrics.jsonl that depend on the clock, and of results.json that say how, where and how fast it was run.

@@ -40,6 +40,8 @@ from ft_jax.workdir import read_json, Workdir, write_results, write_text
 from selection import storage
 
 FORMAT_VERSION = 1
+# Trials on fewer val images, over all seeds, are warned of: the standard error of an accuracy is then 5 points.
+FEW_VAL = 100
 # Groups and fields that decide which images a fine-tuning has, and how they are embedded.
 _OF_IMAGES = ('target', 'source', 'data', 'noise', 'model', 'image_size', 'augment')
 
@@ -136,6 +138,14 @@ def _log_tuning(variants: Sequence[Variant]) -> None:
              ', '.join(f'{count} for {name}' for name, count in fewer.items()))
 
 
+def warn_of_few_val(images: int, seeds: int) -> None:
+  """Warns where so few val images choose among values that chance decides."""
+  if images * seeds < FEW_VAL:
+    log.warning('warning: values are chosen on %d val images with %s, where one image is %.1f points, so chance '
+                'decides much of it; a larger config.target.val_fraction or config.compare.tune_seeds, or fewer '
+                'values, help', images, '1 seed' if seeds == 1 else f'{seeds} seeds', 100 / (images * seeds))
+
+
 def _prepare(grid: Grid, work: Workdir, settings: Sequence[finetune.Settings]) -> None:
   """Opens and checks the images once for each kind of variant; then makes what fine-tunings share.
 
@@ -154,6 +164,9 @@ def _prepare(grid: Grid, work: Workdir, settings: Sequence[finetune.Settings]) -
         each.check_sets(sets.splits, sets.pool)
       except ValueError as error:
         raise ValueError(f'config.compare.variants, {variant.name!r}: {error}') from error
+    smallest = min(len(sets.splits.val) for _, sets in opened.values())
+    if any(variant.tuned for variant in grid.variants):
+      warn_of_few_val(smallest, min(grid.config.compare.tune_seeds, len(grid.config.compare.seeds)))
     pretraining = None
     if grid.pretrained is not None:  # with the seed of the comparison, whatever the seeds of the fine-tunings are
       pretraining = pretrain.Settings.from_config(finetune.pretrain_config(grid.config))

@@ -37,9 +37,9 @@ class BYOL(Method):
   image, z' those of the target network, p the predictor.
 
   The target network is a moving average of network and projector, t = m t + (1 - m) o after each step k of n, with
-  m = 1 - (1 - momentum) (cos(pi k / n) + 1) / 2. Projector and predictor are linear, BatchNorm, ReLU, linear. Both views go
-  through the network in one pass, so its BatchNorm sees the two together (in the published code each alone); those of
-  projector and predictor see one view at a time. Metric `spread`: the standard deviation of the normalised projections
+  m = 1 - (1 - momentum) (cos(pi k / n) + 1) / 2. Projector and predictor are linear, BatchNorm, ReLU, linear. Both
+  views go through the network in one pass, so its BatchNorm sees the two together (in the published code each alone);
+  those of projector and predictor see one view at a time. Metric `spread`: the standard deviation of the normalised projections
   over the images times the root of their dimensions, near 1 where they are spread evenly, 0 where they collapsed.
   """
   pretrains: ClassVar[bool] = True
@@ -58,8 +58,8 @@ class BYOL(Method):
       raise ValueError(f'methods.byol.momentum is {self.momentum}; expected a number from 0 to 1')
     if context.model.batch_norm == 'frozen':
       raise ValueError("model.batch_norm is 'frozen', with which methods.byol may collapse: it compares an image with "
-                       'no other one, and only BatchNorm over the images of a batch keeps all features from becoming the '
-                       'same; use --config.model.batch_norm=train')
+                       'no other one, and only BatchNorm over the images of a batch keeps all features from becoming '
+                       'the same; use --config.model.batch_norm=train')
     each = context.batch_size if context.model.axis_name else context.batch_size // jax.device_count()
     if each < 2:
       raise ValueError(f'train.batch_size is {context.batch_size}, {each} image for each device; methods.byol takes '

@@ -222,6 +222,14 @@ def test_values_are_chosen_on_val_for_each_variant(fake, tmp_path, caplog):
   assert [rate for _, rate, *_ in fake.runs] == [0.005, 0.005]
 
 
+def test_a_small_val_split_is_warned_of(caplog):
+  with log_captured(caplog):
+    compare.warn_of_few_val(50, 2)
+    assert not caplog.text
+    compare.warn_of_few_val(6, 1)
+  assert 'values are chosen on 6 val images with 1 seed, where one image is 16.7 points' in caplog.text
+
+
 def test_what_means_nothing_to_a_variant_is_not_tried(fake):
   tune = (*RATES, ('source_weight', (0.3, 1.0)), ('methods.l2_sp.weight', (0.1, 0.2)))
   own = ('plain 6', {'selection.method': 'none', 'compare.tune': (('train.learning_rate', (1, 2, 3, 4, 5, 6)),)})

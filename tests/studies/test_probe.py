@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 from sklearn import linear_model, metrics, neighbors
 
-from ft_jax import logistic
-from ft_jax import neighbours
+from ft_jax import logistic, neighbours
 from ft_jax.studies import probe
 from ft_jax.studies.probe import Labelled
 
