@@ -36,11 +36,12 @@ class BYOL(Method):
   """mean_b(2 - 2 cos(p(z_1), z'_2)) + mean_b(2 - 2 cos(p(z_2), z'_1)): z_1 and z_2 are projections of two views of an
   image, z' those of the target network, p the predictor.
 
-  The target network is a moving average of network and projector, t = m t + (1 - m) o after each step k of n, with
-  m = 1 - (1 - momentum) (cos(pi k / n) + 1) / 2. Projector and predictor are linear, BatchNorm, ReLU, linear. Both
+  The target network is a moving average of network and projector, t = m t + (1 - m) o after each step k of n, with m
+  = 1 - (1 - momentum) (cos(pi k / n) + 1) / 2. Projector and predictor are linear, BatchNorm, ReLU, linear. Both
   views go through the network in one pass, so its BatchNorm sees the two together (in the published code each alone);
-  those of projector and predictor see one view at a time. Metric `spread`: the standard deviation of the normalised projections
-  over the images times the root of their dimensions, near 1 where they are spread evenly, 0 where they collapsed.
+  those of projector and predictor see one view at a time. Metric `spread`: the standard deviation of the normalised
+  projections over the images times the root of their dimensions, near 1 where they are spread evenly, 0 where they
+  collapsed.
   """
   pretrains: ClassVar[bool] = True
   published: ClassVar[Mapping[str, Any]] = {'enabled': True}
