@@ -11,6 +11,9 @@ seeds would give another result, and so would another set of test images, so bot
 - The mean of each image over few seeds varies with the seeds, which resampled seeds count already. Deviations over
   resampled images are scaled to the variance that images alone explain: the covariance of two seeds.
 
+Where all N images are alike, as where no prediction differs, resampling says nothing; half of the interval's width is
+then 3 / N (the rule of three: of an event with a probability above that, N images would have shown one).
+
 `benchmarks/coverage.py` measures how often the intervals contain the truth.
 """
 
@@ -159,6 +162,10 @@ class _Parts:
       noise_variance = float(small @ added.var(0, ddof=1))
       shared = (added.sum(0) ** 2 - (added**2).sum(0)) / (seeds * (seeds - 1))
       image_variance = max(float(small @ shared), 0.0)
+    if np.ptp(table[present]) == 0:  # no image tells how others might differ
+      image_variance = (3 / float(stats.norm.ppf(_UPPER)) / present.sum(1).mean()) ** 2
+      effects = np.resize([1.0, -1.0], len(effects))
+      effects = effects - np.bincount(blocks, effects)[blocks] / np.bincount(blocks)[blocks]
     return cls(scores, noise_variance, image_variance, _with_norm(effects, math.sqrt(image_variance)))
 
 

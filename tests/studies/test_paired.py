@@ -111,7 +111,16 @@ def test_the_same_input_gives_the_same_numbers():
   alone, together = paired.estimates(found[:1]), paired.estimates(found)
   assert together == paired.estimates(found)
   assert alone[0].interval == pytest.approx(together[0].interval, abs=1e-6) and alone[0].p == together[0].p
-  assert paired.estimates([np.zeros((3, 5))])[0].p == 1 and paired.estimates([np.ones((3, 5))])[0].p < 0.001
+  assert paired.estimates([np.zeros((3, 50))])[0].p == 1 and paired.estimates([np.ones((3, 50))])[0].p < 0.001
+
+
+@pytest.mark.parametrize('seeds', [1, 3])
+@pytest.mark.parametrize('images', [4, 30, 185])
+def test_no_difference_on_few_images_is_not_certainty(seeds, images):
+  """The rule of three: half of the width is 3 / N."""
+  [estimate] = paired.estimates([np.zeros((seeds, images))])
+  assert estimate.mean == 0 and estimate.p == 1
+  assert estimate.half_width == pytest.approx(3 / images, rel=0.2 if images == 4 else 0.1)
 
 
 @pytest.mark.parametrize('seeds,at_most', [(3, 0.995), (5, 0.985), (10, 0.975)])
