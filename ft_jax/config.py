@@ -93,8 +93,8 @@ def get_config() -> ConfigDict:
   config.augment.randaugment = 0  # RandAugment operations per image, each applied with probability 1/2; 0: none
   config.augment.magnitude = 10  # their largest strength, 2 to 10; each strength is drawn from 1 to one below it
   config.augment.cutout = 0.0  # side of a grey square, as a fraction of the training crop's side; 0: none
-  # strengths of colour jitter: brightness, contrast, saturation and hue, such as (0.4, 0.4, 0.4, 0.1);
-  config.augment.jitter = ()  # (): none
+  # strengths of colour jitter: brightness, contrast, saturation and hue,
+  config.augment.jitter = ()  # such as (0.4, 0.4, 0.4, 0.1); (): none
   config.augment.jitter_probability = 0.8  # fraction of the training crops that are jittered
   config.augment.grey = 0.0  # fraction of the training crops that become grey
   config.augment.blur = 0.0  # fraction of the training crops that are blurred by a Gaussian
