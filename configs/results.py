@@ -47,8 +47,8 @@ def get_config(what: str = 'supervised') -> ConfigDict:
     return _study()
   parts = what.split('/')
   if len(parts) != 3 or parts[0] not in EXPERIMENTS or parts[1] not in STARTS or parts[2] not in STEPS:
-    raise ValueError(f'{what!r}; expected {", ".join(PRETRAININGS)}, study, or <experiment>/<start>/<target> such as '
-                     'main/supervised/caltech101-5')
+    raise ValueError(f'{what!r}; expected {", ".join(PRETRAININGS)}, study, or <experiment>/<start>/<target> of '
+                     f'{", ".join(EXPERIMENTS)} / {", ".join(STARTS)} / {", ".join(STEPS)}')
   return _experiment(*parts)
 
 
