@@ -69,7 +69,7 @@ def run_missing(arguments: argparse.Namespace) -> None:
       command.append(f'--workers={arguments.workers}')
     print(f'== {name}', flush=True)
     if subprocess.run(command, cwd=ROOT).returncode:
-      print(f'{name} failed; going on with the next', flush=True)
+      print(f'{name} failed; continuing with the next', flush=True)
     elif name not in results.PRETRAININGS:
       keep(name, workdir / 'compare.json')
 
